@@ -1,0 +1,1 @@
+"""Low-rank adapters as transforms of parameter trees."""

@@ -1,0 +1,205 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) as a second tree beside the parameters.
+
+``variables = {"params": base, "lora": adapters}``: for each targeted kernel at ``params/<path>/kernel``
+there is ``lora/<path>/{a, b}`` with ``a`` `[in, rank]` and ``b`` `[rank, out]`. The modules know
+nothing of it: :func:`applying` adds the adapters while a model is applied, :func:`merge` folds them
+into the kernels for good.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from behrt_jax.adapters.products import activation_product, merged_product
+from behrt_jax.config import LoRAConfig
+from behrt_jax.errors import InputError
+
+Tree = Mapping[str, Any]
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """A Dense layer with an adapter."""
+
+    path: Path
+    inputs: int
+    outputs: int
+    rank: int
+
+    @property
+    def name(self) -> str:
+        """Path of the layer, joined by slashes."""
+        return "/".join(self.path)
+
+
+def scale(config: LoRAConfig) -> float:
+    """Factor on ``a @ b``: alpha / rank, or alpha / sqrt(rank) when rank-stabilised."""
+    alpha = 2.0 * config.rank if config.alpha is None else config.alpha
+    return alpha / config.rank**0.5 if config.rank_stabilised else alpha / config.rank
+
+
+def adapted_layers(params: Tree, config: LoRAConfig) -> list[AdaptedLayer]:
+    """Dense layers of `params` that the targets of `config` match, in the order of the tree.
+
+    A target without a slash is compared with the layer's own name, one with a slash with its whole
+    path; both may hold the wildcards ``*``, ``?`` and ``[]``.
+
+    Raises:
+        InputError: rank, alpha or dropout out of range; a target that matches nothing (the message
+            lists what could match).
+    """
+    _check(config)
+    kernels = {
+        path[:-1]: leaf
+        for path, leaf in flatten_dict(unfreeze(params)).items()
+        if path[-1] == "kernel" and leaf.ndim == 2
+    }
+    for target in config.targets:
+        if not any(_matches(target, path) for path in kernels):
+            names = ", ".join(sorted({path[-1] for path in kernels}))
+            example = "/".join(next(iter(kernels), ("(none)",)))
+            raise InputError(
+                f"lora.targets: {target!r} matches no Dense layer. Names that could match: {names}; "
+                f"or give a pattern over whole paths such as {example!r}."
+            )
+    return [
+        AdaptedLayer(path, kernel.shape[0], kernel.shape[1], config.rank)
+        for path, kernel in kernels.items()
+        if any(_matches(target, path) for target in config.targets)
+    ]
+
+
+def init(key: jax.Array, params: Tree, config: LoRAConfig) -> dict[str, Any]:
+    """Fresh adapters: a uniform (Kaiming), b zero, so that they change nothing at first.
+
+    Each adapter's key comes from its path, so that it does not depend on which others there are.
+
+    Args:
+        key: typed PRNG key.
+        params: parameter tree with float kernels `[in, out]`.
+        config: rank, targets and so on.
+
+    Returns:
+        Tree of float32 ``a`` `[in, rank]` and ``b`` `[rank, out]`.
+
+    Raises:
+        InputError: see :func:`adapted_layers`.
+    """
+    lora = {}
+    for layer in adapted_layers(params, config):
+        own_key = jax.random.fold_in(key, zlib.crc32(layer.name.encode()))
+        bound = layer.inputs**-0.5
+        shape = (layer.inputs, layer.rank)
+        lora[(*layer.path, "a")] = jax.random.uniform(own_key, shape, jnp.float32, -bound, bound)
+        lora[(*layer.path, "b")] = jnp.zeros((layer.rank, layer.outputs), jnp.float32)
+    return unflatten_dict(lora)
+
+
+def merge(params: Tree, lora: Tree, config: LoRAConfig) -> dict[str, Any]:
+    """Parameters with ``scale * a @ b`` added to each adapted kernel; every other leaf is the same."""
+    return _add(params, lora, scale(config))
+
+
+def unmerge(params: Tree, lora: Tree, config: LoRAConfig) -> dict[str, Any]:
+    """Undo :func:`merge`, up to float rounding."""
+    return _add(params, lora, -scale(config))
+
+
+@contextmanager
+def applying(
+    config: LoRAConfig,
+    product: Literal["activations", "merged"] = "activations",
+    deterministic: bool = True,
+) -> Iterator[None]:
+    """Within this context, every Dense that has an entry in the `lora` collection uses it.
+
+    Enter it inside the function that is jitted: around a function that has been traced already it
+    has no effect.
+
+    Args:
+        config: gives scale and dropout.
+        product: how the product is computed, see :func:`resolve_product`.
+        deterministic: no adapter dropout; otherwise a `dropout` PRNG key is needed.
+
+    Example:
+        >>> with applying(config):
+        ...     logits = model.apply({"params": params, "lora": lora}, *inputs)
+    """
+
+    def add_adapter(dense, args, kwargs, context):
+        module = context.module
+        if not (isinstance(module, nn.Dense) and context.method_name == "__call__"):
+            return dense(*args, **kwargs)
+        if not module.has_variable("lora", "a"):
+            return dense(*args, **kwargs)
+        (x,) = args
+        a, b = module.get_variable("lora", "a"), module.get_variable("lora", "b")
+        if product == "merged":
+            kernel, bias = module.get_variable("params", "kernel"), module.get_variable("params", "bias")
+            y = merged_product(x, kernel, a, b, scale(config))
+            return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        key = None if deterministic or config.dropout == 0.0 else module.make_rng("dropout")
+        y = dense(x)
+        return y + activation_product(x, a, b, scale(config), config.dropout, key).astype(y.dtype)
+
+    with nn.intercept_methods(add_adapter):
+        yield
+
+
+def resolve_product(
+    config: LoRAConfig, compute_dtype: str, adapted_kernels_frozen: bool
+) -> Literal["activations", "merged"]:
+    """Choose between the two forms of the adapted product.
+
+    Raises:
+        InputError: `merged` is asked for where it would be wrong: its backward pass leaves out the
+            kernel's gradient, it has no place for adapter dropout, and in bfloat16 the update of a
+            young adapter is rounded away.
+    """
+    reasons = []
+    if not adapted_kernels_frozen:
+        reasons.append("adapted kernels are trained")
+    if config.dropout > 0.0:
+        reasons.append("lora.dropout is above 0")
+    if compute_dtype != "float32":
+        reasons.append(f"model.compute_dtype is {compute_dtype}")
+    if config.product == "merged" and reasons:
+        raise InputError(f"lora.product merged: not possible while {' and '.join(reasons)}. Use auto.")
+    if config.product == "auto":
+        return "activations" if reasons else "merged"
+    return config.product
+
+
+def _matches(target: str, path: Path) -> bool:
+    return fnmatchcase("/".join(path) if "/" in target else path[-1], target)
+
+
+def _add(params: Tree, lora: Tree, factor: float) -> dict[str, Any]:
+    leaves = flatten_dict(unfreeze(params))
+    adapters = flatten_dict(unfreeze(lora))
+    for path in {path[:-1] for path in adapters}:
+        kernel = leaves[(*path, "kernel")]
+        update = factor * jnp.matmul(adapters[(*path, "a")], adapters[(*path, "b")], precision="highest")
+        leaves[(*path, "kernel")] = (kernel + update).astype(kernel.dtype)
+    return unflatten_dict(leaves)
+
+
+def _check(config: LoRAConfig) -> None:
+    if config.rank < 1:
+        raise InputError(f"lora.rank is {config.rank}: an adapter needs a rank of 1 or more.")
+    if not 0.0 <= config.dropout < 1.0:
+        raise InputError(f"lora.dropout is {config.dropout}: give a rate from 0 up to, but not, 1.")
+    if config.alpha is not None and config.alpha <= 0.0:
+        raise InputError(f"lora.alpha is {config.alpha}: give a number above 0.")
+    if not config.targets:
+        raise InputError("lora.targets is empty: name layers to adapt, such as query key value out.")

@@ -1,0 +1,76 @@
+"""Commands: options from the command line to a configuration, and errors to one line."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from behrt_jax.config import PretrainConfig
+from behrt_jax.errors import InputError
+
+
+def parse(
+    arguments: Sequence[str], configurations: Mapping[str, PretrainConfig], default: str, prog: str
+) -> PretrainConfig:
+    """Take ``--config NAME`` from the arguments, and the rest as overrides of that configuration.
+
+    ``--help`` prints every option and leaves by ``SystemExit``.
+
+    Raises:
+        InputError: NAME is missing or unknown; the message lists the names.
+    """
+    import tyro
+
+    name, rest = _take_name(list(arguments), default)
+    if name not in configurations:
+        raise InputError(f"--config {name!r} is unknown: choose one of {', '.join(configurations)}.")
+    description = (
+        f"{PretrainConfig.__doc__} Start from a named configuration with --config NAME "
+        f"({', '.join(configurations)}; {default} where not given) and override single settings. "
+        f"Shown are the values of {name}."
+    )
+    return tyro.cli(
+        PretrainConfig,
+        prog=prog,
+        description=description,
+        default=configurations[name],
+        args=rest,
+        config=(tyro.conf.AvoidSubcommands,),
+        use_underscores=True,
+    )
+
+
+def pretrain_command(
+    arguments: Sequence[str], configurations: Mapping[str, PretrainConfig], default: str
+) -> int:
+    """Run the pretraining command; returns the exit status of :func:`exit_status`."""
+
+    def run() -> int:
+        config = parse(arguments, configurations, default, prog="pretrain.py")
+        from behrt_jax.workflows.pretrain import pretrain
+
+        return pretrain(config).exit_status
+
+    return exit_status(run)
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """Run a command: its own status, 2 for wrong input, 1 for a training that diverged.
+
+    A run that a signal stopped returns 128 plus the signal's number, so that a scheduler can tell
+    it from a finished one and start it again with ``--resume``.
+    """
+    try:
+        return command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _take_name(arguments: list[str], default: str) -> tuple[str, list[str]]:
+    for index, argument in enumerate(arguments):
+        if argument == "--config":
+            if index + 1 == len(arguments):
+                raise InputError("--config needs a name after it.")
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config="), arguments[:index] + arguments[index + 1 :]
+    return default, arguments

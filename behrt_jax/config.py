@@ -1,0 +1,222 @@
+"""Every setting of a run, as frozen dataclasses.
+
+A field's docstring is its ``--help`` text on the command line. Checks that concern several fields
+live in :mod:`behrt_jax.checks`; nothing here imports anything of the package.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of the BEHRT encoder and its MLM head."""
+
+    embedding_size: int = 64
+    """Width of the code, age, visit and position embeddings."""
+    hidden_size: int = 128
+    """Width of the encoder; the embeddings are projected to it where the two differ."""
+    layers: int = 2
+    """Number of transformer blocks."""
+    heads: int = 4
+    """Attention heads; hidden_size must be divisible by it."""
+    ffn_size: int | None = None
+    """Width of the feed-forward layer; 4 * hidden_size where not given."""
+    positions: int = 50
+    """Longest sequence, in tokens, that the model reads."""
+    position_embedding: Literal["learned", "sinusoidal"] = "learned"
+    """A trained table, or the fixed sinusoids of Vaswani et al. 2017."""
+    position_of: Literal["event", "visit"] = "event"
+    """What a position counts: tokens in the sequence, or (as in the BEHRT paper) visits."""
+    age_bin_years: float = 5.0
+    """Width of an age bin in years (0.08333333333333333 for months)."""
+    age_rows: int = 22
+    """Rows of the age table; older ages share the last row."""
+    visit_embedding: Literal["ordinal", "alternating"] = "ordinal"
+    """A row per visit ordinal, or (as in the BEHRT paper) two rows, A and B, in turn."""
+    visit_rows: int = 512
+    """Rows of the ordinal visit table; later visits share the last row."""
+    cls_token: bool = False
+    """Each sequence starts with [CLS] (needed for `cls` pooling)."""
+    sep_token: bool = False
+    """Each visit ends with [SEP]."""
+    dropout: float = 0.1
+    """Dropout rate on embeddings and residual branches."""
+    attention_dropout: float | None = None
+    """Dropout rate on attention weights; the same as `dropout` where not given."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of matrix products; parameters, softmax, LayerNorm and loss stay float32."""
+    rematerialise: bool = False
+    """Recompute each block's activations in the backward pass: less memory, more time."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = 8
+    """Inner width of every adapter."""
+    alpha: float | None = None
+    """The update is scaled by alpha / rank; alpha is 2 * rank where not given."""
+    dropout: float = 0.0
+    """Dropout rate on an adapter's input."""
+    targets: tuple[str, ...] = ("query", "key", "value", "out")
+    """Dense layers to adapt, by name (query key value out intermediate output) or, with a slash in
+    it, by a glob pattern over the whole path (behrt/encoder/layer_0/*)."""
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA: Kalajdzievski 2023, arXiv 2312.03732)."""
+    product: Literal["auto", "activations", "merged"] = "auto"
+    """How x @ (W + scale * a @ b) is computed: on activations, or with the weights merged in the
+    forward pass and a low-rank backward pass (faster in float32). Equal results. `auto` takes
+    `merged` where it is allowed: float32, no adapter dropout, adapted kernels frozen."""
+
+
+@dataclass(frozen=True)
+class FreezingConfig:
+    """Which parameter groups (lora, embedding, head, base) are trained."""
+
+    regime: Literal["full", "lora", "lora_pretrained", "lora_only", "all_but_adapted"] = "full"
+    """full: all. lora: adapters, embeddings and head (right from scratch). lora_pretrained: adapters
+    and head (embeddings already pretrained). lora_only and all_but_adapted are known mistakes, kept
+    for study: they warn."""
+    groups: tuple[Literal["lora", "embedding", "head", "base"], ...] = ()
+    """An explicit set of groups to train, in place of a named regime."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the events come from and how they become sequences."""
+
+    source: Literal["clinical", "uniform", "meds"] = "clinical"
+    """clinical: generated, with structure to learn. uniform: generated, codes at random, nothing to
+    learn. meds: a Medical Event Data Standard folder at `path`."""
+    path: Path | None = None
+    """Folder of the MEDS data set (holds data/ and metadata/)."""
+    subjects: int = 5000
+    """Generated sources: how many subjects."""
+    vocabulary_size: int | None = 1000
+    """Rows of the vocabulary, special tokens included; the most frequent codes are kept. Generated
+    sources have exactly this many. None: no limit."""
+    min_count: int | None = None
+    """Codes seen fewer times in the train split become [UNK]. Default: 1 for generated sources, 5
+    for meds."""
+    events_mean: float = 15.0
+    """Generated sources: mean number of events in a subject's history."""
+    events_spread: float = 0.9
+    """Generated sources: standard deviation of the logarithm of that number (long-tailed)."""
+    codes: tuple[str, ...] = ()
+    """Regular expressions; a code is kept if one matches at its start. Default for meds:
+    DIAGNOSIS// PROCEDURE// MEDICATION//; for generated sources: all."""
+    exclude_codes: tuple[str, ...] = ()
+    """Regular expressions; a code is dropped if one matches at its start."""
+    duplicates: Literal["keep", "drop"] = "drop"
+    """What to do with a code that comes again in the same visit."""
+    visit_column: str | None = None
+    """Column of visit ids (hadm_id in MIMIC). Where it is absent or null, a visit is a calendar day."""
+    window: Literal["all", "random", "recent", "first"] = "all"
+    """What is read of a history longer than `max_length`. all: the whole of it, in consecutive windows,
+    each a sequence of its own. random: one window, drawn anew each epoch (validation reads all).
+    recent, first: the last or the first events."""
+    max_length: int | None = None
+    """Longest sequence in tokens; the model's positions where not given."""
+    packed: bool = True
+    """Several subjects share a row. Off: one subject a row, padded."""
+    tuning_fraction: float = 0.1
+    """Share of subjects in the tuning split where the source has no splits of its own."""
+    held_out_fraction: float = 0.1
+    """Share of subjects in the held_out split, likewise."""
+    seed: int = 0
+    """Seed of the generator and of the split."""
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Masked-code prediction (Devlin et al. 2018, arXiv 1810.04805)."""
+
+    probability: float = 0.15
+    """Share of codes to predict."""
+    mask_share: float = 0.8
+    """Share of those shown as [MASK]."""
+    random_share: float = 0.1
+    """Share of those shown as a random code; the rest are shown unchanged."""
+
+
+@dataclass(frozen=True)
+class GroupValues:
+    """One value per parameter group; None takes the common value."""
+
+    lora: float | None = None
+    embedding: float | None = None
+    head: float | None = None
+    base: float | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) and its schedule."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    learning_rates: GroupValues = field(default_factory=GroupValues)
+    """Peak learning rate of single groups."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices (never of biases and LayerNorm)."""
+    weight_decays: GroupValues = field(default_factory=GroupValues)
+    """Weight decay of single groups."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Course of the learning rate after warm-up; cosine and linear end at zero."""
+    warmup_fraction: float = 0.05
+    """Share of all steps in which the learning rate rises from zero."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the gradient of all trainable parameters together."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch, validation and stopping of a training run."""
+
+    epochs: int = 20
+    """Passes over the training subjects."""
+    max_steps: int | None = None
+    """Stop after this many steps in all, if that comes first."""
+    batch_size: int = 128
+    """Subjects a step, on average: packing turns them into rows. (A history that is cut into several
+    windows counts as several.)"""
+    batch_tokens: int | None = None
+    """Tokens a step, in place of batch_size."""
+    micro_batches: int = 1
+    """Parts a batch is cut into, one after the other inside the step: less memory, same result."""
+    validate_every: int | None = None
+    """Steps between validations; once an epoch where not given."""
+    patience: int | None = None
+    """Stop after this many validations without a better validation loss."""
+    log_every: int = 20
+    """Steps between lines in metrics.jsonl."""
+    static_masks: bool = False
+    """Draw the masks once and reuse them each epoch (a historic mistake, for study)."""
+    seed: int = 0
+    """Seed of initialisation, row order, masks and dropout."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Masked-code pretraining of BEHRT."""
+
+    name: str = "custom"
+    """Name of the configuration; the default run folder is called after it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig | None = None
+    freezing: FreezingConfig = field(default_factory=FreezingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    output: Path | None = None
+    """Run folder; runs/<name>-<time> where not given."""
+    resume: bool = False
+    """Go on with the run in `output` where it stopped."""

@@ -1,0 +1,1 @@
+"""From events to batches: sources, vocabulary, sequences, packed rows."""

@@ -1,0 +1,241 @@
+"""Batches of rows as numpy arrays: a pure function of (seed, step), so a run resumes from two integers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+import numpy as np
+
+from behrt_jax.data.packing import RowPlan, one_per_row, pack_lengths, plan_rows
+from behrt_jax.data.rows import Batch, gather_rows
+from behrt_jax.data.sequences import Sequences
+from behrt_jax.data.windows import WindowChoice, Windows, choose_windows
+from behrt_jax.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatches:
+    """Endless training batches; made by :func:`training_batches`.
+
+    Every batch has the same shape. An epoch shows each window once: none is dropped, and the last
+    batch of an epoch is filled up with empty rows.
+    """
+
+    sequences: Sequences
+    row_length: int
+    """Tokens that a row holds."""
+    rows: int
+    """Rows of an epoch, the same in each."""
+    rows_per_batch: int
+    """Rows of a batch, without the empty ones that ``multiple_of`` asks for."""
+    batch_rows: int
+    """Rows of a batch with those: the first axis of its arrays."""
+    windows_per_epoch: int
+    """Windows of an epoch: one a subject, or more where ``window`` is ``all``."""
+    tokens_per_epoch: int
+    """Tokens of an epoch without padding, [CLS] included."""
+    window: WindowChoice
+    packed: bool
+    cls_token: bool
+    seed: int
+    static: bool
+    # What the epoch last asked for was drawn: saves time, changes no result.
+    _drawn: dict[int, tuple[Windows, RowPlan, np.ndarray]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return -(-self.rows // self.rows_per_batch)
+
+    @property
+    def windows_per_step(self) -> float:
+        """Windows of a batch, on average."""
+        return self.windows_per_epoch / self.steps_per_epoch
+
+    @property
+    def fill(self) -> float:
+        """Share of tokens that are not padding, in all batches of an epoch, empty rows included."""
+        return self.tokens_per_epoch / (self.steps_per_epoch * self.batch_rows * self.row_length)
+
+    def batch(self, step: int) -> Batch:
+        """Gather the batch of a step, counted from 0 over all epochs: ``[batch_rows, row_length]``."""
+        if step < 0:
+            raise ValueError(f"steps are counted from 0, not {step}")
+        epoch, index = divmod(step, self.steps_per_epoch)
+        windows, plan, order = self._epoch(epoch)
+        rows = _padded(order, index, self.rows_per_batch, self.batch_rows)
+        return gather_rows(self.sequences, windows, plan, rows, self.row_length, self.cls_token)
+
+    def _epoch(self, epoch: int) -> tuple[Windows, RowPlan, np.ndarray]:
+        """Windows and plan of an epoch, and the order in which its batches take the rows."""
+        drawn = self._drawn.get(epoch)
+        if drawn is None:
+            rng = np.random.default_rng((self.seed, 0 if self.static else epoch))
+            windows = choose_windows(self.sequences, self.row_length - self.cls_token, self.window, rng)
+            plan = _plan(windows, self.row_length, self.packed, self.cls_token, rng)
+            order = np.arange(self.rows)
+            if self.static:
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+            drawn = windows, plan, order
+            self._drawn.clear()  # an epoch's rows are large: hold one at a time
+            self._drawn[epoch] = drawn
+        return drawn
+
+
+@dataclass(frozen=True, eq=False)
+class ValidationBatches:
+    """The batches of one pass, in a fixed order, each gathered when asked for."""
+
+    sequences: Sequences
+    row_length: int
+    rows_per_batch: int
+    """Rows of a batch, without the empty ones that ``multiple_of`` asks for."""
+    batch_rows: int
+    """Rows of a batch with those: the first axis of its arrays."""
+    cls_token: bool
+    windows: Windows
+    plan: RowPlan
+
+    def __len__(self) -> int:
+        return -(-len(self.plan) // self.rows_per_batch)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no batch {index} among {len(self)}")
+        rows = _padded(np.arange(len(self.plan)), index, self.rows_per_batch, self.batch_rows)
+        return gather_rows(self.sequences, self.windows, self.plan, rows, self.row_length, self.cls_token)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
+
+
+def training_batches(
+    sequences: Sequences,
+    *,
+    row_length: int,
+    batch_size: int,
+    batch_tokens: int | None = None,
+    window: WindowChoice = "all",
+    packed: bool = True,
+    cls_token: bool = False,
+    seed: int = 0,
+    static: bool = False,
+    multiple_of: int = 1,
+) -> TrainingBatches:
+    """Arrange training batches, each epoch drawn anew from (seed, epoch).
+
+    Args:
+        sequences: histories of the train split.
+        row_length: tokens of a row, and so of the longest segment; a longer history is cut.
+        batch_size: windows a batch, on average: subjects, but that a history longer than a row is
+            several windows where ``window`` is ``all``. Packing turns it into rows.
+        batch_tokens: tokens a batch (padding included), in place of ``batch_size``.
+        window: which part of a longer history is read, see `windows.choose_windows`.
+        packed: several subjects share a row; otherwise one subject a row.
+        cls_token: each segment starts with [CLS], which has the age and visit of its first event.
+        seed: with the step, decides all of a batch.
+        static: every epoch has the rows of the first one, in another order; ``row_ids`` name them, so
+            that masks can be drawn once per row.
+        multiple_of: the number of rows of a batch is brought to a multiple of this with empty rows.
+
+    Raises:
+        InputError: an option is out of its range, or there is nothing to train on.
+    """
+    _check_subjects(sequences)
+    for name, value in [("train.batch_size", batch_size), ("train.batch_tokens", batch_tokens)]:
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: give 1 or more")
+    if seed < 0:
+        raise InputError(f"train.seed is {seed}: give 0 or more")
+    # Only the lengths count here, and those are the same in every draw.
+    windows = choose_windows(sequences, row_length - cls_token, window, np.random.default_rng(seed))
+    lengths = windows.lengths + cls_token
+    rows = pack_lengths(lengths, row_length).rows if packed else len(lengths)
+    if batch_tokens is None:
+        rows_per_batch = -(-rows // -(-len(windows) // batch_size))
+    else:
+        rows_per_batch = min(rows, max(1, round(batch_tokens / row_length)))
+    return TrainingBatches(
+        sequences=sequences,
+        row_length=row_length,
+        rows=rows,
+        rows_per_batch=rows_per_batch,
+        batch_rows=_rounded_up(rows_per_batch, multiple_of),
+        windows_per_epoch=len(windows),
+        tokens_per_epoch=int(lengths.sum(dtype=np.int64)),
+        window=window,
+        packed=packed,
+        cls_token=cls_token,
+        seed=seed,
+        static=static,
+    )
+
+
+def validation_batches(
+    sequences: Sequences,
+    *,
+    row_length: int,
+    rows_per_batch: int,
+    window: WindowChoice = "all",
+    packed: bool = True,
+    cls_token: bool = False,
+    multiple_of: int = 1,
+) -> ValidationBatches:
+    """Arrange the batches of one pass over all subjects, always the same.
+
+    Args:
+        sequences: histories to evaluate on.
+        row_length: tokens of a row, and so of the longest segment.
+        rows_per_batch: rows of a batch; more than there are is no harm.
+        window: as in training, but that ``random`` reads every history whole, as ``all`` does.
+        packed: several windows share a row; otherwise one window a row.
+        cls_token: each segment starts with [CLS], which has the age and visit of its first event.
+        multiple_of: the number of rows of a batch is brought to a multiple of this with empty rows.
+
+    Raises:
+        InputError: an option is out of its range, or there is nothing to evaluate on.
+    """
+    _check_subjects(sequences)
+    if rows_per_batch < 1:
+        raise InputError(f"rows_per_batch is {rows_per_batch}: give 1 or more")
+    windows = choose_windows(sequences, row_length - cls_token, "all" if window == "random" else window)
+    plan = _plan(windows, row_length, packed, cls_token, np.random.default_rng(0))  # any seed, but always it
+    return ValidationBatches(
+        sequences=sequences,
+        row_length=row_length,
+        rows_per_batch=rows_per_batch,
+        batch_rows=_rounded_up(rows_per_batch, multiple_of),
+        cls_token=cls_token,
+        windows=windows,
+        plan=plan,
+    )
+
+
+def _plan(
+    windows: Windows, row_length: int, packed: bool, cls_token: bool, rng: np.random.Generator
+) -> RowPlan:
+    if not packed:
+        return one_per_row(len(windows), rng)
+    return plan_rows(windows.lengths + cls_token, row_length, rng)
+
+
+def _padded(order: np.ndarray, index: int, rows_per_batch: int, batch_rows: int) -> np.ndarray:
+    """Rows of one batch, int64 ``[batch_rows]``: its share of ``order``, then -1."""
+    share = order[index * rows_per_batch : (index + 1) * rows_per_batch]
+    return np.pad(share, (0, batch_rows - len(share)), constant_values=-1)
+
+
+def _rounded_up(rows: int, multiple_of: int) -> int:
+    if multiple_of < 1:
+        raise InputError(
+            f"multiple_of is {multiple_of}: give the number of equal parts of a batch, 1 or more"
+        )
+    return -(-rows // multiple_of) * multiple_of
+
+
+def _check_subjects(sequences: Sequences) -> None:
+    empty = int(np.count_nonzero(sequences.lengths == 0))
+    if empty:
+        raise InputError(f"{empty} subjects have no events: leave them out of the sequences")
+    if not len(sequences):
+        raise InputError("there are no subjects to make batches of: put some into this split of the data")

@@ -1,0 +1,151 @@
+"""Several windows share a row: which windows, chosen from the histogram of their lengths alone.
+
+Best-fit decreasing (Johnson 1974, Fast algorithms for bin packing): windows are placed from long to
+short, each into the fullest row that still holds it. Windows of one length are interchangeable, so
+all of them are placed at once (the histogram of Krell et al. 2021, arXiv 2107.02027); the cost then
+depends on the number of distinct lengths, not of windows. The outcome is a recipe (so many rows with
+such lengths) that random windows fill anew in each epoch; the number of rows never changes.
+"""
+
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from behrt_jax.data.windows import ragged_indices
+
+Composition = tuple[tuple[int, int], ...]  # of (window length, copies)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Compositions of rows, and how many rows have each."""
+
+    row_length: int
+    """Tokens that a row holds."""
+    lengths: np.ndarray
+    """Window lengths of every composition, one composition after the other, int32 ``[slots]``."""
+    offsets: np.ndarray
+    """Composition ``i`` is ``lengths[offsets[i]:offsets[i + 1]]``, int64 ``[compositions + 1]``."""
+    uses: np.ndarray
+    """Rows of each composition, int64 ``[compositions]``."""
+
+    @property
+    def rows(self) -> int:
+        """Rows in all."""
+        return int(self.uses.sum())
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Which windows are in which row."""
+
+    windows: np.ndarray
+    """Window indices, one row after the other, int64 ``[windows]``."""
+    row_offsets: np.ndarray
+    """Row ``i`` holds ``windows[row_offsets[i]:row_offsets[i + 1]]``, int64 ``[rows + 1]``."""
+
+    def __len__(self) -> int:
+        return len(self.row_offsets) - 1
+
+
+def pack_lengths(lengths: np.ndarray, row_length: int) -> Packing:
+    """Compose rows of at most ``row_length`` tokens that hold windows of these lengths.
+
+    Args:
+        lengths: integers ``[windows]``; only how often each occurs matters, not their order.
+        row_length: tokens that a row holds.
+
+    Raises:
+        ValueError: if a window is longer than a row or has no tokens.
+    """
+    counts = np.bincount(_checked(lengths, row_length))
+    rows_by_space: dict[int, list[tuple[Composition, int]]] = defaultdict(list)  # tokens free -> rows
+    spaces: list[int] = []  # its keys that have rows, ascending
+
+    def put(space: int, composition: Composition, rows: int) -> None:
+        if not rows_by_space[space]:
+            insort(spaces, space)
+        rows_by_space[space].append((composition, rows))
+
+    for length in map(int, np.flatnonzero(counts)[::-1]):
+        left = int(counts[length])
+        while left:
+            place = bisect_left(spaces, length)
+            fresh = place == len(spaces)
+            if fresh:
+                space, composition, rows = row_length, (), left
+            else:
+                space = spaces[place]
+                composition, rows = rows_by_space[space].pop()
+                if not rows_by_space[space]:
+                    del spaces[place]
+            # A row that took one window is now the fullest that fits, so it takes as many as it can.
+            copies = min(space // length, left)
+            filled = min(rows, left // copies)
+            put(space - copies * length, (*composition, (length, copies)), filled)
+            if rows > filled and not fresh:
+                put(space, composition, rows - filled)
+            left -= copies * filled
+    return _flattened(row_length, (row for rows in rows_by_space.values() for row in rows))
+
+
+def plan_rows(lengths: np.ndarray, row_length: int, rng: np.random.Generator) -> RowPlan:
+    """Pack windows into rows; which window of a length goes where, and the order of rows, is random.
+
+    Args:
+        lengths: tokens of each window, integers ``[windows]``.
+        row_length: tokens that a row holds.
+        rng: the plan is a pure function of ``lengths``, ``row_length`` and its state.
+
+    Raises:
+        ValueError: if a window is longer than a row or has no tokens.
+    """
+    packing = pack_lengths(lengths, row_length)
+    # Integers of 16 bits are sorted by radix, several times faster.
+    lengths = np.asarray(lengths).astype(np.min_scalar_type(row_length))
+    row_compositions = rng.permutation(np.repeat(np.arange(len(packing.uses)), packing.uses))  # [rows]
+    slots = np.diff(packing.offsets)[row_compositions]  # [rows]
+    slot_lengths = packing.lengths[ragged_indices(packing.offsets[row_compositions], slots)]  # [windows]
+    shuffled = rng.permutation(len(lengths))
+    windows = np.empty(len(lengths), np.int64)
+    by_length = np.argsort(slot_lengths.astype(lengths.dtype), kind="stable")
+    windows[by_length] = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    return RowPlan(windows, _offsets(slots))
+
+
+def one_per_row(count: int, rng: np.random.Generator | None = None) -> RowPlan:
+    """Plan one window a row: in order, or in random order where there is an ``rng``."""
+    windows = np.arange(count, dtype=np.int64) if rng is None else rng.permutation(count)
+    return RowPlan(windows, np.arange(count + 1, dtype=np.int64))
+
+
+def _checked(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    """Lengths that may be packed, or the error that says why not."""
+    lengths = np.asarray(lengths)
+    if len(lengths) and lengths.min() < 1:
+        raise ValueError(f"a window of {lengths.min()} tokens cannot be packed: it needs one at least")
+    if len(lengths) and lengths.max() > row_length:
+        raise ValueError(
+            f"a window of {lengths.max()} tokens does not fit in a row of {row_length}: cut it first"
+        )
+    return lengths
+
+
+def _flattened(row_length: int, rows: Iterable[tuple[Composition, int]]) -> Packing:
+    """Packing as arrays, from pairs of a composition and the rows that have it."""
+    compositions, uses = [], []
+    for composition, count in rows:
+        lengths, copies = np.array(composition, np.int32).T
+        compositions.append(np.repeat(lengths, copies))
+        uses.append(count)
+    flat = np.concatenate([np.empty(0, np.int32), *compositions])
+    return Packing(row_length, flat, _offsets([len(c) for c in compositions]), np.array(uses, np.int64))
+
+
+def _offsets(counts: ArrayLike) -> np.ndarray:
+    """Where each run of a concatenation starts, and where the last one ends: int64 ``[runs + 1]``."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])

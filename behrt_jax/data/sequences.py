@@ -1,0 +1,225 @@
+"""Sequences of tokens, one per subject: what is stored, packed and trained on."""
+
+import copy
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from behrt_jax.config import DataConfig
+from behrt_jax.data.events import SPLITS, EventCounts, EventSet
+from behrt_jax.data.filtering import DAY, Selected, select_events
+from behrt_jax.data.splits import check_disjoint, hash_splits, split_index
+from behrt_jax.data.vocabulary import SEP, UNK, Vocabulary, fit_vocabulary
+from behrt_jax.errors import InputError
+
+MEDS_CODES = ("DIAGNOSIS//", "PROCEDURE//", "MEDICATION//")
+"""Patterns for MEDS data where ``data.codes`` gives none."""
+_YEAR = 365.25 * DAY
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The tokens of many subjects, end to end."""
+
+    subject_ids: np.ndarray
+    """int64 ``[subjects]``, ascending."""
+    offsets: np.ndarray
+    """int64 ``[subjects + 1]``: subject i has the tokens from ``offsets[i]`` to ``offsets[i + 1]``."""
+    codes: np.ndarray
+    """int32 ``[tokens]``, vocabulary ids."""
+    ages: np.ndarray
+    """float32 ``[tokens]``, years of 365.25 days from birth to the event."""
+    visits: np.ndarray
+    """int32 ``[tokens]``, visit ordinal from 0 for each subject."""
+    times: np.ndarray
+    """int64 ``[tokens]``, microseconds since 1970, ascending within a subject."""
+
+    def __len__(self) -> int:
+        return len(self.subject_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each subject, int64 ``[subjects]``."""
+        return np.diff(self.offsets)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all arrays."""
+        digest = hashlib.sha256()
+        for name, array in vars(self).items():
+            digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceSet:
+    """The sequences of a data set by split, with the vocabulary they are written in."""
+
+    vocabulary: Vocabulary
+    splits: dict[str, Sequences]
+    """All three split names; held_out may be empty."""
+    counts: EventCounts
+    """Every event of the source: read, dropped and changed by rule."""
+    fingerprint: str
+    """SHA-256 of the vocabulary and of every split."""
+    subjects_without_events: dict[str, int] = field(default_factory=dict)
+    """Split -> its subjects that have no event left, and so no sequence."""
+
+
+def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> SequenceSet:
+    """Split, filter, fit the vocabulary on the train split, and encode.
+
+    The result does not depend on the row order of the events. ``event_set`` stays as it is: its counts
+    are copied before they are added to. Codes that are rare or do not occur in the train split become
+    [UNK]. [CLS] is not added here.
+
+    Args:
+        event_set: events of any source; without splits of its own, subjects are split by hash.
+        data: its ``codes``, ``exclude_codes``, ``duplicates``, ``vocabulary_size``, ``min_count``,
+            ``source``, fractions and ``seed`` are read.
+        sep_token: put a [SEP] after each run of events of one visit, with the last one's age, visit and
+            time.
+
+    Raises:
+        InputError: a wrong pattern or fraction, nothing left to train or tune on, or no vocabulary.
+    """
+    event_set = replace(event_set, counts=copy.deepcopy(event_set.counts))
+    counts = event_set.counts
+    splits = event_set.splits or hash_splits(
+        event_set.events["subject_id"].unique().to_numpy(),
+        data.tuning_fraction,
+        data.held_out_fraction,
+        data.seed,
+    )
+    check_disjoint(splits, f"The {event_set.source} source")
+    patterns = data.codes or (MEDS_CODES if data.source == "meds" else ())
+    selected = select_events(event_set, patterns, data.exclude_codes, data.duplicates)
+    split = split_index(selected.subject_ids, splits)  # [S]
+    event_split = np.repeat(split, np.diff(selected.offsets))  # [N]
+    counts.drop("subject in no split", int(np.count_nonzero(event_split < 0)))
+    for name in ("train", "tuning"):
+        if not (event_split == SPLITS.index(name)).any():
+            raise InputError(
+                f"No event is left in the {name} split: put subjects with selected codes into it, or "
+                "select more codes with data.codes."
+            )
+
+    vocabulary = _fit(selected, event_split == SPLITS.index("train"), event_set, data)
+    ids = vocabulary.encode(selected.names)[selected.codes]  # [N]
+    unknown = (ids == UNK) & (event_split >= 0)
+    counts.change("rare or unseen code -> [UNK]", int(np.count_nonzero(unknown)))
+    sequences = _sequences(selected, ids)
+    if sep_token:
+        sequences = _with_separators(sequences)
+    by_split = {name: _of_subjects(sequences, split == index) for index, name in enumerate(SPLITS)}
+    prints = [vocabulary.fingerprint(), *(by_split[name].fingerprint() for name in SPLITS)]
+    return SequenceSet(
+        vocabulary,
+        by_split,
+        counts,
+        fingerprint=hashlib.sha256("\n".join(prints).encode()).hexdigest(),
+        subjects_without_events={
+            name: len(np.unique(splits.get(name, ()))) - len(by_split[name]) for name in SPLITS
+        },
+    )
+
+
+def _fit(selected: Selected, train: np.ndarray, event_set: EventSet, data: DataConfig) -> Vocabulary:
+    """Fit on the events where ``train``, bool ``[N]``, is true."""
+    min_count = data.min_count
+    if min_count is None:
+        min_count = 5 if event_set.declared_codes is None else 1
+    codes = pa.DictionaryArray.from_arrays(selected.codes[train], pa.array(selected.names, pa.string()))
+    return fit_vocabulary(
+        pa.table({"code": codes}),
+        min_count,
+        data.vocabulary_size,
+        event_set.declared_codes,
+        event_set.descriptions,
+    )
+
+
+def _sequences(selected: Selected, ids: np.ndarray) -> Sequences:
+    births = np.repeat(selected.births, np.diff(selected.offsets))  # [N]
+    return Sequences(
+        subject_ids=selected.subject_ids,
+        offsets=selected.offsets,
+        codes=ids,
+        ages=((selected.times - births) / _YEAR).astype(np.float32),
+        visits=selected.visits,
+        times=selected.times,
+    )
+
+
+def _with_separators(sequences: Sequences) -> Sequences:
+    visits = sequences.visits
+    ends = np.ones(len(visits), dtype=bool)  # [N]
+    ends[:-1] = visits[1:] != visits[:-1]
+    ends[sequences.offsets[1:] - 1] = True
+    copies = 1 + ends
+    after = np.cumsum(copies)  # [N]: tokens up to and with each event's own
+    source = np.repeat(np.arange(len(visits)), copies)  # [T]
+    codes = sequences.codes[source]
+    codes[after[ends] - 1] = SEP
+    return Sequences(
+        subject_ids=sequences.subject_ids,
+        offsets=np.concatenate([[0], after])[sequences.offsets],
+        codes=codes,
+        ages=sequences.ages[source],
+        visits=visits[source],
+        times=sequences.times[source],
+    )
+
+
+def _of_subjects(sequences: Sequences, chosen: np.ndarray) -> Sequences:
+    """The subjects where ``chosen``, bool ``[subjects]``, is true."""
+    tokens = np.repeat(chosen, sequences.lengths)  # [T]
+    return Sequences(
+        subject_ids=sequences.subject_ids[chosen],
+        offsets=np.concatenate([[0], np.cumsum(sequences.lengths[chosen])]).astype(np.int64),
+        codes=sequences.codes[tokens],
+        ages=sequences.ages[tokens],
+        visits=sequences.visits[tokens],
+        times=sequences.times[tokens],
+    )
+
+
+def describe(sequence_set: SequenceSet) -> dict[str, Any]:
+    """Summary for logs and manifests, ready for JSON: figures only, no subject ids and no events.
+
+    Lengths are in tokens ([SEP] included), ages in years. ``events_read`` equals ``events_kept`` plus
+    all of ``events_dropped``; ``events_kept`` equals the splits' events together.
+    """
+    ages = np.concatenate([part.ages for part in sequence_set.splits.values()])
+    counts = sequence_set.counts
+    return {
+        "splits": {name: _describe_split(part) for name, part in sequence_set.splits.items()},
+        "subjects_without_events": dict(sequence_set.subjects_without_events),
+        "vocabulary_rows": len(sequence_set.vocabulary),
+        "events_read": counts.read,
+        "events_kept": counts.kept,
+        "events_dropped": dict(counts.dropped),
+        "events_changed": dict(counts.changed),
+        "ages": {"min": round(float(ages.min()), 2), "max": round(float(ages.max()), 2)},
+        "fingerprint": sequence_set.fingerprint,
+    }
+
+
+def _describe_split(part: Sequences) -> dict[str, Any]:
+    lengths: dict[str, float] = {}
+    visits = 0
+    if len(part):
+        # Visits are numbered from 0 without gaps, so the largest number tells how many there are.
+        visits = int((np.maximum.reduceat(part.visits, part.offsets[:-1]) + 1).sum())
+        p50, p90, p99 = np.percentile(part.lengths, [50, 90, 99])
+        lengths = {"p50": float(p50), "p90": float(p90), "p99": float(p99), "max": int(part.lengths.max())}
+    return {
+        "subjects": len(part),
+        "events": int(np.count_nonzero(part.codes != SEP)),
+        "tokens": len(part.codes),
+        "visits": visits,
+        "lengths": lengths,
+    }

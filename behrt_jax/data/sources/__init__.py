@@ -1,0 +1,1 @@
+"""Readers that turn a stored data set into MEDS-shaped events."""

@@ -1,0 +1,106 @@
+"""Splits of a data set by subject: by a hash of the subject id where the source has none of its own."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from behrt_jax.data.events import SPLITS
+from behrt_jax.errors import InputError
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_WORD = 0xFFFFFFFFFFFFFFFF
+
+
+def hash_splits(
+    subject_ids: np.ndarray, tuning_fraction: float, held_out_fraction: float, seed: int
+) -> dict[str, np.ndarray]:
+    """Deal subjects out to train, tuning and held_out by a seeded hash of their ids.
+
+    A subject's split depends on its id, the fractions and the seed alone, so it stays where it is when
+    other subjects join the data set. The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014,
+    doi 10.1145/2714064.2660195).
+
+    Args:
+        subject_ids: int64 ``[subjects]``, in any order; repeats count once.
+        tuning_fraction: share of subjects for tuning, above 0 and below 1.
+        held_out_fraction: share of subjects for held_out, from 0 to below 1.
+        seed: any integer.
+
+    Returns:
+        Split name -> ascending int64 ids, for all three names; held_out may be empty.
+
+    Raises:
+        InputError: a fraction out of range, or a train or tuning split that no subject fell into.
+    """
+    if not 0 < tuning_fraction < 1:
+        raise InputError(f"data.tuning_fraction is {tuning_fraction}: give a share above 0 and below 1.")
+    if not 0 <= held_out_fraction < 1:
+        raise InputError(f"data.held_out_fraction is {held_out_fraction}: give a share from 0 to below 1.")
+    if tuning_fraction + held_out_fraction >= 1:
+        raise InputError(
+            f"data.tuning_fraction {tuning_fraction} and data.held_out_fraction {held_out_fraction} leave "
+            "nothing to train on: their sum must be below 1."
+        )
+    ids = np.unique(np.asarray(subject_ids, dtype=np.int64))  # [S]
+    share = _hash_to_unit(ids, seed)  # [S]
+    held_out = share < held_out_fraction
+    tuning = ~held_out & (share < held_out_fraction + tuning_fraction)
+    splits = {"train": ids[~held_out & ~tuning], "tuning": ids[tuning], "held_out": ids[held_out]}
+    for name in ("train", "tuning"):
+        if not len(splits[name]):
+            raise InputError(
+                f"None of the {len(ids)} subjects fell into the {name} split: give more subjects, another "
+                "data.seed, or other values of data.tuning_fraction and data.held_out_fraction."
+            )
+    return splits
+
+
+def _hash_to_unit(ids: np.ndarray, seed: int) -> np.ndarray:
+    """Hash int64 ids ``[S]`` to float64 ``[S]`` in [0, 1), evenly."""
+    key = _mix(np.array([(seed + _GOLDEN) & _WORD], dtype=np.uint64))  # [1]
+    mixed = _mix(_mix(ids.view(np.uint64) + np.uint64(_GOLDEN)) + key)  # [S]
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def split_index(subject_ids: np.ndarray, splits: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The place in :data:`~behrt_jax.data.events.SPLITS` of each subject's split, -1 where it has none.
+
+    Args:
+        subject_ids: int64 ``[n]``, in any order, repeats allowed.
+        splits: split name -> int64 ids; a missing name is an empty split.
+
+    Returns:
+        int8 ``[n]``.
+    """
+    empty = np.empty(0, dtype=np.int64)
+    parts = [np.asarray(splits.get(name, empty), dtype=np.int64) for name in SPLITS]
+    listed = np.concatenate(parts)  # [S]
+    index = np.repeat(np.arange(len(SPLITS), dtype=np.int8), [len(part) for part in parts])  # [S]
+    if not len(listed):
+        return np.full(len(subject_ids), -1, dtype=np.int8)
+    order = np.argsort(listed, kind="stable")
+    place = np.searchsorted(listed[order], subject_ids).clip(max=len(listed) - 1)  # [n]
+    found = order[place]
+    return np.where(listed[found] == subject_ids, index[found], np.int8(-1))
+
+
+def check_disjoint(splits: Mapping[str, np.ndarray], where: str) -> None:
+    """Refuse splits that share subjects.
+
+    Args:
+        splits: split name -> int64 ids.
+        where: names the file or folder they came from, for the message.
+
+    Raises:
+        InputError: with the number of subjects that are in more than one split, never their ids.
+    """
+    listed = np.concatenate([np.unique(ids) for ids in splits.values()] or [np.empty(0, np.int64)])
+    shared = int(np.count_nonzero(np.unique(listed, return_counts=True)[1] > 1))
+    if shared:
+        raise InputError(f"{where} puts {shared} subjects into more than one split: keep each in one.")

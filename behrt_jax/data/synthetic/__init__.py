@@ -1,0 +1,1 @@
+"""Generators that make MEDS-shaped events."""

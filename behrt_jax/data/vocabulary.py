@@ -1,0 +1,137 @@
+"""The vocabulary: which codes have a row in the embedding table, fitted on the train split alone."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from behrt_jax.errors import InputError
+
+SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[UNK]", "[CLS]", "[SEP]")
+PAD, MASK, UNK, CLS, SEP = range(len(SPECIAL_TOKENS))
+
+_SCHEMA = pa.schema(
+    [("code", pa.string()), ("id", pa.int32()), ("count", pa.int64()), ("description", pa.string())]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Codes with their ids, an id being a place in ``codes``; the special tokens come first."""
+
+    codes: tuple[str, ...]
+    """All V rows, special tokens included."""
+    counts: np.ndarray
+    """int64 ``[V]``: events of the train split. 0 for special tokens, but [UNK]'s counts the train
+    events whose code got no row."""
+    descriptions: tuple[str | None, ...]
+    """V texts, None where the source has none."""
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def encode(self, codes: Sequence[str]) -> np.ndarray:
+        """Ids of codes, int32 ``[n]``; a code without a row, or named like a special token, is [UNK].
+
+        Meant for the distinct codes of a data set, not for its events: index the result by the events.
+        """
+        first = len(SPECIAL_TOKENS)
+        ids = {code: row for row, code in enumerate(self.codes[first:], start=first)}
+        return np.fromiter((ids.get(code, UNK) for code in codes), dtype=np.int32, count=len(codes))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the codes in order: vocabularies with the same fingerprint encode alike."""
+        return hashlib.sha256(json.dumps(self.codes).encode()).hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write a Parquet table with the columns code, id, count and description."""
+        columns = [self.codes, np.arange(len(self), dtype=np.int32), self.counts, self.descriptions]
+        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+        pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Vocabulary":
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            InputError: no file, not such a table, or rows that are not in the order of their ids.
+        """
+        try:
+            with pq.ParquetFile(path) as file:
+                table = file.read(columns=_SCHEMA.names).cast(_SCHEMA)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise InputError(
+                f"{path} cannot be read as a vocabulary with the columns {', '.join(_SCHEMA.names)}: "
+                "give the vocabulary.parquet of a run or of prepared data."
+            ) from error
+        codes = tuple(table["code"].to_pylist())
+        in_order = np.array_equal(table["id"].to_numpy(), np.arange(len(codes)))
+        if not in_order or codes[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
+            raise InputError(
+                f"{path} is not a vocabulary of this library: its rows must be in the order of their ids "
+                f"and start with {' '.join(SPECIAL_TOKENS)}."
+            )
+        return cls(codes, table["count"].to_numpy(), tuple(table["description"].to_pylist()))
+
+
+def fit_vocabulary(
+    events: pa.Table,
+    min_count: int,
+    max_rows: int | None,
+    declared_codes: tuple[str, ...] | None = None,
+    descriptions: Mapping[str, str] | None = None,
+) -> Vocabulary:
+    """Choose the codes that get a row: the frequent ones, most frequent first, ties by code.
+
+    Args:
+        events: the train split's events after filtering; only the column ``code`` (dictionary of
+            strings) is read.
+        min_count: a code with fewer events gets no row, unless it is declared.
+        max_rows: largest number of rows, special tokens included; the most frequent codes stay.
+        declared_codes: codes that get a row whatever their count (0 included).
+        descriptions: code -> text.
+
+    Raises:
+        InputError: a code is named like a special token, ``max_rows`` has no room for the declared codes
+            or for any code at all, or no code is frequent enough.
+    """
+    counted = events["code"].value_counts()
+    names = counted.field("values").cast(pa.string()).to_pylist()
+    counts = dict(zip(names, counted.field("counts").to_pylist(), strict=True))
+    declared = dict.fromkeys(declared_codes or (), 0)
+    taken = sorted({*counts, *declared}.intersection(SPECIAL_TOKENS))
+    if taken:
+        raise InputError(
+            f"The code {taken[0]} is named like a special token: rename it in the data, or leave it out "
+            "with data.exclude_codes."
+        )
+    least = len(SPECIAL_TOKENS) + max(len(declared), 1)
+    if max_rows is not None and max_rows < least:
+        raise InputError(
+            f"data.vocabulary_size is {max_rows}, but {len(SPECIAL_TOKENS)} special tokens and "
+            f"{least - len(SPECIAL_TOKENS)} codes need a row each: give at least {least}."
+        )
+
+    def most_frequent(codes: Sequence[str]) -> list[str]:
+        return sorted(codes, key=lambda code: (-counts.get(code, 0), code))
+
+    frequent = [code for code, count in counts.items() if count >= min_count and code not in declared]
+    room = None if max_rows is None else max_rows - len(SPECIAL_TOKENS) - len(declared)
+    chosen = most_frequent([*declared, *most_frequent(frequent)[:room]])
+    if not chosen:
+        raise InputError(
+            f"No code occurs {min_count} times or more in the train split (the most frequent one occurs "
+            f"{max(counts.values(), default=0)} times): lower data.min_count, select more codes with "
+            "data.codes, or give more data."
+        )
+    rows = np.zeros(len(SPECIAL_TOKENS) + len(chosen), dtype=np.int64)  # [V]
+    rows[len(SPECIAL_TOKENS) :] = [counts.get(code, 0) for code in chosen]
+    rows[UNK] = sum(counts.values()) - rows.sum()
+    codes = (*SPECIAL_TOKENS, *chosen)
+    texts = descriptions or {}
+    return Vocabulary(codes, rows, tuple(texts.get(code) for code in codes))

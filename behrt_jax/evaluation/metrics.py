@@ -1,0 +1,76 @@
+"""Sums of loss and hits over predicted codes, from which every MLM figure is made."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+TOP = (1, 5, 10)
+
+
+def target_ranks(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """How many classes are ranked ahead of the label, int32 `[...]`.
+
+    Ties go to the lower class, as in ``jax.lax.top_k``, so that constant logits earn no hits beyond
+    those of the first classes.
+
+    Args:
+        logits: `[..., classes]`.
+        labels: int32 `[...]`.
+    """
+    label_logit = jnp.take_along_axis(logits, labels[..., None], axis=-1)  # [..., 1]
+    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    ahead = (logits > label_logit) | ((logits == label_logit) & (classes < labels[..., None]))
+    return ahead.sum(axis=-1, dtype=jnp.int32)
+
+
+def prediction_totals(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the predicted codes of a batch, each a float32 scalar.
+
+    Args:
+        logits: float32 `[batch, targets, vocabulary]`.
+        labels: int32 `[batch, targets]`.
+        weights: bool `[batch, targets]`, False for slots that hold no target.
+
+    Returns:
+        ``loss`` (nats), ``top1``, ``top5``, ``top10`` (hits) and ``targets`` (how many).
+    """
+    chex.assert_rank(logits, 3)
+    chex.assert_equal_shape([labels, weights, logits[..., 0]])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return totals(losses, target_ranks(logits, labels), weights)
+
+
+def totals(losses: jax.Array, ranks: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+    """Sums of losses and hits where `weights` is True; all three of the same shape."""
+    hits = {f"top{k}": jnp.where(weights, ranks < k, False).sum(dtype=jnp.float32) for k in TOP}
+    return {
+        "loss": jnp.where(weights, losses, 0.0).sum(),
+        **hits,
+        "targets": weights.sum(dtype=jnp.float32),
+    }
+
+
+def add_totals(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Sum of two totals, key by key; an empty one counts as zero."""
+    return {key: first.get(key, 0.0) + second.get(key, 0.0) for key in {**first, **second}}
+
+
+def mean_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Loss (nats), perplexity and top-1/5/10 accuracy from totals; NaN where there was no target."""
+    targets = float(sums["targets"])
+    loss, *accuracies = (
+        float(sums[key]) / targets if targets else math.nan for key in ("loss", "top1", "top5", "top10")
+    )
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)) if not math.isnan(loss) else math.nan,
+        "accuracy": accuracies[0],
+        "accuracy_top5": accuracies[1],
+        "accuracy_top10": accuracies[2],
+        "targets": int(targets),
+    }

@@ -1,0 +1,1 @@
+"""BEHRT in plain Flax Linen: no adapters, no training, no data in here."""

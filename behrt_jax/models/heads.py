@@ -1,0 +1,32 @@
+"""Heads on top of the encoder."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from behrt_jax.models.embeddings import EMBEDDING_STDDEV, LAYER_NORM_EPSILON
+
+
+class MLMHead(nn.Module):
+    """Logits over the vocabulary: Dense, GELU, LayerNorm, Dense. Not tied to the embeddings."""
+
+    vocabulary_size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Map `hidden` `[..., hidden]` to float32 logits `[..., vocabulary]`."""
+        x = nn.Dense(hidden.shape[-1], dtype=self.dtype, name="dense")(hidden)
+        x = nn.gelu(x, approximate=False)
+        x = nn.LayerNorm(LAYER_NORM_EPSILON, name="norm")(x)
+        # Small initial logits: training starts at ln(vocabulary), not above it. In bfloat16 the sum
+        # over the hidden axis still comes out in float32: the softmax needs its digits.
+        return nn.Dense(
+            self.vocabulary_size,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(EMBEDDING_STDDEV),
+            dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
+            name="decoder",
+        )(x).astype(jnp.float32)

@@ -1,0 +1,127 @@
+"""Pictures of a run: loss and accuracy over the epochs, beside the unigram baseline."""
+
+import math
+import numbers
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, told apart by colour-blind readers (https://jfly.uni-koeln.de/color/).
+TRAIN_COLOUR = "#0072B2"
+VALIDATION_COLOUR = "#D55E00"
+BASELINE_COLOUR = "#555555"
+DPI = 150
+
+
+def plot_curves(metrics: list[dict[str, Any]], baselines: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw ``loss.png`` and ``accuracy.png`` into `folder`, which is made where it is missing.
+
+    `metrics` are the records of ``metrics.jsonl``: `split` is ``train`` or ``tuning``, losses are in
+    nats, accuracies are shares in [0, 1]. `baselines` maps ``unigram`` to the same figures. The best
+    epoch is the one of least validation loss. Figures that are missing or null leave a gap, and a
+    picture without any is not drawn.
+
+    Returns the pictures drawn; none where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+
+    best = best_validation(metrics)
+    drawn = []
+    for name, draw in (("loss", _draw_loss), ("accuracy", _draw_accuracy)):
+        figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)  # no display and no global state
+        axes = figure.add_subplot()
+        if not draw(axes, metrics, baselines.get("unigram") or {}, best):
+            continue
+        axes.set_xlabel("epoch (passes over the training subjects)")
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(left=0)
+        # Below the axes, where it hides no curve.
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=DPI, metadata={"Software": None})
+        drawn.append(path)
+    return drawn
+
+
+def best_validation(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The validation record of least loss, the earliest of equals; None where no loss is finite."""
+    found = [record for record in _of_split(metrics, "tuning") if _finite(record.get("loss"))]
+    return min(found, key=lambda record: record["loss"], default=None)
+
+
+def _draw_loss(axes: "Axes", metrics: list[dict[str, Any]], unigram: dict[str, Any], best: Any) -> bool:
+    curves = [
+        _curve(axes, metrics, "train", "loss", label="train", color=TRAIN_COLOUR, linewidth=1.2),
+        _curve(axes, metrics, "tuning", "loss", label="validation", color=VALIDATION_COLOUR, linewidth=1.8),
+    ]
+    _baseline(axes, unigram.get("loss"), "unigram baseline", "--")
+    if best is not None:
+        _mark_best(axes, best, "loss", f"best validation: {best['loss']:.3f} at epoch {best['epoch']:.4g}")
+    axes.set_ylabel("loss (nats per masked code)")
+    axes.set_title("Masked-code loss", loc="left", fontsize=11)
+    return any(curves)
+
+
+def _draw_accuracy(axes: "Axes", metrics: list[dict[str, Any]], unigram: dict[str, Any], best: Any) -> bool:
+    from matplotlib.ticker import PercentFormatter
+
+    curves = []
+    # The legend has two columns: first all of top-1, then all of top-10.
+    for field, name, alpha, style in (
+        ("accuracy", "top-1", 1.0, "--"),
+        ("accuracy_top10", "top-10", 0.45, ":"),
+    ):
+        for split, label, colour, width in (
+            ("train", "train", TRAIN_COLOUR, 1.2),
+            ("tuning", "validation", VALIDATION_COLOUR, 1.8),
+        ):
+            options = {"color": colour, "linewidth": width, "alpha": alpha}
+            curves.append(_curve(axes, metrics, split, field, label=f"{label}, {name}", **options))
+        _baseline(axes, unigram.get(field), f"unigram baseline, {name}", style)
+        if best is not None and _finite(best.get(field)):
+            label = f"{best[field]:.1%} at epoch {best['epoch']:.4g} (least validation loss)"
+            _mark_best(axes, best, field, label)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("masked codes found (%)")
+    axes.set_title("Masked-code accuracy", loc="left", fontsize=11)
+    return any(curves)
+
+
+def _curve(axes: "Axes", metrics: list[dict[str, Any]], split: str, field: str, **options: Any) -> bool:
+    """Draw one figure of one split over the epochs; False where there is nothing to draw."""
+    points = [(record["epoch"], record.get(field)) for record in _of_split(metrics, split)]
+    heights = [value if _finite(value) else math.nan for _, value in points]
+    if all(map(math.isnan, heights)):
+        return False
+    marker = "." if len(points) <= 30 else None  # a lone point has no line
+    axes.plot([epoch for epoch, _ in points], heights, marker=marker, **options)
+    return True
+
+
+def _baseline(axes: "Axes", value: Any, label: str, style: str) -> None:
+    if _finite(value):
+        axes.axhline(value, color=BASELINE_COLOUR, linestyle=style, linewidth=1.2, label=label)
+
+
+def _mark_best(axes: "Axes", best: dict[str, Any], field: str, label: str) -> None:
+    style = {"markersize": 8, "markerfacecolor": "none", "markeredgecolor": VALIDATION_COLOUR}
+    axes.plot(best["epoch"], best[field], "o", markeredgewidth=1.8, label=label, zorder=5, **style)
+
+
+def _of_split(metrics: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    return [record for record in metrics if record.get("split") == split and _finite(record.get("epoch"))]
+
+
+def _finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and math.isfinite(value)

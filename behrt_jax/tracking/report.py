@@ -1,0 +1,202 @@
+"""``report.html``: a run folder on one page, with nothing to load from anywhere else."""
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from behrt_jax.errors import InputError
+from behrt_jax.tracking import run_folder
+from behrt_jax.tracking.console import format_cell, format_duration, is_numeric
+from behrt_jax.tracking.plots import best_validation
+from behrt_jax.tracking.summary import FIGURES, figure_rows, flat, format_figure, verdict
+
+# A browser refuses everything but this page's own pictures and style, whatever the data holds.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p.note { color: #555; } li.warning { color: #9a3b00; }
+p.verdict { background: #f3f6f9; border-left: 4px solid #0072b2; padding: .7rem 1rem; }
+table { border-collapse: collapse; } th, td { padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd;
+       text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+img { max-width: 100%; height: auto; } details { margin-top: 1rem; } summary { cursor: pointer; }
+"""
+_GROUPS = ("lora", "embedding", "head", "base")
+# More rows than this are thinned out in the page; metrics.jsonl has them all.
+_HISTORY_ROWS = 100
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` from the files of a run folder; returns its path.
+
+    A part whose file is missing, as in a run that is going on or was interrupted, is left out, and
+    the page says so.
+
+    Raises:
+        InputError: the folder is missing, or one of its files is there but broken.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no run folder {folder}: give the --output of a run.")
+    config = _read(folder / run_folder.CONFIG_FILE)
+    summary = _read(folder / run_folder.SUMMARY_FILE)
+    metrics = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
+    parameters = _read(folder / run_folder.PARAMETERS_FILE)
+    name = str(config.get("name", folder.resolve().name))
+    sections = [
+        _outcome(summary, metrics),
+        _pictures(folder / run_folder.PLOTS_FOLDER),
+        _parameters(parameters),
+        _history(metrics),
+        _settings(config),
+    ]
+    page = "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(name)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+            f'<h1>{escape(name)}</h1>\n<p class="note">Pretraining run, written by behrt_jax</p>',
+            *sections,
+            "</body>\n</html>\n",
+        ]
+    )
+    path = folder / run_folder.REPORT_FILE
+    run_folder.write_text(path, page)
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    value = run_folder.read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object: mend it or delete it.")
+    return value
+
+
+def _outcome(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    if not summary:
+        best = best_validation(metrics)
+        reached = f" It got to step {metrics[-1]['step']:,}." if metrics else " It has no metrics yet."
+        found = (
+            f" Best validation loss so far: {best['loss']:.3f} nats at step {best['step']:,}." if best else ""
+        )
+        text = f"This run has no summary: it is going on or was interrupted.{reached}{found}"
+        return f'<p class="verdict">{text}</p>'
+    facts = [f"{summary.get('epochs') or 0:.1f} epochs", f"{summary.get('steps') or 0:,} steps"]
+    if summary.get("wall_seconds") is not None:
+        facts.append(format_duration(summary["wall_seconds"]))
+    facts.append(f"stopped: {summary.get('stop_reason', 'unknown')}")
+    parts = [
+        f'<p class="verdict">{escape(verdict(summary.get("gain_over_unigram")))}</p>',
+        f"<p>{escape(', '.join(facts))}</p>",
+    ]
+    if warnings := summary.get("warnings"):
+        items = "".join(f'<li class="warning">{escape(str(text))}</li>' for text in warnings)
+        parts.append(f"<h2>Warnings</h2>\n<ul>{items}</ul>")
+    columns = ["", _at("best", summary.get("best")), _at("last", summary.get("last")), "unigram baseline"]
+    parts.append("<h2>Validation</h2>\n" + _table(columns, figure_rows(summary)))
+    if data := summary.get("data"):
+        parts.append("<h2>Data</h2>\n" + _table(("", ""), flat(data)))
+    return "\n".join(parts)
+
+
+def _at(name: str, record: dict[str, Any] | None) -> str:
+    return f"{name} (step {record['step']:,})" if record else name
+
+
+def _pictures(folder: Path) -> str:
+    pictures = sorted(folder.glob("*.png"), key=lambda path: (path.stem != "loss", path.name))
+    if not pictures:
+        return '<h2>Curves</h2>\n<p class="note">No pictures were drawn.</p>'
+    images = []
+    for path in pictures:
+        content = base64.b64encode(path.read_bytes()).decode("ascii")
+        label = escape(f"{path.stem} over the epochs", quote=True)
+        images.append(f'<img alt="{label}" src="data:image/png;base64,{content}">')
+    return "<h2>Curves</h2>\n" + "\n".join(images)
+
+
+def _parameters(parameters: dict[str, Any]) -> str:
+    if not parameters:
+        return ""
+    groups = [(name, parameters[name]) for name in _GROUPS if isinstance(parameters.get(name), dict)]
+    rows = [(name, count.get("total"), count.get("trainable")) for name, count in groups]
+    rows.append(("all", parameters.get("total"), parameters.get("trainable")))
+    shares = [
+        f"{name}: {parameters[field]:.1f} %"
+        for field, name in (("trainable_percent", "trained"), ("lora_percent", "in adapters"))
+        if isinstance(parameters.get(field), int | float)
+    ]
+    regime = [f"regime: {parameters['regime']}"] if parameters.get("regime") else []
+    parts = [
+        "<h2>Parameters</h2>",
+        f"<p>{escape(', '.join([*regime, *shares]))}</p>",
+        _table(("group", "total", "trained"), rows),
+    ]
+    if adapters := parameters.get("adapters"):
+        columns = ("name", "in", "out", "rank")
+        table = _table(columns, [[adapter.get(column) for column in columns] for adapter in adapters])
+        parts.append(f"<details><summary>{len(adapters)} adapters</summary>\n{table}</details>")
+    return "\n".join(parts)
+
+
+def _history(metrics: list[dict[str, Any]]) -> str:
+    validations = [record for record in metrics if record.get("split") == "tuning"]
+    if not validations:
+        return ""
+    every = -(-len(validations) // _HISTORY_ROWS)
+    # Counted from the end, so that the last validation is always there.
+    shown = validations[::-1][::every][::-1]
+    rows = [
+        [
+            f"{record['step']:,}",
+            f"{record.get('epoch') or 0:.2f}",
+            *(format_figure(field, record.get(field)) for field, _ in FIGURES),
+        ]
+        for record in shown
+    ]
+    note = f", one in {every} shown" if every > 1 else ""
+    table = _table(("step", "epoch", *(title for _, title in FIGURES)), rows)
+    return f"<details><summary>{len(validations)} validations{note}</summary>\n{table}</details>"
+
+
+def _settings(config: dict[str, Any]) -> str:
+    if not config:
+        return '<p class="note">The configuration is missing (config.json).</p>'
+    table = _table(("setting", "value"), flat(_as_text(config)))
+    title = "All settings, versions and devices"
+    return f"<h2>Configuration</h2>\n<details><summary>{title}</summary>\n{table}</details>"
+
+
+def _as_text(value: Any) -> Any:
+    """Nested settings with each value, and each list of values, as the text it was written as."""
+    if isinstance(value, dict):
+        return {key: _as_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "not set" if value is None else str(value)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """An HTML table, escaped; columns of numbers stand flush right."""
+    cells = [[format_cell(value) for value in row] for row in rows]
+    right = [is_numeric(cells, index) for index in range(len(columns))]
+    lines = ["<table>"]
+    if any(columns):
+        lines.append(_row("th", columns, right))
+    lines += [_row("td", row, right) for row in cells]
+    return "\n".join([*lines, "</table>"])
+
+
+def _row(tag: str, cells: Sequence[str], right: Sequence[bool]) -> str:
+    content = "".join(
+        f'<{tag} class="number">{escape(cell)}</{tag}>' if number else f"<{tag}>{escape(cell)}</{tag}>"
+        for cell, number in zip(cells, right, strict=True)
+    )
+    return f"<tr>{content}</tr>"

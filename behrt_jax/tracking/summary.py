@@ -1,0 +1,171 @@
+"""What came out of a run, as ``summary.json`` and as a page of text."""
+
+import math
+import numbers
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from behrt_jax.tracking.console import format_cell, format_duration, table_text
+
+# A gain this small (nats) is within what another seed would change.
+SMALL_GAIN = 0.01
+
+FIGURES = (
+    ("loss", "loss (nats)"),
+    ("perplexity", "perplexity"),
+    ("accuracy", "top-1 accuracy"),
+    ("accuracy_top5", "top-5 accuracy"),
+    ("accuracy_top10", "top-10 accuracy"),
+)
+"""Figures of a record or a baseline, with their names for a person."""
+
+
+def summarise(
+    metrics: list[dict[str, Any]],
+    baselines: dict[str, Any],
+    best_step: int | None,
+    stop_reason: str,
+    wall_seconds: float,
+    warnings: list[str],
+    data: dict[str, Any],
+    parameters: dict[str, Any],
+) -> dict[str, Any]:
+    """The figures of a run that ended.
+
+    Args:
+        metrics: records of ``metrics.jsonl``.
+        baselines: ``unigram`` -> loss (nats) and accuracies of predicting by train frequency.
+        best_step: step of the best validation; None where the run stopped before the first.
+        stop_reason: why the run ended, as a clause for a person.
+        wall_seconds: time the run took, all its parts together.
+        warnings: what the user should know, one sentence each.
+        data: what went in, counted; nothing about single subjects.
+        parameters: the parameter report; its list of adapters is left out here.
+
+    Returns:
+        best, last: validation records at the best and the last validation, or None; last_train: the last
+        training record, or None; epochs, steps; stop_reason; wall_seconds; baselines;
+        gain_over_unigram: unigram loss less best validation loss in nats (positive is good), or None
+        where either is unknown; warnings; data; parameters.
+    """
+    validations = [_without_split(record) for record in metrics if record.get("split") == "tuning"]
+    trainings = [_without_split(record) for record in metrics if record.get("split") == "train"]
+    best = next((record for record in validations if record["step"] == best_step), None)
+    warnings = list(warnings)
+    if best is None and best_step is not None:
+        warnings.append(f"The best step, {best_step}, has no validation record in the metrics.")
+    return {
+        "best": best,
+        "last": validations[-1] if validations else None,
+        "last_train": trainings[-1] if trainings else None,
+        "epochs": max((record.get("epoch") or 0.0 for record in metrics), default=0.0),
+        "steps": max((record["step"] for record in metrics), default=0),
+        "stop_reason": stop_reason,
+        "wall_seconds": wall_seconds,
+        "baselines": baselines,
+        "gain_over_unigram": gain_over_unigram(best, baselines),
+        "warnings": warnings,
+        "data": data,
+        "parameters": {key: value for key, value in parameters.items() if key != "adapters"},
+    }
+
+
+def gain_over_unigram(record: dict[str, Any] | None, baselines: dict[str, Any]) -> float | None:
+    """Unigram loss less the record's loss, in nats; None where either is missing or not finite."""
+    unigram = (baselines.get("unigram") or {}).get("loss")
+    loss = (record or {}).get("loss")
+    if unigram is None or loss is None or not math.isfinite(unigram - loss):
+        return None
+    return unigram - loss
+
+
+def verdict(gain: float | None) -> str:
+    """What the gain over the unigram baseline (nats) means, for a person."""
+    if gain is None:
+        return "There is no validation loss to compare with the unigram baseline yet."
+    mend = (
+        "Train longer, try another learning rate, and see that embeddings and head are trained and that the "
+        "data has something to learn."
+    )
+    if gain <= 0:
+        return (
+            f"The validation loss is NOT below the unigram baseline: it is {abs(gain):.3f} nats above it. "
+            f"The model predicts masked codes no better than their frequencies do: it is of no use yet. "
+            f"{mend}"
+        )
+    if gain < SMALL_GAIN:
+        return (
+            f"The validation loss is only just below the unigram baseline, by {gain:.4f} nats: another "
+            "seed could turn that around. The model has hardly learned more than how frequent each code "
+            f"is. {mend}"
+        )
+    return (
+        f"The validation loss is below the unigram baseline by {gain:.3f} nats: the model predicts masked "
+        f"codes better than their frequencies do (perplexity {math.exp(min(gain, 700.0)):.3g} times lower)."
+    )
+
+
+def summary_text(summary: dict[str, Any], config_name: str) -> str:
+    """``SUMMARY.txt``: the summary for a person, in plain ASCII, ending with a newline."""
+    title = f"Pretraining run: {config_name}"
+    took = format_duration(summary["wall_seconds"])
+    ran = (
+        f"{summary['epochs']:.1f} epochs, {summary['steps']:,} steps, {took}. "
+        f"Stopped: {summary['stop_reason'].rstrip('.')}."
+    )
+    parts = [f"{title}\n{'=' * len(title)}", ran, _wrap(verdict(summary["gain_over_unigram"]))]
+    if rows := figure_rows(summary):
+        best = summary["best"]
+        where = f"best step {best['step']:,}, epoch {best['epoch']:.1f}" if best else "no validation yet"
+        parts.append(table_text(f"Validation ({where})", ("", "best", "last", "unigram"), rows))
+    parameters = summary["parameters"]
+    if "total" in parameters and "trainable" in parameters:
+        parts.append(
+            f"Parameters: {parameters['trainable']:,} trained of {parameters['total']:,}"
+            f" ({parameters.get('trainable_percent', math.nan):.1f} %)."
+        )
+    if data := list(flat(summary["data"])):
+        parts.append("Data:\n" + "\n".join(f"  {name}: {format_cell(value)}" for name, value in data))
+    if summary["warnings"]:
+        parts.append("Warnings:\n" + "\n".join(_wrap(f"- {text}") for text in summary["warnings"]))
+    return "\n\n".join(parts).encode("ascii", "replace").decode("ascii") + "\n"
+
+
+def figure_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Rows (name, best, last, unigram) of the figures that any of the three has, as text."""
+    unigram = dict((summary.get("baselines") or {}).get("unigram") or {})
+    if unigram.get("loss") is not None:
+        unigram.setdefault("perplexity", math.exp(min(unigram["loss"], 700.0)))
+    records = [summary.get("best"), summary.get("last"), unigram]
+    rows = [
+        [title, *(format_figure(field, (record or {}).get(field)) for record in records)]
+        for field, title in FIGURES
+    ]
+    return [row for row in rows if any(row[1:])]
+
+
+def format_figure(field: str, value: Any) -> str:
+    """A figure of :data:`FIGURES` as text: losses with 3 decimals, accuracies in percent."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        return ""
+    if field.startswith("accuracy"):
+        return f"{value:.1%}"
+    return f"{value:.3f}" if field == "loss" else format_cell(float(value))
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every single value in a nested dict; lists are left out."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        elif not isinstance(value, list | tuple):
+            yield f"{prefix}{key}", value
+
+
+def _without_split(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "split"}
+
+
+def _wrap(text: str, width: int = 88) -> str:
+    return textwrap.fill(text, width, subsequent_indent="  " if text.startswith("- ") else "")

@@ -1,0 +1,1 @@
+"""Objective, freezing, optimiser, train step, loop and checkpoints."""

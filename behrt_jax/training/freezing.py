@@ -1,0 +1,133 @@
+"""Which parameters train: labels by path, regimes by name, and gradients that stop at frozen leaves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, tree_map_with_path
+
+from behrt_jax.config import FreezingConfig
+from behrt_jax.errors import InputError
+
+GROUPS = ("lora", "embedding", "head", "base")
+FROZEN = "frozen"
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A named choice of what trains."""
+
+    groups: frozenset[str]
+    freeze_adapted: bool = False
+    """Freeze kernel and bias of each adapted layer even where its group trains."""
+    warning: str | None = None
+
+
+REGIMES = {
+    "full": Regime(frozenset(GROUPS)),
+    "lora": Regime(frozenset({"lora", "embedding", "head"})),
+    "lora_pretrained": Regime(frozenset({"lora", "head"})),
+    "lora_only": Regime(
+        frozenset({"lora"}),
+        warning="Regime lora_only freezes embeddings and head. Unless both were pretrained they stay at "
+        "random values, adapters cannot make up for that, and the loss stays near ln(vocabulary). "
+        "From scratch use regime lora.",
+    ),
+    "all_but_adapted": Regime(
+        frozenset(GROUPS),
+        freeze_adapted=True,
+        warning="Regime all_but_adapted freezes only the adapted layers and trains the rest of the base: "
+        "hardly anything is saved over full training. Use regime lora.",
+    ),
+}
+
+
+def regime(config: FreezingConfig) -> Regime:
+    """The regime that `config` names, or the explicit set of groups in it."""
+    return Regime(frozenset(config.groups)) if config.groups else REGIMES[config.regime]
+
+
+def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Names along a key path of nested dicts."""
+    return tuple(str(key.key) if isinstance(key, DictKey) else str(key) for key in path)
+
+
+def label(path: tuple[str, ...]) -> str:
+    """Group of the leaf at `path` in ``{"params": ..., "lora": ...}``: exactly one of `GROUPS`.
+
+    Raises:
+        ValueError: the path fits no group, or more than one.
+    """
+    collection, inner = path[0], path[1:]
+    rules = {
+        "lora": collection == "lora",
+        "embedding": collection == "params" and "embeddings" in inner,
+        "head": collection == "params" and any(name.endswith("_head") for name in inner),
+        "base": collection == "params" and "encoder" in inner,
+    }
+    fitting = [group for group, fits in rules.items() if fits]
+    if len(fitting) != 1:
+        raise ValueError(f"leaf {'/'.join(path)} must belong to one parameter group, found: {fitting or 'none'}")
+    return fitting[0]
+
+
+def labels(variables: Mapping[str, Any]) -> Any:
+    """Tree of group names with the structure of `variables`."""
+    return tree_map_with_path(lambda path, _: label(path_names(path)), variables)
+
+
+def trainable(variables: Mapping[str, Any], chosen: Regime) -> Any:
+    """Tree of booleans with the structure of `variables`: does this leaf train?
+
+    Raises:
+        InputError: nothing at all would train.
+    """
+    adapted = {path[:-1] for path in _paths(variables.get("lora", {}))}
+
+    def trains(path: tuple[Any, ...], _: Any) -> bool:
+        names = path_names(path)
+        frozen_as_adapted = chosen.freeze_adapted and names[0] == "params" and names[1:-1] in adapted
+        return label(names) in chosen.groups and not frozen_as_adapted
+
+    mask = tree_map_with_path(trains, variables)
+    if not any(jax.tree.leaves(mask)):
+        raise InputError(
+            f"freezing: nothing would train, since the model has no parameters in {sorted(chosen.groups)}. "
+            "Choose another regime or add adapters (a configuration whose name ends in _lora)."
+        )
+    return mask
+
+
+def optimizer_labels(variables: Mapping[str, Any], mask: Any) -> Any:
+    """Tree of labels for ``optax.multi_transform``: the group's name, or `FROZEN`."""
+    return jax.tree.map(lambda group, trains: group if trains else FROZEN, labels(variables), mask)
+
+
+def stop_frozen(variables: Any, mask: Any) -> Any:
+    """`variables` with the gradient stopped at every frozen leaf.
+
+    Only so is a frozen gradient never computed: ``set_to_zero`` alone lets the compiler drop it only
+    while nothing else (clipping, a logged norm) reads it.
+    """
+    return jax.tree.map(lambda leaf, trains: leaf if trains else jax.lax.stop_gradient(leaf), variables, mask)
+
+
+def trainable_leaves(tree: Any, mask: Any) -> list[jax.Array]:
+    """Leaves of `tree` where `mask` is True, in tree order."""
+    return [leaf for leaf, trains in zip(jax.tree.leaves(tree), jax.tree.leaves(mask), strict=True) if trains]
+
+
+def adapted_kernels_frozen(variables: Mapping[str, Any], mask: Mapping[str, Any]) -> bool:
+    """Are all kernels that carry an adapter frozen?"""
+    adapted = {path[:-1] for path in _paths(variables.get("lora", {}))}
+    flags = dict(_flat(mask["params"]))
+    return not any(flags[(*path, "kernel")] for path in adapted)
+
+
+def _flat(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    return [(path_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _paths(tree: Any) -> list[tuple[str, ...]]:
+    return [path for path, _ in _flat(tree)]

@@ -1,0 +1,76 @@
+"""Masked-code prediction (Devlin et al. 2018, arXiv 1810.04805, section 3.1)."""
+
+import math
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from behrt_jax.config import MaskingConfig
+from behrt_jax.data.vocabulary import MASK, PAD, SPECIAL_TOKENS
+
+FIRST_CODE = len(SPECIAL_TOKENS)
+
+
+class MaskedCodes(NamedTuple):
+    """Codes with some of them hidden, and where and what those are."""
+
+    codes: jax.Array
+    """What the model sees, int32 `[batch, length]`."""
+    columns: jax.Array
+    """Columns to predict, distinct within a row, int32 `[batch, budget]`."""
+    labels: jax.Array
+    """Codes that stood there, int32 `[batch, budget]`; [PAD] in unused slots."""
+    weights: jax.Array
+    """Which slots are used, bool `[batch, budget]`."""
+
+
+def masking_budget(length: int, probability: float) -> int:
+    """Most codes that are ever masked in a row of `length` tokens."""
+    return max(1, math.ceil(length * probability))
+
+
+def mask_codes(
+    key: jax.Array, codes: jax.Array, row_ids: jax.Array, config: MaskingConfig, vocabulary_size: int
+) -> MaskedCodes:
+    """Hide codes and remember them.
+
+    In a row of n codes, ``probability * n`` of them are drawn without replacement, the fraction
+    rounded up or down at random so that every code is drawn with exactly that probability. Thus
+    a budget of ``ceil(probability * length)`` slots can never overflow. Special tokens are neither
+    drawn nor put in place of a code.
+
+    Args:
+        key: typed PRNG key; with the row's id it decides everything, whatever batch the row is in.
+        codes: vocabulary ids, int32 `[batch, length]`.
+        row_ids: int32 `[batch]`.
+        config: probability and shares.
+        vocabulary_size: ids from `FIRST_CODE` up to it are codes.
+    """
+    chex.assert_rank(codes, 2)
+    chex.assert_shape(row_ids, codes.shape[:1])
+    length = codes.shape[1]
+    budget = masking_budget(length, config.probability)
+
+    def mask_row(codes: jax.Array, row_id: jax.Array) -> MaskedCodes:
+        place_key, count_key, kind_key, code_key = jax.random.split(jax.random.fold_in(key, row_id), 4)
+        is_code = codes >= FIRST_CODE  # [L]
+        scores = jnp.where(is_code, jax.random.uniform(place_key, (length,)), -1.0)
+        _, columns = jax.lax.top_k(scores, budget)  # [T]
+        expected = config.probability * is_code.sum().astype(jnp.float32)
+        count = jnp.floor(expected + jax.random.uniform(count_key)).astype(jnp.int32)
+        weights = (jnp.arange(budget) < count) & is_code[columns]
+
+        originals = codes[columns]
+        kind = jax.random.uniform(kind_key, (budget,))
+        random_codes = jax.random.randint(code_key, (budget,), FIRST_CODE, vocabulary_size)
+        replacement = jnp.where(
+            kind < config.mask_share,
+            MASK,
+            jnp.where(kind < config.mask_share + config.random_share, random_codes, originals),
+        )
+        shown = codes.at[columns].set(jnp.where(weights, replacement, originals), unique_indices=True)
+        return MaskedCodes(shown, columns, jnp.where(weights, originals, PAD), weights)
+
+    return jax.vmap(mask_row)(codes, row_ids)

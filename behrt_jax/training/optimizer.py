@@ -1,0 +1,74 @@
+"""AdamW for each trainable group, nothing for frozen leaves."""
+
+from typing import Any
+
+import jax
+import optax
+
+from behrt_jax.config import OptimizerConfig
+from behrt_jax.training.freezing import FROZEN, GROUPS
+
+
+def learning_rate_schedule(peak: float, config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate at each step (counted from 0): warm-up from zero, then the schedule's course."""
+    warmup = round(config.warmup_fraction * total_steps)
+    course = max(total_steps - warmup, 1)
+    if config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, course)
+    elif config.schedule == "linear":
+        decay = optax.linear_schedule(peak, 0.0, course)
+    else:
+        decay = optax.constant_schedule(peak)
+    # Starts at peak / warmup, not at 0: a first step that moves nothing is a step lost.
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, decay], [warmup]) if warmup else decay
+
+
+def group_schedules(config: OptimizerConfig, total_steps: int) -> dict[str, optax.Schedule]:
+    """Learning-rate schedule of each parameter group."""
+    return {
+        group: learning_rate_schedule(
+            _or(getattr(config.learning_rates, group), config.learning_rate), config, total_steps
+        )
+        for group in GROUPS
+    }
+
+
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, labels: Any
+) -> optax.GradientTransformation:
+    """``optax.multi_transform`` with AdamW per group and ``set_to_zero`` for frozen leaves.
+
+    Weight decay is applied to matrices only. Clipping is not part of it: see :func:`clip_factor`.
+
+    Args:
+        config: rates, decays and betas.
+        total_steps: length of the schedule.
+        labels: tree of group names and `FROZEN`, see `freezing.optimizer_labels`.
+    """
+
+    def matrices(tree):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
+    transforms: dict[str, optax.GradientTransformation] = {
+        group: optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=_or(getattr(config.weight_decays, group), config.weight_decay),
+            mask=matrices,
+        )
+        for group, schedule in group_schedules(config, total_steps).items()
+    }
+    return optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, labels)
+
+
+def clip_factor(norm: jax.Array, limit: float | None) -> jax.Array | float:
+    """Factor that brings a gradient of the given norm down to `limit`, 1 where it is below."""
+    if limit is None:
+        return 1.0
+    return jax.numpy.minimum(1.0, limit / jax.numpy.maximum(norm, 1e-16))
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

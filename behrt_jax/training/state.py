@@ -1,0 +1,76 @@
+"""The first train state, and what follows from model, adapters and regime alone."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from behrt_jax.adapters import lora
+from behrt_jax.config import PretrainConfig
+from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.training.freezing import adapted_kernels_frozen, optimizer_labels, regime, trainable
+from behrt_jax.training.mesh import replicated
+from behrt_jax.training.optimizer import make_optimizer
+from behrt_jax.training.step import Predictor, TrainState, Variables
+
+
+class Setup(NamedTuple):
+    """What a run trains and how."""
+
+    predictor: Predictor
+    shapes: Any
+    """The variables as ``jax.ShapeDtypeStruct``."""
+    mask: Any
+    """Tree of booleans with the structure of the variables: does this leaf train?"""
+    layers: list[lora.AdaptedLayer]
+    """Adapted layers; empty without LoRA."""
+
+
+def set_up(config: PretrainConfig, vocabulary_size: int) -> Setup:
+    """Work out model, adapters and what trains, without computing anything.
+
+    Raises:
+        InputError: adapters that match nothing, a regime that trains nothing, and the like.
+    """
+    model = BEHRTForMLM(config.model, vocabulary_size)
+    shapes = jax.eval_shape(lambda key: _init_variables(model, config, key), jax.random.key(0))
+    mask = trainable(shapes, regime(config.freezing))
+    if config.lora is None:
+        return Setup(Predictor(model), shapes, mask, [])
+    frozen = adapted_kernels_frozen(shapes, mask)
+    product = lora.resolve_product(config.lora, config.model.compute_dtype, frozen)
+    layers = lora.adapted_layers(shapes["params"], config.lora)
+    return Setup(Predictor(model, config.lora, product), shapes, mask, layers)
+
+
+def optimizer_for(config: PretrainConfig, setup: Setup, total_steps: int) -> optax.GradientTransformation:
+    """AdamW for what trains in `setup`, nothing for the rest."""
+    return make_optimizer(config.optimizer, total_steps, optimizer_labels(setup.shapes, setup.mask))
+
+
+def init_state(
+    config: PretrainConfig,
+    setup: Setup,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+) -> TrainState:
+    """Initialise everything in one jitted call, replicated over the mesh.
+
+    Leaf by leaf it would take seconds, and an uncommitted first state would compile the step twice.
+    """
+
+    def init(key: jax.Array) -> TrainState:
+        variables = _init_variables(setup.predictor.model, config, key)
+        return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables))
+
+    return jax.jit(init, out_shardings=replicated(mesh))(key)
+
+
+def _init_variables(model: BEHRTForMLM, config: PretrainConfig, key: jax.Array) -> Variables:
+    params_key, lora_key = jax.random.split(key)
+    params = model.init(params_key, *example_inputs(config.model))["params"]
+    adapters = {} if config.lora is None else lora.init(lora_key, params, config.lora)
+    return {"params": params, "lora": adapters}

@@ -1,0 +1,153 @@
+"""The jitted train and validation steps of masked-code pretraining."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from behrt_jax.adapters import lora
+from behrt_jax.config import LoRAConfig, MaskingConfig
+from behrt_jax.data.rows import Batch
+from behrt_jax.evaluation.metrics import add_totals, prediction_totals
+from behrt_jax.models.behrt import BEHRTForMLM
+from behrt_jax.training.freezing import stop_frozen, trainable_leaves
+from behrt_jax.training.objectives import MaskedCodes, mask_codes
+from behrt_jax.training.optimizer import clip_factor
+
+Variables = dict[str, Any]
+Totals = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step."""
+
+    step: jax.Array
+    """Steps done, int32 scalar."""
+    variables: Variables
+    """``{"params": ..., "lora": ...}``."""
+    opt_state: optax.OptState
+
+
+class Predictor(NamedTuple):
+    """How a batch becomes logits: the model and, if any, its adapters."""
+
+    model: BEHRTForMLM
+    lora: LoRAConfig | None = None
+    product: Literal["activations", "merged"] = "activations"
+
+    def logits(self, variables: Variables, batch: Batch, masked: MaskedCodes, key: jax.Array | None):
+        """Logits at the masked columns, float32 `[batch, budget, vocabulary]`; no key, no dropout."""
+        adapters = (
+            lora.applying(self.lora, self.product, deterministic=key is None) if self.lora else nullcontext()
+        )
+        with adapters:
+            return self.model.apply(
+                variables,
+                masked.codes,
+                batch.ages,
+                batch.visits,
+                batch.positions,
+                batch.segment_ids,
+                masked.columns,
+                deterministic=key is None,
+                rngs=None if key is None else {"dropout": key},
+            )
+
+
+def make_train_step(
+    predictor: Predictor,
+    optimizer: optax.GradientTransformation,
+    mask: Any,
+    masking: MaskingConfig,
+    key: jax.Array,
+    *,
+    clip_norm: float | None,
+    micro_batches: int = 1,
+    static_masks: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Totals]]:
+    """Build the train step: mask, encode, predict, differentiate, clip, update.
+
+    The result depends on the state and the batch alone. Jit it with its first argument donated.
+
+    Args:
+        predictor: model and adapters.
+        optimizer: a transformation of the whole variables tree, see `optimizer.make_optimizer`.
+        mask: tree of booleans with the structure of the variables, True where a leaf trains.
+        masking: how codes are masked.
+        key: typed PRNG key of the run; masks and dropout come from it and the step.
+        clip_norm: largest norm of the gradient over all trainable leaves.
+        micro_batches: parts into which the batch is cut; it must divide the number of rows.
+        static_masks: masks from the row's id alone, the same in each epoch.
+
+    Returns:
+        A function from (state, batch) to the new state and the totals of
+        `metrics.prediction_totals`, with ``gradient_norm`` (before clipping, trainable leaves only).
+    """
+    mask_key, dropout_key = jax.random.split(key)
+
+    def loss_of(variables: Variables, batch: Batch, masked: MaskedCodes, key: jax.Array):
+        logits = predictor.logits(stop_frozen(variables, mask), batch, masked, key)
+        totals = prediction_totals(logits, masked.labels, masked.weights)
+        return totals["loss"], totals
+
+    def gradient_of(variables: Variables, batch: Batch, masked: MaskedCodes, key: jax.Array):
+        gradient, totals = jax.grad(loss_of, has_aux=True)(variables, batch, masked, key)
+        return trainable_leaves(gradient, mask), totals
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Totals]:
+        key = mask_key if static_masks else jax.random.fold_in(mask_key, state.step)
+        masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
+        key = jax.random.fold_in(dropout_key, state.step)
+        gradient, totals = _accumulate(gradient_of, state.variables, batch, masked, key, micro_batches)
+
+        gradient = [leaf / jnp.maximum(totals["targets"], 1.0) for leaf in gradient]
+        norm = optax.tree.norm(gradient)
+        factor = clip_factor(norm, clip_norm)
+        gradient = iter([leaf * factor for leaf in gradient])
+        full_gradient = jax.tree.map(
+            lambda leaf, trains: next(gradient) if trains else jnp.zeros_like(leaf), state.variables, mask
+        )
+        updates, opt_state = optimizer.update(full_gradient, state.opt_state, state.variables)
+        variables = jax.tree.map(
+            lambda leaf, update, trains: leaf + update if trains else leaf, state.variables, updates, mask
+        )
+        return TrainState(state.step + 1, variables, opt_state), {**totals, "gradient_norm": norm}
+
+    return train_step
+
+
+def make_validation_step(
+    predictor: Predictor, masking: MaskingConfig, key: jax.Array
+) -> Callable[[Variables, Batch], Totals]:
+    """Build the validation step: totals of a batch, with masks fixed by the key and the row ids."""
+
+    def validation_step(variables: Variables, batch: Batch) -> Totals:
+        masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
+        return prediction_totals(
+            predictor.logits(variables, batch, masked, None), masked.labels, masked.weights
+        )
+
+    return validation_step
+
+
+def _accumulate(gradient_of, variables, batch, masked, key, parts):
+    """Sums of gradients and totals over parts of the batch, one part in memory at a time."""
+    if parts == 1:
+        return gradient_of(variables, batch, masked, key)
+    # Part p takes the rows p, p + parts, ...: each device keeps the rows that it holds.
+    split = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), (batch, masked)
+    )
+
+    def add_part(sums, part):
+        index, (batch, masked) = part
+        gradient, totals = gradient_of(variables, batch, masked, jax.random.fold_in(key, index))
+        return ([a + b for a, b in zip(sums[0], gradient, strict=True)], add_totals(sums[1], totals)), None
+
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(gradient_of, variables, *first, key)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.scan(add_part, zeros, (jnp.arange(parts), split))[0]

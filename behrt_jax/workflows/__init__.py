@@ -1,0 +1,1 @@
+"""One readable procedure for each command."""

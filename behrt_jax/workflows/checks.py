@@ -1,0 +1,85 @@
+"""Mistakes in a configuration that can be told before any data is read."""
+
+from behrt_jax.config import ModelConfig, PretrainConfig
+from behrt_jax.errors import InputError
+from behrt_jax.training.freezing import GROUPS, REGIMES
+from behrt_jax.training.state import set_up
+
+
+def check(config: PretrainConfig) -> None:
+    """Raise one :class:`InputError` for the first setting that cannot work; it names the option."""
+    _check_model(config.model)
+    data, masking, optimizer, train = config.data, config.masking, config.optimizer, config.train
+
+    max_length = data.max_length or config.model.positions
+    _require(
+        max_length <= config.model.positions,
+        f"data.max_length is {max_length}, but the model has {config.model.positions} positions: "
+        "lower it or raise model.positions.",
+    )
+    _require(max_length >= 2, f"data.max_length is {max_length}: give 2 or more.")
+    _positive("data.subjects", data.subjects)
+    _positive("data.events_mean", data.events_mean)
+    _require(data.events_spread >= 0, f"data.events_spread is {data.events_spread}: give 0 or more.")
+    if data.vocabulary_size is not None:
+        _require(
+            data.vocabulary_size > 5,
+            f"data.vocabulary_size is {data.vocabulary_size}: five rows go to special tokens, give more.",
+        )
+
+    _share("masking.probability", masking.probability)
+    _require(masking.probability > 0, "masking.probability is 0: there would be nothing to predict.")
+    _share("masking.mask_share", masking.mask_share)
+    _share("masking.random_share", masking.random_share)
+    _require(
+        masking.mask_share + masking.random_share <= 1,
+        "masking.mask_share and masking.random_share add up to more than 1: lower one of them.",
+    )
+
+    _positive("optimizer.learning_rate", optimizer.learning_rate)
+    _share("optimizer.warmup_fraction", optimizer.warmup_fraction)
+    if optimizer.clip_norm is not None:
+        _positive("optimizer.clip_norm", optimizer.clip_norm)
+    for group in GROUPS:
+        rate = getattr(optimizer.learning_rates, group)
+        _require(rate is None or rate > 0, f"optimizer.learning_rates.{group} is {rate}: give more than 0.")
+
+    for name in ("epochs", "batch_size", "micro_batches", "log_every"):
+        _positive(f"train.{name}", getattr(train, name))
+    for name in ("max_steps", "batch_tokens", "validate_every", "patience"):
+        value = getattr(train, name)
+        _require(value is None or value > 0, f"train.{name} is {value}: give more than 0.")
+
+    _require(
+        config.freezing.regime in REGIMES,
+        f"freezing.regime is {config.freezing.regime!r}: choose one of {', '.join(REGIMES)}.",
+    )
+    unknown = sorted(set(config.freezing.groups) - set(GROUPS))
+    _require(not unknown, f"freezing.groups has {unknown}: choose from {', '.join(GROUPS)}.")
+    set_up(config, vocabulary_size=8)  # adapters and regime; no arrays are made
+
+
+def _check_model(model: ModelConfig) -> None:
+    for name in ("embedding_size", "hidden_size", "layers", "heads", "positions", "age_rows", "visit_rows"):
+        _positive(f"model.{name}", getattr(model, name))
+    _positive("model.age_bin_years", model.age_bin_years)
+    _require(
+        model.hidden_size % model.heads == 0,
+        f"model.hidden_size {model.hidden_size} is not divisible by model.heads {model.heads}: change one.",
+    )
+    for name in ("dropout", "attention_dropout"):
+        rate = getattr(model, name)
+        _require(rate is None or 0 <= rate < 1, f"model.{name} is {rate}: give a rate from 0 up to, but not, 1.")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _positive(name: str, value: float) -> None:
+    _require(value > 0, f"{name} is {value}: give more than 0.")
+
+
+def _share(name: str, value: float) -> None:
+    _require(0 <= value <= 1, f"{name} is {value}: give a share from 0 to 1.")

@@ -1,0 +1,227 @@
+"""Masked-code pretraining, from a configuration to a finished run folder."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from behrt_jax.config import PretrainConfig
+from behrt_jax.data.batches import TrainingBatches, ValidationBatches, training_batches, validation_batches
+from behrt_jax.data.load import load_events
+from behrt_jax.data.sequences import SequenceSet, build_sequences, describe
+from behrt_jax.tracking.console import Console, open_console
+from behrt_jax.tracking.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    METRICS_FILE,
+    PARAMETERS_FILE,
+    prepare_run_folder,
+    truncate_metrics,
+    write_json,
+)
+from behrt_jax.training.checkpoints import Checkpoints, open_checkpoints
+from behrt_jax.training.interruption import catching_signals
+from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
+from behrt_jax.training.mesh import make_mesh, put_rows, replicated
+from behrt_jax.training.optimizer import group_schedules
+from behrt_jax.training.parameter_report import count_parameters
+from behrt_jax.training.state import Setup, init_state, optimizer_for, set_up
+from behrt_jax.training.step import TrainState, make_train_step, make_validation_step
+from behrt_jax.training.validation import unigram_metrics, validate
+from behrt_jax.workflows import announce
+from behrt_jax.workflows.checks import check
+from behrt_jax.workflows.results import try_write_adapter, write_summary
+from behrt_jax.workflows.run_settings import check_same_run, default_folder, run_record, settings
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """Where the run is and how it ended."""
+
+    folder: Path
+    summary: dict[str, Any]
+    """Content of summary.json."""
+    exit_status: int = 0
+    """0, or 128 plus the number of the signal that stopped the run."""
+
+
+def pretrain(config: PretrainConfig, devices: list[jax.Device] | None = None) -> PretrainResult:
+    """Pretrain BEHRT by masked-code prediction and leave a run folder behind.
+
+    Args:
+        config: every setting of the run.
+        devices: devices to train on; all where not given.
+
+    Raises:
+        InputError: something in the configuration or the data is wrong; raised before training.
+        DivergenceError: the loss is not finite any more; the last good checkpoint is in the folder.
+    """
+    started = time.perf_counter()
+    check(config)
+    with open_console() as console, catching_signals() as interruption:
+        folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
+        data = build_sequences(load_events(config.data), config.data, config.model.sep_token)
+        description = describe(data)
+        announce.data(console, config, description)
+        if config.resume:
+            check_same_run(folder, config, data.fingerprint)
+
+        setup = set_up(config, len(data.vocabulary))
+        parameters = _parameter_report(config, setup)
+        announce.parameters(console, parameters, setup.predictor.product)
+        warnings = announce.warnings(console, config, len(data.vocabulary))
+
+        mesh = make_mesh(devices)
+        batches, tuning = _batches(config, data, mesh.size)
+        total_steps = config.train.epochs * batches.steps_per_epoch
+        total_steps = min(total_steps, config.train.max_steps or total_steps)
+        announce.batches(console, batches, mesh, total_steps)
+
+        init_key, step_key, validation_key = jax.random.split(jax.random.key(config.train.seed), 3)
+        unigram = unigram_metrics(data.vocabulary, tuning, config.masking, validation_key)
+        announce.baseline(console, unigram)
+
+        data.vocabulary.write(folder / "vocabulary.parquet")
+        write_json(folder / PARAMETERS_FILE, parameters)
+        write_json(folder / CONFIG_FILE, run_record(config, description))
+
+        optimizer = optimizer_for(config, setup, total_steps)
+        schedules = group_schedules(config.optimizer, total_steps)
+        train_step = jax.jit(
+            make_train_step(
+                setup.predictor,
+                optimizer,
+                setup.mask,
+                config.masking,
+                step_key,
+                clip_norm=config.optimizer.clip_norm,
+                micro_batches=config.train.micro_batches,
+                static_masks=config.train.static_masks,
+            ),
+            donate_argnums=0,
+            out_shardings=replicated(mesh),
+        )
+        validation_step = jax.jit(make_validation_step(setup.predictor, config.masking, validation_key))
+
+        with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
+            state, cursor = init_state(config, setup, optimizer, init_key, mesh), Cursor()
+            if config.resume:
+                state, cursor = _restore(checkpoints, state, console)
+            truncate_metrics(folder / METRICS_FILE, cursor.step)
+            earlier_seconds = cursor.seconds
+
+            def next_batch(step: int) -> tuple[Any, int]:
+                batch = batches.batch(step)
+                return put_rows(batch, mesh), int((batch.segment_ids > 0).sum())
+
+            def save(state: TrainState, cursor: Cursor, metrics: dict[str, Any] | None) -> None:
+                cursor.seconds = earlier_seconds + time.perf_counter() - started
+                trees = state.variables["params"], state.variables["lora"], state.opt_state
+                checkpoints.save(cursor.step, *trees, cursor.to_json(), settings(config), metrics)
+
+            console.start(total_steps, cursor.step, batches.steps_per_epoch)
+            divergence = None
+            try:
+                state, stop_reason = train(
+                    state,
+                    cursor,
+                    Schedule(
+                        total_steps,
+                        batches.steps_per_epoch,
+                        config.train.validate_every or batches.steps_per_epoch,
+                        config.train.log_every,
+                        config.train.patience,
+                    ),
+                    Actions(
+                        next_batch,
+                        train_step,
+                        validate=lambda variables: validate(validation_step, variables, tuning, mesh),
+                        learning_rates=lambda step: {
+                            group: float(schedule(step))
+                            for group, schedule in schedules.items()
+                            if parameters[group]["trainable"]
+                        },
+                        save=save,
+                        interrupted=lambda: bool(interruption),
+                    ),
+                    announce.LoopReporter(console, folder / METRICS_FILE, unigram["loss"]),
+                )
+            except DivergenceError as error:
+                divergence, stop_reason = error, f"diverged: {error}"
+            console.close()
+
+            best_step = checkpoints.best_step()
+            if best_step is not None and not divergence:
+                trees = state.variables
+                best = checkpoints.restore(best_step, params=trees["params"], lora=trees["lora"])
+                variables = {"params": best.params, "lora": best.lora}
+                try_write_adapter(console, folder, config, setup, variables, data.vocabulary.fingerprint())
+        summary = write_summary(
+            folder,
+            config,
+            baselines={"unigram": unigram},
+            best_step=best_step,
+            stop_reason=f"{stop_reason} by {interruption.name}" if stop_reason == "interrupted" else stop_reason,
+            seconds=earlier_seconds + time.perf_counter() - started,
+            warnings=warnings,
+            data=description,
+            parameters=parameters,
+        )
+        announce.end(console, folder, summary)
+    if divergence:
+        raise divergence
+    return PretrainResult(folder, summary, 128 + interruption.number if stop_reason == "interrupted" else 0)
+
+
+def _batches(
+    config: PretrainConfig, data: SequenceSet, devices: int
+) -> tuple[TrainingBatches, ValidationBatches]:
+    common = {
+        "row_length": config.data.max_length or config.model.positions,
+        "window": config.data.window,
+        "packed": config.data.packed,
+        "cls_token": config.model.cls_token,
+    }
+    batches = training_batches(
+        data.splits["train"],
+        **common,
+        batch_size=config.train.batch_size,
+        batch_tokens=config.train.batch_tokens,
+        seed=config.train.seed,
+        static=config.train.static_masks,
+        multiple_of=devices * config.train.micro_batches,
+    )
+    tuning = validation_batches(
+        data.splits["tuning"], **common, rows_per_batch=batches.rows_per_batch, multiple_of=devices
+    )
+    return batches, tuning
+
+
+def _parameter_report(config: PretrainConfig, setup: Setup) -> dict[str, Any]:
+    return {
+        **count_parameters(setup.shapes, setup.mask),
+        "regime": "+".join(config.freezing.groups) or config.freezing.regime,
+        "adapters": [
+            {"name": layer.name, "in": layer.inputs, "out": layer.outputs, "rank": layer.rank}
+            for layer in setup.layers
+        ],
+    }
+
+
+def _restore(checkpoints: Checkpoints, state: TrainState, console: Console) -> tuple[TrainState, Cursor]:
+    """State and cursor of the latest checkpoint; the fresh ones where there is none yet."""
+    step = checkpoints.latest_step()
+    if step is None:
+        console.log("No checkpoint was written yet: the run starts from its beginning.")
+        return state, Cursor()
+    params, lora, opt_state = checkpoints.restore(
+        step, params=state.variables["params"], lora=state.variables["lora"], opt_state=state.opt_state
+    )
+    console.log(f"Resuming after step {step:,}.")
+    step_array = jax.device_put(state.step.dtype.type(step), state.step.sharding)
+    return (
+        TrainState(step_array, {"params": params, "lora": lora}, opt_state),
+        Cursor.from_json(checkpoints.read_cursor(step)),
+    )

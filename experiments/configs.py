@@ -1,0 +1,86 @@
+"""Named configurations of the experiments."""
+
+from dataclasses import replace
+
+from behrt_jax.config import (
+    DataConfig,
+    FreezingConfig,
+    LoRAConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TrainConfig,
+)
+
+SMALL = ModelConfig(embedding_size=64, hidden_size=128, layers=2, heads=4, positions=50)
+MEDIUM = ModelConfig(embedding_size=128, hidden_size=256, layers=4, heads=8, positions=100)
+LARGE = ModelConfig(embedding_size=256, hidden_size=512, layers=6, heads=8, positions=200, dropout=0.2)
+
+PAPER = ModelConfig(
+    embedding_size=288,
+    hidden_size=288,
+    layers=6,
+    heads=12,
+    ffn_size=512,
+    positions=256,
+    position_embedding="sinusoidal",
+    position_of="visit",
+    age_bin_years=1 / 12,
+    age_rows=1321,
+    visit_embedding="alternating",
+    cls_token=True,
+    sep_token=True,
+)
+"""Sizes, embeddings and tokens of Li et al. 2020 (ages in months up to 110 years)."""
+
+
+def _with_lora(config: PretrainConfig, rank: int) -> PretrainConfig:
+    return replace(
+        config,
+        name=f"{config.name}_lora",
+        lora=LoRAConfig(rank=rank),
+        freezing=FreezingConfig(regime="lora"),
+    )
+
+
+_SMALL = PretrainConfig(
+    name="small",
+    model=SMALL,
+    data=DataConfig(subjects=5000),
+    optimizer=OptimizerConfig(learning_rate=3e-3),
+    train=TrainConfig(epochs=30, batch_size=64, patience=5),
+)
+_MEDIUM = PretrainConfig(
+    name="medium",
+    model=MEDIUM,
+    data=DataConfig(subjects=5000),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+    train=TrainConfig(epochs=50, batch_size=128, patience=10),
+)
+_LARGE = PretrainConfig(
+    name="large",
+    model=LARGE,
+    data=DataConfig(subjects=5000, vocabulary_size=1000),
+    optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=0.01),
+    train=TrainConfig(epochs=100, batch_size=128, patience=10),
+)
+_PAPER = PretrainConfig(
+    name="paper",
+    model=PAPER,
+    data=DataConfig(subjects=5000),
+    optimizer=OptimizerConfig(learning_rate=3e-4),
+    train=TrainConfig(epochs=50, batch_size=128, patience=10),
+)
+
+PRETRAIN: dict[str, PretrainConfig] = {
+    config.name: config
+    for config in (
+        _SMALL,
+        _with_lora(_SMALL, rank=8),
+        _MEDIUM,
+        _with_lora(_MEDIUM, rank=8),
+        _LARGE,
+        _with_lora(_LARGE, rank=16),
+        _PAPER,
+    )
+}

@@ -1,0 +1,239 @@
+"""LoRA as a tree transform."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from behrt_jax.adapters import lora
+from behrt_jax.adapters.products import activation_product, merged_product
+from behrt_jax.config import LoRAConfig
+from behrt_jax.errors import InputError
+from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from tests.models.rows import VOCABULARY, random_batch, tiny_model
+
+MODEL = BEHRTForMLM(tiny_model(), VOCABULARY)
+ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(MODEL.init)(jax.random.key(0), *example_inputs(MODEL.config))["params"]
+
+
+def trained(params, config, seed=1):
+    """Adapters as after some training: b is no longer zero."""
+    fresh = lora.init(jax.random.key(seed), params, config)
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), fresh)
+
+
+def adapted_logits(params, adapters, config, batch, product="activations", key=None):
+    @jax.jit
+    def apply(params, adapters, batch):
+        with lora.applying(config, product, deterministic=key is None):
+            return MODEL.apply(
+                {"params": params, "lora": adapters},
+                *batch[:5],
+                deterministic=key is None,
+                rngs=None if key is None else {"dropout": key},
+            )
+
+    return apply(params, adapters, batch)
+
+
+@pytest.mark.parametrize("targets", [("out",), ("query", "key", "value", "out"), ALL_LINEARS])
+def test_shapes_and_first_values(params, targets):
+    config = LoRAConfig(rank=3, targets=targets)
+    adapters = lora.init(jax.random.key(0), params, config)
+    kernels = flatten_dict(params)
+    flat = flatten_dict(adapters)
+    assert {path[-2] for path in flat} == set(targets)
+    for path, leaf in flat.items():
+        inputs, outputs = kernels[(*path[:-1], "kernel")].shape
+        chex.assert_shape(leaf, (inputs, 3) if path[-1] == "a" else (3, outputs))
+        if path[-1] == "b":
+            np.testing.assert_array_equal(leaf, 0.0)
+        else:
+            assert 0.5 * inputs**-0.5 < np.abs(leaf).max() <= inputs**-0.5
+
+
+@pytest.mark.parametrize("product", ["activations", "merged"])
+def test_fresh_adapters_leave_the_output_identical(params, product):
+    config = LoRAConfig(rank=4, targets=ALL_LINEARS)
+    batch = random_batch(0)
+    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, *b[:5]))(params, batch)
+    adapters = lora.init(jax.random.key(0), params, config)
+    np.testing.assert_array_equal(adapted_logits(params, adapters, config, batch, product), base)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_merged_parameters_give_the_adapted_output(params, stabilised):
+    config = LoRAConfig(rank=4, alpha=6.0, targets=ALL_LINEARS, rank_stabilised=stabilised)
+    adapters, batch = trained(params, config), random_batch(1)
+    adapted = adapted_logits(params, adapters, config, batch)
+    merged = lora.merge(params, adapters, config)
+    from_merged = jax.jit(lambda p, b: MODEL.apply({"params": p}, *b[:5]))(merged, batch)
+    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, *b[:5]))(params, batch)
+    real = batch.segment_ids > 0
+    assert np.abs(adapted - base)[real].max() > 1e-2
+    np.testing.assert_allclose(from_merged[real], adapted[real], atol=1e-5, rtol=1e-5)
+
+
+def test_unmerge_undoes_merge_and_touches_no_other_leaf(params):
+    config = LoRAConfig(rank=4, targets=("out",))
+    adapters = trained(params, config)
+    merged = lora.merge(params, adapters, config)
+    chex.assert_trees_all_close(lora.unmerge(merged, adapters, config), params, atol=1e-6)
+    changed = {
+        path for path, leaf in flatten_dict(merged).items() if not np.array_equal(leaf, flatten_dict(params)[path])
+    }
+    assert changed == {(*path[:-1], "kernel") for path in flatten_dict(adapters)}
+
+
+def test_both_products_have_equal_outputs_and_gradients(params):
+    config = LoRAConfig(rank=4, targets=ALL_LINEARS)
+    adapters, batch = trained(params, config), random_batch(2)
+
+    def gradients(product):
+        def loss(adapters):
+            with lora.applying(config, product):
+                return (MODEL.apply({"params": params, "lora": adapters}, *batch[:5]) ** 2).mean()
+
+        return jax.jit(jax.value_and_grad(loss))(adapters)
+
+    chex.assert_trees_all_close(gradients("merged"), gradients("activations"), rtol=1e-4, atol=1e-6)
+
+
+# Each new shape compiles anew.
+@settings(max_examples=6)
+@given(
+    st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5)),
+    st.floats(0.1, 4.0),
+    st.integers(0, 99),
+)
+def test_products_agree_with_the_definition(sizes, scale, seed):
+    rows, inputs, outputs, rank = sizes
+    keys = jax.random.split(jax.random.key(seed), 4)
+    x, kernel, a, b = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(
+            keys, [(rows, 2, inputs), (inputs, outputs), (inputs, rank), (rank, outputs)], strict=True
+        )
+    )
+
+    def plain(x, a, b):
+        return jnp.sin(x @ kernel + scale * (x @ a @ b)).sum()
+
+    def merged(x, a, b):
+        return jnp.sin(merged_product(x, kernel, a, b, scale)).sum()
+
+    np.testing.assert_allclose(merged(x, a, b), plain(x, a, b), rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(jax.grad(merged, (0, 1, 2))(x, a, b), jax.grad(plain, (0, 1, 2))(x, a, b), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_adapter_dropout_falls_on_the_adapter_alone(params):
+    config = LoRAConfig(rank=4, dropout=0.5)
+    batch, key = random_batch(3), jax.random.key(9)
+    adapters = trained(params, config)
+    fresh = lora.init(jax.random.key(0), params, config)
+    still = tiny_model(dropout=0.0)
+    model = BEHRTForMLM(still, VOCABULARY)
+
+    @jax.jit
+    def logits(adapters):
+        with lora.applying(config, deterministic=False):
+            return model.apply(
+                {"params": params, "lora": adapters}, *batch[:5], deterministic=False, rngs={"dropout": key}
+            )
+
+    base = jax.jit(lambda: model.apply({"params": params}, *batch[:5]))()
+    np.testing.assert_allclose(logits(fresh), base, atol=1e-6)
+    assert np.abs(logits(adapters) - adapted_logits(params, adapters, config, batch)).max() > 1e-3
+    np.testing.assert_allclose(activation_product(jnp.ones((3, 2)), jnp.ones((2, 1)), jnp.ones((1, 2)), 0.5), 1.0)
+
+
+def test_an_adapter_does_not_depend_on_which_others_there_are(params):
+    alone = flatten_dict(lora.init(jax.random.key(0), params, LoRAConfig(rank=2, targets=("out",))))
+    among = flatten_dict(lora.init(jax.random.key(0), params, LoRAConfig(rank=2, targets=ALL_LINEARS)))
+    for path, leaf in alone.items():
+        np.testing.assert_array_equal(leaf, among[path])
+    firsts = [leaf for path, leaf in among.items() if path[-1] == "a" and leaf.shape == (16, 2)]
+    assert not np.allclose(firsts[0], firsts[1])
+
+
+def test_targets_by_path_pattern(params):
+    layers = lora.adapted_layers(params, LoRAConfig(targets=("behrt/encoder/layer_0/*", "mlm_head/dense")))
+    names = {layer.name for layer in layers}
+    assert "mlm_head/dense" in names
+    assert "behrt/encoder/layer_0/intermediate" in names
+    assert "behrt/encoder/layer_0/attention/query" in names
+    assert not any("layer_1" in name for name in names)
+
+
+def test_a_target_that_matches_nothing_lists_what_could_match(params):
+    with pytest.raises(InputError, match=r"'qery' matches no.*key, out, output, projection, query, value"):
+        lora.adapted_layers(params, LoRAConfig(targets=("query", "qery")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [({"rank": 0}, "lora.rank"), ({"dropout": 1.0}, "lora.dropout"), ({"alpha": 0.0}, "lora.alpha"),
+     ({"targets": ()}, "lora.targets")],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(params, changes, option):
+    with pytest.raises(InputError, match=option):
+        lora.init(jax.random.key(0), params, LoRAConfig(**changes))
+
+
+def test_scale():
+    assert lora.scale(LoRAConfig(rank=16)) == 2.0
+    assert lora.scale(LoRAConfig(rank=16, alpha=8.0)) == 0.5
+    assert lora.scale(LoRAConfig(rank=16, alpha=8.0, rank_stabilised=True)) == 2.0
+
+
+def test_product_is_merged_only_where_that_is_right():
+    assert lora.resolve_product(LoRAConfig(), "float32", True) == "merged"
+    for config, dtype, frozen in [
+        (LoRAConfig(dropout=0.1), "float32", True),
+        (LoRAConfig(), "bfloat16", True),
+        (LoRAConfig(), "float32", False),
+    ]:
+        assert lora.resolve_product(config, dtype, frozen) == "activations"
+    with pytest.raises(InputError, match="adapted kernels are trained"):
+        lora.resolve_product(LoRAConfig(product="merged"), "float32", False)
+
+
+def test_adapters_work_under_a_scan_over_layers():
+    """Modules never name LoRA, also where the layers' parameters are stacked."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nn.Dense(4, name="out")(x), None
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scanned = nn.scan(Layer, variable_axes={True: 0}, split_rngs={True: True}, length=3)
+            return scanned(name="layers")(x, None)[0]
+
+    x = jnp.ones((2, 4))
+    params = Stack().init(jax.random.key(0), x)["params"]
+    a = jax.random.normal(jax.random.key(1), (3, 4, 2))
+    b = jax.random.normal(jax.random.key(2), (3, 2, 4))
+    config = LoRAConfig(rank=2)
+    with lora.applying(config):
+        adapted = Stack().apply({"params": params, "lora": {"layers": {"out": {"a": a, "b": b}}}}, x)
+    expected = x
+    for layer in range(3):
+        dense = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"]["out"])
+        kernel = dense["kernel"] + 2.0 * a[layer] @ b[layer]
+        expected = expected + expected @ kernel + dense["bias"][None, :]
+    np.testing.assert_allclose(adapted, expected, rtol=1e-5)

@@ -1,0 +1,217 @@
+"""Run folders are never overwritten, and their files are whole after an interruption."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from behrt_jax.errors import InputError
+from behrt_jax.tracking.run_folder import (
+    append_metrics,
+    prepare_run_folder,
+    read_json,
+    read_metrics,
+    truncate_metrics,
+    write_json,
+    write_text,
+)
+
+shared_folder = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50
+)
+
+
+def make_run(folder: Path) -> Path:
+    folder.mkdir()
+    write_json(folder / "config.json", {"name": "small"})
+    return folder
+
+
+def test_a_new_folder_is_made_with_its_parents_and_comes_back_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = prepare_run_folder(Path("runs/../runs/first"), resume=False)
+    assert folder == tmp_path / "runs" / "first"
+    assert folder.is_dir()
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    assert prepare_run_folder(tmp_path, resume=False) == tmp_path.resolve()
+
+
+@pytest.mark.parametrize("sign", ["config.json", "metrics.jsonl", "checkpoints/"])
+def test_a_folder_with_a_run_is_refused_without_resume(tmp_path, sign):
+    (tmp_path / sign).mkdir() if sign.endswith("/") else (tmp_path / sign).write_text("{}")
+    with pytest.raises(InputError, match=r"--resume .*--output") as caught:
+        prepare_run_folder(tmp_path, resume=False)
+    assert str(tmp_path.resolve()) in str(caught.value)
+
+
+def test_a_folder_of_other_files_is_refused_and_resume_is_not_offered(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="other files") as caught:
+        prepare_run_folder(tmp_path, resume=False)
+    assert "--resume" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "out").write_text("")
+    for path in (tmp_path / "out", tmp_path / "out" / "run"):
+        with pytest.raises(InputError, match="cannot make the run folder"):
+            prepare_run_folder(path, resume=False)
+
+
+def test_resume_finds_the_run(tmp_path):
+    folder = make_run(tmp_path / "run")
+    assert prepare_run_folder(folder, resume=True) == folder.resolve()
+
+
+def test_resume_without_a_run_is_refused_and_makes_nothing(tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(InputError, match="no run to go on with"):
+            prepare_run_folder(folder, resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+@dataclass(frozen=True)
+class Settings:
+    path: Path
+    targets: tuple[str, ...]
+
+
+def test_json_takes_numpy_paths_tuples_and_dataclasses_and_keeps_order(tmp_path):
+    value = {
+        "z": np.float32(0.5),
+        "count": np.int64(2**40),
+        "yes": np.bool_(True),
+        "true": True,
+        3: (1, np.uint8(2)),
+        "grid": np.array([[1.5, math.nan]], np.float32),
+        "settings": Settings(Path("a/b"), ("query", "out")),
+    }
+    write_json(tmp_path / "x.json", value)
+    read = read_json(tmp_path / "x.json")
+    assert read == {
+        "z": 0.5,
+        "count": 2**40,
+        "yes": True,
+        "true": True,
+        "3": [1, 2],
+        "grid": [[1.5, None]],
+        "settings": {"path": "a/b", "targets": ["query", "out"]},
+    }
+    assert list(read) == ["z", "count", "yes", "true", "3", "grid", "settings"]
+    assert read["yes"] is True
+    assert read["true"] is True
+
+
+def test_bfloat16_is_written_as_a_number(tmp_path):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    write_json(tmp_path / "x.json", [ml_dtypes.bfloat16(0.5), np.ones(2, ml_dtypes.bfloat16)])
+    assert read_json(tmp_path / "x.json") == [0.5, [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, np.float32("nan"), np.float64("inf")])
+def test_a_number_that_is_not_finite_becomes_null(tmp_path, number):
+    write_json(tmp_path / "x.json", {"loss": [number]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"loss": [None]}
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json(path, {"steps": 1})
+    with pytest.raises(TypeError, match="object"):
+        write_json(path, {"steps": object()})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half of a page \ud800")  # fails after the file was opened
+    assert read_json(path) == {"steps": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_reading_json_that_is_missing_or_broken_names_the_file(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config.json is not valid JSON"):
+        read_json(tmp_path / "config.json")
+
+
+records = st.lists(
+    st.fixed_dictionaries(
+        {
+            "step": st.integers(0, 100),
+            "split": st.text(),
+            "loss": st.floats(allow_nan=False, allow_infinity=False),
+        }
+    ),
+    max_size=8,
+)
+
+
+@shared_folder
+@given(records=records)
+def test_metrics_come_back_as_written_one_line_each(tmp_path, records):
+    path = tmp_path / "metrics.jsonl"
+    path.unlink(missing_ok=True)
+    assert read_metrics(path) == []
+    for number, record in enumerate(records, start=1):
+        append_metrics(path, record)
+        content = path.read_bytes()
+        assert content.count(b"\n") == number
+        assert content.endswith(b"\n")
+    assert read_metrics(path) == records
+
+
+@shared_folder
+@given(records=records.filter(bool), data=st.data())
+def test_a_torn_last_line_is_left_out_and_all_others_are_kept(tmp_path, records, data):
+    path = tmp_path / "metrics.jsonl"
+    path.unlink(missing_ok=True)
+    for record in records:
+        append_metrics(path, record)
+    content = path.read_bytes()
+    last = len(content.splitlines(keepends=True)[-1])
+    torn = data.draw(st.integers(1, last))
+    path.write_bytes(content[: len(content) - torn])
+    # Without its newline alone the record is still whole.
+    assert read_metrics(path) == (records if torn == 1 else records[:-1])
+    # After a resume the next record stands on a line of its own.
+    truncate_metrics(path, 100)
+    append_metrics(path, {"step": 101})
+    assert read_metrics(path)[-1] == {"step": 101}
+
+
+@pytest.mark.parametrize("bad", ['{"step": 1', "[1]", '{"loss": 1}', "", '{"step": "1"}'])
+def test_a_broken_line_elsewhere_is_an_error_that_names_it(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 0}}\n{bad}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 2,"):
+        read_metrics(path)
+
+
+@shared_folder
+@given(records=records, step=st.integers(-1, 101))
+def test_truncating_drops_and_counts_what_is_past_the_step(tmp_path, records, step):
+    path = tmp_path / "metrics.jsonl"
+    path.unlink(missing_ok=True)
+    for record in records:
+        append_metrics(path, record)
+    dropped = truncate_metrics(path, step)
+    left = read_metrics(path)
+    assert left == [record for record in records if record["step"] <= step]
+    assert dropped == len(records) - len(left)
+
+
+def test_truncating_a_missing_file_does_nothing(tmp_path):
+    assert truncate_metrics(tmp_path / "metrics.jsonl", 5) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_metrics_that_are_not_finite_are_null(tmp_path):
+    append_metrics(tmp_path / "m.jsonl", {"step": np.int32(3), "loss": np.float32("nan")})
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 3, "loss": null}\n'

@@ -1,0 +1,156 @@
+"""The summary says plainly whether the model beats the unigram baseline."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from behrt_jax.tracking.run_folder import read_json, write_json
+from behrt_jax.tracking.summary import (
+    SMALL_GAIN,
+    figure_rows,
+    flat,
+    format_figure,
+    gain_over_unigram,
+    summarise,
+    summary_text,
+    verdict,
+)
+
+BASELINES = {"unigram": {"loss": 5.5, "accuracy": 0.03}}
+METRICS = [
+    {"step": 20, "epoch": 0.5, "split": "train", "loss": 6.0},
+    {"step": 40, "epoch": 1.0, "split": "tuning", "loss": 5.0, "accuracy": 0.1, "perplexity": 148.41},
+    {"step": 60, "epoch": 1.5, "split": "train", "loss": 4.5},
+    {"step": 80, "epoch": 2.0, "split": "tuning", "loss": 5.2, "accuracy": 0.12, "perplexity": 181.3},
+]
+PARAMETERS = {"total": 668776, "trainable": 271976, "trainable_percent": 40.668, "adapters": [{"name": "q"}]}
+DATA = {"source": "clinical", "events": {"read": 75012}, "shards": ["one", "two"]}
+
+
+def summary(**changes):
+    arguments = {
+        "metrics": METRICS,
+        "baselines": BASELINES,
+        "best_step": 40,
+        "stop_reason": "all 2 epochs done",
+        "wall_seconds": 151.3,
+        "warnings": ["The codes were drawn at random."],
+        "data": DATA,
+        "parameters": PARAMETERS,
+    }
+    return summarise(**{**arguments, **changes})
+
+
+def test_summary_holds_best_last_and_gain():
+    result = summary()
+    assert result["best"] == {"step": 40, "epoch": 1.0, "loss": 5.0, "accuracy": 0.1, "perplexity": 148.41}
+    assert result["last"]["step"] == 80
+    assert result["last_train"] == {"step": 60, "epoch": 1.5, "loss": 4.5}
+    assert (result["epochs"], result["steps"]) == (2.0, 80)
+    assert result["gain_over_unigram"] == pytest.approx(0.5)
+    assert result["stop_reason"] == "all 2 epochs done"
+    assert result["wall_seconds"] == 151.3
+    assert result["baselines"] == BASELINES
+    assert result["warnings"] == ["The codes were drawn at random."]
+    assert result["parameters"] == {"total": 668776, "trainable": 271976, "trainable_percent": 40.668}
+
+
+def test_summary_is_the_same_after_a_round_trip_through_its_file(tmp_path):
+    write_json(tmp_path / "summary.json", summary())
+    assert read_json(tmp_path / "summary.json") == summary()
+
+
+def test_a_run_that_stopped_before_the_first_validation():
+    result = summary(metrics=METRICS[:1], best_step=None)
+    assert result["best"] is None
+    assert result["last"] is None
+    assert result["gain_over_unigram"] is None
+    assert result["steps"] == 20
+    text = summary_text(result, "small")
+    assert "no validation loss to compare" in text
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_run_without_any_record():
+    result = summary(metrics=[], best_step=None, baselines={}, data={}, parameters={}, warnings=[])
+    assert (result["epochs"], result["steps"]) == (0.0, 0)
+    text = summary_text(result, "small")
+    assert "Warnings" not in text
+    assert "Parameters" not in text
+    assert "Data" not in text
+
+
+def test_a_best_step_without_its_record_warns_and_leaves_the_callers_list_alone():
+    warnings = ["first"]
+    result = summary(best_step=41, warnings=warnings)
+    assert result["best"] is None
+    assert len(result["warnings"]) == 2
+    assert "41" in result["warnings"][1]
+    assert warnings == ["first"]
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf])
+def test_no_gain_without_finite_losses(loss):
+    assert gain_over_unigram({"loss": loss}, BASELINES) is None
+    assert gain_over_unigram({"loss": 1.0}, {"unigram": {"loss": loss}}) is None
+    assert gain_over_unigram(None, BASELINES) is None
+    assert gain_over_unigram({"loss": 1.0}, {}) is None
+
+
+@given(st.floats(-1e3, 1e4))
+def test_the_verdict_says_below_only_when_it_is(gain):
+    text = verdict(gain)
+    assert ("NOT below" in text) == (gain <= 0)
+    assert ("only just below" in text) == (0 < gain < SMALL_GAIN)
+    assert ("predicts masked codes better than" in text) == (gain >= SMALL_GAIN)
+
+
+def test_the_verdict_gives_the_size_of_the_gain_and_of_the_gap():
+    assert "by 0.500 nats" in verdict(0.5)
+    assert "1.65 times lower" in verdict(0.5)
+    assert "0.250 nats above" in verdict(-0.25)
+    assert "it is 0.000 nats above" in verdict(0.0)
+    assert "by 0.0040 nats" in verdict(0.004)
+
+
+def test_the_text_is_short_plain_ascii_with_the_figures():
+    text = summary_text(summary(stop_reason="fièvre"), "small_lora")
+    assert text.isascii()
+    assert text.endswith("\n")
+    assert max(map(len, text.splitlines())) <= 100
+    assert len(text.splitlines()) < 40
+    for part in (
+        "Pretraining run: small_lora",
+        "2.0 epochs, 80 steps, 2 min 31 s. Stopped: fi?vre.",
+        "below the unigram baseline by 0.500",
+        "best step 40, epoch 1.0",
+        "271,976 trained of 668,776 (40.7 %)",
+        "  events.read: 75,012",
+        "- The codes were drawn at random.",
+    ):
+        assert part in text
+    assert "shards" not in text  # lists could hold anything
+
+
+def test_figures_are_named_and_the_unigram_perplexity_is_worked_out():
+    rows = {row[0]: row[1:] for row in figure_rows(summary())}
+    assert rows["loss (nats)"] == ["5.000", "5.200", "5.500"]
+    assert rows["top-1 accuracy"] == ["10.0%", "12.0%", "3.0%"]
+    assert rows["perplexity"] == ["148.4", "181.3", "244.7"]
+    assert "top-5 accuracy" not in rows
+    assert "perplexity" not in BASELINES["unigram"]
+
+
+def test_format_figure_leaves_out_what_is_not_a_number():
+    assert [format_figure("loss", value) for value in (None, math.nan, math.inf, "x")] == [""] * 4
+
+
+def test_flat_names_every_single_value_and_leaves_lists_out():
+    assert list(flat({"a": {"b": 1, "c": {"d": None}}, "e": [1], "f": (2,), "g": "x"})) == [
+        ("a.b", 1),
+        ("a.c.d", None),
+        ("g", "x"),
+    ]

@@ -1,0 +1,125 @@
+"""Labels, regimes and the parameter table."""
+
+import jax
+import pytest
+from jax.tree_util import tree_leaves_with_path
+
+from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
+from behrt_jax.errors import InputError
+from behrt_jax.training.freezing import (
+    FROZEN,
+    GROUPS,
+    REGIMES,
+    adapted_kernels_frozen,
+    label,
+    labels,
+    optimizer_labels,
+    path_names,
+    regime,
+    trainable,
+)
+from behrt_jax.training.parameter_report import count_parameters, report_rows
+from behrt_jax.training.state import set_up
+from experiments.configs import LARGE, MEDIUM, PAPER, SMALL
+
+ATTENTION = ("query", "key", "value", "out")
+
+
+def report(model, adapters, freezing):
+    setup = set_up(PretrainConfig(model=model, lora=adapters, freezing=freezing), vocabulary_size=1000)
+    return count_parameters(setup.shapes, setup.mask)
+
+
+@pytest.mark.parametrize(
+    ("model", "adapters", "freezing", "total", "trainable", "percent"),
+    [
+        (LARGE, None, FreezingConfig("full"), 20_268_008, 20_268_008, 100.0),
+        (LARGE, LoRAConfig(16, targets=("out",)), FreezingConfig("lora"), 20_366_312, 1_450_984, 7.1),
+        (LARGE, LoRAConfig(16, targets=("out",)), FreezingConfig("lora_pretrained"), 20_366_312, 874_984, 4.3),
+        (LARGE, LoRAConfig(16, targets=("out",)), FreezingConfig("all_but_adapted"), 20_366_312, 18_790_376, 92.3),
+        (LARGE, LoRAConfig(16, targets=ATTENTION), FreezingConfig("lora"), 20_661_224, 1_745_896, 8.5),
+        (SMALL, LoRAConfig(8, targets=ATTENTION), FreezingConfig("lora"), 668_776, 271_976, 40.7),
+        (SMALL, None, FreezingConfig("full"), 652_392, 652_392, 100.0),
+        (MEDIUM, None, FreezingConfig("full"), 3_725_288, 3_725_288, 100.0),
+    ],
+)  # fmt: skip
+def test_parameter_table(model, adapters, freezing, total, trainable, percent):
+    counted = report(model, adapters, freezing)
+    assert (counted["total"], counted["trainable"]) == (total, trainable)
+    assert round(counted["trainable_percent"], 1) == percent
+    assert counted["frozen"] == total - trainable
+    assert sum(counted[group]["total"] for group in GROUPS) == total
+    assert sum(counted[group]["trainable"] for group in GROUPS) == trainable
+
+
+def test_groups_of_the_small_model():
+    counted = report(SMALL, LoRAConfig(8), FreezingConfig("lora"))
+    assert counted["embedding"] == {"total": 109_824, "trainable": 109_824, "trainable_percent": 100.0}
+    assert counted["head"] == {"total": 145_768, "trainable": 145_768, "trainable_percent": 100.0}
+    assert counted["lora"]["trainable"] == counted["lora"]["total"] == 16_384
+    assert counted["base"]["trainable"] == 0
+    assert round(counted["lora_percent"], 2) == round(100 * 16_384 / 668_776, 2)
+
+
+def test_printed_table_ends_with_the_sum():
+    rows = report_rows(report(LARGE, LoRAConfig(16, targets=("out",)), FreezingConfig("lora")))
+    assert rows[0] == ("lora", "98,304", "98,304", "100.0 %")
+    assert rows[-1] == ("all", "20,366,312", "1,450,984", "7.1 %")
+
+
+@pytest.mark.parametrize("model", [SMALL, PAPER], ids=["small", "paper"])
+def test_every_leaf_has_one_label_that_fits_its_place(model):
+    setup = set_up(PretrainConfig(model=model, lora=LoRAConfig(8)), vocabulary_size=50)
+    for path, group in tree_leaves_with_path(labels(setup.shapes)):
+        names = path_names(path)
+        expected = (
+            "lora" if names[0] == "lora"
+            else "embedding" if names[2] == "embeddings"
+            else "head" if names[1] == "mlm_head"
+            else "base"
+        )  # fmt: skip
+        assert group == expected, names
+
+
+@pytest.mark.parametrize(
+    "path",
+    [("params", "decoder", "kernel"), ("params", "encoder", "task_head", "kernel"), ("batch_stats", "x")],
+)
+def test_a_leaf_outside_the_groups_or_in_two_is_an_error(path):
+    with pytest.raises(ValueError, match="one parameter group"):
+        label(path)
+
+
+@pytest.mark.parametrize("name", REGIMES)
+def test_optimizer_labels_follow_the_mask(name):
+    setup = set_up(
+        PretrainConfig(model=SMALL, lora=LoRAConfig(2, targets=("out",)), freezing=FreezingConfig(name)), 50
+    )
+    wanted = optimizer_labels(setup.shapes, setup.mask)
+    for (path, group), chosen, trains in zip(
+        tree_leaves_with_path(labels(setup.shapes)),
+        jax.tree.leaves(wanted),
+        jax.tree.leaves(setup.mask),
+        strict=True,
+    ):
+        names = path_names(path)
+        adapted = name == "all_but_adapted" and names[-2] == "out"
+        assert trains == (group in REGIMES[name].groups and not (adapted and names[0] == "params"))
+        assert chosen == (group if trains else FROZEN)
+    assert adapted_kernels_frozen(setup.shapes, setup.mask) == (name != "full")
+
+
+def test_known_mistakes_carry_a_warning_that_says_why():
+    assert "ln(vocabulary)" in (REGIMES["lora_only"].warning or "")
+    assert "base" in (REGIMES["all_but_adapted"].warning or "")
+    assert all(REGIMES[name].warning is None for name in ("full", "lora", "lora_pretrained"))
+
+
+def test_an_explicit_set_of_groups_takes_the_place_of_the_regime():
+    assert regime(FreezingConfig("full", groups=("head",))).groups == {"head"}
+
+
+def test_a_regime_that_trains_nothing_is_an_error():
+    setup = set_up(PretrainConfig(model=SMALL), 50)
+    with pytest.raises(InputError, match="nothing would train"):
+        trainable(setup.shapes, REGIMES["lora_only"])
