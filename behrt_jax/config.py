@@ -95,9 +95,9 @@ class DataConfig:
     """Folder of the MEDS data set (holds data/ and metadata/)."""
     subjects: int = 5000
     """Generated sources: how many subjects."""
-    vocabulary_size: int | None = 1000
-    """Rows of the vocabulary, special tokens included; the most frequent codes are kept. Generated
-    sources have exactly this many. None: no limit."""
+    vocabulary_size: int | None = None
+    """Rows of the vocabulary, special tokens included. Generated sources have exactly this many, 1000
+    where not given; of other sources the most frequent codes are kept, all where not given."""
     min_count: int | None = None
     """Codes seen fewer times in the train split become [UNK]. Default: 1 for generated sources, 5
     for meds."""

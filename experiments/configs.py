@@ -60,7 +60,7 @@ _MEDIUM = PretrainConfig(
 _LARGE = PretrainConfig(
     name="large",
     model=LARGE,
-    data=DataConfig(subjects=5000, vocabulary_size=1000),
+    data=DataConfig(subjects=5000),
     optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=0.01),
     train=TrainConfig(epochs=100, batch_size=128, patience=10),
 )

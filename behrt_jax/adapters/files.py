@@ -99,30 +99,17 @@ def load_adapter(
             "prepare the data with the vocabulary of its run"
         )
     tensors = _read_tensors(folder, config)
-    flat_params = _flatten(params)
     lora, trained = _part(tensors, "lora/"), _part(tensors, "params/")
-    for path, values in trained.items():
-        if path not in flat_params:
-            raise InputError(f"{folder}: tensor params/{path} has no place in this model")
-        _check_shape(folder, f"params/{path}", values.shape, flat_params[path].shape)
-    for path, values in lora.items():
-        layer, _, side = path.rpartition("/")
-        kernel = flat_params.get(f"{layer}/kernel")
-        if kernel is None or side not in ("a", "b"):
-            raise InputError(f"{folder}: tensor lora/{path} has no kernel to adapt in this model")
-        rank = values.shape[-1] if side == "a" else values.shape[0]
-        expected = (kernel.shape[0], rank) if side == "a" else (rank, kernel.shape[1])
-        _check_shape(folder, f"lora/{path}", values.shape, expected)
+    flat_params = _flatten(params)
+    _check_shapes(folder, lora, trained, flat_params)
     base = {path: leaf for path, leaf in flat_params.items() if path not in trained}
     if fingerprint_tree(base) != config["base_fingerprint"]:
         raise InputError(
             f"{folder}: the frozen parameters differ from those this adapter was trained on; "
             "load it onto the base of its own run"
         )
-    merged = {
-        path: _like(trained[path], leaf) if path in trained else leaf for path, leaf in flat_params.items()
-    }
-    return _nest(merged), _nest({path: jnp.asarray(values) for path, values in lora.items()}), config
+    flat_params |= {path: _like(values, flat_params[path]) for path, values in trained.items()}
+    return _nest(flat_params), _nest({path: jnp.asarray(values) for path, values in lora.items()}), config
 
 
 def _safetensors() -> Any:
@@ -194,6 +181,8 @@ def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(older, ignore_errors=True)
+        elif older.exists():
+            older.rename(folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -231,11 +220,36 @@ def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, np.ndarr
     for key in sorted(table.keys() ^ tensors.keys()):
         state = "is missing" if key in table else f"is not in the table of {CONFIG_FILE}"
         raise InputError(f"{path}: tensor {key} {state}; save the adapter again")
-    for key, values in tensors.items():
-        _check_shape(folder, key, values.shape, table[key])
+    for key in sorted(table):
+        _check_shape(folder, key, tensors[key].shape, table[key])
     if hashlib.sha256(data).hexdigest() != config["tensors_sha256"]:
         raise InputError(f"{path} is damaged (its digest differs); save the adapter again")
-    return tensors
+    return {key: tensors[key] for key in sorted(tensors)}
+
+
+def _check_shapes(
+    folder: Path,
+    lora: Mapping[str, np.ndarray],
+    trained: Mapping[str, np.ndarray],
+    flat_params: Mapping[str, Any],
+) -> None:
+    """Each tensor has a place of its shape in the model."""
+    for path, values in trained.items():
+        if path not in flat_params:
+            raise InputError(f"{folder}: tensor params/{path} has no place in this model; use its own model")
+        _check_shape(folder, f"params/{path}", values.shape, flat_params[path].shape)
+    for path, values in lora.items():
+        layer, _, side = path.rpartition("/")
+        kernel = flat_params.get(f"{layer}/kernel")
+        if kernel is None or side not in ("a", "b"):
+            raise InputError(f"{folder}: tensor lora/{path} has no kernel in this model; use its own model")
+        rank = lora[f"{layer}/a"].shape[-1]
+        _check_shape(
+            folder,
+            f"lora/{path}",
+            values.shape,
+            (kernel.shape[0], rank) if side == "a" else (rank, kernel.shape[1]),
+        )
 
 
 def _check_shape(folder: Path, key: str, found: Iterable[int], expected: Iterable[int]) -> None:

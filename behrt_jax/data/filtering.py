@@ -131,7 +131,7 @@ def select_events(
 def _columns(events: pa.Table) -> _Columns:
     subject = events["subject_id"].combine_chunks().dictionary_encode()
     ids, rank = np.unique(subject.dictionary.to_numpy(), return_inverse=True)
-    code = events["code"].unify_dictionaries().combine_chunks()
+    code = events["code"].combine_chunks()
     names, name_rank = np.unique(np.array(code.dictionary.to_pylist(), dtype=object), return_inverse=True)
     time = events["time"].cast(pa.int64())
     micros = time.fill_null(0).to_numpy()

@@ -214,8 +214,8 @@ def _describe_split(part: Sequences) -> dict[str, Any]:
     if len(part):
         # Visits are numbered from 0 without gaps, so the largest number tells how many there are.
         visits = int((np.maximum.reduceat(part.visits, part.offsets[:-1]) + 1).sum())
-        p50, p90, p99 = np.percentile(part.lengths, [50, 90, 99])
-        lengths = {"p50": float(p50), "p90": float(p90), "p99": float(p99), "max": int(part.lengths.max())}
+        points = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+        lengths = {name: round(float(np.percentile(part.lengths, at)), 1) for name, at in points.items()}
     return {
         "subjects": len(part),
         "events": int(np.count_nonzero(part.codes != SEP)),

@@ -24,21 +24,20 @@ class Console:
     interval: float
     """Least number of seconds between two showings of the progress."""
 
-    def __init__(
-        self,
-        total_steps: int,
-        start_step: int = 0,
-        steps_per_epoch: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`start_step` steps of `total_steps` are done; `clock` gives seconds."""
-        self.total_steps = total_steps
-        self.steps_per_epoch = steps_per_epoch
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds."""
+        self.total_steps = 0
+        self.steps_per_epoch: float | None = None
         self._clock = clock
         self._pace = Pace(clock)
-        self._step = start_step
+        self._step = 0
         self._loss: float | None = None
         self._shown_at = -math.inf
+
+    def start(self, total_steps: int, start_step: int = 0, steps_per_epoch: float | None = None) -> None:
+        """Show progress from now on: `start_step` steps of `total_steps` are done."""
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self._step = start_step
 
     def log(self, text: str) -> None:
         """Show a message above the progress, verbatim (no markup is read)."""
@@ -84,16 +83,9 @@ class PlainConsole(Console):
 
     interval = PLAIN_INTERVAL
 
-    def __init__(
-        self,
-        stream: TextIO,
-        total_steps: int,
-        start_step: int = 0,
-        steps_per_epoch: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Write to `stream`; the other arguments are those of :class:`Console`."""
-        super().__init__(total_steps, start_step, steps_per_epoch, clock)
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        """Write to `stream`; `clock` gives seconds."""
+        super().__init__(clock)
         self._stream = stream
 
     def log(self, text: str) -> None:
@@ -117,22 +109,19 @@ class RichConsole(Console):
 
     interval = LIVE_INTERVAL
 
-    def __init__(
-        self,
-        console: "rich.console.Console",
-        total_steps: int,
-        start_step: int = 0,
-        steps_per_epoch: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Draw on `console`; the other arguments are those of :class:`Console`."""
+    def __init__(self, console: "rich.console.Console", clock: Callable[[], float] = time.monotonic) -> None:
+        """Draw on `console`; `clock` gives seconds."""
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.table import Column
 
-        super().__init__(total_steps, start_step, steps_per_epoch, clock)
+        super().__init__(clock)
         self._console = console
         text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=False))
         self._bar = Progress(BarColumn(bar_width=20), text, console=console, refresh_per_second=4)
+
+    def start(self, total_steps: int, start_step: int = 0, steps_per_epoch: float | None = None) -> None:
+        """Draw the bar from now on; arguments as in :meth:`Console.start`."""
+        super().start(total_steps, start_step, steps_per_epoch)
         self._task = self._bar.add_task("first step (compiling)", total=total_steps, completed=start_step)
         self._bar.start()
 
@@ -163,7 +152,7 @@ class RichConsole(Console):
         self._bar.update(self._task, completed=self._step, description=text)
 
 
-def open_console(total_steps: int, start_step: int = 0, steps_per_epoch: float | None = None) -> Console:
+def open_console() -> Console:
     """The console for standard output: live where that is a terminal and rich is installed, else plain."""
     if sys.stdout.isatty():
         try:
@@ -173,8 +162,8 @@ def open_console(total_steps: int, start_step: int = 0, steps_per_epoch: float |
         else:
             terminal = rich.console.Console()
             if not terminal.is_dumb_terminal:
-                return RichConsole(terminal, total_steps, start_step, steps_per_epoch)
-    return PlainConsole(sys.stdout, total_steps, start_step, steps_per_epoch)
+                return RichConsole(terminal)
+    return PlainConsole(sys.stdout)
 
 
 class Pace:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: the latest and the best, each item restorable alone.
 
 A step's folder holds, as separate Orbax items, the trees ``params``, ``lora`` and ``opt_state``, the
-JSON values ``cursor`` and ``config``, and ``contents``: the metrics and the path, dtype and shape of
+JSON values ``cursor`` and ``config``, and ``contents``: the metrics, and path, dtype and shape of
 every leaf. A tree without leaves has no item. Opening changes nothing on disk, so that a run in
 progress can be read; leftovers of a killed run are removed by the first save.
 
@@ -26,6 +26,7 @@ from behrt_jax.errors import InputError
 
 TREES = ("params", "lora", "opt_state")
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 _logger = logging.getLogger(__name__)
 
 
@@ -55,20 +56,20 @@ def open_checkpoints(folder: Path, *, keep_best: bool = True) -> Iterator["Check
 class Checkpoints:
     """Save and restore; see :func:`open_checkpoints`, which makes one.
 
-    Steps are numbers of updates. A checkpoint that is torn (an empty or half-copied folder) counts
-    as absent: a warning is logged, and the one before it is the latest.
+    Steps are numbers of updates. A torn checkpoint (an empty or half-copied folder) counts as
+    absent: a warning is logged, and the one before it is the latest.
     """
 
     def __init__(self, folder: Path, keep_best: bool):
         self._folder = folder
-        self._writable = False
-        self._contents: dict[int, _Contents | None] = {}
+        self._contents: dict[int, _Contents] = {}
+        self._whole: dict[int, bool] = {}
+        self._prepared = False
         options = ocp.CheckpointManagerOptions(
             create=False,
             preservation_policy=_LatestAndBest(self._best_of if keep_best else None),
-            # Orbax would read metrics of its own here, and fail on a torn checkpoint.
-            lightweight_initialize=True,
-            # Created in the background, a folder that cannot be made shows after minutes of waiting.
+            # Where a folder cannot be made in the background, threads wait for it for minutes and keep
+            # the process from ending.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(folder, options=options)
@@ -85,29 +86,19 @@ class Checkpoints:
     ) -> None:
         """Write a checkpoint in the background; the arrays may be donated as soon as this returns.
 
-        Args:
-            step: number of updates made.
-            params: tree of arrays.
-            lora: tree of arrays, possibly empty.
-            opt_state: optax state.
-            cursor: where the run is, ready for JSON.
-            config: what the run was made with, ready for JSON.
-            metrics: of a validation at this step, with a ``loss``; None for a checkpoint that must
-                not become the best (a run interrupted halfway).
-
-        A step that is saved already is left as it is, unless it had no metrics and now has: then it
-        is replaced.
+        ``params``, ``lora`` and ``opt_state`` are trees of arrays, on any mesh; ``cursor`` (where the
+        run is) and ``config`` (what it was made with) must be ready for JSON. ``metrics``, with a
+        ``loss``, come from a validation at this step; without them the checkpoint can be the latest
+        but never the best. A step that is saved already stays as it is, unless it had no metrics and
+        now has: then it is replaced.
 
         Raises:
             TypeError: cursor or config is not fit for JSON.
         """
         self.wait()
-        self._make_writable()
-        existing = self._whole(step)
-        if existing and (metrics is None or existing.metrics is not None):
+        exists = step in self._manager.all_steps()
+        if exists and self._is_whole(step) and (metrics is None or self._contents[step].metrics is not None):
             return
-        if step in self._manager.all_steps():
-            self._manager.delete(step)
         trees = dict(zip(TREES, (params, lora, opt_state), strict=True))
         contents = _Contents(
             {name: _table(tree) for name, tree in trees.items()},
@@ -116,8 +107,11 @@ class Checkpoints:
         documents = {"cursor": cursor, "config": config, "contents": contents._asdict()}
         # Copied now: the run goes on changing its cursor while the files are written.
         items = {name: ocp.args.JsonSave(json.loads(json.dumps(value))) for name, value in documents.items()}
-        items |= {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
-        self._contents[step] = contents
+        items |= {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if contents.leaves[name]}
+        self._prepare_folder()
+        if exists:
+            self._manager.delete(step)
+        self._contents[step], self._whole[step] = contents, True
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
@@ -131,18 +125,12 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Highest step with a whole checkpoint; None without any."""
         self.wait()
-        return next(
-            (step for step in sorted(self._manager.all_steps(), reverse=True) if self._whole(step)), None
-        )
+        return next(filter(self._is_whole, sorted(self._manager.all_steps(), reverse=True)), None)
 
     def best_step(self) -> int | None:
         """Step of the whole checkpoint with the lowest finite ``metrics["loss"]``; None without any."""
         self.wait()
         return self._best_of(self._manager.all_steps())
-
-    def _best_of(self, steps: Sequence[int]) -> int | None:
-        losses = [(contents.loss, step) for step in steps if (contents := self._whole(step))]
-        return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(0.0, None))[1]
 
     def restore(self, step: int, *, params: Any = None, lora: Any = None, opt_state: Any = None) -> Restored:
         """Read the trees for which a template is given, and nothing else.
@@ -155,85 +143,81 @@ class Checkpoints:
                 from what was saved in path, shape or dtype: the first such leaf is named.
         """
         templates = Restored(params, lora, opt_state)._asdict()
-        tables = self._require(step).leaves
-        for name, template in templates.items():
-            if template is not None:
-                self._check_leaves(step, name, tables[name], _table(template))
         wanted = {name: jax.tree.map(_abstract, tree) for name, tree in templates.items() if tree is not None}
-        filled = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items() if tables[name]}
-        return Restored(**{**wanted, **self._read(step, filled)})
+        with self._reading(step):
+            saved = self._read_contents(step).leaves
+        for name, tree in wanted.items():
+            _compare(f"{self._path(step)} does not fit the model: {name}", saved[name], _table(tree))
+        filled = {name: tree for name, tree in wanted.items() if saved[name]}
+        with self._reading(step):
+            if not self._whole.get(step):
+                for name in filled:
+                    _read_through(self._path(step) / name, len(saved[name]))
+            items = {name: ocp.args.StandardRestore(tree) for name, tree in filled.items()}
+            found = self._manager.restore(step, args=ocp.args.Composite(**items)) if items else {}
+        return Restored(**{**wanted, **dict(found.items())})
 
     def read_cursor(self, step: int) -> dict[str, Any]:
-        """The ``cursor`` saved with a step. Raises InputError as :meth:`restore` does."""
-        self._require(step)
-        return self._read(step, {"cursor": ocp.args.JsonRestore()})["cursor"]
+        """The ``cursor`` saved with a step; raises InputError where it cannot be read."""
+        with self._reading(step):
+            return self._read_json(step, "cursor")
 
     def read_config(self, step: int) -> dict[str, Any]:
-        """The ``config`` saved with a step. Raises InputError as :meth:`restore` does."""
-        self._require(step)
-        return self._read(step, {"config": ocp.args.JsonRestore()})["config"]
+        """The ``config`` saved with a step; raises InputError where it cannot be read."""
+        with self._reading(step):
+            return self._read_json(step, "config")
 
-    def _make_writable(self) -> None:
-        if self._writable:
+    def _path(self, step: int) -> Path:
+        return self._folder / str(step)
+
+    def _prepare_folder(self) -> None:
+        """Before the first save: the folder exists, without half-written leftovers."""
+        if self._prepared:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             for leftover in self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(leftover)
-        self._writable = True
+        self._prepared = True
 
-    def _whole(self, step: int) -> "_Contents | None":
-        """What a checkpoint holds; None where there is none, or not a whole one."""
-        if step not in self._manager.all_steps():
-            return None
-        if step not in self._contents:
+    def _best_of(self, steps: Sequence[int]) -> int | None:
+        losses = [(self._contents[step].loss, step) for step in steps if self._is_whole(step)]
+        return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(0.0, None))[1]
+
+    def _is_whole(self, step: int) -> bool:
+        """Can everything in this step's folder be read? Found out once, and a warning logged if not."""
+        if step not in self._whole:
             try:
-                self._contents[step] = self._check_whole(step)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                self._contents[step] = None
-                _logger.warning(
-                    "Checkpoint %s is incomplete and is ignored (%s).", self._path(step), _line(error)
-                )
-        return self._contents[step]
+                self._read_json(step, "cursor")
+                self._read_json(step, "config")
+                for name, leaves in self._read_contents(step).leaves.items():
+                    _read_through(self._path(step) / name, len(leaves))
+                self._whole[step] = True
+            except _UNREADABLE as error:
+                self._whole[step] = False
+                _logger.warning("Checkpoint %s is damaged and ignored (%s).", self._path(step), _line(error))
+        return self._whole[step]
 
-    def _check_whole(self, step: int) -> "_Contents":
-        items = {name: ocp.args.JsonRestore() for name in ("contents", "cursor", "config")}
-        contents = _Contents(**self._manager.restore(step, args=ocp.args.Composite(**items))["contents"])
-        for name in TREES:
-            if contents.leaves[name]:
-                _read_through(self._path(step) / name)
-        return contents
-
-    def _require(self, step: int) -> "_Contents":
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
         self.wait()
-        contents = self._whole(step)
-        if contents is None:
-            steps = [step for step in sorted(self._manager.all_steps()) if self._whole(step)]
-            raise InputError(
-                f"{self._folder} has no whole checkpoint of step {step}; it has {steps or 'none'}"
-            )
-        return contents
-
-    def _read(self, step: int, items: Mapping[str, Any]) -> dict[str, Any]:
-        if not items:
-            return {}
+        steps = sorted(self._manager.all_steps())
+        if step not in steps:
+            raise InputError(f"{self._folder} has no checkpoint of step {step}; it has {steps or 'none'}")
         try:
-            return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
-        except (OSError, ValueError) as error:
+            yield
+        except _UNREADABLE as error:
             raise InputError(
-                f"{self._path(step)} cannot be read ({_line(error)}); delete it to go on from an earlier one"
+                f"{self._path(step)} is damaged ({_line(error)}); use a checkpoint of another step"
             ) from error
 
-    def _check_leaves(self, step: int, name: str, saved: dict[str, str], here: dict[str, str]) -> None:
-        for path in sorted(saved.keys() | here.keys()):
-            if saved.get(path) != here.get(path):
-                raise InputError(
-                    f"{self._path(step)} does not fit the model: {name}/{path} is {saved.get(path, 'absent')} "
-                    f"there and {here.get(path, 'absent')} here; use the configuration it was made with"
-                )
+    def _read_json(self, step: int, name: str) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore()}))[name]
 
-    def _path(self, step: int) -> Path:
-        return self._folder / str(step)
+    def _read_contents(self, step: int) -> "_Contents":
+        if step not in self._contents:
+            self._contents[step] = _Contents(**self._read_json(step, "contents"))
+        return self._contents[step]
 
 
 class _Contents(NamedTuple):
@@ -248,7 +232,7 @@ class _Contents(NamedTuple):
 
 @dataclass
 class _LatestAndBest:
-    """A preservation policy: which checkpoints outlive the next save."""
+    """A preservation policy of Orbax: which checkpoints outlive the save that is under way."""
 
     best_of: Callable[[Sequence[int]], int | None] | None
     """Picks the best of some steps; None to keep the latest alone."""
@@ -256,7 +240,7 @@ class _LatestAndBest:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
         best = self.best_of(steps) if self.best_of else None
-        # The latest is the last one saved, also where a torn one of a higher step lies about.
+        # The latest is the one saved last, also where a torn one of a higher step lies about.
         return [step in (steps[-1], best) for step in steps]
 
 
@@ -268,18 +252,32 @@ def _table(tree: Any) -> dict[str, str]:
     }
 
 
+def _compare(where: str, saved: dict[str, str], here: dict[str, str]) -> None:
+    for path in sorted(saved.keys() | here.keys()):
+        if saved.get(path) != here.get(path):
+            raise InputError(
+                f"{where}/{path} is {saved.get(path, 'absent')} there and {here.get(path, 'absent')} here; "
+                "use the configuration it was made with"
+            )
+
+
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _read_through(item: Path) -> None:
-    """Read every stored byte of an item once: a missing or cut file shows, and nothing else does."""
-    store = tensorstore.KvStore.open(
-        {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}
-    ).result()
-    for key in store.list().result():
-        store.read(key).result()
+def _read_through(item: Path, leaves: int) -> None:
+    """Read every stored value of a tree once; a file that is missing or cut is an error here."""
+    if not leaves:
+        return
+    base = {"driver": "file", "path": f"{item}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = store.list().result()
+    if (
+        not all(store.read(key).result().value for key in keys)
+        or sum(key.endswith(b"/.zarray") for key in keys) != leaves
+    ):
+        raise ValueError(f"array data of {item.name} is missing")
 
 
 def _line(error: Exception) -> str:

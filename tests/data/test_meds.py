@@ -113,6 +113,16 @@ def test_values_are_kept_and_may_be_absent(tmp_path):
     assert events["time"].null_count == 1
 
 
+@pytest.mark.parametrize("values", [pa.array([0.1, 1e300]), pa.array([2**24 + 1, -(2**60)])])
+def test_values_are_rounded_to_float32(tmp_path, values):
+    folder = write_meds(tmp_path, [Row(1, DAY, "A"), Row(1, DAY, "B")], {"train": [1]})
+    table = pq.read_table(folder / "data/1.parquet").set_column(3, "numeric_value", values)
+    pq.write_table(table, folder / "data/1.parquet")
+    with np.errstate(over="ignore"):
+        expected = values.to_numpy().astype(np.float32)
+    assert np.array_equal(read_meds(folder).events["numeric_value"].to_numpy(), expected)
+
+
 def test_visit_column(tmp_path):
     folder = write_meds(tmp_path, ROWS, SPLITS, types={"hadm_id": pa.int32()})
     events = read_meds(folder, visit_column="hadm_id").events

@@ -175,6 +175,13 @@ def test_visits_are_weeks_to_months_apart(clinical):
     assert (gaps > 7).mean() > 0.9
 
 
+def test_visits_have_one_to_six_events(clinical):
+    visits = np.stack([clinical.subjects, clinical.days.astype(np.int64)], axis=1)
+    sizes = np.bincount(np.unique(visits, axis=0, return_counts=True)[1])
+    assert len(sizes) == 7
+    assert (sizes[1:] > 0.03 * sizes.sum()).all()
+
+
 def test_long_histories_stay_within_a_lifetime():
     records = read(generate_clinical(5, LEAST_CODES, 5000.0, 0.1, seed=0))
     assert len(records.codes) > 10_000

@@ -55,7 +55,8 @@ def run_steps(console, clock, loss, steps):
 
 def test_plain_progress_is_a_line_at_most_every_30_seconds_and_reads_the_loss_only_then():
     stream, clock, loss = io.StringIO(), Clock(), Loss()
-    with PlainConsole(stream, 1200, steps_per_epoch=100, clock=clock) as console:
+    with PlainConsole(stream, clock) as console:
+        console.start(1200, steps_per_epoch=100)
         run_steps(console, clock, loss, 320)  # 80 seconds
     lines = stream.getvalue().splitlines()
     assert lines[0] == "step 1/1,200  epoch 0.0  loss 4.312"
@@ -65,7 +66,8 @@ def test_plain_progress_is_a_line_at_most_every_30_seconds_and_reads_the_loss_on
 
 def test_plain_output_has_no_control_characters_and_takes_brackets_literally():
     stream = io.StringIO()
-    with PlainConsole(stream, 2) as console:
+    with PlainConsole(stream) as console:
+        console.start(2)
         console.step(0, 0)
         console.log("codes [MASK] [red] \x1b[31m\r\x07")
         console.table("Codes\x1b", ["code\t", "n"], [["DX//E11\x1b[2J", 1], ["a\nb", 2]])
@@ -78,7 +80,7 @@ def test_plain_output_has_no_control_characters_and_takes_brackets_literally():
 def test_plain_output_survives_a_narrow_encoding():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    PlainConsole(stream, 1).log("Ménière's disease")
+    PlainConsole(stream).log("Ménière's disease")
     assert raw.getvalue() == b"M?ni?re's disease\n"
 
 
@@ -106,7 +108,8 @@ def rich_console(stream, width=140):
 
 def test_rich_shows_the_progress_and_gives_the_cursor_back():
     stream, clock, loss = io.StringIO(), Clock(), Loss()
-    with RichConsole(rich_console(stream), 320, steps_per_epoch=32, clock=clock) as console:
+    with RichConsole(rich_console(stream), clock) as console:
+        console.start(320, steps_per_epoch=32)
         run_steps(console, clock, loss, 320)
     drawn = stream.getvalue()
     assert "step 320/320  epoch 10.0  4.0 steps/s  61,000 tokens/s  loss 4.312" in drawn
@@ -116,7 +119,8 @@ def test_rich_shows_the_progress_and_gives_the_cursor_back():
 
 def test_rich_close_shows_steps_since_the_last_redrawing_without_reading_the_loss():
     stream, clock, loss = io.StringIO(), Clock(), Loss()
-    console = RichConsole(rich_console(stream), 10, clock=clock)
+    console = RichConsole(rich_console(stream), clock)
+    console.start(10)
     console.step(1, 5, loss)
     clock.now += 0.3
     console.step(2, 5, loss)
@@ -130,14 +134,16 @@ def test_rich_close_shows_steps_since_the_last_redrawing_without_reading_the_los
 
 def test_rich_gives_the_terminal_back_after_an_error():
     stream = io.StringIO()
-    with pytest.raises(RuntimeError), RichConsole(rich_console(stream), 10):
+    with pytest.raises(RuntimeError), RichConsole(rich_console(stream)) as console:
+        console.start(10)
         raise RuntimeError
     assert stream.getvalue().rstrip().endswith("\x1b[?25h")
 
 
 def test_rich_on_80_columns_wraps_and_cuts_nothing_off():
     stream, clock = io.StringIO(), Clock()
-    with RichConsole(rich_console(stream, width=80), 1200, steps_per_epoch=38, clock=clock) as console:
+    with RichConsole(rich_console(stream, width=80), clock) as console:
+        console.start(1200, steps_per_epoch=38)
         run_steps(console, clock, 4.312, 320)
     last = " ".join(stream.getvalue().split("step 320/1,200")[-1].split())
     assert "…" not in stream.getvalue()
@@ -147,20 +153,29 @@ def test_rich_on_80_columns_wraps_and_cuts_nothing_off():
 
 def test_rich_prints_messages_and_tables_verbatim():
     stream = io.StringIO()
-    with RichConsole(rich_console(stream), 10) as console:
+    with RichConsole(rich_console(stream)) as console:
+        console.start(10)
         console.log("codes [MASK] [red] \x1b[31m")
-        console.table("[bold]", ["[i]", "n"], [["[red]", 20366312]])
-    for text in ("[MASK] [red] ?[31m", "[bold]", "[i]", "[red] ", "20,366,312"):
+        console.table("[bold]", ["[i]", "n"], [["[blue]", 20366312]])
+    for text in ("[MASK] [red] ?[31m", "[bold]", "[i]", "[blue]", "20,366,312"):
         assert text in stream.getvalue()
 
 
+def test_rich_draws_no_bar_before_the_start():
+    stream = io.StringIO()
+    with RichConsole(rich_console(stream)) as console:
+        console.log("reading the data")
+    assert stream.getvalue().strip() == "reading the data"
+
+
 def test_a_resumed_run_starts_the_bar_where_it_stopped():
-    with RichConsole(rich_console(io.StringIO()), 100, start_step=40) as console:
+    with RichConsole(rich_console(io.StringIO())) as console:
+        console.start(100, start_step=40)
         assert console._bar.tasks[0].completed == 40
 
 
 def test_open_console_is_plain_where_the_output_is_no_terminal(monkeypatch, capsys):
-    with open_console(10) as console:
+    with open_console() as console:
         assert isinstance(console, PlainConsole)
         console.log("here")
     assert capsys.readouterr().out == "here\n"
@@ -170,10 +185,10 @@ def test_open_console_is_live_on_a_terminal_and_plain_on_a_dumb_one(monkeypatch)
     pytest.importorskip("rich")
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setenv("TERM", "xterm")
-    with open_console(10) as console:
+    with open_console() as console:
         assert isinstance(console, RichConsole)
     monkeypatch.setenv("TERM", "dumb")
-    with open_console(10) as console:
+    with open_console() as console:
         assert isinstance(console, PlainConsole)
 
 
@@ -188,7 +203,7 @@ def test_open_console_is_plain_where_rich_is_missing(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(builtins, "__import__", without_rich)
-    with open_console(10) as console:
+    with open_console() as console:
         assert isinstance(console, PlainConsole)
 
 

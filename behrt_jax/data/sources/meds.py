@@ -49,7 +49,7 @@ def read_meds(path: Path, visit_column: str | None = None) -> EventSet:
             f"data.visit_column is {visit_column}, but no shard of {path / 'data'} has it: choose from "
             f"{', '.join(columns)}."
         )
-    events = pa.concat_tables(tables).unify_dictionaries()
+    events = pa.concat_tables(tables)
     counts = EventCounts(read=events.num_rows)
     events = _drop(events, events["code"].is_valid(), "null code", counts)
     if not events.num_rows:
@@ -134,8 +134,8 @@ def _cast(file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType)
         fits, meant = kind == _TEXT, "strings"
     if not fits and not pt.is_null(kind):
         raise InputError(f"{file} has {kind} in the column {column}: write it as {meant}.")
-    # Nanoseconds and float64 lose their last digits; anything else must come through exactly.
-    safe = not (kind == pa.float64() or (pt.is_timestamp(kind) and kind.unit == "ns"))
+    # Values and nanoseconds may lose their last digits; anything else must come through exactly.
+    safe = not (pt.is_float32(target) or (pt.is_timestamp(kind) and kind.unit == "ns"))
     try:
         return values.cast(target, safe=safe)
     except pa.ArrowInvalid as error:

@@ -1,0 +1,229 @@
+"""The train step: what moves, what stays, and equal results by different ways."""
+
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from behrt_jax.config import FreezingConfig, LoRAConfig, OptimizerConfig, PretrainConfig
+from behrt_jax.models.behrt import example_inputs
+from behrt_jax.data.rows import Batch
+from behrt_jax.training.freezing import trainable_leaves
+from behrt_jax.training.mesh import make_mesh, put_rows, replicated
+from behrt_jax.training.objectives import mask_codes
+from behrt_jax.training.state import init_state, optimizer_for, set_up
+from behrt_jax.training.step import make_train_step, make_validation_step
+from experiments.configs import LARGE
+from tests.models.rows import VOCABULARY, random_batch, tiny_model
+
+ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")
+TINY = PretrainConfig(
+    model=tiny_model(),
+    lora=LoRAConfig(rank=2, targets=ALL_LINEARS),
+    freezing=FreezingConfig("lora"),
+    optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0),
+)
+
+
+def start(config, devices=None, micro_batches=1, optimizer=None, **options):
+    """Setup, first state and jitted step of a configuration."""
+    mesh = make_mesh(devices or jax.devices()[:1])
+    setup = set_up(config, VOCABULARY)
+    optimizer = optimizer or optimizer_for(config, setup, total_steps=100)
+    init_key, step_key = jax.random.split(jax.random.key(0))
+    state = init_state(config, setup, optimizer, init_key, mesh)
+    step = jax.jit(
+        make_train_step(
+            setup.predictor, optimizer, setup.mask, config.masking, step_key,
+            clip_norm=config.optimizer.clip_norm, micro_batches=micro_batches, **options,
+        ),
+        donate_argnums=0,
+        out_shardings=replicated(mesh),
+    )  # fmt: skip
+    return setup, state, step, mesh
+
+
+def run(config, steps, batches=None, **options):
+    _, state, step, mesh = start(config, **options)
+    metrics = []
+    for index in range(steps):
+        batch = random_batch(index, rows=8) if batches is None else batches[index]
+        state, totals = step(state, put_rows(batch, mesh))
+        metrics.append(jax.device_get(totals))
+    return jax.device_get(state), metrics
+
+
+def sgd(config, steps, batches=None, **options):
+    """As :func:`run`, by plain gradient descent: Adam divides a gradient by its own size, and would
+    blow the rounding of a near-zero one up to a whole step.
+    """
+    return run(config, steps, batches, optimizer=optax.sgd(0.5), **options)
+
+
+def on_host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+@pytest.mark.parametrize("product", ["activations", "merged"])
+def test_after_two_steps_every_adapter_has_moved_and_the_base_is_bit_identical(product):
+    config = replace(TINY, lora=replace(TINY.lora, product=product))
+    setup, state, step, mesh = start(config)
+    before = on_host(state.variables)
+    for index in range(2):
+        state, _ = step(state, put_rows(random_batch(index), mesh))
+    after = on_host(state.variables)
+    flat_mask, flat_before = flatten_dict(setup.mask), flatten_dict(before)
+    for path, leaf in flatten_dict(after).items():
+        moved = not np.array_equal(leaf, flat_before[path])
+        assert moved == flat_mask[path], path
+        if path[0] == "lora":
+            assert moved, path
+
+
+@pytest.mark.parametrize("regime", ["full", "lora", "lora_pretrained", "lora_only", "all_but_adapted"])
+def test_each_regime_moves_its_leaves_and_no_other(regime):
+    config = replace(TINY, lora=LoRAConfig(rank=2, targets=("out",)), freezing=FreezingConfig(regime))
+    setup, state, step, mesh = start(config)
+    before = on_host(state.variables)
+    for index in range(3):
+        state, _ = step(state, put_rows(random_batch(index), mesh))
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, on_host(state.variables))
+    for path, trains in flatten_dict(setup.mask).items():
+        assert flatten_dict(moved)[path] == trains, path
+
+
+def test_clipping_and_gradient_norm_are_over_trainable_leaves_alone():
+    config = replace(TINY, optimizer=replace(TINY.optimizer, clip_norm=1e-3))
+    setup, state, step, mesh = start(config)
+    batch = random_batch(0)
+    _, step_key = jax.random.split(jax.random.key(0))
+    mask_key, dropout_key = jax.random.split(step_key)
+    variables = on_host(state.variables)
+
+    def loss(variables):
+        masked = mask_codes(
+            jax.random.fold_in(mask_key, 0), batch.codes, batch.row_ids, config.masking, VOCABULARY
+        )
+        logits = setup.predictor.logits(variables, batch, masked, jax.random.fold_in(dropout_key, 0))
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), masked.labels[..., None], -1)[..., 0]
+        return jnp.where(masked.weights, losses, 0.0).sum() / masked.weights.sum()
+
+    leaves = trainable_leaves(jax.jit(jax.grad(loss))(variables), setup.mask)
+    expected = np.sqrt(sum((np.asarray(leaf) ** 2).sum() for leaf in leaves))
+    _, totals = step(state, put_rows(batch, mesh))
+    np.testing.assert_allclose(totals["gradient_norm"], expected, rtol=1e-4)
+
+
+def test_micro_batches_equal_one_batch():
+    config = replace(TINY, model=tiny_model(dropout=0.0))
+    whole, whole_metrics = sgd(config, 3)
+    parts, parts_metrics = sgd(config, 3, micro_batches=4)
+    chex.assert_trees_all_close(whole.variables, parts.variables, atol=1e-6, rtol=1e-5)
+    chex.assert_trees_all_close(whole_metrics, parts_metrics, rtol=1e-5)
+
+
+def test_uneven_micro_batches_are_weighted_by_their_targets():
+    """Parts with many and with no targets: the mean over targets, not the mean of means."""
+    config = replace(TINY, model=tiny_model(dropout=0.0))
+    batch = random_batch(0, rows=4)
+    keep = np.array([True, False, True, False])[:, None]
+    sparse = Batch(*(np.where(keep, x, 0).astype(x.dtype) for x in batch[:5]), row_ids=batch.row_ids)
+    whole, _ = sgd(config, 1, [sparse])
+    parts, _ = sgd(config, 1, [sparse], micro_batches=2)
+    chex.assert_trees_all_close(whole.variables, parts.variables, atol=1e-6, rtol=1e-5)
+
+
+def test_eight_devices_equal_one():
+    one, one_metrics = sgd(TINY, 4)
+    eight, eight_metrics = sgd(TINY, 4, devices=jax.devices())
+    chex.assert_trees_all_close(one_metrics, eight_metrics, rtol=1e-5)
+    chex.assert_trees_all_close(one.variables, eight.variables, atol=1e-6, rtol=1e-5)
+
+
+def test_empty_rows_change_nothing():
+    config = replace(TINY, model=tiny_model(dropout=0.0))
+    batch = random_batch(0, rows=4)
+    padded = Batch(*(np.concatenate([x, np.zeros_like(x)]) for x in batch[:5]), np.r_[batch.row_ids, -np.ones(4)])
+    padded = padded._replace(row_ids=padded.row_ids.astype(np.int32))
+    without, _ = sgd(config, 1, [batch])
+    with_empty, _ = sgd(config, 1, [padded])
+    chex.assert_trees_all_close(without.variables, with_empty.variables, atol=1e-6, rtol=1e-5)
+
+
+def test_one_compilation_for_all_steps():
+    setup, state, step, mesh = start(TINY, devices=jax.devices())
+    validation = jax.jit(make_validation_step(setup.predictor, TINY.masking, jax.random.key(1)))
+    for index in range(3):
+        batch = put_rows(random_batch(index, rows=8), mesh)
+        state, _ = step(state, batch)
+        validation(state.variables, batch)
+    assert step._cache_size() == 1
+    assert validation._cache_size() == 1
+
+
+def test_masks_are_new_at_each_step_unless_they_are_static():
+    """The first historic data mistake, reproduced on demand."""
+    config = replace(TINY, model=tiny_model(dropout=0.0), optimizer=replace(TINY.optimizer, learning_rate=1e-12))
+    batch = random_batch(0, rows=8)
+    _, fresh = run(config, 3, [batch] * 3)
+    _, static = run(config, 3, [batch] * 3, static_masks=True)
+    assert len({float(metrics["loss"]) for metrics in fresh}) == 3
+    np.testing.assert_allclose([metrics["loss"] for metrics in static], static[0]["loss"], rtol=1e-5)
+
+
+def test_validation_is_repeatable_and_without_dropout():
+    setup, state, _, mesh = start(replace(TINY, model=tiny_model(dropout=0.5)))
+    validation = jax.jit(make_validation_step(setup.predictor, TINY.masking, jax.random.key(1)))
+    batch = put_rows(random_batch(0), mesh)
+    chex.assert_trees_all_equal(validation(state.variables, batch), validation(state.variables, batch))
+
+
+def test_a_group_has_its_own_learning_rate_and_weight_decay():
+    rates = replace(TINY.optimizer.learning_rates, head=1e-12)
+    decays = replace(TINY.optimizer.weight_decays, embedding=10.0)
+    config = replace(
+        TINY, optimizer=replace(TINY.optimizer, learning_rates=rates, weight_decay=0.0, weight_decays=decays)
+    )
+    _, state, step, mesh = start(config)
+    before = on_host(state.variables["params"])
+    state, _ = step(state, put_rows(random_batch(0), mesh))
+    after = on_host(state.variables["params"])
+    chex.assert_trees_all_close(before["mlm_head"], after["mlm_head"], atol=1e-9)
+    # Nothing but decay acts on the row of a code that is not in the batch: factor 1 - 1e-2 * 10.
+    tables = [tree["behrt"]["embeddings"]["code"]["embedding"] for tree in (before, after)]
+    np.testing.assert_allclose(tables[1][0], 0.9 * tables[0][0], rtol=1e-5)
+    # Vectors do not decay: LayerNorm's scale, 1 at first, moves by the rate at most.
+    scales = after["behrt"]["embeddings"]["norm"]["scale"]
+    assert np.abs(scales - 1.0).max() < 1.01e-2
+
+
+def compiled_flops(config):
+    """FLOPs of the compiled train step, with clipping on and the gradient norm returned."""
+    setup = set_up(config, 1000)
+    optimizer = optimizer_for(config, setup, total_steps=100)
+    step = make_train_step(
+        setup.predictor, optimizer, setup.mask, config.masking, jax.random.key(0), clip_norm=1.0
+    )
+    mesh = make_mesh(jax.devices()[:1])
+    state = jax.eval_shape(lambda key: init_state(config, setup, optimizer, key, mesh), jax.random.key(0))
+    rows = [jax.ShapeDtypeStruct((4, *x.shape[1:]), x.dtype) for x in example_inputs(config.model)]
+    batch = Batch(*rows, row_ids=jax.ShapeDtypeStruct((4,), jnp.int32))
+    return jax.jit(step, donate_argnums=0).lower(state, batch).compile().cost_analysis()["flops"]
+
+
+def test_compiled_flops_of_the_lora_step_of_large():
+    """Frozen gradients are never computed, although the norm is clipped and logged."""
+    full = compiled_flops(PretrainConfig(model=LARGE))
+    for product in ("merged", "activations"):
+        adapters = LoRAConfig(rank=16, product=product)
+        adapted = compiled_flops(
+            PretrainConfig(model=LARGE, lora=adapters, freezing=FreezingConfig("lora"))
+        )
+        assert adapted / full < 0.80, product
+    plain = PretrainConfig(model=LARGE, lora=LoRAConfig(rank=16, product="activations"))
+    assert compiled_flops(plain) / full > 1.0  # nothing frozen: the measure itself can tell
