@@ -15,13 +15,18 @@ def parse(
     ``--help`` prints every option and leaves by ``SystemExit``.
 
     Raises:
-        InputError: NAME is missing or unknown; the message lists the names.
+        InputError: NAME is missing or unknown (the message lists the names), or options of adapters
+            are given for a configuration without any.
     """
     import tyro
 
     name, rest = _take_name(list(arguments), default)
     if name not in configurations:
         raise InputError(f"--config {name!r} is unknown: choose one of {', '.join(configurations)}.")
+    adapter_options = [argument for argument in rest if argument.startswith("--lora.")]
+    if configurations[name].lora is None and adapter_options:
+        with_adapters = ", ".join(key for key, config in configurations.items() if config.lora)
+        raise InputError(f"{adapter_options[0]}: {name} has no adapters, choose one of {with_adapters}.")
     description = (
         f"{PretrainConfig.__doc__} Start from a named configuration with --config NAME "
         f"({', '.join(configurations)}; {default} where not given) and override single settings. "
@@ -68,7 +73,7 @@ def exit_status(command: Callable[[], int]) -> int:
 def _take_name(arguments: list[str], default: str) -> tuple[str, list[str]]:
     for index, argument in enumerate(arguments):
         if argument == "--config":
-            if index + 1 == len(arguments):
+            if index + 1 == len(arguments) or arguments[index + 1].startswith("--"):
                 raise InputError("--config needs a name after it.")
             return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
         if argument.startswith("--config="):

@@ -3,6 +3,10 @@
 import os
 import tempfile
 
+# Most programs of the tests are compiled to run once: compile them quickly. This is about machine code
+# alone; the optimised HLO, its FLOPs and its collectives are those of a real run.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
 import jax
 from hypothesis import settings
 

@@ -11,9 +11,7 @@ Source of the tensor format: https://github.com/huggingface/safetensors.
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import behrt_jax
 from behrt_jax.adapters.fingerprint import fingerprint_tree
+from behrt_jax.adapters.folders import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    TENSOR_FILE,
+    check_shape,
+    import_safetensors,
+    read_config,
+    read_tensors,
+    refuse_other_files,
+    replace_folder,
+)
+from behrt_jax.adapters.groups import label
 from behrt_jax.errors import InputError
-
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter.safetensors"
-FORMAT_VERSION = 1
 
 
 def save_adapter(
@@ -52,9 +58,10 @@ def save_adapter(
 
     Raises:
         InputError: ``folder`` holds files that are no adapter's, or safetensors is not installed.
+        ValueError: ``trained`` does not mirror ``params``, or what is written fits no parameter group.
     """
-    serialise = _safetensors().save
-    _refuse_other_files(folder)
+    serialise = import_safetensors().save
+    refuse_other_files(folder)
     flat_params, marks = _flatten(params), _flatten(trained)
     if flat_params.keys() != marks.keys():
         raise ValueError("trained must mark every leaf of params, and no other")
@@ -68,13 +75,13 @@ def save_adapter(
         "behrt_jax_version": behrt_jax.__version__,
         "lora": lora_config,
         "model": model_config,
-        "groups": _groups(tensors),
+        "groups": sorted({label(tuple(key.split("/"))) for key in tensors}),
         "vocabulary_fingerprint": vocabulary_fingerprint,
         "base_fingerprint": base_fingerprint or fingerprint_tree(base),
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
         "tensors": {key: list(values.shape) for key, values in tensors.items()},
     }
-    _replace_folder(folder, {CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(), TENSOR_FILE: data})
+    replace_folder(folder, {CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(), TENSOR_FILE: data})
     return [folder / CONFIG_FILE, folder / TENSOR_FILE]
 
 
@@ -92,13 +99,13 @@ def load_adapter(
         InputError: a file is missing or damaged, the adapter belongs to another vocabulary or
             another base, or a tensor is missing, unknown or of another shape.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     if vocabulary_fingerprint not in (None, config["vocabulary_fingerprint"]):
         raise InputError(
             f"{folder}: this adapter was trained with another vocabulary; "
             "prepare the data with the vocabulary of its run"
         )
-    tensors = _read_tensors(folder, config)
+    tensors = read_tensors(folder, config)
     lora, trained = _part(tensors, "lora/"), _part(tensors, "params/")
     flat_params = _flatten(params)
     _check_shapes(folder, lora, trained, flat_params)
@@ -110,14 +117,6 @@ def load_adapter(
         )
     flat_params |= {path: _like(values, flat_params[path]) for path, values in trained.items()}
     return _nest(flat_params), _nest({path: jnp.asarray(values) for path, values in lora.items()}), config
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise InputError("adapter files need the package safetensors: pip install safetensors") from error
-    return safetensors.numpy
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,95 +137,6 @@ def _like(values: np.ndarray, leaf: Any) -> jax.Array:
     return jax.device_put(values.astype(leaf.dtype), getattr(leaf, "sharding", None))
 
 
-def _groups(keys: Iterable[str]) -> list[str]:
-    """The parameter groups that tensors belong to: lora, embedding, head, base."""
-    found = set()
-    for key in keys:
-        root, *modules = key.split("/")
-        if root == "lora":
-            found.add("lora")
-        elif "embeddings" in modules:
-            found.add("embedding")
-        elif any(module.endswith("_head") for module in modules):
-            found.add("head")
-        else:
-            found.add("base")
-    return sorted(found)
-
-
-def _refuse_other_files(folder: Path) -> None:
-    """Replacing a folder deletes what is in it: make sure that this is an adapter."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder for the adapter")
-    other = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG_FILE, TENSOR_FILE))
-    if other:
-        raise InputError(f"{folder} holds {other[0]}, which is no adapter's; give a folder of its own")
-
-
-def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files to a folder beside ``folder``, then let it take that one's place."""
-    folder = folder.absolute()
-    fresh = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    older = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    fresh.mkdir(parents=True)
-    try:
-        for name, data in files.items():
-            (fresh / name).write_bytes(data)
-        if folder.exists():
-            folder.rename(older)
-        fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(older, ignore_errors=True)
-        elif older.exists():
-            older.rename(folder)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing; give the folder of an adapter") from error
-    except ValueError as error:
-        raise InputError(f"{path} is damaged (not JSON); save the adapter again") from error
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format_version {version}; this version of behrt_jax reads {FORMAT_VERSION}"
-        )
-    for entry in ("vocabulary_fingerprint", "base_fingerprint", "tensors_sha256", "tensors"):
-        if entry not in config:
-            raise InputError(f"{path} has no entry {entry}; save the adapter again")
-    return config
-
-
-def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """All tensors, after a check against the table and the digest in the configuration."""
-    path = folder / TENSOR_FILE
-    deserialise = _safetensors().load
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing; copy the whole adapter folder") from error
-    try:
-        tensors = deserialise(data)
-    except Exception as error:  # the reader's own error type, and others on garbage
-        raise InputError(f"{path} is damaged (not a safetensors file); save the adapter again") from error
-    table = config["tensors"]
-    for key in sorted(table.keys() ^ tensors.keys()):
-        state = "is missing" if key in table else f"is not in the table of {CONFIG_FILE}"
-        raise InputError(f"{path}: tensor {key} {state}; save the adapter again")
-    for key in sorted(table):
-        _check_shape(folder, key, tensors[key].shape, table[key])
-    if hashlib.sha256(data).hexdigest() != config["tensors_sha256"]:
-        raise InputError(f"{path} is damaged (its digest differs); save the adapter again")
-    return {key: tensors[key] for key in sorted(tensors)}
-
-
 def _check_shapes(
     folder: Path,
     lora: Mapping[str, np.ndarray],
@@ -237,24 +147,16 @@ def _check_shapes(
     for path, values in trained.items():
         if path not in flat_params:
             raise InputError(f"{folder}: tensor params/{path} has no place in this model; use its own model")
-        _check_shape(folder, f"params/{path}", values.shape, flat_params[path].shape)
+        check_shape(folder, f"params/{path}", values.shape, flat_params[path].shape)
     for path, values in lora.items():
         layer, _, side = path.rpartition("/")
         kernel = flat_params.get(f"{layer}/kernel")
         if kernel is None or side not in ("a", "b"):
             raise InputError(f"{folder}: tensor lora/{path} has no kernel in this model; use its own model")
         rank = lora[f"{layer}/a"].shape[-1]
-        _check_shape(
+        check_shape(
             folder,
             f"lora/{path}",
             values.shape,
             (kernel.shape[0], rank) if side == "a" else (rank, kernel.shape[1]),
-        )
-
-
-def _check_shape(folder: Path, key: str, found: Iterable[int], expected: Iterable[int]) -> None:
-    if tuple(found) != tuple(expected):
-        raise InputError(
-            f"{folder}: tensor {key} has shape {list(found)} where {list(expected)} is expected; "
-            "use the configuration that the adapter was trained with"
         )

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from behrt_jax.adapters.products import activation_product, merged_product
@@ -60,9 +59,7 @@ def adapted_layers(params: Tree, config: LoRAConfig) -> list[AdaptedLayer]:
     """
     _check(config)
     kernels = {
-        path[:-1]: leaf
-        for path, leaf in flatten_dict(unfreeze(params)).items()
-        if path[-1] == "kernel" and leaf.ndim == 2
+        path[:-1]: leaf for path, leaf in _flatten(params).items() if path[-1] == "kernel" and leaf.ndim == 2
     }
     for target in config.targets:
         if not any(_matches(target, path) for path in kernels):
@@ -145,8 +142,9 @@ def applying(
         (x,) = args
         a, b = module.get_variable("lora", "a"), module.get_variable("lora", "b")
         if product == "merged":
-            kernel, bias = module.get_variable("params", "kernel"), module.get_variable("params", "bias")
-            y = merged_product(x, kernel, a, b, scale(config))
+            kernel = module.get_variable("params", "kernel")
+            bias: Any = module.get_variable("params", "bias")
+            y: Any = merged_product(x, kernel, a, b, scale(config))
             return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
         key = None if deterministic or config.dropout == 0.0 else module.make_rng("dropout")
         y = dense(x)
@@ -184,9 +182,13 @@ def _matches(target: str, path: Path) -> bool:
     return fnmatchcase("/".join(path) if "/" in target else path[-1], target)
 
 
+def _flatten(tree: Tree) -> dict[Path, Any]:
+    return flatten_dict(tree)  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
 def _add(params: Tree, lora: Tree, factor: float) -> dict[str, Any]:
-    leaves = flatten_dict(unfreeze(params))
-    adapters = flatten_dict(unfreeze(lora))
+    leaves = _flatten(params)
+    adapters = _flatten(lora)
     for path in {path[:-1] for path in adapters}:
         kernel = leaves[(*path, "kernel")]
         update = factor * jnp.matmul(adapters[(*path, "a")], adapters[(*path, "b")], precision="highest")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
 import numpy as np
 
 from behrt_jax.data.packing import RowPlan, one_per_row, pack_lengths, plan_rows

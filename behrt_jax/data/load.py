@@ -23,7 +23,8 @@ def load_events(config: DataConfig) -> EventSet:
         return read_meds(config.path, config.visit_column)
     if config.path is not None:
         raise InputError(
-            f"data.path is given but data.source is {config.source}, which is generated: add --data.source meds."
+            f"data.path is given but data.source is {config.source}, which is generated: "
+            "add --data.source meds."
         )
     generate = {"clinical": generate_clinical, "uniform": generate_uniform}[config.source]
     rows = config.vocabulary_size or GENERATED_VOCABULARY_SIZE

@@ -34,9 +34,9 @@ def pool_segments(hidden: jax.Array, segment_ids: jax.Array, how: Pooling, segme
         total = jnp.einsum("bsl,bld->bsd", member.astype(hidden.dtype), hidden)
         pooled = total / jnp.maximum(member.sum(axis=-1, keepdims=True), 1)
     elif how == "max":
-        pooled = jax.vmap(
-            lambda rows, ids: jax.ops.segment_max(rows, ids, num_segments=segments + 1)[1:]
-        )(hidden, segment_ids)
+        pooled = jax.vmap(lambda rows, ids: jax.ops.segment_max(rows, ids, num_segments=segments + 1)[1:])(
+            hidden, segment_ids
+        )
     else:
         raise ValueError(f"pooling must be cls, mean or max, not {how!r}")
     return jnp.where(present, pooled, 0.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from behrt_jax.errors import InputError
 from behrt_jax.tracking import run_folder
-from behrt_jax.tracking.console import format_cell, format_duration, is_numeric
+from behrt_jax.tracking.formats import format_cell, format_duration, is_numeric
 from behrt_jax.tracking.plots import best_validation
 from behrt_jax.tracking.summary import FIGURES, figure_rows, flat, format_figure, verdict
 

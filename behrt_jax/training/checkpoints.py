@@ -9,25 +9,29 @@ Source: Orbax (https://orbax.readthedocs.io), its v0 ``CheckpointManager``.
 """
 
 import json
-import logging
-import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore
 
 from behrt_jax.errors import InputError
+from behrt_jax.training.checkpoint_contents import (
+    UNREADABLE,
+    Contents,
+    ContentsOnDisk,
+    LatestAndBest,
+    abstract,
+    compare_leaves,
+    first_line,
+    leaf_table,
+    quiet_orbax,
+)
 
 TREES = ("params", "lora", "opt_state")
-
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
-_logger = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
@@ -45,7 +49,7 @@ def open_checkpoints(folder: Path, *, keep_best: bool = True) -> Iterator["Check
     The latest checkpoint is kept and, with ``keep_best``, the one of lowest ``metrics["loss"]`` too
     (the earlier of equals). An older one is deleted only when its successor is complete.
     """
-    with _quiet_orbax():
+    with quiet_orbax():
         checkpoints = Checkpoints(folder.absolute(), keep_best)
         try:
             yield checkpoints
@@ -62,12 +66,11 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep_best: bool):
         self._folder = folder
-        self._contents: dict[int, _Contents] = {}
-        self._whole: dict[int, bool] = {}
+        self._on_disk = ContentsOnDisk(folder, self._read_json)
         self._prepared = False
         options = ocp.CheckpointManagerOptions(
             create=False,
-            preservation_policy=_LatestAndBest(self._best_of if keep_best else None),
+            preservation_policy=LatestAndBest(self._on_disk.best_of if keep_best else None),
             # Where a folder cannot be made in the background, threads wait for it for minutes and keep
             # the process from ending.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
@@ -97,11 +100,15 @@ class Checkpoints:
         """
         self.wait()
         exists = step in self._manager.all_steps()
-        if exists and self._is_whole(step) and (metrics is None or self._contents[step].metrics is not None):
+        if (
+            exists
+            and self._on_disk.is_whole(step)
+            and (metrics is None or self._on_disk.contents(step).metrics is not None)
+        ):
             return
         trees = dict(zip(TREES, (params, lora, opt_state), strict=True))
-        contents = _Contents(
-            {name: _table(tree) for name, tree in trees.items()},
+        contents = Contents(
+            {name: leaf_table(tree) for name, tree in trees.items()},
             None if metrics is None else {name: float(value) for name, value in metrics.items()},
         )
         documents = {"cursor": cursor, "config": config, "contents": contents._asdict()}
@@ -111,7 +118,7 @@ class Checkpoints:
         self._prepare_folder()
         if exists:
             self._manager.delete(step)
-        self._contents[step], self._whole[step] = contents, True
+        self._on_disk.record(step, contents)
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
@@ -125,12 +132,12 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Highest step with a whole checkpoint; None without any."""
         self.wait()
-        return next(filter(self._is_whole, sorted(self._manager.all_steps(), reverse=True)), None)
+        return next(filter(self._on_disk.is_whole, sorted(self._manager.all_steps(), reverse=True)), None)
 
     def best_step(self) -> int | None:
         """Step of the whole checkpoint with the lowest finite ``metrics["loss"]``; None without any."""
         self.wait()
-        return self._best_of(self._manager.all_steps())
+        return self._on_disk.best_of(self._manager.all_steps())
 
     def restore(self, step: int, *, params: Any = None, lora: Any = None, opt_state: Any = None) -> Restored:
         """Read the trees for which a template is given, and nothing else.
@@ -143,16 +150,15 @@ class Checkpoints:
                 from what was saved in path, shape or dtype: the first such leaf is named.
         """
         templates = Restored(params, lora, opt_state)._asdict()
-        wanted = {name: jax.tree.map(_abstract, tree) for name, tree in templates.items() if tree is not None}
+        wanted = {name: jax.tree.map(abstract, tree) for name, tree in templates.items() if tree is not None}
         with self._reading(step):
-            saved = self._read_contents(step).leaves
+            saved = self._on_disk.contents(step).leaves
         for name, tree in wanted.items():
-            _compare(f"{self._path(step)} does not fit the model: {name}", saved[name], _table(tree))
+            where = f"{self._folder / str(step)} does not fit the model: {name}"
+            compare_leaves(where, saved[name], leaf_table(tree))
         filled = {name: tree for name, tree in wanted.items() if saved[name]}
         with self._reading(step):
-            if not self._whole.get(step):
-                for name in filled:
-                    _read_through(self._path(step) / name, len(saved[name]))
+            self._on_disk.check_arrays(step, filled)
             items = {name: ocp.args.StandardRestore(tree) for name, tree in filled.items()}
             found = self._manager.restore(step, args=ocp.args.Composite(**items)) if items else {}
         return Restored(**{**wanted, **dict(found.items())})
@@ -167,9 +173,6 @@ class Checkpoints:
         with self._reading(step):
             return self._read_json(step, "config")
 
-    def _path(self, step: int) -> Path:
-        return self._folder / str(step)
-
     def _prepare_folder(self) -> None:
         """Before the first save: the folder exists, without half-written leftovers."""
         if self._prepared:
@@ -180,24 +183,6 @@ class Checkpoints:
                 shutil.rmtree(leftover)
         self._prepared = True
 
-    def _best_of(self, steps: Sequence[int]) -> int | None:
-        losses = [(self._contents[step].loss, step) for step in steps if self._is_whole(step)]
-        return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(0.0, None))[1]
-
-    def _is_whole(self, step: int) -> bool:
-        """Can everything in this step's folder be read? Found out once, and a warning logged if not."""
-        if step not in self._whole:
-            try:
-                self._read_json(step, "cursor")
-                self._read_json(step, "config")
-                for name, leaves in self._read_contents(step).leaves.items():
-                    _read_through(self._path(step) / name, len(leaves))
-                self._whole[step] = True
-            except _UNREADABLE as error:
-                self._whole[step] = False
-                _logger.warning("Checkpoint %s is damaged and ignored (%s).", self._path(step), _line(error))
-        return self._whole[step]
-
     @contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         self.wait()
@@ -206,94 +191,9 @@ class Checkpoints:
             raise InputError(f"{self._folder} has no checkpoint of step {step}; it has {steps or 'none'}")
         try:
             yield
-        except _UNREADABLE as error:
-            raise InputError(
-                f"{self._path(step)} is damaged ({_line(error)}); use a checkpoint of another step"
-            ) from error
+        except UNREADABLE as error:
+            path, reason = self._folder / str(step), first_line(error)
+            raise InputError(f"{path} is damaged ({reason}); use a checkpoint of another step") from error
 
     def _read_json(self, step: int, name: str) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore()}))[name]
-
-    def _read_contents(self, step: int) -> "_Contents":
-        if step not in self._contents:
-            self._contents[step] = _Contents(**self._read_json(step, "contents"))
-        return self._contents[step]
-
-
-class _Contents(NamedTuple):
-    leaves: dict[str, dict[str, str]]
-    """Tree -> path of a leaf -> dtype and shape."""
-    metrics: dict[str, float] | None
-
-    @property
-    def loss(self) -> float:
-        return math.nan if self.metrics is None else self.metrics["loss"]
-
-
-@dataclass
-class _LatestAndBest:
-    """A preservation policy of Orbax: which checkpoints outlive the save that is under way."""
-
-    best_of: Callable[[Sequence[int]], int | None] | None
-    """Picks the best of some steps; None to keep the latest alone."""
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = self.best_of(steps) if self.best_of else None
-        # The latest is the one saved last, also where a torn one of a higher step lies about.
-        return [step in (steps[-1], best) for step in steps]
-
-
-def _table(tree: Any) -> dict[str, str]:
-    """Path of each leaf -> dtype and shape."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _compare(where: str, saved: dict[str, str], here: dict[str, str]) -> None:
-    for path in sorted(saved.keys() | here.keys()):
-        if saved.get(path) != here.get(path):
-            raise InputError(
-                f"{where}/{path} is {saved.get(path, 'absent')} there and {here.get(path, 'absent')} here; "
-                "use the configuration it was made with"
-            )
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _read_through(item: Path, leaves: int) -> None:
-    """Read every stored value of a tree once; a file that is missing or cut is an error here."""
-    if not leaves:
-        return
-    base = {"driver": "file", "path": f"{item}/"}
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-    keys = store.list().result()
-    if (
-        not all(store.read(key).result().value for key in keys)
-        or sum(key.endswith(b"/.zarray") for key in keys) != leaves
-    ):
-        raise ValueError(f"array data of {item.name} is missing")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-@contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Keep Orbax's progress notes off the console; its errors still show."""
-
-    def is_wanted(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or "orbax" not in record.pathname
-
-    absl_logger = logging.getLogger("absl")
-    absl_logger.addFilter(is_wanted)
-    try:
-        yield
-    finally:
-        absl_logger.removeFilter(is_wanted)

@@ -1,16 +1,16 @@
-"""Which parameters train: labels by path, regimes by name, and gradients that stop at frozen leaves."""
+"""Which parameters train: regimes by name, masks, and gradients that stop at frozen leaves."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.tree_util import DictKey, tree_map_with_path
+from jax.tree_util import tree_map_with_path
 
+from behrt_jax.adapters.groups import GROUPS, label, labels, path_names
 from behrt_jax.config import FreezingConfig
 from behrt_jax.errors import InputError
 
-GROUPS = ("lora", "embedding", "head", "base")
 FROZEN = "frozen"
 
 
@@ -48,37 +48,8 @@ def regime(config: FreezingConfig) -> Regime:
     return Regime(frozenset(config.groups)) if config.groups else REGIMES[config.regime]
 
 
-def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Names along a key path of nested dicts."""
-    return tuple(str(key.key) if isinstance(key, DictKey) else str(key) for key in path)
-
-
-def label(path: tuple[str, ...]) -> str:
-    """Group of the leaf at `path` in ``{"params": ..., "lora": ...}``: exactly one of `GROUPS`.
-
-    Raises:
-        ValueError: the path fits no group, or more than one.
-    """
-    collection, inner = path[0], path[1:]
-    rules = {
-        "lora": collection == "lora",
-        "embedding": collection == "params" and "embeddings" in inner,
-        "head": collection == "params" and any(name.endswith("_head") for name in inner),
-        "base": collection == "params" and "encoder" in inner,
-    }
-    fitting = [group for group, fits in rules.items() if fits]
-    if len(fitting) != 1:
-        raise ValueError(f"leaf {'/'.join(path)} must belong to one parameter group, found: {fitting or 'none'}")
-    return fitting[0]
-
-
-def labels(variables: Mapping[str, Any]) -> Any:
-    """Tree of group names with the structure of `variables`."""
-    return tree_map_with_path(lambda path, _: label(path_names(path)), variables)
-
-
 def trainable(variables: Mapping[str, Any], chosen: Regime) -> Any:
-    """Tree of booleans with the structure of `variables`: does this leaf train?
+    """Tree of booleans with the structure of `variables`: True where a leaf trains.
 
     Raises:
         InputError: nothing at all would train.
@@ -119,7 +90,7 @@ def trainable_leaves(tree: Any, mask: Any) -> list[jax.Array]:
 
 
 def adapted_kernels_frozen(variables: Mapping[str, Any], mask: Mapping[str, Any]) -> bool:
-    """Are all kernels that carry an adapter frozen?"""
+    """Whether all kernels that carry an adapter are frozen."""
     adapted = {path[:-1] for path in _paths(variables.get("lora", {}))}
     flags = dict(_flat(mask["params"]))
     return not any(flags[(*path, "kernel")] for path in adapted)

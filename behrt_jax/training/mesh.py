@@ -1,5 +1,6 @@
 """Devices in a mesh of two axes: both split the batch, `fsdp` is there to split parameters too."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,9 +9,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp")
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Data-parallel mesh over the given devices, by default all."""
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices() if devices is None else list(devices)
     # Auto: under Explicit axes, the default, an embedding lookup of Linen is an error.
     return jax.make_mesh((len(devices), 1), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 

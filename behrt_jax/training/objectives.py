@@ -6,11 +6,13 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from behrt_jax.config import MaskingConfig
 from behrt_jax.data.vocabulary import MASK, PAD, SPECIAL_TOKENS
 
 FIRST_CODE = len(SPECIAL_TOKENS)
+Rows = jax.Array | np.ndarray
 
 
 class MaskedCodes(NamedTuple):
@@ -32,7 +34,7 @@ def masking_budget(length: int, probability: float) -> int:
 
 
 def mask_codes(
-    key: jax.Array, codes: jax.Array, row_ids: jax.Array, config: MaskingConfig, vocabulary_size: int
+    key: jax.Array, codes: Rows, row_ids: Rows, config: MaskingConfig, vocabulary_size: int
 ) -> MaskedCodes:
     """Hide codes and remember them.
 
@@ -73,4 +75,4 @@ def mask_codes(
         shown = codes.at[columns].set(jnp.where(weights, replacement, originals), unique_indices=True)
         return MaskedCodes(shown, columns, jnp.where(weights, originals, PAD), weights)
 
-    return jax.vmap(mask_row)(codes, row_ids)
+    return jax.vmap(mask_row)(jnp.asarray(codes), jnp.asarray(row_ids))

@@ -1,12 +1,14 @@
 """AdamW for each trainable group, nothing for frozen leaves."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
+from behrt_jax.adapters.groups import GROUPS
 from behrt_jax.config import OptimizerConfig
-from behrt_jax.training.freezing import FROZEN, GROUPS
+from behrt_jax.training.freezing import FROZEN
 
 
 def learning_rate_schedule(peak: float, config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -24,7 +26,7 @@ def learning_rate_schedule(peak: float, config: OptimizerConfig, total_steps: in
     return optax.join_schedules([rise, decay], [warmup]) if warmup else decay
 
 
-def group_schedules(config: OptimizerConfig, total_steps: int) -> dict[str, optax.Schedule]:
+def group_schedules(config: OptimizerConfig, total_steps: int) -> dict[str, Callable[[Any], Any]]:
     """Learning-rate schedule of each parameter group."""
     return {
         group: learning_rate_schedule(
@@ -34,9 +36,7 @@ def group_schedules(config: OptimizerConfig, total_steps: int) -> dict[str, opta
     }
 
 
-def make_optimizer(
-    config: OptimizerConfig, total_steps: int, labels: Any
-) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, total_steps: int, labels: Any) -> optax.GradientTransformation:
     """``optax.multi_transform`` with AdamW per group and ``set_to_zero`` for frozen leaves.
 
     Weight decay is applied to matrices only. Clipping is not part of it: see :func:`clip_factor`.

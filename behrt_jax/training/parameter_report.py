@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from behrt_jax.training.freezing import GROUPS, labels
+from behrt_jax.adapters.groups import GROUPS, labels
 
 
 def count_parameters(variables: Mapping[str, Any], mask: Any) -> dict[str, Any]:

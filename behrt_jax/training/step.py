@@ -38,7 +38,7 @@ class Predictor(NamedTuple):
     lora: LoRAConfig | None = None
     product: Literal["activations", "merged"] = "activations"
 
-    def logits(self, variables: Variables, batch: Batch, masked: MaskedCodes, key: jax.Array | None):
+    def logits(self, variables: Variables, batch: Batch, masked: MaskedCodes, key: jax.Array | None) -> Any:
         """Logits at the masked columns, float32 `[batch, budget, vocabulary]`; no key, no dropout."""
         adapters = (
             lora.applying(self.lora, self.product, deterministic=key is None) if self.lora else nullcontext()

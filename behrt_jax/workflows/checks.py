@@ -1,8 +1,9 @@
 """Mistakes in a configuration that can be told before any data is read."""
 
+from behrt_jax.adapters.groups import GROUPS
 from behrt_jax.config import ModelConfig, PretrainConfig
 from behrt_jax.errors import InputError
-from behrt_jax.training.freezing import GROUPS, REGIMES
+from behrt_jax.training.freezing import REGIMES
 from behrt_jax.training.state import set_up
 
 
@@ -56,6 +57,11 @@ def check(config: PretrainConfig) -> None:
     )
     unknown = sorted(set(config.freezing.groups) - set(GROUPS))
     _require(not unknown, f"freezing.groups has {unknown}: choose from {', '.join(GROUPS)}.")
+    _require(
+        config.lora is not None or config.freezing.regime == "full" or bool(config.freezing.groups),
+        f"freezing.regime is {config.freezing.regime}, but the model has no adapters: take a configuration "
+        "whose name ends in _lora, or name the groups to train with freezing.groups.",
+    )
     set_up(config, vocabulary_size=8)  # adapters and regime; no arrays are made
 
 
@@ -69,7 +75,9 @@ def _check_model(model: ModelConfig) -> None:
     )
     for name in ("dropout", "attention_dropout"):
         rate = getattr(model, name)
-        _require(rate is None or 0 <= rate < 1, f"model.{name} is {rate}: give a rate from 0 up to, but not, 1.")
+        _require(
+            rate is None or 0 <= rate < 1, f"model.{name} is {rate}: give a rate from 0 up to, but not, 1."
+        )
 
 
 def _require(condition: bool, message: str) -> None:

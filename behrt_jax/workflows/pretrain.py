@@ -1,6 +1,7 @@
 """Masked-code pretraining, from a configuration to a finished run folder."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class PretrainResult:
     """0, or 128 plus the number of the signal that stopped the run."""
 
 
-def pretrain(config: PretrainConfig, devices: list[jax.Device] | None = None) -> PretrainResult:
+def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> PretrainResult:
     """Pretrain BEHRT by masked-code prediction and leave a run folder behind.
 
     Args:
@@ -163,7 +164,9 @@ def pretrain(config: PretrainConfig, devices: list[jax.Device] | None = None) ->
             config,
             baselines={"unigram": unigram},
             best_step=best_step,
-            stop_reason=f"{stop_reason} by {interruption.name}" if stop_reason == "interrupted" else stop_reason,
+            stop_reason=f"{stop_reason} by {interruption.name}"
+            if stop_reason == "interrupted"
+            else stop_reason,
             seconds=earlier_seconds + time.perf_counter() - started,
             warnings=warnings,
             data=description,

@@ -280,6 +280,13 @@ def test_marks_must_cover_the_parameters(folder):
         save(folder, params, make_lora(), trained={"mlm_head": {"dense": {"kernel": True}}})
 
 
+def test_a_tensor_of_no_parameter_group_is_refused(folder):
+    params = {"decoder": {"kernel": jnp.ones((2, 2))}}
+    with pytest.raises(ValueError, match="params/decoder/kernel must belong to one parameter group"):
+        save(folder, params, {}, trained={"decoder": {"kernel": True}})
+    assert not folder.parent.exists()
+
+
 def test_without_safetensors_the_package_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(InputError, match="pip install safetensors"):

@@ -91,7 +91,9 @@ def test_unmerge_undoes_merge_and_touches_no_other_leaf(params):
     merged = lora.merge(params, adapters, config)
     chex.assert_trees_all_close(lora.unmerge(merged, adapters, config), params, atol=1e-6)
     changed = {
-        path for path, leaf in flatten_dict(merged).items() if not np.array_equal(leaf, flatten_dict(params)[path])
+        path
+        for path, leaf in flatten_dict(merged).items()
+        if not np.array_equal(leaf, flatten_dict(params)[path])
     }
     assert changed == {(*path[:-1], "kernel") for path in flatten_dict(adapters)}
 
@@ -134,7 +136,9 @@ def test_products_agree_with_the_definition(sizes, scale, seed):
         return jnp.sin(merged_product(x, kernel, a, b, scale)).sum()
 
     np.testing.assert_allclose(merged(x, a, b), plain(x, a, b), rtol=1e-3, atol=1e-4)
-    for ours, theirs in zip(jax.grad(merged, (0, 1, 2))(x, a, b), jax.grad(plain, (0, 1, 2))(x, a, b), strict=True):
+    for ours, theirs in zip(
+        jax.grad(merged, (0, 1, 2))(x, a, b), jax.grad(plain, (0, 1, 2))(x, a, b), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
@@ -156,7 +160,9 @@ def test_adapter_dropout_falls_on_the_adapter_alone(params):
     base = jax.jit(lambda: model.apply({"params": params}, *batch[:5]))()
     np.testing.assert_allclose(logits(fresh), base, atol=1e-6)
     assert np.abs(logits(adapters) - adapted_logits(params, adapters, config, batch)).max() > 1e-3
-    np.testing.assert_allclose(activation_product(jnp.ones((3, 2)), jnp.ones((2, 1)), jnp.ones((1, 2)), 0.5), 1.0)
+    np.testing.assert_allclose(
+        activation_product(jnp.ones((3, 2)), jnp.ones((2, 1)), jnp.ones((1, 2)), 0.5), 1.0
+    )
 
 
 def test_an_adapter_does_not_depend_on_which_others_there_are(params):

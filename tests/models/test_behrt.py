@@ -60,7 +60,9 @@ def test_no_gradient_flows_between_subjects_of_a_row():
         logits = model.apply({"params": params}, *batch[:5])
         return jnp.where(first[:, :, None], logits, 0.0).sum()
 
-    gradient = jax.grad(loss_of_first_subject)(variables["params"]["behrt"]["embeddings"]["code"]["embedding"])
+    gradient = jax.grad(loss_of_first_subject)(
+        variables["params"]["behrt"]["embeddings"]["code"]["embedding"]
+    )
     used = np.unique(batch.codes[first])
     unused = np.setdiff1d(np.arange(VOCABULARY), used)
     assert np.abs(gradient[used]).max() > 0

@@ -90,7 +90,7 @@ def assert_identical(found, expected):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-def test_everything_comes_back_in_another_process_of_the_run(folder, trees):
+def test_everything_comes_back_after_reopening(folder, trees):
     with open_checkpoints(folder) as checkpoints:
         assert checkpoints.latest_step() is None and checkpoints.best_step() is None
         save(checkpoints, 3, trees, loss=2.0)

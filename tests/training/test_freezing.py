@@ -4,17 +4,14 @@ import jax
 import pytest
 from jax.tree_util import tree_leaves_with_path
 
+from behrt_jax.adapters.groups import GROUPS, label, labels, path_names
 from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.training.freezing import (
     FROZEN,
-    GROUPS,
     REGIMES,
     adapted_kernels_frozen,
-    label,
-    labels,
     optimizer_labels,
-    path_names,
     regime,
     trainable,
 )
@@ -23,6 +20,7 @@ from behrt_jax.training.state import set_up
 from experiments.configs import LARGE, MEDIUM, PAPER, SMALL
 
 ATTENTION = ("query", "key", "value", "out")
+OUT = LoRAConfig(16, targets=("out",))
 
 
 def report(model, adapters, freezing):
@@ -34,9 +32,9 @@ def report(model, adapters, freezing):
     ("model", "adapters", "freezing", "total", "trainable", "percent"),
     [
         (LARGE, None, FreezingConfig("full"), 20_268_008, 20_268_008, 100.0),
-        (LARGE, LoRAConfig(16, targets=("out",)), FreezingConfig("lora"), 20_366_312, 1_450_984, 7.1),
-        (LARGE, LoRAConfig(16, targets=("out",)), FreezingConfig("lora_pretrained"), 20_366_312, 874_984, 4.3),
-        (LARGE, LoRAConfig(16, targets=("out",)), FreezingConfig("all_but_adapted"), 20_366_312, 18_790_376, 92.3),
+        (LARGE, OUT, FreezingConfig("lora"), 20_366_312, 1_450_984, 7.1),
+        (LARGE, OUT, FreezingConfig("lora_pretrained"), 20_366_312, 874_984, 4.3),
+        (LARGE, OUT, FreezingConfig("all_but_adapted"), 20_366_312, 18_790_376, 92.3),
         (LARGE, LoRAConfig(16, targets=ATTENTION), FreezingConfig("lora"), 20_661_224, 1_745_896, 8.5),
         (SMALL, LoRAConfig(8, targets=ATTENTION), FreezingConfig("lora"), 668_776, 271_976, 40.7),
         (SMALL, None, FreezingConfig("full"), 652_392, 652_392, 100.0),
@@ -62,7 +60,7 @@ def test_groups_of_the_small_model():
 
 
 def test_printed_table_ends_with_the_sum():
-    rows = report_rows(report(LARGE, LoRAConfig(16, targets=("out",)), FreezingConfig("lora")))
+    rows = report_rows(report(LARGE, OUT, FreezingConfig("lora")))
     assert rows[0] == ("lora", "98,304", "98,304", "100.0 %")
     assert rows[-1] == ("all", "20,366,312", "1,450,984", "7.1 %")
 

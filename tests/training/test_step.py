@@ -11,8 +11,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from behrt_jax.config import FreezingConfig, LoRAConfig, OptimizerConfig, PretrainConfig
-from behrt_jax.models.behrt import example_inputs
 from behrt_jax.data.rows import Batch
+from behrt_jax.models.behrt import example_inputs
 from behrt_jax.training.freezing import trainable_leaves
 from behrt_jax.training.mesh import make_mesh, put_rows, replicated
 from behrt_jax.training.objectives import mask_codes
@@ -148,7 +148,9 @@ def test_eight_devices_equal_one():
 def test_empty_rows_change_nothing():
     config = replace(TINY, model=tiny_model(dropout=0.0))
     batch = random_batch(0, rows=4)
-    padded = Batch(*(np.concatenate([x, np.zeros_like(x)]) for x in batch[:5]), np.r_[batch.row_ids, -np.ones(4)])
+    padded = Batch(
+        *(np.concatenate([x, np.zeros_like(x)]) for x in batch[:5]), np.r_[batch.row_ids, -np.ones(4)]
+    )
     padded = padded._replace(row_ids=padded.row_ids.astype(np.int32))
     without, _ = sgd(config, 1, [batch])
     with_empty, _ = sgd(config, 1, [padded])
@@ -168,7 +170,9 @@ def test_one_compilation_for_all_steps():
 
 def test_masks_are_new_at_each_step_unless_they_are_static():
     """The first historic data mistake, reproduced on demand."""
-    config = replace(TINY, model=tiny_model(dropout=0.0), optimizer=replace(TINY.optimizer, learning_rate=1e-12))
+    config = replace(
+        TINY, model=tiny_model(dropout=0.0), optimizer=replace(TINY.optimizer, learning_rate=1e-12)
+    )
     batch = random_batch(0, rows=8)
     _, fresh = run(config, 3, [batch] * 3)
     _, static = run(config, 3, [batch] * 3, static_masks=True)
@@ -221,9 +225,7 @@ def test_compiled_flops_of_the_lora_step_of_large():
     full = compiled_flops(PretrainConfig(model=LARGE))
     for product in ("merged", "activations"):
         adapters = LoRAConfig(rank=16, product=product)
-        adapted = compiled_flops(
-            PretrainConfig(model=LARGE, lora=adapters, freezing=FreezingConfig("lora"))
-        )
+        adapted = compiled_flops(PretrainConfig(model=LARGE, lora=adapters, freezing=FreezingConfig("lora")))
         assert adapted / full < 0.80, product
     plain = PretrainConfig(model=LARGE, lora=LoRAConfig(rank=16, product="activations"))
     assert compiled_flops(plain) / full > 1.0  # nothing frozen: the measure itself can tell

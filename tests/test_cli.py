@@ -1,0 +1,193 @@
+"""The pretraining command: options, help, and one clear error for each mistake before training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from behrt_jax.cli import parse, pretrain_command
+from behrt_jax.errors import InputError
+from experiments.configs import PRETRAIN
+from tests.data.meds_folder import by_remainder, history_rows, write_meds
+
+SCRIPT = Path(__file__).parents[1] / "experiments" / "pretrain.py"
+
+
+def parsed(*arguments):
+    return parse(arguments, PRETRAIN, default="small_lora", prog="pretrain.py")
+
+
+def test_names_of_the_configurations():
+    assert list(PRETRAIN) == ["small", "small_lora", "medium", "medium_lora", "large", "large_lora", "paper"]
+    assert all(config.name == name for name, config in PRETRAIN.items())
+
+
+def test_large_lora_is_what_it_is_said_to_be():
+    config = parsed("--config", "large_lora")
+    assert (config.data.subjects, config.train.epochs, config.train.batch_size) == (5000, 100, 128)
+    assert (config.model.dropout, config.optimizer.weight_decay) == (0.2, 0.01)
+    assert (config.lora and config.lora.rank, config.train.patience) == (16, 10)
+
+
+def test_overrides_are_typed_and_leave_the_rest():
+    config = parsed(
+        "--config=large_lora", "--lora.targets", "out", "query", "--train.max_steps", "1", "--data.no_packed",
+        "--optimizer.learning_rates.lora", "3e-3", "--freezing.groups", "lora", "head",
+    )  # fmt: skip
+    assert config.lora and config.lora.targets == ("out", "query")
+    assert config.lora.rank == 16
+    assert config.train.max_steps == 1
+    assert config.data.packed is False
+    assert config.optimizer.learning_rates.lora == 3e-3
+    assert config.freezing.groups == ("lora", "head")
+    assert config.model == PRETRAIN["large_lora"].model
+
+
+def test_help_names_configurations_and_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as left:
+        parsed("--config", "small_lora", "--help")
+    assert left.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        *PRETRAIN,
+        "--lora.targets",
+        "--train.static_masks",
+        "--data.path",
+        "Inner width of every adapter",
+    ):
+        assert part in text
+    sections = ("model", "lora", "freezing", "data", "masking", "optimizer", "train")
+    for section in sections:
+        assert f"--{section}." in text
+
+
+@pytest.fixture(scope="module")
+def meds(tmp_path_factory):
+    """A healthy MEDS folder and broken ones, by name."""
+    root = tmp_path_factory.mktemp("meds")
+    rows = history_rows(subjects=40)
+    splits = by_remainder(rows)
+    write_meds(root / "healthy", rows, splits=splits)
+    write_meds(root / "no_code", rows, splits=splits, leave_out=("code",))
+    write_meds(root / "no_train", rows, splits={"tuning": splits["tuning"], "held_out": splits["train"]})
+    (root / "empty" / "data").mkdir(parents=True)
+    pq.write_table(
+        pa.table({"subject_id": pa.array([], pa.int64()), "time": pa.array([], pa.timestamp("us")),
+                  "code": pa.array([], pa.string())}),
+        root / "empty" / "data" / "0.parquet",
+    )  # fmt: skip
+    return root
+
+
+MISTAKES = {
+    "unknown configuration": (["--config", "large_lorra"], "choose one of small, small_lora, medium"),
+    "no name after --config": (["--config"], "--config needs a name"),
+    "adapters of a model without any": (["--config", "small", "--lora.rank", "4"], "small has no adapters"),
+    "regime without adapters": (["--config", "small", "--freezing.regime", "lora"], "has no adapters"),
+    "no path": (["--data.source", "meds"], "data.path is missing"),
+    "missing path": (["--data.source", "meds", "--data.path", "{meds}/nowhere"], "nowhere"),
+    "parquet without code": (["--data.source", "meds", "--data.path", "{meds}/no_code"], "code"),
+    "empty data set": (["--data.source", "meds", "--data.path", "{meds}/empty"], "no event"),
+    "no train split": (["--data.source", "meds", "--data.path", "{meds}/no_train"], "train"),
+    "path of a generated source": (["--data.path", "{meds}/healthy"], "add --data.source meds"),
+    "length over positions": (["--data.max_length", "51"], "the model has 50 positions"),
+    "hidden not divisible by heads": (["--model.heads", "5"], "not divisible by model.heads 5"),
+    "rank 0": (["--lora.rank", "0"], "lora.rank is 0"),
+    "target that matches nothing": (["--lora.targets", "qkv"], "Names that could match: decoder"),
+    "merged where it would be wrong": (
+        ["--lora.product", "merged", "--lora.dropout", "0.1"], "lora.dropout is above 0"),
+    "broken pattern": (["--data.codes", "DX//("], "data.codes has 'DX//('"),
+    "too small a vocabulary": (["--data.vocabulary_size", "20"], "data.vocabulary_size"),
+    "batch of nothing": (["--train.batch_size", "0"], "train.batch_size is 0"),
+    "nothing to predict": (["--masking.probability", "0"], "masking.probability is 0"),
+    "resume without a run": (["--resume"], "holds no run to go on with"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_one_clear_error_before_training(mistake, meds, tmp_path, capsys):
+    arguments, expected = MISTAKES[mistake]
+    arguments = [argument.format(meds=meds) for argument in arguments]
+    status = pretrain_command([*arguments, "--output", str(tmp_path / "run")], PRETRAIN, "small_lora")
+    captured = capsys.readouterr()
+    assert status == 2
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert expected in lines[0]
+    assert "step 1" not in captured.out
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_folder_with_another_run_is_left_alone(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert pretrain_command(["--output", str(tmp_path)], PRETRAIN, "small_lora") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_option_without_meaning_leaves_with_status_2():
+    with pytest.raises(SystemExit) as left:
+        parsed("--train.epocs", "3")
+    assert left.value.code == 2
+
+
+def test_parse_raises_for_callers():
+    with pytest.raises(InputError):
+        parsed("--config", "none")
+
+
+@pytest.mark.slow
+def test_large_lora_with_adapters_on_out_prints_the_figures(tmp_path):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--config", "large_lora", "--lora.targets", "out", "--train.max_steps", "1",
+         "--output", tmp_path / "run"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    parameters = json.loads((tmp_path / "run" / "parameters.json").read_text())
+    assert (parameters["total"], parameters["trainable"]) == (20_366_312, 1_450_984)
+    assert "20,366,312" in done.stdout
+    assert "7.1 %" in done.stdout
+    assert len(parameters["adapters"]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_later(sent, tmp_path):
+    command = [sys.executable, SCRIPT, "--config", "small_lora", "--output", tmp_path / "run",
+               "--train.epochs", "4", "--data.subjects", "1000"]  # fmt: skip
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 200
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(sent)
+    output, _ = run.communicate(timeout=200)
+    assert run.returncode == 128 + sent, output
+    assert f"interrupted by {sent.name}" in output
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming after step" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stop_reason"] == "finished"
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_the_script_runs_from_anywhere(tmp_path):
+    environment = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--config", "nothing"], capture_output=True, text=True, cwd=tmp_path,
+        env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --config 'nothing' is unknown")

@@ -1,0 +1,115 @@
+"""The loop's decisions, with plain functions in place of model and files."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
+from behrt_jax.training.step import TrainState
+
+SCHEDULE = Schedule(total_steps=12, steps_per_epoch=4, validate_every=4, log_every=3, patience=None)
+
+
+class Stage:
+    """Records what the loop does; the state is the number of steps done."""
+
+    def __init__(self, train_losses=None, validation_losses=None, interrupt_at=None):
+        self.train_losses = train_losses or [1.0] * 100
+        self.validation_losses = iter(validation_losses or [1.0] * 100)
+        self.interrupt_at = interrupt_at
+        self.records, self.saved, self.done = [], [], 0
+
+    def run(self, schedule=SCHEDULE, cursor=None):
+        cursor = Cursor() if cursor is None else cursor
+        self.done = cursor.step
+        state = TrainState(np.int32(cursor.step), {}, ())
+        actions = Actions(
+            next_batch=lambda step: (step, 10),
+            train_step=self.train_step,
+            validate=lambda variables: {"loss": next(self.validation_losses)},
+            learning_rates=lambda step: {"lora": 0.1 * (step + 1)},
+            save=lambda state, cursor, metrics: self.saved.append((cursor.to_json(), metrics)),
+            interrupted=lambda: self.done == self.interrupt_at,
+        )
+        return train(state, cursor, schedule, actions, self)[1]
+
+    def train_step(self, state, batch):
+        assert batch == self.done
+        self.done += 1
+        loss = self.train_losses[batch]
+        sums = {"loss": np.float32(2 * loss), "top1": 1.0, "top5": 1.0, "top10": 2.0, "targets": 2.0}
+        return state._replace(step=state.step + 1), {**sums, "gradient_norm": np.float32(0.5)}
+
+    def step(self, step, tokens, loss):
+        assert (step, tokens) == (self.done, 10)
+
+    def record(self, metrics):
+        self.records.append(metrics)
+
+
+def test_lines_and_validations_come_when_they_are_due():
+    stage = Stage(train_losses=list(range(1, 13)))
+    assert stage.run() == "finished"
+    lines = [(r["split"], r["step"], r["loss"]) for r in stage.records]
+    assert lines == [
+        ("train", 3, 2.0), ("train", 4, 4.0), ("tuning", 4, 1.0),
+        ("train", 6, 5.5), ("train", 8, 7.5), ("tuning", 8, 1.0),
+        ("train", 9, 9.0), ("train", 12, 11.0), ("tuning", 12, 1.0),
+    ]  # fmt: skip
+    assert [cursor["step"] for cursor, _ in stage.saved] == [4, 8, 12]
+    first = stage.records[0]
+    assert first["epoch"] == 0.75
+    assert first["targets"] == 6
+    assert first["learning_rate"] == {"lora": pytest.approx(0.3)}
+    assert first["tokens_per_second"] == pytest.approx(10 * first["steps_per_second"])
+
+
+def test_a_last_partial_epoch_is_validated():
+    stage = Stage()
+    assert stage.run(replace(SCHEDULE, total_steps=6)) == "finished"
+    assert [r["step"] for r in stage.records if r["split"] == "tuning"] == [4, 6]
+
+
+def test_early_stopping_counts_validations_without_gain():
+    stage = Stage(validation_losses=[3.0, 2.0, 2.0, math.nan, 2.5, 0.0])
+    schedule = replace(SCHEDULE, total_steps=100, patience=3)
+    cursor = Cursor()
+    assert stage.run(schedule, cursor) == "early stopping"
+    assert (cursor.step, cursor.best_step, cursor.best_loss) == (20, 8, 2.0)
+    # A run that is resumed after it stopped early stops at once.
+    assert stage.run(schedule, Cursor.from_json(cursor.to_json())) == "early stopping"
+    assert stage.done == 20
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rate_and_saves_nothing_of_it():
+    losses = [1.0] * 6 + [math.nan] + [1.0] * 10
+    stage = Stage(train_losses=losses)
+    with pytest.raises(DivergenceError, match=r"Loss nan .*at step 7, learning rates \{'lora': 0.7\}"):
+        stage.run()
+    assert [cursor["step"] for cursor, _ in stage.saved] == [4]
+
+
+def test_an_interruption_saves_at_once_and_resuming_writes_the_same_lines():
+    losses = list(range(1, 13))
+    whole = Stage(train_losses=losses)
+    whole.run()
+    first = Stage(train_losses=losses, interrupt_at=5)
+    assert first.run() == "interrupted"
+    cursor, metrics = first.saved[-1]
+    assert (cursor["step"], metrics) == (5, None)
+    second = Stage(train_losses=losses)
+    assert second.run(cursor=Cursor.from_json(json.loads(json.dumps(cursor)))) == "finished"
+    rates = ("steps_per_second", "tokens_per_second")
+    lines = [
+        [{key: value for key, value in r.items() if key not in rates} for r in records]
+        for records in (whole.records, first.records + second.records)
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_the_cursor_survives_json_before_any_validation():
+    cursor = Cursor(step=2, totals={"loss": 1.5})
+    assert Cursor.from_json(json.loads(json.dumps(cursor.to_json(), allow_nan=False))) == cursor

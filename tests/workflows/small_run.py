@@ -1,0 +1,28 @@
+"""A pretraining configuration that runs in seconds."""
+
+from dataclasses import replace
+
+from behrt_jax.config import (
+    DataConfig,
+    FreezingConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TrainConfig,
+)
+from tests.models.rows import tiny_model
+
+SMALL_RUN = PretrainConfig(
+    name="tiny_lora",
+    model=tiny_model(positions=32, dropout=0.1),
+    lora=LoRAConfig(rank=2),
+    freezing=FreezingConfig("lora"),
+    data=DataConfig(subjects=600, vocabulary_size=200),
+    optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0),
+    train=TrainConfig(epochs=10, batch_size=32, log_every=2),
+)
+
+
+def changed(config: PretrainConfig, section: str, **values) -> PretrainConfig:
+    """The configuration with some values of one section replaced."""
+    return replace(config, **{section: replace(getattr(config, section), **values)})

@@ -1,0 +1,267 @@
+"""Pretraining as a whole: what a run leaves behind, resuming, and both ways of dividing the work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from behrt_jax.adapters.files import load_adapter
+from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.errors import InputError
+from behrt_jax.training.checkpoints import open_checkpoints
+from behrt_jax.training.loop import DivergenceError
+from behrt_jax.training.mesh import make_mesh
+from behrt_jax.training.state import init_state, optimizer_for, set_up
+from behrt_jax.workflows.pretrain import pretrain
+from tests.data.meds_folder import by_remainder, history_rows, write_meds
+from tests.workflows.small_run import SMALL_RUN, changed
+
+ONE = jax.devices()[:1]
+
+
+def records(folder, split=None):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if split in (None, line["split"])]
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def final_trees(folder):
+    """Latest checkpoint of a run as flat numpy arrays."""
+    config, vocabulary = SMALL_RUN, Vocabulary.read(folder / "vocabulary.parquet")
+    setup = set_up(config, len(vocabulary))
+    state = init_state(config, setup, optimizer_for(config, setup, 10), jax.random.key(0), make_mesh(ONE))
+    with open_checkpoints(folder / "checkpoints") as checkpoints:
+        step = checkpoints.latest_step()
+        trees = checkpoints.restore(
+            step, params=state.variables["params"], lora=state.variables["lora"], opt_state=state.opt_state
+        )
+    return step, [np.asarray(leaf) for leaf in jax.tree.leaves(tuple(trees))]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run to its end, on one device."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return pretrain(replace(SMALL_RUN, output=folder), ONE)
+
+
+def test_a_run_leaves_the_whole_folder(finished):
+    folder = finished.folder
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "parameters.json", "metrics.jsonl", "summary.json", "SUMMARY.txt", "checkpoints",
+        "adapter", "vocabulary.parquet", "plots", "report.html",
+    }  # fmt: skip
+    assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "accuracy.png"}
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter.safetensors",
+    }
+    config = read(folder, "config.json")
+    assert config["settings"]["lora"]["rank"] == 2
+    assert config["versions"]["jax"] == jax.__version__
+    assert len(config["data"]["fingerprint"]) == 64
+    assert len(Vocabulary.read(folder / "vocabulary.parquet")) == 200
+    parameters = read(folder, "parameters.json")
+    assert parameters["base"]["trainable"] == 0 < parameters["lora"]["trainable"]
+    assert len(parameters["adapters"]) == 8
+    assert set(parameters["adapters"][0]) == {"name", "in", "out", "rank"}
+    assert finished.exit_status == 0
+
+
+def test_it_learns_more_than_the_unigram_baseline_and_says_so(finished):
+    summary = read(finished.folder, "summary.json")
+    validation = records(finished.folder, "tuning")
+    assert summary["best"]["loss"] == min(line["loss"] for line in validation)
+    assert summary["best"]["loss"] < summary["baselines"]["unigram"]["loss"] - 0.1
+    assert validation[-1]["loss"] < validation[0]["loss"]
+    assert summary["gain_over_unigram"] > 0.1
+    assert "below the unigram baseline" in (finished.folder / "SUMMARY.txt").read_text()
+    for line in validation:
+        assert line["accuracy"] <= line["accuracy_top5"] <= line["accuracy_top10"]
+        assert line["perplexity"] == pytest.approx(np.exp(line["loss"]))
+
+
+def test_no_subject_id_is_written_anywhere(finished):
+    from behrt_jax.data.load import load_events
+
+    ids = {str(i) for i in load_events(SMALL_RUN.data).events["subject_id"].unique().to_pylist()}
+    long_ids = {i for i in ids if len(i) > 6}
+    assert long_ids
+    for name in (
+        "config.json",
+        "summary.json",
+        "metrics.jsonl",
+        "SUMMARY.txt",
+        "report.html",
+        "parameters.json",
+    ):
+        text = (finished.folder / name).read_text()
+        assert not any(i in text for i in long_ids), name
+
+
+def test_the_adapter_alone_on_its_base_gives_the_best_model(finished):
+    folder = finished.folder
+    vocabulary = Vocabulary.read(folder / "vocabulary.parquet")
+    setup = set_up(SMALL_RUN, len(vocabulary))
+    mesh = make_mesh(ONE)
+    optimizer = optimizer_for(SMALL_RUN, setup, 10)
+    init_key = jax.random.split(jax.random.key(SMALL_RUN.train.seed), 3)[0]
+    base = init_state(SMALL_RUN, setup, optimizer, init_key, mesh).variables
+    params, lora, _ = load_adapter(folder / "adapter", base["params"], vocabulary.fingerprint())
+    with open_checkpoints(folder / "checkpoints") as checkpoints:
+        best = checkpoints.restore(checkpoints.best_step(), params=base["params"], lora=base["lora"])
+    for ours, theirs in zip(
+        jax.tree.leaves((params, lora)), jax.tree.leaves((best.params, best.lora)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch and of a stretch of metrics, then resumed."""
+    from behrt_jax.workflows import announce
+
+    config = replace(SMALL_RUN, output=tmp_path / "parts")
+    original = announce.LoopReporter.step
+
+    def stop_at_step_5(self, step, tokens, loss):
+        original(self, step, tokens, loss)
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(announce.LoopReporter, "step", stop_at_step_5)
+    first = pretrain(config, ONE)
+    assert first.exit_status == 128 + signal.SIGTERM
+    assert read(config.output, "summary.json")["stop_reason"] == "interrupted by SIGTERM"
+    assert final_trees(config.output)[0] == 5
+    monkeypatch.setattr(announce.LoopReporter, "step", original)
+    second = pretrain(replace(config, resume=True), ONE)
+    assert second.exit_status == 0
+    whole, parts = final_trees(finished.folder), final_trees(config.output)
+    assert whole[0] == parts[0]
+    for ours, theirs in zip(whole[1], parts[1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    rates = {"steps_per_second", "tokens_per_second"}
+    lines = [
+        [{k: v for k, v in line.items() if k not in rates} for line in records(folder)]
+        for folder in (finished.folder, config.output)
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_resume_refuses_other_settings_and_other_data(finished):
+    resumed = replace(SMALL_RUN, output=finished.folder, resume=True)
+    with pytest.raises(InputError, match=r"lora\.rank is 4, but the run in .* was made with 2"):
+        pretrain(changed(resumed, "lora", rank=4), ONE)
+    with pytest.raises(InputError, match=r"data\.seed is 9"):
+        pretrain(changed(resumed, "data", seed=9), ONE)
+
+
+def test_eight_devices_train_as_one(finished, tmp_path):
+    config = changed(replace(SMALL_RUN, output=tmp_path / "eight"), "train", max_steps=8)
+    pretrain(config, jax.devices())
+    ours, theirs = (
+        [line["loss"] for line in records(folder, "train")][:4] for folder in (finished.folder, config.output)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_uniform_data_has_nothing_to_learn_and_says_so(tmp_path, capsys):
+    config = changed(replace(SMALL_RUN, output=tmp_path / "uniform"), "data", source="uniform")
+    summary = pretrain(changed(config, "train", epochs=2), ONE).summary
+    assert "nothing to learn" in capsys.readouterr().out
+    assert summary["best"]["loss"] > np.log(195) - 0.1
+    assert any("uniform" in warning for warning in summary["warnings"])
+
+
+def test_known_mistakes_are_allowed_with_a_warning(tmp_path, capsys):
+    config = changed(replace(SMALL_RUN, output=tmp_path / "frozen"), "freezing", regime="lora_only")
+    config = changed(config, "train", epochs=1)
+    summary = pretrain(config, ONE).summary
+    assert "cannot" in capsys.readouterr().out
+    # Embeddings and head at random values: no better than guessing among all codes.
+    assert abs(summary["best"]["loss"] - np.log(200)) < 0.3
+
+
+def test_cls_and_sep_tokens_and_the_papers_embeddings(tmp_path):
+    model = replace(
+        SMALL_RUN.model, embedding_size=16, cls_token=True, sep_token=True, visit_embedding="alternating",
+        position_embedding="sinusoidal", position_of="visit", age_bin_years=1 / 12, age_rows=1321,
+    )  # fmt: skip
+    config = replace(SMALL_RUN, model=model, lora=None, output=tmp_path / "paper")
+    config = changed(changed(config, "freezing", regime="full"), "train", epochs=8)
+    summary = pretrain(config, ONE).summary
+    assert summary["gain_over_unigram"] > 0
+    assert not (config.output / "adapter").exists()
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
+    config = replace(SMALL_RUN, output=tmp_path / "wild")
+    config = changed(config, "optimizer", learning_rate=1e30, warmup_fraction=0.0, schedule="constant")
+    with pytest.raises(DivergenceError, match="at step"):
+        pretrain(changed(config, "train", validate_every=1, log_every=1), ONE)
+    assert read(config.output, "summary.json")["stop_reason"].startswith("diverged")
+
+
+def test_meds_data_of_a_folder(tmp_path):
+    rows = history_rows(subjects=60, days=6)
+    write_meds(tmp_path / "meds", rows, splits=by_remainder(rows))
+    data = replace(SMALL_RUN.data, source="meds", path=tmp_path / "meds", vocabulary_size=None)
+    config = replace(SMALL_RUN, output=tmp_path / "run", data=data)
+    summary = pretrain(changed(config, "train", epochs=2), ONE).summary
+    assert summary["data"]["events_read"] == len(rows)
+    assert summary["data"]["events_dropped"]["birth or death marker"] == 60
+    assert summary["data"]["events_kept"] == len(rows) - sum(summary["data"]["events_dropped"].values())
+    assert summary["data"]["splits"]["tuning"]["subjects"] == 6
+
+
+@pytest.mark.skipif("EHR_TEST_DATA" not in os.environ, reason="needs the MIMIC-IV demo in MEDS")
+@pytest.mark.slow
+def test_mimic_demo_learns_more_than_the_unigram_baseline(tmp_path):
+    from experiments.configs import PRETRAIN
+
+    path = Path(os.environ["EHR_TEST_DATA"]) / "mimic-iv-demo-meds"
+    config = replace(PRETRAIN["small_lora"], output=tmp_path / "mimic")
+    summary = pretrain(changed(config, "data", source="meds", path=path), ONE).summary
+    assert summary["data"]["events_read"] == 916_166
+    assert [summary["data"]["splits"][name]["subjects"] for name in ("train", "tuning")] == [80, 10]
+    assert summary["gain_over_unigram"] > 0.2
+
+
+def test_core_packages_and_pyarrow_are_enough(tmp_path):
+    """Without matplotlib, tyro, safetensors and so on a run goes to its end, and says what it left out."""
+    code = f"""
+        import sys
+
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {{"matplotlib", "tyro", "safetensors", "polars", "meds", "pandas"}}:
+                    raise ImportError(f"{{name}} is blocked")
+
+        sys.meta_path.insert(0, Absent())
+        from dataclasses import replace
+        from pathlib import Path
+        from behrt_jax.workflows.pretrain import pretrain
+        from tests.workflows.small_run import SMALL_RUN, changed
+
+        config = changed(replace(SMALL_RUN, output=Path({str(tmp_path / "core")!r})), "train", epochs=1)
+        sys.exit(pretrain(config).exit_status)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "safetensors" in done.stdout
+    assert (tmp_path / "core" / "report.html").exists()
