@@ -71,7 +71,7 @@ def generate_clinical(
     female = rng.random(subjects) < 0.5
     visit_themes = _draw_themes(rng, histories, female)
     codes = _draw_codes(rng, histories, visit_themes, code_count)
-    never = np.full(subjects, np.datetime64("NaT"), "datetime64[us]")
+    never = np.full(subjects, np.datetime64("NaT", "us"))
     facts = {
         "SEX//F": (np.flatnonzero(female), never[female]),
         "SEX//M": (np.flatnonzero(~female), never[~female]),
