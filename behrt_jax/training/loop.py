@@ -122,7 +122,8 @@ def train(
             reporter.record({"step": cursor.step, "epoch": epoch, "split": "tuning", **validation})
             actions.save(state, cursor, validation)
             window.restart_clock()
-            if schedule.patience is not None and cursor.validations_without_gain >= schedule.patience:
+            waited = schedule.patience is not None and cursor.validations_without_gain >= schedule.patience
+            if waited and not last:
                 return state, "early stopping"
     return state, "finished"
 
