@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from behrt_jax.config import PretrainConfig
+from behrt_jax.config import PrepareConfig, PretrainConfig
 from behrt_jax.errors import InputError
 
 
@@ -20,7 +20,7 @@ def parse(
     """
     import tyro
 
-    name, rest = _take_name(list(arguments), default)
+    name, rest = _take_name(_spell_out_data(list(arguments)), default)
     if name not in configurations:
         raise InputError(f"--config {name!r} is unknown: choose one of {', '.join(configurations)}.")
     adapter_options = [argument for argument in rest if argument.startswith("--lora.")]
@@ -57,6 +57,27 @@ def pretrain_command(
     return exit_status(run)
 
 
+def prepare_command(arguments: Sequence[str]) -> int:
+    """Run the preparation command; returns the exit status of :func:`exit_status`."""
+    import tyro
+
+    config = tyro.cli(
+        PrepareConfig,
+        prog="prepare.py",
+        description=PrepareConfig.__doc__,
+        args=list(arguments),
+        use_underscores=True,
+    )
+
+    def run() -> int:
+        from behrt_jax.workflows.prepare import prepare_records
+
+        prepare_records(config)
+        return 0
+
+    return exit_status(run)
+
+
 def exit_status(command: Callable[[], int]) -> int:
     """Run a command: its own status, 2 for wrong input, 1 for a training that diverged.
 
@@ -68,6 +89,19 @@ def exit_status(command: Callable[[], int]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _spell_out_data(arguments: list[str]) -> list[str]:
+    """``--data DIR`` as the two options that it is short for."""
+    for index, argument in enumerate(arguments):
+        if argument == "--data" or argument.startswith("--data="):
+            _, joined, folder = argument.partition("=")
+            after = arguments[index + 1 :]
+            folder, rest = (folder, after) if joined else ("".join(after[:1]), after[1:])
+            if not folder or folder.startswith("--"):
+                raise InputError("--data needs the folder of the prepared data after it.")
+            return [*arguments[:index], "--data.source", "prepared", "--data.path", folder, *rest]
+    return arguments
 
 
 def _take_name(arguments: list[str], default: str) -> tuple[str, list[str]]:

@@ -88,11 +88,12 @@ class FreezingConfig:
 class DataConfig:
     """Where the events come from and how they become sequences."""
 
-    source: Literal["clinical", "uniform", "meds"] = "clinical"
+    source: Literal["clinical", "uniform", "meds", "prepared"] = "clinical"
     """clinical: generated, with structure to learn. uniform: generated, codes at random, nothing to
-    learn. meds: a Medical Event Data Standard folder at `path`."""
+    learn. meds: a Medical Event Data Standard folder at `path`. prepared: what prepare.py wrote to
+    `path` (--data DIR for short); codes, vocabulary and splits are fixed there."""
     path: Path | None = None
-    """Folder of the MEDS data set (holds data/ and metadata/)."""
+    """Folder of the MEDS data set (holds data/ and metadata/), or of prepared data."""
     subjects: int = 5000
     """Generated sources: how many subjects."""
     vocabulary_size: int | None = None
@@ -227,7 +228,7 @@ class TableColumns:
     """Columns of a plain table (source `table`)."""
 
     subject: str = "subject_id"
-    """Integer or text; text ids are numbered in order of the text."""
+    """Integer or text; text that is no integer becomes one by hashing (SHA-256)."""
     time: str = "time"
     """Timestamp, date, or ISO text."""
     code: str = "code"
@@ -288,6 +289,6 @@ class PrepareConfig:
     merge: bool = False
     """Finish what jobs with --shard have read."""
     to_meds: Path | None = None
-    """Also write the selected events as a MEDS 0.4 data set into this folder."""
+    """Also write all events, selected or not, as a MEDS 0.4 data set into this new folder."""
     dry_run: bool = False
     """Read and report, but write no data set."""

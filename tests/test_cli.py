@@ -50,6 +50,16 @@ def test_overrides_are_typed_and_leave_the_rest():
     assert config.model == PRETRAIN["large_lora"].model
 
 
+def test_data_is_short_for_prepared_data_at_a_path():
+    for arguments in (["--data", "prepared/x"], ["--data=prepared/x"]):
+        config = parsed(*arguments, "--data.window", "recent")
+        assert (config.data.source, config.data.path) == ("prepared", Path("prepared/x"))
+        assert config.data.window == "recent"
+    for arguments in (["--data"], ["--data", "--train.epochs", "3"]):
+        with pytest.raises(InputError, match="--data needs the folder"):
+            parsed(*arguments)
+
+
 def test_help_names_configurations_and_explains_every_option(capsys):
     with pytest.raises(SystemExit) as left:
         parsed("--config", "small_lora", "--help")

@@ -1,14 +1,43 @@
-"""Events from whichever source the configuration names."""
+"""Sequences from whichever source the configuration names."""
+
+from dataclasses import fields
 
 from behrt_jax.config import DataConfig
 from behrt_jax.data.events import EventSet
+from behrt_jax.data.sequences import SequenceSet, build_sequences
 from behrt_jax.data.sources.meds import read_meds
+from behrt_jax.data.store import read_prepared
 from behrt_jax.data.synthetic.clinical import generate_clinical
 from behrt_jax.data.synthetic.uniform import generate_uniform
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError
 
 GENERATED_VOCABULARY_SIZE = 1000
+
+
+# What training may choose anew on prepared data; the rest was settled when it was prepared.
+_OF_TRAINING = ("source", "path", "window", "max_length", "packed")
+
+
+def load_sequences(config: DataConfig, sep_token: bool) -> SequenceSet:
+    """Read or generate the events and turn them into sequences, or open prepared ones.
+
+    Raises:
+        InputError: options that do not fit the source, or a source that cannot be read.
+    """
+    if config.source != "prepared":
+        return build_sequences(load_events(config), config, sep_token)
+    if config.path is None:
+        raise InputError("data.path is missing: give the folder of the prepared data, as --data DIR.")
+    for field in fields(config):
+        if field.name not in _OF_TRAINING and getattr(config, field.name) != getattr(
+            DataConfig(), field.name
+        ):
+            raise InputError(
+                f"data.{field.name} has no effect on prepared data: leave it out, or prepare the data "
+                "with it."
+            )
+    return read_prepared(config.path, sep_token)
 
 
 def load_events(config: DataConfig) -> EventSet:

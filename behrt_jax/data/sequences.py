@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,12 +48,15 @@ class Sequences:
         return np.diff(self.offsets)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all arrays."""
-        digest = hashlib.sha256()
-        for name, array in vars(self).items():
-            digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
-        return digest.hexdigest()
+        """SHA-256 of the names, types, shapes and SHA-256 of all arrays."""
+        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+            prints = pool.map(_array_print, vars(self).keys(), vars(self).values())
+            return hashlib.sha256("\n".join(prints).encode()).hexdigest()
+
+
+def _array_print(name: str, array: np.ndarray) -> str:
+    content = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    return f"{name} {array.dtype.name} {array.shape} {hashlib.sha256(content.data).hexdigest()}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,18 +118,23 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
     counts.change("rare or unseen code -> [UNK]", int(np.count_nonzero(unknown)))
     sequences = _sequences(selected, ids)
     if sep_token:
-        sequences = _with_separators(sequences)
+        sequences = with_separators(sequences)
     by_split = {name: _of_subjects(sequences, split == index) for index, name in enumerate(SPLITS)}
-    prints = [vocabulary.fingerprint(), *(by_split[name].fingerprint() for name in SPLITS)]
     return SequenceSet(
         vocabulary,
         by_split,
         counts,
-        fingerprint=hashlib.sha256("\n".join(prints).encode()).hexdigest(),
+        fingerprint=set_fingerprint(vocabulary, by_split),
         subjects_without_events={
             name: len(np.unique(splits.get(name, ()))) - len(by_split[name]) for name in SPLITS
         },
     )
+
+
+def set_fingerprint(vocabulary: Vocabulary, splits: Mapping[str, Sequences]) -> str:
+    """SHA-256 of a vocabulary and the sequences of every split."""
+    prints = [vocabulary.fingerprint(), *(splits[name].fingerprint() for name in SPLITS)]
+    return hashlib.sha256("\n".join(prints).encode()).hexdigest()
 
 
 def _fit(selected: Selected, train: np.ndarray, event_set: EventSet, data: DataConfig) -> Vocabulary:
@@ -142,19 +152,29 @@ def _fit(selected: Selected, train: np.ndarray, event_set: EventSet, data: DataC
     )
 
 
-def _sequences(selected: Selected, ids: np.ndarray) -> Sequences:
+def ages_in_years(selected: Selected) -> np.ndarray:
+    """Years of 365.25 days from the subject's birth to each event, float32 ``[events]``."""
     births = np.repeat(selected.births, np.diff(selected.offsets))  # [N]
+    return ((selected.times - births) / _YEAR).astype(np.float32)
+
+
+def _sequences(selected: Selected, ids: np.ndarray) -> Sequences:
     return Sequences(
         subject_ids=selected.subject_ids,
         offsets=selected.offsets,
         codes=ids,
-        ages=((selected.times - births) / _YEAR).astype(np.float32),
+        ages=ages_in_years(selected),
         visits=selected.visits,
         times=selected.times,
     )
 
 
-def _with_separators(sequences: Sequences) -> Sequences:
+def with_separators(sequences: Sequences) -> Sequences:
+    """Put a [SEP] after each run of events of one visit, with the last one's age, visit and time.
+
+    Args:
+        sequences: every subject has an event at least.
+    """
     visits = sequences.visits
     ends = np.ones(len(visits), dtype=bool)  # [N]
     ends[:-1] = visits[1:] != visits[:-1]
@@ -196,7 +216,7 @@ def describe(sequence_set: SequenceSet) -> dict[str, Any]:
     ages = np.concatenate([part.ages for part in sequence_set.splits.values()])
     counts = sequence_set.counts
     return {
-        "splits": {name: _describe_split(part) for name, part in sequence_set.splits.items()},
+        "splits": {name: describe_split(part) for name, part in sequence_set.splits.items()},
         "subjects_without_events": dict(sequence_set.subjects_without_events),
         "vocabulary_rows": len(sequence_set.vocabulary),
         "events_read": counts.read,
@@ -208,7 +228,8 @@ def describe(sequence_set: SequenceSet) -> dict[str, Any]:
     }
 
 
-def _describe_split(part: Sequences) -> dict[str, Any]:
+def describe_split(part: Sequences) -> dict[str, Any]:
+    """Subjects, events, tokens, visits and percentiles of lengths, in tokens; ready for JSON."""
     lengths: dict[str, float] = {}
     visits = 0
     if len(part):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from behrt_jax.data.events import SPLITS
+from behrt_jax.data.ordering import distinct
 from behrt_jax.errors import InputError
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -41,7 +42,7 @@ def hash_splits(
             f"data.tuning_fraction {tuning_fraction} and data.held_out_fraction {held_out_fraction} leave "
             "nothing to train on: their sum must be below 1."
         )
-    ids = np.unique(np.asarray(subject_ids, dtype=np.int64))  # [S]
+    ids = distinct(np.asarray(subject_ids, dtype=np.int64))  # [S]
     share = _hash_to_unit(ids, seed)  # [S]
     held_out = share < held_out_fraction
     tuning = ~held_out & (share < held_out_fraction + tuning_fraction)
@@ -58,8 +59,13 @@ def hash_splits(
 def _hash_to_unit(ids: np.ndarray, seed: int) -> np.ndarray:
     """Hash int64 ids ``[S]`` to float64 ``[S]`` in [0, 1), evenly."""
     key = _mix(np.array([(seed + _GOLDEN) & _WORD], dtype=np.uint64))  # [1]
-    mixed = _mix(_mix(ids.view(np.uint64) + np.uint64(_GOLDEN)) + key)  # [S]
+    mixed = _mix(hash_words(ids) + key)  # [S]
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def hash_words(numbers: np.ndarray) -> np.ndarray:
+    """Hash int64 numbers ``[n]`` to uint64 ``[n]``, one to one."""
+    return _mix(numbers.view(np.uint64) + np.uint64(_GOLDEN))
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
@@ -100,7 +106,8 @@ def check_disjoint(splits: Mapping[str, np.ndarray], where: str) -> None:
     Raises:
         InputError: with the number of subjects that are in more than one split, never their ids.
     """
-    listed = np.concatenate([np.unique(ids) for ids in splits.values()] or [np.empty(0, np.int64)])
-    shared = int(np.count_nonzero(np.unique(listed, return_counts=True)[1] > 1))
+    listed = [distinct(np.asarray(ids, np.int64)) for ids in splits.values()]
+    together = np.sort(np.concatenate([np.empty(0, np.int64), *listed]), kind="stable")
+    shared = len(np.unique(together[1:][together[1:] == together[:-1]]))
     if shared:
         raise InputError(f"{where} puts {shared} subjects into more than one split: keep each in one.")

@@ -103,17 +103,41 @@ def fit_vocabulary(
     counted = events["code"].value_counts()
     names = counted.field("values").cast(pa.string()).to_pylist()
     counts = dict(zip(names, counted.field("counts").to_pylist(), strict=True))
+    return vocabulary_of_counts(counts, min_count, max_rows, declared_codes, descriptions)
+
+
+def vocabulary_of_counts(
+    counts: Mapping[str, int],
+    min_count: int,
+    max_rows: int | None,
+    declared_codes: tuple[str, ...] | None = None,
+    descriptions: Mapping[str, str] | None = None,
+    options: str = "data.",
+) -> Vocabulary:
+    """What :func:`fit_vocabulary` does, from the number of events of each code in the train split.
+
+    Args:
+        counts: code -> events, 1 or more.
+        min_count: see there, as for the arguments that follow.
+        max_rows: see there.
+        declared_codes: see there.
+        descriptions: see there.
+        options: goes before the names of options in messages.
+
+    Raises:
+        InputError: as there.
+    """
     declared = dict.fromkeys(declared_codes or (), 0)
     taken = sorted({*counts, *declared}.intersection(SPECIAL_TOKENS))
     if taken:
         raise InputError(
             f"The code {taken[0]} is named like a special token: rename it in the data, or leave it out "
-            "with data.exclude_codes."
+            f"with {options}exclude_codes."
         )
     least = len(SPECIAL_TOKENS) + max(len(declared), 1)
     if max_rows is not None and max_rows < least:
         raise InputError(
-            f"data.vocabulary_size is {max_rows}, but {len(SPECIAL_TOKENS)} special tokens and "
+            f"{options}vocabulary_size is {max_rows}, but {len(SPECIAL_TOKENS)} special tokens and "
             f"{least - len(SPECIAL_TOKENS)} codes need a row each: give at least {least}."
         )
 
@@ -126,8 +150,8 @@ def fit_vocabulary(
     if not chosen:
         raise InputError(
             f"No code occurs {min_count} times or more in the train split (the most frequent one occurs "
-            f"{max(counts.values(), default=0)} times): lower data.min_count, select more codes with "
-            "data.codes, or give more data."
+            f"{max(counts.values(), default=0)} times): lower {options}min_count, select more codes "
+            f"with {options}codes, or give more data."
         )
     rows = np.zeros(len(SPECIAL_TOKENS) + len(chosen), dtype=np.int64)  # [V]
     rows[len(SPECIAL_TOKENS) :] = [counts.get(code, 0) for code in chosen]

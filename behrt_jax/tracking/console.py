@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TextIO
@@ -17,7 +18,7 @@ LIVE_INTERVAL = 0.25  # seconds between redrawings of the bar
 PACE_WINDOW = 60.0  # seconds over which steps and tokens per second are averaged
 
 
-class Console:
+class Console(ABC):
     """Messages, tables and progress of one run; a context manager that closes itself."""
 
     interval: float
@@ -38,13 +39,13 @@ class Console:
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self._step = start_step
 
+    @abstractmethod
     def log(self, text: str) -> None:
         """Show a message above the progress, verbatim (no markup is read)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Show a table; columns of numbers stand flush right, integers with thousands separators."""
-        raise NotImplementedError
 
     def step(self, step: int, tokens: int, loss: SupportsFloat | None = None) -> None:
         """Say that `step` steps are done and that `tokens` real tokens went in since the last call.
@@ -59,11 +60,12 @@ class Console:
             self._loss = None if loss is None else float(loss)
             self._show_progress(self._progress())
 
+    @abstractmethod
     def close(self) -> None:
         """End the progress display; messages and tables can still follow."""
 
-    def _show_progress(self, text: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _show_progress(self, text: str) -> None: ...
 
     def _progress(self) -> str:
         steps, tokens = self._pace.per_second()
@@ -98,6 +100,9 @@ class PlainConsole(Console):
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Write the table in aligned columns, two spaces apart."""
         self.log(table_text(title, columns, rows))
+
+    def close(self) -> None:
+        """Nothing to take down."""
 
     def _show_progress(self, text: str) -> None:
         self.log(text)

@@ -10,8 +10,8 @@ import jax
 
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import TrainingBatches, ValidationBatches, training_batches, validation_batches
-from behrt_jax.data.load import load_events
-from behrt_jax.data.sequences import SequenceSet, build_sequences, describe
+from behrt_jax.data.load import load_sequences
+from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.tracking.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -63,7 +63,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
     check(config)
     with open_console() as console, catching_signals() as interruption:
         folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
-        data = build_sequences(load_events(config.data), config.data, config.model.sep_token)
+        data = load_sequences(config.data, config.model.sep_token)
         description = describe(data)
         announce.data(console, config, description)
         if config.resume:

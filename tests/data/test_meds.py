@@ -1,4 +1,6 @@
 import os
+import pickle
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -8,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.config import DataConfig
-from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD
-from behrt_jax.data.sequences import build_sequences, describe
-from behrt_jax.data.sources.meds import read_meds
+from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
+from behrt_jax.data.sequences import MEDS_CODES, build_sequences, describe
+from behrt_jax.data.sources import meds as meds_source
+from behrt_jax.data.sources import meds_files
+from behrt_jax.data.sources.meds import DEFAULT_CODES, open_meds, read_meds
 from behrt_jax.errors import InputError
 from tests.data.meds_folder import (
     DAY,
@@ -142,7 +146,7 @@ def test_a_shard_without_the_visit_column_has_no_visit_ids(tmp_path):
 def test_an_unknown_visit_column_shows_what_there_is(tmp_path):
     folder = write_meds(tmp_path, ROWS, SPLITS)
     with pytest.raises(
-        InputError, match=r"data\.visit_column is encounter.*subject_id, time, code, .*hadm_id"
+        InputError, match=r"option visit_column is encounter.*subject_id, time, code, .*hadm_id"
     ):
         read_meds(folder, visit_column="encounter")
     with pytest.raises(InputError, match="in the column numeric_value: write it as integers"):
@@ -382,6 +386,191 @@ def test_a_data_set_of_awkward_events(tmp_path):
     assert (summary["events_read"], summary["events_kept"]) == (12, 3)
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """A source that reads at most 40 rows at once."""
+    for module in (meds_source, meds_files):
+        monkeypatch.setattr(module, "CHUNK_ROWS", 40)
+
+
+def read_units(source):
+    """Every table of each unit, with the counts."""
+    counts = EventCounts()
+    return [list(source.read(unit, counts)) for unit in range(source.units())], counts
+
+
+@pytest.mark.parametrize(
+    ("group_rows", "units"),
+    [(10, [40] * 5), (25, [25] * 8), (30, [30] * 6 + [20]), (40, [40] * 5), (100, [100] * 2), (200, [200])],
+)
+def test_units_are_runs_of_row_groups(tmp_path, small_chunks, group_rows, units):
+    rows = [born(1), *(Row(1, day * DAY, f"DIAGNOSIS//{day % 7}") for day in range(199))]
+    folder = write_meds(tmp_path, rows, {"train": [1]})
+    file = folder / "data/1.parquet"
+    pq.write_table(pq.ParquetFile(file).read(), file, row_group_size=group_rows)
+    read, counts = read_units(pickle.loads(pickle.dumps(open_meds(folder))))
+    assert [sum(table.num_rows for table in tables) for tables in read] == units
+    assert all(0 < table.num_rows <= 40 for tables in read for table in tables)
+    assert as_rows(pa.concat_tables([table for tables in read for table in tables])) == bag(rows)
+    assert (counts.read, counts.kept) == (200, 200)
+    for tables in read:
+        for table in tables:
+            assert table.schema.types == EVENT_SCHEMA.types
+            dictionaries = [chunk.dictionary.to_pylist() for chunk in table["code"].chunks]
+            assert dictionaries == dictionaries[:1] * len(dictionaries)
+    assert as_rows(read_meds(folder).events) == bag(rows)
+
+
+def test_a_unit_reads_alone_and_again(tmp_path, small_chunks):
+    source = open_meds(write_meds(tmp_path, ROWS, SPLITS, layout="nested"), "hadm_id")
+    assert source.units() >= 3
+    read, counts = read_units(source)
+    last = EventCounts()
+    again = pa.concat_tables(source.read(source.units() - 1, last))
+    assert again.equals(pa.concat_tables(read[-1]))
+    assert last.read == again.num_rows < counts.read == len(ROWS)
+
+
+def test_an_opened_source(tmp_path):
+    texts = {"DIAGNOSIS//0": "zero", "absent": "text"}
+    source = open_meds(write_meds(tmp_path, ROWS, SPLITS, layout="nested", descriptions=texts))
+    assert source.name == "meds"
+    assert [str(file.relative_to(tmp_path)) for file in source.files()] == [
+        "data/held_out/0.parquet",
+        "data/train/0.parquet",
+        "data/tuning/0.parquet",
+        "metadata/codes.parquet",
+        "metadata/subject_splits.parquet",
+    ]
+    assert source.descriptions() == texts
+    assert as_lists(source.splits()) == SPLITS
+    assert DEFAULT_CODES == MEDS_CODES
+
+
+def test_the_sample_is_spread_as_the_events_are(tmp_path, monkeypatch):
+    rows = history_rows(subjects=60)
+    folder = write_meds(tmp_path, rows)
+    sample = open_meds(folder).sample_subjects()
+    assert Counter(sample.tolist()) == Counter(row.subject for row in rows)
+    monkeypatch.setattr(meds_source, "_SAMPLED_ROWS", len(rows) // 4)
+    sample = open_meds(folder).sample_subjects()
+    assert len(rows) / 6 < len(sample) < len(rows) / 3
+    assert sample.dtype == np.int64
+    assert set(sample.tolist()) <= set(range(1, 61))
+    assert 25 < np.median(sample) < 36
+
+
+def test_other_names_of_birth_and_death_become_the_standards(tmp_path):
+    rows = [
+        Row(1, 0, "DOB"),
+        Row(2, 1, "MEDS_BIRTH//2001"),
+        Row(2, 1, "MEDS_BIRTH"),
+        Row(1, 9, "DOD"),
+        Row(2, 8, "MEDS_DEATH//in hospital//x"),
+        Row(2, 9, "MEDS_DEATH//in hospital//x"),
+        Row(2, 9, "MEDS_DEATH"),
+        Row(2, 9, None),
+        Row(2, 5, "DOBUTAMINE"),
+        Row(2, 5, "MEDS_BIRTHDAY"),
+        Row(2, 5, "dod"),
+    ]
+    read = read_meds(write_meds(tmp_path, rows))
+    standard = {"DOB": "MEDS_BIRTH", "MEDS_BIRTH//2001": "MEDS_BIRTH", "DOD": "MEDS_DEATH"}
+    standard["MEDS_DEATH//in hospital//x"] = "MEDS_DEATH"
+    expected = [row._replace(code=standard.get(row.code, row.code)) for row in rows if row.code]
+    assert as_rows(read.events) == bag(expected)
+    assert read.counts.changed == {
+        "other code of birth or death -> MEDS_BIRTH": 2,
+        "other code of birth or death -> MEDS_DEATH": 3,
+    }
+    assert read.counts.dropped == {"null code": 1}
+    names = read.events["code"].chunk(0).dictionary.to_pylist()
+    assert len(names) == len(set(names))
+
+
+def test_a_subject_in_two_shards_and_unsorted_rows_change_nothing(tmp_path):
+    data = DataConfig(source="meds", min_count=1)
+    whole = build_sequences(read_meds(write_meds(tmp_path / "a", ROWS, SPLITS)), data, False)
+    shuffled = random.Random(0).sample(ROWS, len(ROWS))
+    folder = write_meds(tmp_path / "b", shuffled, SPLITS)
+    (folder / "data/0.parquet").unlink()
+    (folder / "data/1.parquet").unlink()
+    for shard in range(3):
+        part = write_meds(tmp_path / f"part{shard}", shuffled[shard::3], layout="deep")
+        (part / "data/part=0/cohort/0.parquet").rename(folder / f"data/{shard}.parquet")
+    events = read_meds(folder)
+    assert build_sequences(events, data, False).fingerprint == whole.fingerprint
+    assert (events.counts.read, events.counts.dropped) == (len(ROWS), {})
+
+
+@pytest.mark.parametrize("empty", [pa.table({}), pa.table({"subject_id": pa.nulls(0), "code": pa.nulls(0)})])
+def test_an_empty_shard_beside_full_ones(tmp_path, empty):
+    folder = write_meds(tmp_path, ROWS, SPLITS)
+    pq.write_table(empty, folder / "data/2.parquet")
+    source = open_meds(folder, "hadm_id")
+    assert source.units() == 2
+    assert folder / "data/2.parquet" in source.files()
+    assert as_rows(read_meds(folder, "hadm_id").events) == bag(ROWS, visits=True)
+
+
+def test_no_metadata_at_all(tmp_path):
+    folder = write_meds(tmp_path, ROWS)
+    (folder / "metadata/dataset.json").unlink()
+    (folder / "metadata").rmdir()
+    source = open_meds(folder)
+    assert (source.splits(), source.descriptions()) == ({}, {})
+    assert as_rows(read_meds(folder).events) == bag(ROWS)
+
+
+def test_mistakes_show_when_opening(tmp_path):
+    for name in ("data/0.parquet", "metadata/codes.parquet", "metadata/subject_splits.parquet"):
+        folder = write_meds(tmp_path / name, ROWS, SPLITS, descriptions={"DIAGNOSIS//0": "zero"})
+        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+        with pytest.raises(InputError, match=rf"{Path(name).name} is no readable Parquet file"):
+            open_meds(folder)
+    folder = write_meds(tmp_path / "type", ROWS, types={"time": pa.int64()})
+    with pytest.raises(InputError, match="in the column time: write it as timestamps"):
+        open_meds(folder)
+    folder = write_meds(tmp_path / "column", ROWS, leave_out=["code"])
+    with pytest.raises(InputError, match="has no column code"):
+        open_meds(folder)
+    folder = write_meds(tmp_path / "splits", ROWS)
+    write_splits(folder, [(1, "train"), (1, "tuning")])
+    with pytest.raises(InputError, match="puts 1 subjects into more than one split"):
+        open_meds(folder)
+
+
+def test_a_null_subject_late_in_a_shard_is_found_by_its_row(tmp_path, small_chunks):
+    rows = [Row(2, day * DAY, "A") for day in range(90)] + [
+        Row(None, 0, "A"),
+        Row(2, 0, "A"),
+        Row(None, 0, "A"),
+    ]
+    folder = write_meds(tmp_path, rows)
+    file = folder / "data/0.parquet"
+    pq.write_table(pq.ParquetFile(file).read(), file, row_group_size=10)
+    with pytest.raises(InputError, match=r"0\.parquet has no subject_id in row 91 \(the first of 2 such"):
+        read_meds(folder)
+
+
+def test_a_null_subject_in_a_split_folder_is_found_by_its_row(tmp_path):
+    rows = [Row(2**53 + 1, DAY, "A"), Row(None, DAY, "B")]
+    folder = write_meds(tmp_path, rows, {"train": [2**53 + 1, 0]}, layout="nested", split_file=False)
+    assert as_lists(open_meds(folder).splits())["train"] == [2**53 + 1]
+    with pytest.raises(InputError, match=r"0\.parquet has no subject_id in row 2 \(the first of 1 such"):
+        read_meds(folder)
+
+
+def test_codes_that_are_no_text_are_refused(tmp_path):
+    folder = write_meds(tmp_path, [Row(1, DAY, "A")])
+    file = folder / "data/1.parquet"
+    code = pa.array([b"caf\xe9"]).view(pa.string())
+    pq.write_table(pq.ParquetFile(file).read().set_column(2, "code", code), file)
+    with pytest.raises(InputError, match=r"1\.parquet has codes that are not UTF-8 text") as error:
+        read_meds(folder)
+    assert "caf" not in str(error.value)
+
+
 REAL = os.environ.get("EHR_TEST_DATA")
 
 
@@ -411,3 +600,17 @@ def test_the_mimic_iv_demo():
     assert sum(split["events"] for split in summary["splits"].values()) == summary["events_kept"]
     assert 18 <= summary["ages"]["min"] < summary["ages"]["max"] < 100
     assert all(np.all(np.diff(part.subject_ids) > 0) for part in built.splits.values())
+
+
+@pytest.mark.skipif(not REAL, reason="EHR_TEST_DATA does not name a folder of real data sets")
+def test_the_mimic_iv_demo_in_pieces(monkeypatch):
+    source = open_meds(Path(REAL or "") / "mimic-iv-demo-meds", "hadm_id")
+    assert source.units() == 3
+    assert len(np.unique(source.sample_subjects())) == 100
+    assert len(source.descriptions()) == 2_661
+    whole = as_rows(pa.concat_tables([table for tables in read_units(source)[0] for table in tables]))
+    monkeypatch.setattr(meds_files, "CHUNK_ROWS", 100_000)
+    read, counts = read_units(source)
+    assert [len(tables) for tables in read] == [1, 9, 1]
+    assert as_rows(pa.concat_tables([table for tables in read for table in tables])) == whole
+    assert (counts.read, counts.dropped, counts.changed) == (916_166, {}, {})

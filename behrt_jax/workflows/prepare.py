@@ -1,0 +1,103 @@
+"""Records of any source into a prepared data set, with a report of what became of every event."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from behrt_jax.config import PrepareConfig
+from behrt_jax.data.meds_export import export_meds
+from behrt_jax.data.preparation import prepare
+from behrt_jax.data.sources.opening import DEFAULT_CODES, open_source
+from behrt_jax.errors import InputError
+from behrt_jax.tracking.console import Console, open_console
+
+SECONDS_BETWEEN_LINES = 5.0
+"""Between two lines of progress."""
+
+
+def prepare_records(config: PrepareConfig) -> dict[str, Any]:
+    """Read the source, write the prepared data set (and, on request, MEDS), and say what came of it.
+
+    Returns:
+        The manifest; with ``config.shard`` the counts of that shard.
+
+    Raises:
+        InputError: wrong options, or records that cannot be read; nothing is left half-written.
+    """
+    if config.output is None and not config.dry_run:
+        raise InputError("--output is missing: give a folder to write, or add --dry_run.")
+    if config.to_meds is not None and (config.shard is not None or config.merge):
+        raise InputError("--to_meds reads the source whole: give it without --shard and --merge.")
+    source = open_source(config)
+    with open_console() as console:
+        console.log(f"Reading {source.name} data: {len(source.files())} files in {source.units()} parts.")
+
+        shown = time.monotonic()
+
+        def progress(stage: str, done: int, total: int) -> None:
+            nonlocal shown
+            if time.monotonic() - shown >= SECONDS_BETWEEN_LINES:
+                shown = time.monotonic()
+                console.log(f"{stage}: {done} of {total} parts")
+
+        manifest = prepare(source, config, progress, default_codes=DEFAULT_CODES[config.source])
+        if config.shard is not None:
+            console.log(f"Part {config.shard} is read. When all parts are, run once more with --merge.")
+            return manifest
+        report(console, manifest)
+        if config.dry_run:
+            console.log("Dry run: nothing was written.")
+        elif config.output is not None:
+            files = [path for path in sorted(config.output.rglob("*")) if path.is_file()]
+            state = "Up to date, left as it was" if manifest["up_to_date"] else "Written"
+            console.log(f"{state}: {config.output}: {_named(files, config.output)}")
+        if config.to_meds is not None and not config.dry_run:
+            files = export_meds(source, config, config.to_meds)
+            console.log(f"Written as MEDS: {config.to_meds}: {_named(files, config.to_meds)}")
+    return manifest
+
+
+def report(console: Console, manifest: Mapping[str, Any]) -> None:
+    """Show what came in, what was kept, what was lost and why, lengths, padding and the top codes."""
+    events = manifest["events"]
+    kept = events["read"] - sum(events["dropped"].values())
+    console.table(
+        "Events",
+        ("rule", "events"),
+        [
+            ("read", events["read"]),
+            *((f"dropped: {rule}", count) for rule, count in events["dropped"].items()),
+            ("kept", kept),
+            *((f"changed: {rule}", count) for rule, count in events["changed"].items()),
+        ],
+    )
+    splits = manifest["splits"]
+    console.table(
+        f"Subjects ({manifest['vocabulary']['rows']:,} vocabulary rows)",
+        ("split", "subjects", "without events", "events", "codes", "visits", "p50", "p90", "p99", "max"),
+        [
+            (name, part["subjects"], manifest["subjects_without_events"][name], part["events"],
+             part["codes"], part["visits"],
+             *(part["lengths"].get(key) for key in ("p50", "p90", "p99", "max")))
+            for name, part in splits.items()
+        ],
+    )  # fmt: skip
+    console.table(
+        "Padding of the train split",
+        ("row length", "a sequence a row", "packed"),
+        [
+            (length, f"{shares['padded']:.1%}", f"{shares['packed']:.1%}")
+            for length, shares in splits["train"]["padding"].items()
+        ],
+    )
+    console.table(
+        "Most frequent codes",
+        ("code", "events", "description"),
+        [(row["code"], row["events"], row["description"]) for row in manifest["top_codes"][:10]],
+    )
+
+
+def _named(files: list[Path], folder: Path) -> str:
+    names = [str(path.relative_to(folder)) for path in files]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from behrt_jax.data.ordering import distinct, sort_rows
+
+LIMITS = {"<i8": (-(2**63), 2**63 - 1), "<i4": (-(2**31), 2**31 - 1), "?": (0, 1)}
+
+
+@st.composite
+def tables(draw):
+    """Columns of few distinct values, so that there are ties, of narrow and of full width."""
+    rows = draw(st.integers(1, 60))
+    columns = []
+    for _ in range(draw(st.integers(1, 5))):
+        kind = draw(st.sampled_from(list(LIMITS)))
+        low, high = LIMITS[kind]
+        step = draw(st.sampled_from([1, 1, 1000, 60_000_000])) if kind == "<i8" else 1
+        least = draw(st.integers(low // step, high // step)) * step
+        width = draw(st.integers(0, (high - least) // step))
+        pool = [least + step * draw(st.integers(0, width)) for _ in range(draw(st.integers(1, 6)))]
+        columns.append(np.array([draw(st.sampled_from(pool)) for _ in range(rows)], kind))
+    return columns
+
+
+@given(tables(), st.booleans())
+def test_rows_are_in_the_order_of_lexsort(columns, sorted_before):
+    order = np.lexsort(columns[::-1])
+    expected = [column[order] for column in columns]
+    given_columns = expected if sorted_before else columns
+    copies = [column.copy() for column in given_columns]
+    for column, right in zip(sort_rows(given_columns), expected, strict=True):
+        assert column.dtype == right.dtype
+        assert column.tolist() == right.tolist()
+    for column, copy in zip(given_columns, copies, strict=True):
+        assert np.array_equal(column, copy)
+
+
+@pytest.mark.parametrize("bits", [(16, 40), (16, 60), (40, 40, 40)])
+def test_many_rows(bits):
+    draw = np.random.default_rng(0)
+    columns = [draw.integers(0, 2**count, 20_000) for count in bits]
+    columns[0] %= 50  # ties
+    order = np.lexsort(columns[::-1])
+    for column, given_column in zip(sort_rows(columns), columns, strict=True):
+        assert np.array_equal(column, given_column[order])
+
+
+def test_no_rows():
+    assert [len(column) for column in sort_rows([np.empty(0, np.int64), np.empty(0, bool)])] == [0, 0]
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 5)))
+def test_distinct(numbers):
+    assert distinct(np.array(numbers, np.int64)).tolist() == sorted(set(numbers))

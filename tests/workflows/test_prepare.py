@@ -1,0 +1,176 @@
+"""The preparation command: from records to a prepared data set that pretraining reads."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from behrt_jax.cli import prepare_command
+from behrt_jax.data.meds_check import check_meds
+from behrt_jax.data.sequences import describe
+from behrt_jax.data.sources.meds import read_meds
+from behrt_jax.data.store import read_prepared
+from behrt_jax.workflows.pretrain import pretrain
+from tests.data.meds_folder import by_remainder, history_rows, write_meds
+from tests.workflows.small_run import SMALL_RUN, changed
+
+
+@pytest.fixture(scope="module")
+def meds(tmp_path_factory):
+    rows = history_rows(subjects=60, days=6)
+    return write_meds(tmp_path_factory.mktemp("source") / "meds", rows, splits=by_remainder(rows))
+
+
+def run(meds, output, *options):
+    return prepare_command(["--source", "meds", "--input", str(meds), "--output", str(output), *options])
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_report_accounts_for_every_event(meds, tmp_path, capsys):
+    assert run(meds, tmp_path / "prepared") == 0
+    out = capsys.readouterr().out
+    manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
+    events = manifest["events"]
+    kept = sum(split["events"] for split in manifest["splits"].values())
+    assert events["read"] == read_meds(meds).events.num_rows
+    assert events["read"] == kept + sum(events["dropped"].values())
+    for part in ("birth or death marker", "duplicate in visit", "DIAGNOSIS//", "packed", "manifest.json"):
+        assert part in out
+
+
+def test_pretraining_reads_it_as_it_reads_the_source(meds, tmp_path):
+    assert run(meds, tmp_path / "prepared") == 0
+    config = changed(replace(SMALL_RUN, output=tmp_path / "a"), "train", epochs=1)
+    data = replace(config.data, subjects=5000, vocabulary_size=None)
+    first = pretrain(replace(config, data=replace(data, source="meds", path=meds)))
+    config = replace(config, output=tmp_path / "b")
+    second = pretrain(replace(config, data=replace(data, source="prepared", path=tmp_path / "prepared")))
+    assert first.summary["data"]["fingerprint"] == second.summary["data"]["fingerprint"]
+    assert first.summary["best"]["loss"] == second.summary["best"]["loss"]
+
+
+def test_preparing_again_changes_nothing_and_other_options_are_refused(meds, tmp_path, capsys):
+    assert run(meds, tmp_path / "prepared") == 0
+    before = content(tmp_path / "prepared")
+    assert run(meds, tmp_path / "prepared") == 0
+    assert "Up to date" in capsys.readouterr().out
+    assert run(meds, tmp_path / "again") == 0
+    assert content(tmp_path / "again") == before
+    capsys.readouterr()
+    assert run(meds, tmp_path / "prepared", "--min_count", "2") == 2
+    assert "another --output" in capsys.readouterr().err
+    assert content(tmp_path / "prepared") == before
+
+
+def test_shards_and_a_merge_equal_one_run(meds, tmp_path):
+    assert run(meds, tmp_path / "whole") == 0
+    for shard in ("1/3", "0/3", "2/3"):
+        assert run(meds, tmp_path / "parts", "--shard", shard) == 0
+        assert not (tmp_path / "parts" / "manifest.json").exists()
+    assert run(meds, tmp_path / "parts", "--merge") == 0
+    assert content(tmp_path / "whole") == content(tmp_path / "parts")
+
+
+def test_a_missing_shard_is_told(meds, tmp_path, capsys):
+    assert run(meds, tmp_path / "parts", "--shard", "0/2") == 0
+    capsys.readouterr()
+    assert run(meds, tmp_path / "parts", "--merge") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "parts").exists()
+
+
+def test_a_dry_run_leaves_nothing(meds, tmp_path, capsys):
+    assert run(meds, tmp_path / "prepared", "--dry_run") == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_to_meds_keeps_every_event(meds, tmp_path):
+    assert run(meds, tmp_path / "prepared", "--to_meds", str(tmp_path / "exported")) == 0
+    check_meds(tmp_path / "exported")
+    source, exported = read_meds(meds), read_meds(tmp_path / "exported")
+    assert exported.events.num_rows == source.events.num_rows
+    for name, ids in source.splits.items():
+        np.testing.assert_array_equal(np.sort(exported.splits[name]), np.sort(ids))
+    # What is prepared from the export is what is prepared from the source.
+    assert run(tmp_path / "exported", tmp_path / "twice") == 0
+    first, second = read_prepared(tmp_path / "prepared"), read_prepared(tmp_path / "twice")
+    assert first.fingerprint == second.fingerprint
+    assert describe(first)["splits"] == describe(second)["splits"]
+
+
+def test_a_table_of_events(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    count = 4000
+    days = rng.integers(0, 3000, count)
+    table = pa.table(
+        {
+            "patient": pa.array(rng.integers(0, 80, count)),
+            "when": pa.array((days * 86_400_000_000).astype("datetime64[us]")),
+            "icd": pa.array([f"I{code}" for code in rng.integers(0, 30, count)]),
+            "born": pa.array(np.full(count, "1960-01-01", "datetime64[D]")),
+        }
+    )
+    pq.write_table(table, tmp_path / "events.parquet")
+    file = tmp_path / "events.parquet"
+    arguments = ["--source", "table", "--input", str(file), "--table.subject", "patient",
+                 "--table.time", "when", "--table.birth", "born"]  # fmt: skip
+    output = tmp_path / "prepared"
+    assert prepare_command([*arguments, "--table.code", "icd9", "--output", str(output)]) == 2
+    assert "icd9" in capsys.readouterr().err
+    assert prepare_command([*arguments, "--table.code", "icd", "--output", str(output)]) == 0
+    prepared = read_prepared(output)
+    assert sum(len(part) for part in prepared.splits.values()) == 80
+    assert len(prepared.vocabulary) == 35
+    assert prepared.splits["train"].ages.min() >= 10 - 0.01
+
+
+MISTAKES = {
+    "no input": (["--output", "{tmp}/out"], "--input is missing"),
+    "no output": (["--input", "{meds}"], "--output is missing"),
+    "input that is not there": (["--input", "{tmp}/nowhere", "--output", "{tmp}/out"], "does not exist"),
+    "not of that source": (["--source", "omop", "--input", "{meds}", "--output", "{tmp}/out"], "person"),
+    "not an export": (["--source", "synthea", "--input", "{meds}", "--output", "{tmp}/out"], "patients"),
+    "wrong shard": (["--input", "{meds}", "--output", "{tmp}/out", "--shard", "3/3"], "shard"),
+    "nothing selected": (["--input", "{meds}", "--output", "{tmp}/out", "--codes", "NOTHING"], "DIAGNOSIS"),
+    "wrong pattern": (["--input", "{meds}", "--output", "{tmp}/out", "--codes", "X("], "X("),
+    "fractions": (["--input", "{meds}/data", "--output", "{tmp}/out", "--source", "table"], "data"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_one_clear_error_and_nothing_left_behind(mistake, meds, tmp_path, capsys):
+    arguments, expected = MISTAKES[mistake]
+    arguments = [argument.format(meds=meds, tmp=tmp_path) for argument in arguments]
+    assert prepare_command(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert expected in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_cut_short_leaves_the_older_output_and_no_half_new_one(meds, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(meds, broken)
+    shard = sorted((broken / "data").rglob("*.parquet"))[0]
+    shard.write_bytes(shard.read_bytes()[:-20])
+    assert run(broken, tmp_path / "prepared") == 2
+    assert shard.name in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_training_options_on_prepared_data(meds, tmp_path):
+    from behrt_jax.errors import InputError
+
+    assert run(meds, tmp_path / "prepared") == 0
+    data = replace(SMALL_RUN.data, source="prepared", path=tmp_path / "prepared", subjects=5000)
+    with pytest.raises(InputError, match=r"data\.vocabulary_size has no effect on prepared data"):
+        pretrain(replace(SMALL_RUN, data=data, output=tmp_path / "run"))
