@@ -1,5 +1,6 @@
 """Which events become tokens: every rule that leaves one out, each counted."""
 
+import bisect
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -140,7 +141,7 @@ def select_columns(
         counts.drop("duplicate in visit", len(code) - len(first))
         if len(first) < len(code):
             subject, time, code, visit = (column[first] for column in (subject, time, code, visit))
-        if duplicates == "count":
+        if duplicates == "count" and times_seen is not None:
             suffix = (times_seen > 1).astype(np.int32) + (times_seen > 2) + (times_seen > 5)
             counts.change("repeated in visit -> code with a count", int(np.count_nonzero(suffix)))
             code = code + suffix * np.int32(len(events.names))
@@ -182,8 +183,7 @@ def apply_rules(
     """
     code, time = events.codes, events.times
     subjects, subject = _rank(events.subject_ids)
-    place = {name: index for index, name in enumerate(events.names)}
-    born, died = (code == place.get(marker, -1) for marker in (BIRTH_CODE, DEATH_CODE))
+    born, died = (code == _place(events.names, marker) for marker in (BIRTH_CODE, DEATH_CODE))
     births, deaths = (
         _earliest(np.flatnonzero(marked), events, subject, len(subjects)) for marked in (born, died)
     )
@@ -214,6 +214,12 @@ def apply_rules(
         # The time decides the day, so that only visit ids tell events of one time apart.
         columns[2:2] = [events.named, np.where(events.named, events.visits, 0)]
     return subjects, births, [column[keep] for column in columns]
+
+
+def _place(names: Sequence[str], name: str) -> int:
+    """Place of a name in names, ascending; -1 where it is not there."""
+    place = bisect.bisect_left(names, name)
+    return place if place < len(names) and names[place] == name else -1
 
 
 def event_columns(events: pa.Table) -> EventColumns:

@@ -138,25 +138,30 @@ def _order(words: list[np.ndarray]) -> np.ndarray | None:
     """Permutation that sorts by the first word, ties by the next ones; None where it changes nothing."""
     first = words[0]
     in_order = ascending(first)
-    order = np.arange(len(first))
-    tied = first
-    if not in_order:
-        rough = _rough_order(first)
-        order = np.argsort(first if rough is None else first[rough], kind="stable")
-        order = order if rough is None else rough[order]
-        tied = first[order]
-    same = tied[1:] == tied[:-1]
+    if in_order:
+        same = first[1:] == first[:-1]
+        if not same.any():
+            return None
+        order = np.arange(len(first))
+    else:
+        # The row's number takes the place of the lowest bits: sorting is faster than finding a permutation.
+        low = np.uint64((len(first) - 1).bit_length())
+        tagged = ((first >> low) << low) | np.arange(len(first), dtype=np.uint64)
+        rough = _rough_order(tagged)
+        tagged = tagged if rough is None else tagged[rough]
+        tagged.sort(kind="stable")
+        order = (tagged & ((np.uint64(1) << low) - np.uint64(1))).view(np.int64)
+        tagged >>= low
+        same = tagged[1:] == tagged[:-1]
     if same.any():
         run = np.concatenate([[0], np.cumsum(~same)])
         member = np.zeros(len(first), bool)
         member[1:] = same
         member[:-1] |= same
-        places = np.flatnonzero(member)  # of rows that the first word does not tell apart
+        places = np.flatnonzero(member)  # of rows that are not told apart so far
         rows = order[places]
-        lower = np.lexsort([*(word[rows] for word in words[:0:-1]), run[places]])
+        lower = np.lexsort([*(word[rows] for word in words[::-1]), run[places]])
         if in_order and ascending(lower):
             return None
         order[places] = rows[lower]
-    elif in_order:
-        return None
     return order

@@ -6,7 +6,6 @@ source is read. A partition is a run of neighbouring buckets, chosen when their 
 
 import contextlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EventCounts
+from behrt_jax.data.events import EventCounts
 from behrt_jax.data.filtering import EventColumns
-from behrt_jax.data.ordering import ascending, distinct
+from behrt_jax.data.routing import Buckets, CodeNumbers, SubjectSet, select_rows
 from behrt_jax.data.sources.source import Source
 
-PARTITION_EVENTS = 1_000_000
-"""Selected events of a partition, unless a single bucket has more."""
+PARTITION_EVENTS = 262_144
+"""Selected events of a partition, unless a single bucket has more; so few that its columns stay in the
+processor's cache, which is faster than fewer, larger partitions."""
 BUCKETS = 256
 """Most buckets: each costs an open file."""
-_BUCKET_BYTES = 8 << 20  # of input: about a million events of Parquet
+_BUCKET_BYTES = 2 << 20  # of input: about 200,000 events of Parquet
 _COMPRESSED = 8  # what a byte of gzip weighs
-_MANY_SUBJECTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,9 @@ def spill_units(
     """
     folder.mkdir(parents=True)
     counts, unselected = EventCounts(), EventCounts()  # one for each thread
-    codes = _Codes(reading.select)
-    seen = _Subjects()
+    codes = CodeNumbers(reading.select)
+    seen = SubjectSet()
+    buckets = Buckets(reading.boundaries)
     events = np.zeros(len(reading.boundaries) + 1, np.int64)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
@@ -118,10 +118,10 @@ def spill_units(
                 if not table.num_rows:
                     continue
                 if reading.subjects:
-                    seen.add(table["subject_id"])
-                batch = _selected(table, codes, reading.values, unselected)
+                    seen.add(table["subject_id"].to_numpy())
+                batch = select_rows(table, codes, reading.values, unselected)
                 visits = "visit_id" in batch.schema.names
-                for bucket, part in _by_bucket(batch, reading.boundaries):
+                for bucket, part in buckets.cut(batch):
                     key = (bucket, visits)
                     if key not in writers:
                         file = folder / f"{bucket:04}{'-visits' if visits else ''}.arrow"
@@ -219,100 +219,6 @@ def _ahead(tables: Iterator[pa.Table], pool: ThreadPoolExecutor) -> Iterator[pa.
     while (table := coming.result()) is not None:
         coming = pool.submit(next, tables, None)
         yield table
-
-
-class _Codes:
-    """Numbers of codes, given in the order in which they are met."""
-
-    def __init__(self, select: Callable[[Sequence[str]], np.ndarray]):
-        self._select = select
-        self._place: dict[str, int] = {}
-        self.selected = np.empty(0, bool)
-        self.events = np.empty(0, np.int64)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._place)
-
-    def numbers(self, dictionary: Sequence[str]) -> np.ndarray:
-        """int32 ``[codes]``."""
-        new = [name for name in dict.fromkeys(dictionary) if name not in self._place]
-        if new:
-            chosen = self._select(new)
-            markers = [name in (BIRTH_CODE, DEATH_CODE) for name in new]
-            self.selected = np.concatenate([self.selected, chosen | markers])
-            self.events = np.concatenate([self.events, np.zeros(len(new), np.int64)])
-            self._place |= {name: index for index, name in enumerate(new, start=len(self._place))}
-        return np.array([self._place[name] for name in dictionary], np.int32)
-
-    def prefixes(self) -> dict[str, int]:
-        found = Counter()
-        for name, events in zip(self._place, self.events.tolist(), strict=True):
-            if name not in (BIRTH_CODE, DEATH_CODE):
-                found[name.split("//")[0]] += events
-        return dict(found)
-
-
-class _Subjects:
-    """The distinct subjects of many chunks."""
-
-    def __init__(self):
-        self._parts: list[np.ndarray] = []
-        self._held = 0
-
-    def add(self, ids: pa.ChunkedArray) -> None:
-        distinct = ids.unique().to_numpy()
-        self._parts.append(distinct)
-        self._held += len(distinct)
-        if self._held > _MANY_SUBJECTS:
-            self._parts = [self.all()]
-            self._held = len(self._parts[0]) // 2  # grows, so that merging stays rare
-
-    def all(self) -> np.ndarray:
-        return distinct(np.concatenate([np.empty(0, np.int64), *self._parts]))
-
-
-def _selected(table: pa.Table, codes: _Codes, values: bool, counts: EventCounts) -> pa.RecordBatch:
-    """The rows with a selected code, with that code's number."""
-    code = table["code"].combine_chunks()
-    lookup = codes.numbers(code.dictionary.to_pylist())
-    indices = code.indices.to_numpy()
-    np.add.at(codes.events, lookup, np.bincount(indices, minlength=len(lookup)))
-    columns = {
-        "subject_id": table["subject_id"],
-        "time": table["time"].cast(pa.int64()),
-        "code": lookup[indices],
-    }
-    if "visit_id" in table.column_names and table["visit_id"].null_count < table.num_rows:
-        columns["visit_id"] = table["visit_id"]
-    if values:
-        columns["numeric_value"] = table["numeric_value"]
-    rows = pa.table(columns)
-    wanted = codes.selected[lookup]
-    if not wanted.all():
-        rows = rows.filter(pa.array(wanted[indices]))
-        counts.drop("code not selected", table.num_rows - rows.num_rows)
-    batches = rows.combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], rows.schema)
-
-
-def _by_bucket(batch: pa.RecordBatch, boundaries: np.ndarray) -> list[tuple[int, pa.RecordBatch]]:
-    """Cut rows by bucket; buckets without rows are left out."""
-    subject = batch["subject_id"].to_numpy()
-    if ascending(subject):
-        cuts = np.searchsorted(subject, boundaries)
-    else:
-        kind = np.uint8 if len(boundaries) < 256 else np.uint16  # narrow ones are sorted by radix
-        bucket = np.searchsorted(boundaries, subject, side="right").astype(kind)
-        cuts = np.cumsum(np.bincount(bucket, minlength=len(boundaries) + 1))[:-1]
-        if len(boundaries):
-            batch = batch.take(pa.array(np.argsort(bucket, kind="stable")))
-    edges = [0, *cuts.tolist(), batch.num_rows]
-    return [
-        (bucket, batch.slice(edges[bucket], edges[bucket + 1] - edges[bucket]))
-        for bucket in range(len(edges) - 1)
-        if edges[bucket + 1] > edges[bucket]
-    ]
 
 
 def _valid(table: pa.Table, name: str) -> np.ndarray:

@@ -6,9 +6,10 @@
 
 Memory at its peak is the larger of two: in each reading process, two chunks of the source
 (`sources.source.CHUNK_ROWS` rows) and a copy; or one partition for each of `ENCODERS` threads
-(`partitions.PARTITION_EVENTS` events, or those of one bucket of subjects where the source's sample
-misled) at about 150 bytes an event. Beside it are the ids and lengths of all subjects, 16 bytes each, and
-of the source's splits. The files that are written, and their temporary copies, are memory-mapped: pages
+(`partitions.PARTITION_EVENTS` events, or those of one bucket of subjects where that is more) at about
+150 bytes an event, and one more that waits to be written. Beside it are the ids and lengths of all
+subjects, 16 bytes each, and of the source's splits; while reading, up to 64 MiB to tell which subjects
+there are. The files that are written, and their temporary copies, are memory-mapped: pages
 of them that the system keeps show in the resident size, but it takes them back when memory is short.
 """
 
@@ -85,13 +86,15 @@ def prepare(
     _check(config)
     codes = config.codes or default_codes
     options = content_options(source, config, codes)
-    if boundaries is None:
-        boundaries = choose_boundaries(source)
     select = functools.partial(_select, codes, config.exclude_codes, config.value_codes)
     select([])  # wrong patterns are told before anything is read
-    reading = Reading(boundaries, select, bool(config.value_codes), not source.splits())
+
+    def reading() -> Reading:
+        cuts = choose_boundaries(source) if boundaries is None else boundaries
+        return Reading(cuts, select, bool(config.value_codes), not source.splits())
+
     if config.shard is not None:
-        return read_shard(source, config, reading, options, functools.partial(progress, "read"))
+        return read_shard(source, config, reading(), options, functools.partial(progress, "read"))
     if not config.dry_run and (existing := _existing(source, config, options)) is not None:
         return existing
 
@@ -105,11 +108,11 @@ def prepare(
         work = Path(temporary)
         input_print = background.submit(input_fingerprint, source, config.input)
         if config.merge:
-            spills = load_shards(source, config, reading, options)
+            spills = load_shards(source, config, reading(), options)
         else:
             told = functools.partial(progress, "read")
             units = range(source.units())
-            spills = spill_in_parallel(source, units, reading, work / "spill", config.workers, told)
+            spills = spill_in_parallel(source, units, reading(), work / "spill", config.workers, told)
         manifest = _finish(
             source, config, options, spills, work, input_print.result, partition_events, progress
         )
@@ -205,12 +208,12 @@ def _add(counts: EventCounts, more: EventCounts) -> None:
 
 
 def _in_order(encode: Callable[[range], Encoded], partitions: Sequence[range]) -> Iterator[Encoded]:
-    """Encode partitions in threads, with no more of them in memory than there are threads."""
+    """Encode partitions in threads, with one more of them in memory than there are threads."""
     with ThreadPoolExecutor(ENCODERS) as pool:
         waiting = deque()
         for partition in partitions:
             waiting.append(pool.submit(encode, partition))
-            if len(waiting) == ENCODERS:
+            if len(waiting) == ENCODERS + 1:  # one more, while the caller writes the one that is done
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -6,6 +6,8 @@ from behrt_jax.data.ordering import sort_rows
 
 DAY = 86_400_000_000
 """Microseconds in a day."""
+_SHORT = 8
+"""Events of a visit that are compared with each other one by one."""
 
 
 def number_visits(
@@ -44,7 +46,7 @@ def number_visits(
     return of_run[run]
 
 
-def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """The first event of each code in each visit.
 
     Args:
@@ -53,20 +55,43 @@ def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.
 
     Returns:
         Their places, ascending, int64 ``[firsts]``, and how often the code is in the visit, int64
-        ``[firsts]``.
+        ``[firsts]``; None for these where no code comes again in any visit.
     """
-    if not len(code):
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    # Visits of one event need no sorting.
-    shared = np.flatnonzero((np.bincount(visit) > 1)[visit]).astype(np.int32)
+    again = _may_come_again(visit, code)
+    if not again.any():
+        return np.arange(len(code)), None
+    # Only visits with such an event need sorting.
+    suspect = np.zeros(int(visit.max()) + 1, bool)
+    suspect[visit[again]] = True
+    shared = np.flatnonzero(suspect[visit]).astype(np.int32)
+    *key, place = sort_rows([visit[shared], code[shared], shared])
+    heads = np.flatnonzero(_leads(key))
     occurrences = np.ones(len(code), np.int64)
-    if len(shared):
-        *key, place = sort_rows([visit[shared], code[shared], shared])
-        heads = np.flatnonzero(_leads(key))
-        occurrences[shared] = 0
-        occurrences[place[heads]] = np.diff(np.append(heads, len(shared)))
+    occurrences[shared] = 0
+    occurrences[place[heads]] = np.diff(np.append(heads, len(shared)))
     first = np.flatnonzero(occurrences)
     return first, occurrences[first]
+
+
+def _may_come_again(visit: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """Whether an event's code is in its visit before it; events of long or interrupted visits just may.
+
+    Comparing each event with the few before it is many times faster than sorting.
+
+    Returns:
+        bool ``[events]``.
+    """
+    again = np.zeros(len(code), bool)
+    for back in range(1, min(_SHORT, len(code))):
+        same = visit[back:] == visit[:-back]
+        if not same.any():
+            break
+        again[back:] |= same & (code[back:] == code[:-back])
+    if len(code) > _SHORT:
+        again[_SHORT:] |= visit[_SHORT:] == visit[:-_SHORT]
+    if (visit[1:] < visit[:-1]).any():
+        again = (np.bincount(visit) > 1)[visit]
+    return again
 
 
 def _leads(columns: list[np.ndarray]) -> np.ndarray:

@@ -54,3 +54,18 @@ def test_no_rows():
 @given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 5)))
 def test_distinct(numbers):
     assert distinct(np.array(numbers, np.int64)).tolist() == sorted(set(numbers))
+
+
+@pytest.mark.parametrize("sorted_before", [False, True])
+def test_rows_that_the_highest_bits_do_not_tell_apart(sorted_before):
+    """Rows equal in all that one word holds, for other columns or for a last digit that has no room."""
+    random = np.random.default_rng(0)
+    high = random.integers(0, 3, 5000) << 60
+    last = random.integers(0, 9, 5000)
+    columns = [high + random.integers(0, 4, 5000), random.integers(0, 2, 5000) << 50, last.astype(np.int32)]
+    order = np.lexsort(columns[::-1])
+    if sorted_before:  # by the first column alone
+        columns = [column[np.argsort(columns[0], kind="stable")] for column in columns]
+        order = np.lexsort(columns[::-1])
+    for column, found in zip(columns, sort_rows(columns), strict=True):
+        assert np.array_equal(found, column[order])
