@@ -45,7 +45,9 @@ def write_report(folder: Path) -> Path:
     summary = _read(folder / run_folder.SUMMARY_FILE)
     metrics = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
     parameters = _read(folder / run_folder.PARAMETERS_FILE)
-    name = str(config.get("name", folder.resolve().name))
+    name = folder.resolve().name
+    made_with = config.get("settings", {}).get("name")
+    what = f"Pretraining run with the configuration {made_with}" if made_with else "Pretraining run"
     sections = [
         _outcome(summary, metrics),
         _pictures(folder / run_folder.PLOTS_FOLDER),
@@ -59,7 +61,7 @@ def write_report(folder: Path) -> Path:
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(name)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-            f'<h1>{escape(name)}</h1>\n<p class="note">Pretraining run, written by behrt_jax</p>',
+            f'<h1>{escape(name)}</h1>\n<p class="note">{escape(what)}, written by behrt_jax</p>',
             *sections,
             "</body>\n</html>\n",
         ]
