@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses.
 
 A field's docstring is its ``--help`` text on the command line. Checks that concern several fields
-live in :mod:`behrt_jax.checks`; nothing here imports anything of the package.
+live in :mod:`behrt_jax.workflows.checks`; nothing here imports anything of the package.
 """
 
 from dataclasses import dataclass, field
