@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from behrt_jax.config import PrepareConfig, PretrainConfig
+from behrt_jax.config import DoctorConfig, FreezingStudyConfig, PrepareConfig, PretrainConfig
 from behrt_jax.errors import InputError
 
 
@@ -74,6 +74,66 @@ def prepare_command(arguments: Sequence[str]) -> int:
 
         prepare_records(config)
         return 0
+
+    return exit_status(run)
+
+
+def doctor_command(arguments: Sequence[str]) -> int:
+    """Examine a run or data; 1 where a finding is an error, else the status of :func:`exit_status`."""
+    import tyro
+
+    config = tyro.cli(
+        DoctorConfig,
+        prog="doctor.py",
+        description=DoctorConfig.__doc__,
+        args=list(arguments),
+        use_underscores=True,
+    )
+
+    def run() -> int:
+        if (config.run is None) == (config.data is None):
+            raise InputError("Give either --run RUN or --data DIR.")
+        if config.labels is not None and config.data is None:
+            raise InputError("--labels are audited with the data that they belong to: add --data DIR.")
+        if config.run is not None:
+            from behrt_jax.workflows.doctor import examine_run as examine
+        else:
+            from behrt_jax.workflows.audit import audit_data as examine
+        findings = examine(config)
+        return 1 if any(finding.severity == "error" for finding in findings) else 0
+
+    return exit_status(run)
+
+
+def freezing_study_command(
+    arguments: Sequence[str], configurations: Mapping[str, FreezingStudyConfig], default: str
+) -> int:
+    """Run the freezing study; ``--quick`` is short for ``--config quick``. As :func:`pretrain_command`."""
+
+    def run() -> int:
+        import tyro
+
+        spelt_out = [part for a in arguments for part in (("--config", "quick") if a == "--quick" else (a,))]
+        name, rest = _take_name(spelt_out, default)
+        if name not in configurations:
+            raise InputError(f"--config {name!r} is unknown: choose one of {', '.join(configurations)}.")
+        description = (
+            f"{FreezingStudyConfig.__doc__} Start from a named study with --config NAME "
+            f"({', '.join(configurations)}; {default} where not given; --quick is --config quick) and "
+            f"override single settings. Shown are the values of {name}."
+        )
+        config = tyro.cli(
+            FreezingStudyConfig,
+            prog="freezing_study.py",
+            description=description,
+            default=configurations[name],
+            args=rest,
+            config=(tyro.conf.AvoidSubcommands,),
+            use_underscores=True,
+        )
+        from behrt_jax.workflows.freezing_study import freezing_study
+
+        return freezing_study(config)[1]
 
     return exit_status(run)
 

@@ -88,10 +88,11 @@ class FreezingConfig:
 class DataConfig:
     """Where the events come from and how they become sequences."""
 
-    source: Literal["clinical", "uniform", "meds", "prepared"] = "clinical"
+    source: Literal["clinical", "uniform", "latent", "meds", "prepared"] = "clinical"
     """clinical: generated, with structure to learn. uniform: generated, codes at random, nothing to
-    learn. meds: a Medical Event Data Standard folder at `path`. prepared: what prepare.py wrote to
-    `path` (--data DIR for short); codes, vocabulary and splits are fixed there."""
+    learn. latent: generated from a model whose best possible loss is known and reported. meds: a Medical
+    Event Data Standard folder at `path`. prepared: what prepare.py wrote to `path` (--data DIR for
+    short); codes, vocabulary and splits are fixed there."""
     path: Path | None = None
     """Folder of the MEDS data set (holds data/ and metadata/), or of prepared data."""
     subjects: int = 5000
@@ -111,8 +112,11 @@ class DataConfig:
     DIAGNOSIS// PROCEDURE// MEDICATION//; for generated sources: all."""
     exclude_codes: tuple[str, ...] = ()
     """Regular expressions; a code is dropped if one matches at its start."""
-    duplicates: Literal["keep", "drop"] = "drop"
-    """What to do with a code that comes again in the same visit."""
+    duplicates: Literal["keep", "drop"] | None = None
+    """What to do with a code that comes again in the same visit. Default: drop; for latent, whose known
+    optimum counts on them, keep."""
+    difficulty: float = 0.5
+    """latent: from 0 (each condition has codes of its own) to 1 (conditions share codes, more noise)."""
     visit_column: str | None = None
     """Column of visit ids (hadm_id in MIMIC). Where it is absent or null, a visit is a calendar day."""
     window: Literal["all", "random", "recent", "first"] = "all"
@@ -205,6 +209,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Parameters to start from, in place of random ones."""
+
+    run: Path | None = None
+    """Folder of a finished run with the same model and vocabulary; its best checkpoint is read."""
+    groups: tuple[Literal["embedding", "head", "base"], ...] = ("embedding", "head", "base")
+    """Which of its parameter groups are taken."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Masked-code pretraining of BEHRT."""
 
@@ -217,6 +231,7 @@ class PretrainConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     output: Path | None = None
     """Run folder; runs/<name>-<time> where not given."""
     resume: bool = False
@@ -292,3 +307,60 @@ class PrepareConfig:
     """Also write all events, selected or not, as a MEDS 0.4 data set into this new folder."""
     dry_run: bool = False
     """Read and report, but write no data set."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Examine a run, or prepared data and its labels, for mistakes. The exit status is 1 where a finding
+    is an error.
+    """
+
+    run: Path | None = None
+    """Folder of a training run, finished or not."""
+    data: Path | None = None
+    """Folder of prepared data, audited for leakage."""
+    labels: Path | None = None
+    """With `data`: a Parquet file or folder of MEDS labels to audit with it."""
+    output: Path | None = None
+    """JSON file to write the findings to."""
+    horizon_days: float | None = None
+    """With `labels`: days after the prediction time that the label speaks of. A negative label needs
+    events up to their end; without it, some event after the prediction time."""
+    outcome_codes: tuple[str, ...] = ()
+    """With `labels`: regular expressions of the codes that define the label; one matches at the start of
+    a code."""
+    delays: tuple[str, ...] = ()
+    """With `labels`: REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit
+    where it is known at the end of its visit, as diagnoses that are coded at discharge."""
+    death_codes: tuple[str, ...] = (r"MEDS_DEATH", r"DOD$", r"DEATH\b", r".*//(DIED|EXPIRED)\b")
+    """With `data`: regular expressions of codes that say that the subject died."""
+
+
+@dataclass(frozen=True)
+class FreezingStudyConfig:
+    """Train the same model under each freezing regime and compare what it learns, and what it costs.
+
+    Broken off, it goes on where it stopped when started again with the same options: finished runs
+    are not repeated.
+    """
+
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """What all runs share: model, adapters, data, optimizer, length. Regime, source, masks, seeds and
+    output are set by the study, and every run trains to its end (no patience)."""
+    sources: tuple[Literal["uniform", "clinical", "latent"], ...] = ("uniform", "latent")
+    """Generated data to train on."""
+    masks: tuple[Literal["fresh", "once"], ...] = ("fresh", "once")
+    """fresh: drawn anew in each epoch. once: drawn once and reused, on uniform data alone."""
+    regimes: tuple[
+        Literal["full", "lora", "lora_head", "lora_only", "all_but_adapted", "lora_pretrained"], ...
+    ] = ("full", "lora", "lora_head", "lora_only", "all_but_adapted", "lora_pretrained")
+    """full: all. lora: adapters, embeddings, head. lora_head: adapters and head, the embeddings frozen at
+    random values. lora_only: adapters, all else frozen at random values. all_but_adapted: all but the
+    adapted layers, which are `out` alone here, as in the mistake that it repeats. lora_pretrained:
+    adapters and head, the embeddings frozen as the full run of the same seed and data left them."""
+    seeds: int = 3
+    """Runs of each kind; each has its own data, initialisation and masks."""
+    timed_steps: int = 30
+    """Steps of each regime that are timed, in turns; 0 leaves the timing out."""
+    output: Path = Path("runs/freezing_study")
+    """Folder of the study; each run has its own folder in it."""

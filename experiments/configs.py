@@ -1,10 +1,13 @@
 """Named configurations of the experiments."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from behrt_jax.config import (
     DataConfig,
     FreezingConfig,
+    FreezingStudyConfig,
     LoRAConfig,
     ModelConfig,
     OptimizerConfig,
@@ -50,6 +53,15 @@ _SMALL = PretrainConfig(
     optimizer=OptimizerConfig(learning_rate=3e-3),
     train=TrainConfig(epochs=30, batch_size=64, patience=5),
 )
+_SMALL_LATENT = PretrainConfig(
+    name="small_latent",
+    model=replace(SMALL, dropout=0.0),
+    data=DataConfig(
+        source="latent", subjects=60_000, vocabulary_size=300, window="first", tuning_fraction=0.05
+    ),
+    optimizer=OptimizerConfig(learning_rate=3e-3),
+    train=TrainConfig(epochs=20, batch_size=512),
+)
 _MEDIUM = PretrainConfig(
     name="medium",
     model=MEDIUM,
@@ -82,5 +94,31 @@ PRETRAIN: dict[str, PretrainConfig] = {
         _LARGE,
         _with_lora(_LARGE, rank=16),
         _PAPER,
+        _SMALL_LATENT,
+        _with_lora(_SMALL_LATENT, rank=8),
     )
+}
+
+
+def _study(name: str, of: str, seeds: int = 3, **changes: dict[str, Any]) -> FreezingStudyConfig:
+    """The freezing study of configuration `of`, some sections of it changed."""
+    base = PRETRAIN[f"{of}_lora"]
+    sections = {section: replace(getattr(base, section), **values) for section, values in changes.items()}
+    output = Path("runs") / f"freezing_study_{name}"
+    return FreezingStudyConfig(replace(base, name=of, **sections), seeds=seeds, output=output)
+
+
+# window first: the optimum of latent data is known for histories that are read from their beginning.
+_FIRST = {"subjects": 5000, "window": "first"}
+# 18 epochs: as many as the longest of the recorded runs that the study repeats.
+FREEZING_STUDIES: dict[str, FreezingStudyConfig] = {
+    **{name: _study(name, name, data=_FIRST, train={"epochs": 18}) for name in ("small", "medium", "large")},
+    "quick": _study(
+        "quick",
+        "small",
+        seeds=1,
+        data={"subjects": 1000, "window": "first"},
+        optimizer={"learning_rate": 1e-3, "schedule": "constant"},
+        train={"epochs": 10, "batch_size": 32},
+    ),
 }

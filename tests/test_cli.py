@@ -25,7 +25,8 @@ def parsed(*arguments):
 
 
 def test_names_of_the_configurations():
-    assert list(PRETRAIN) == ["small", "small_lora", "medium", "medium_lora", "large", "large_lora", "paper"]
+    sizes = ["small", "small_lora", "medium", "medium_lora", "large", "large_lora", "paper"]
+    assert list(PRETRAIN) == [*sizes, "small_latent", "small_latent_lora"]
     assert all(config.name == name for name, config in PRETRAIN.items())
 
 

@@ -1,17 +1,31 @@
 """From the events of one partition to the sequences of its subjects, by split."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from behrt_jax.config import PrepareConfig
+from behrt_jax.data.event_columns import EventColumns
 from behrt_jax.data.events import SPLITS, EventCounts
-from behrt_jax.data.filtering import apply_rules, matches, select_columns
-from behrt_jax.data.partitions import Spill, code_lookups, load_partition
+from behrt_jax.data.filtering import Duplicates, apply_rules, count_repeated, select_columns
+from behrt_jax.data.partitions import code_lookups, load_partition
+from behrt_jax.data.selection import matches
 from behrt_jax.data.sequences import ages_in_years
+from behrt_jax.data.spill import Spill
 from behrt_jax.data.splits import split_index
 from behrt_jax.data.values import ValueBins, ValueSample
+
+ENCODERS = min(4, os.cpu_count() or 1)
+"""Threads that encode partitions."""
+
+SplitOf = Callable[[np.ndarray], np.ndarray]
+"""From subjects, int64 ``[n]`` ascending, to the place of their split in `events.SPLITS`, int8 ``[n]``; -1
+where a subject has none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,41 +35,62 @@ class Encoded:
     parts: dict[str, tuple[np.ndarray, ...]]
     """Split -> subject ids and lengths ``[subjects]``, codes, ages, visits and times ``[events]``, as in
     `Sequences`, but that codes are places in ``names``."""
-    names: Sequence[str]
-    """The same in all partitions."""
+    names: tuple[str, ...]
+    """Codes; the same object in many partitions."""
     events: dict[str, np.ndarray]
     """Split -> events of each code, int64 ``[names]``."""
     counts: EventCounts
 
 
-def encode_partition(
-    spills: Sequence[Spill],
-    buckets: range,
-    names: Sequence[str],
-    lookups: Sequence[np.ndarray],
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """A source's events on their way to sequences, partition by partition, subjects ascending.
+
+    Everything but the bins is only known once the partitions are exhausted.
+    """
+
+    partitions: Iterator[Encoded]
+    counts: EventCounts
+    """Of the reading; the partitions have those of the rules."""
+    prefixes: Callable[[], Mapping[str, int]]
+    """Start of a code, up to the first ``//`` -> events read, markers aside."""
+    splits: Callable[[], dict[str, np.ndarray]]
+    """Split -> int64 ids of its subjects, ascending, those without events included."""
+    bins: ValueBins | None = None
+
+
+def add_counts(counts: EventCounts, more: EventCounts) -> None:
+    """Add one account of events to another."""
+    counts.read += more.read
+    for rule, events in more.dropped.items():
+        counts.drop(rule, events)
+    for rule, events in more.changed.items():
+        counts.change(rule, events)
+
+
+def encode_events(
+    events: EventColumns,
+    values: np.ndarray | None,
     bins: ValueBins | None,
-    splits: Mapping[str, np.ndarray],
-    config: PrepareConfig,
+    split_of: SplitOf,
+    duplicates: Duplicates,
 ) -> Encoded:
-    """Load a partition, apply the rules of `filtering.select_events`, and deal it out to the splits.
+    """Apply the rules of `filtering.select_events` to whole subjects, and deal them out to the splits.
 
     Args:
-        spills: all shards.
-        buckets: those of the partition.
-        names: all codes, ascending.
-        lookups: see `partitions.code_lookups`.
+        events: all events of these subjects.
+        values: float32 ``[events]``, NaN where null, where they were kept.
         bins: of numeric values, if they are asked for.
-        splits: split name -> int64 ids, ascending.
-        config: its ``duplicates`` is read.
+        split_of: gives the subjects' splits.
+        duplicates: what becomes of a code that comes again in a visit.
     """
     counts = EventCounts()
-    events, values = load_partition(spills, buckets, names, lookups)
     is_bin = None
     if bins is not None and values is not None:
         events, is_bin = bins.apply(events, values)
-    selected = select_columns(events, None, config.duplicates, counts)
+    selected = select_columns(events, None, duplicates, counts)
     ages = ages_in_years(selected)
-    split = split_index(selected.subject_ids, _between(splits, selected.subject_ids))  # [S]
+    split = split_of(selected.subject_ids)  # [S]
     lengths = np.diff(selected.offsets)
     counts.drop("subject in no split", int(lengths[split < 0].sum()))
     parts, by_code = {}, {}
@@ -69,11 +104,25 @@ def encode_partition(
             rows = (column[tokens] for column in columns)
             parts[name] = (selected.subject_ids[chosen], lengths[chosen], *rows)
         by_code[name] = np.bincount(parts[name][2], minlength=len(selected.names))
+        if duplicates == "count":
+            count_repeated(parts[name][2], len(events.names), counts)
     if is_bin is not None:
         binned = np.resize(is_bin, len(selected.names))  # names with a count come in the same order
         changed = sum(int(found[binned].sum()) for found in by_code.values())
         counts.change("value -> quantile bin", changed)
     return Encoded(parts, selected.names, by_code, counts)
+
+
+def encode_all(encode: Callable[[Any], Encoded], partitions: Iterable[Any]) -> Iterator[Encoded]:
+    """Encode partitions in threads, with one more of them in memory than there are threads."""
+    with ThreadPoolExecutor(ENCODERS) as pool:
+        waiting = deque()
+        for partition in partitions:
+            waiting.append(pool.submit(encode, partition))
+            if len(waiting) == ENCODERS + 1:  # one more, while the caller takes the one that is done
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def fit_values(
@@ -102,17 +151,22 @@ def fit_values(
             continue
         subjects, _, kept = apply_rules(events, None, EventCounts(), also=[values])
         subject, time, *_, code, value = kept
-        own = split_index(subjects, _between({"train": train}, subjects)) == 0  # [S]
+        own = split_listed({"train": train})(subjects) == 0  # [S]
         rows = own[subject]
         sample.add(subjects[subject[rows]], time[rows], code[rows], value[rows])
     return sample.fit(config.value_bins, config.value_bins * config.min_count)
 
 
-def _between(splits: Mapping[str, np.ndarray], ids: np.ndarray) -> dict[str, np.ndarray]:
-    """The subjects of each split, both ascending, that lie in the range of ``ids``, ascending."""
-    if not len(ids):
-        return {}
-    return {
-        name: listed[np.searchsorted(listed, ids[0]) : np.searchsorted(listed, ids[-1], side="right")]
-        for name, listed in splits.items()
-    }
+def split_listed(splits: Mapping[str, np.ndarray]) -> SplitOf:
+    """Splits as listed: name -> int64 ids, ascending."""
+
+    def split_of(ids: np.ndarray) -> np.ndarray:
+        if not len(ids):
+            return np.empty(0, np.int8)
+        near = {
+            name: listed[np.searchsorted(listed, ids[0]) : np.searchsorted(listed, ids[-1], side="right")]
+            for name, listed in splits.items()
+        }
+        return split_index(ids, near)
+
+    return split_of

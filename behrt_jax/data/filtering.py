@@ -1,21 +1,19 @@
 """Which events become tokens: every rule that leaves one out, each counted."""
 
 import bisect
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 
+from behrt_jax.data.event_columns import EventColumns, Selected, event_columns, rank_ids
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EventCounts, EventSet
-from behrt_jax.data.ordering import ascending, sort_rows
+from behrt_jax.data.ordering import sort_rows
+from behrt_jax.data.selection import nothing_left, selects
 from behrt_jax.data.visits import DAY, first_in_visit, number_visits
-from behrt_jax.errors import InputError
 
-__all__ = ["DAY", "EventColumns", "Selected", "select_columns", "select_events"]
+__all__ = ["DAY", "Selected", "select_columns", "select_events"]
 
 _NEVER = np.iinfo(np.int64).max
 
@@ -23,47 +21,6 @@ Duplicates = Literal["keep", "drop", "count"]
 
 REPEATS = ("//x2", "//x3-5", "//x6+")
 """What ``duplicates="count"`` puts behind a code that occurs 2, 3 to 5, or 6 and more times in a visit."""
-
-
-@dataclass(frozen=True, eq=False)
-class Selected:
-    """The events left, sorted by subject, time, visit and code, so whatever order they came in."""
-
-    subject_ids: np.ndarray
-    """int64 ``[subjects]``, ascending; only subjects with an event left."""
-    births: np.ndarray
-    """int64 ``[subjects]``, microseconds since 1970."""
-    offsets: np.ndarray
-    """int64 ``[subjects + 1]``: subject i has the events from ``offsets[i]`` to ``offsets[i + 1]``."""
-    codes: np.ndarray
-    """int32 ``[events]``, places in ``names``."""
-    times: np.ndarray
-    """int64 ``[events]``, microseconds since 1970."""
-    visits: np.ndarray
-    """int32 ``[events]``, from 0 for each subject, in the order of the visits' first events."""
-    names: tuple[str, ...]
-    """The distinct codes of the whole data set, sorted; where duplicates are counted, followed by all of
-    them with each suffix of ``REPEATS`` in turn."""
-
-
-@dataclass(frozen=True, eq=False)
-class EventColumns:
-    """Events in any row order, as arrays ``[events]``."""
-
-    subject_ids: np.ndarray
-    """int64."""
-    codes: np.ndarray
-    """int32 places in ``names``."""
-    times: np.ndarray
-    """int64 microseconds since 1970, 0 where null."""
-    names: Sequence[str]
-    """Distinct codes, ascending, so that places sort as the codes do."""
-    timed: np.ndarray | None = None
-    """bool: the time is not null. None where all are so."""
-    visits: np.ndarray | None = None
-    """int64 visit ids, anything where there is none. None where no event has one."""
-    named: np.ndarray | None = None
-    """bool: the event has a visit id. Given with ``visits``."""
 
 
 def select_events(
@@ -102,24 +59,13 @@ def select_events(
     columns = event_columns(event_set.events)
     wanted = selects(columns.names, codes, exclude_codes)
     selected = select_columns(columns, wanted, duplicates, event_set.counts)
+    count_repeated(selected.codes, len(columns.names), event_set.counts)
     if not len(selected.codes):
         marker = np.isin(np.array(columns.names), [BIRTH_CODE, DEATH_CODE])  # [names]
         by_code = np.bincount(columns.codes, minlength=len(marker))[~marker]
         names = [name for name in columns.names if name not in (BIRTH_CODE, DEATH_CODE)]
         raise nothing_left(dict(zip(names, by_code.tolist(), strict=True)), event_set.counts)
     return selected
-
-
-def selects(
-    names: Sequence[str], codes: tuple[str, ...], exclude_codes: tuple[str, ...], options: str = "data."
-) -> np.ndarray:
-    """Which codes the patterns select, the second rule of :func:`select_events`: bool ``[names]``.
-
-    Raises:
-        InputError: a pattern is no regular expression; ``options`` goes before the option's name.
-    """
-    wanted = matches(names, codes, f"{options}codes") if codes else np.ones(len(names), bool)
-    return wanted & ~matches(names, exclude_codes, f"{options}exclude_codes")
 
 
 def select_columns(
@@ -137,17 +83,17 @@ def select_columns(
     subject, time, *ties, code = sort_rows(kept)
     visit = number_visits(subject, time, *ties)  # [K]
     if duplicates != "keep":
-        first, times_seen = first_in_visit(visit, code)
-        counts.drop("duplicate in visit", len(code) - len(first))
-        if len(first) < len(code):
-            subject, time, code, visit = (column[first] for column in (subject, time, code, visit))
-        if duplicates == "count" and times_seen is not None:
+        first, repeated, times_seen = first_in_visit(visit, code)
+        if duplicates == "count":
             suffix = (times_seen > 1).astype(np.int32) + (times_seen > 2) + (times_seen > 5)
-            counts.change("repeated in visit -> code with a count", int(np.count_nonzero(suffix)))
-            code = code + suffix * np.int32(len(events.names))
+            code = code.copy()
+            code[repeated] += suffix * np.int32(len(events.names))
+        if len(repeated):
+            subject, time, code, visit = (column[first] for column in (subject, time, code, visit))
+        counts.drop("duplicate in visit", len(first) - len(code))
     names = tuple(events.names)
     if duplicates == "count":
-        names += tuple(f"{name}{repeats}" for repeats in REPEATS for name in events.names)
+        names = _with_repeats(names)
 
     starts = np.flatnonzero(np.diff(subject, prepend=np.int32(-1)))  # [S]
     offsets = np.append(starts, len(subject))
@@ -163,6 +109,16 @@ def select_columns(
         visits=visit,
         names=names,
     )
+
+
+@functools.lru_cache(maxsize=2)  # the same for many partitions
+def _with_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
+    return names + tuple(f"{name}{repeats}" for repeats in REPEATS for name in names)
+
+
+def count_repeated(code: np.ndarray, names: int, counts: EventCounts) -> None:
+    """Count the events whose code got a suffix of ``REPEATS``, being beyond the ``names`` without one."""
+    counts.change("repeated in visit -> code with a count", int(np.count_nonzero(code >= names)))
 
 
 def apply_rules(
@@ -182,7 +138,7 @@ def apply_rules(
         ids whether the event has one and which, code, and those of ``also``.
     """
     code, time = events.codes, events.times
-    subjects, subject = _rank(events.subject_ids)
+    subjects, subject = rank_ids(events.subject_ids)
     born, died = (code == _place(events.names, marker) for marker in (BIRTH_CODE, DEATH_CODE))
     births, deaths = (
         _earliest(np.flatnonzero(marked), events, subject, len(subjects)) for marked in (born, died)
@@ -222,69 +178,6 @@ def _place(names: Sequence[str], name: str) -> int:
     return place if place < len(names) and names[place] == name else -1
 
 
-def event_columns(events: pa.Table) -> EventColumns:
-    """The columns of an events table, with the codes' names sorted."""
-    code = events["code"].combine_chunks()
-    given = code.dictionary.to_pylist()
-    names = sorted(set(given))
-    place = {name: index for index, name in enumerate(names)}
-    lookup = np.array([place[name] for name in given], np.int32)
-    time = events["time"].cast(pa.int64())
-    visits = named = None
-    if "visit_id" in events.column_names and events["visit_id"].null_count < events.num_rows:
-        named = events["visit_id"].is_valid().to_numpy()
-        visits = events["visit_id"].fill_null(0).to_numpy()
-    return EventColumns(
-        subject_ids=events["subject_id"].to_numpy(),
-        codes=lookup[code.indices.to_numpy()],
-        times=time.fill_null(0).to_numpy(),
-        names=names,
-        timed=time.is_valid().to_numpy() if time.null_count else None,
-        visits=visits,
-        named=named,
-    )
-
-
-def _rank(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids, ascending, and the place of each id ``[N]`` among them, int32 ``[N]``."""
-    if not len(ids):
-        return ids, np.empty(0, np.int32)
-    if ascending(ids):
-        leads = np.ones(len(ids), bool)
-        leads[1:] = ids[1:] != ids[:-1]
-        return ids[leads], np.cumsum(leads, dtype=np.int32) - np.int32(1)
-    least, most = int(ids.min()), int(ids.max())
-    if most - least < max(4 * len(ids), 1 << 16):  # a table of all numbers in between is small enough
-        shifted = ids - least
-        seen = np.zeros(most - least + 1, bool)
-        seen[shifted] = True
-        place = np.cumsum(seen, dtype=np.int32) - np.int32(1)
-        return np.flatnonzero(seen) + least, place[shifted]
-    coded = pa.array(ids).dictionary_encode()
-    distinct, rank = np.unique(coded.dictionary.to_numpy(), return_inverse=True)
-    return distinct, rank.astype(np.int32)[coded.indices.to_numpy()]
-
-
-def matches(names: Sequence[str], patterns: tuple[str, ...], option: str) -> np.ndarray:
-    """Whether any pattern matches at the start of each name: bool ``[names]``.
-
-    Raises:
-        InputError: a pattern is no regular expression; ``option`` is named as the place to mend it.
-    """
-    compiled = []
-    for pattern in patterns:
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise InputError(
-                f"{option} has {pattern!r}, which is no regular expression ({error}): mend it, or put a "
-                "backslash before the sign to take it literally."
-            ) from error
-    if not compiled:
-        return np.zeros(len(names), dtype=bool)
-    return np.array([any(pattern.match(name) for pattern in compiled) for name in names], dtype=bool)
-
-
 def _earliest(rows: np.ndarray, events: EventColumns, subject: np.ndarray, subjects: int) -> np.ndarray:
     """Earliest time among some rows by subject: int64 ``[subjects]``, ``_NEVER`` where none."""
     first = np.full(subjects, _NEVER)
@@ -292,23 +185,3 @@ def _earliest(rows: np.ndarray, events: EventColumns, subject: np.ndarray, subje
         rows = rows[events.timed[rows]]
     np.minimum.at(first, subject[rows], events.times[rows])
     return first
-
-
-def nothing_left(by_code: Mapping[str, int], counts: EventCounts, options: str = "data.") -> InputError:
-    """The error of a data set from which the rules leave nothing.
-
-    Args:
-        by_code: code, or prefix of codes -> events read, markers of birth and death aside.
-        counts: what the rules dropped.
-        options: goes before the names of the options.
-    """
-    by_prefix = Counter()
-    for name, count in by_code.items():
-        by_prefix[name.split("//")[0]] += count
-    prefixes = ", ".join(prefix for prefix, count in by_prefix.most_common(10) if count)
-    rules = ", ".join(f"{rule}: {count}" for rule, count in counts.dropped.items())
-    return InputError(
-        f"No event is left after filtering ({rules}): choose {options}codes and {options}exclude_codes to "
-        f"fit the codes of the data set (most frequent prefixes: {prefixes or 'none'}), and see that "
-        f"subjects have a {BIRTH_CODE} event with a time."
-    )

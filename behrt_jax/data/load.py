@@ -8,6 +8,7 @@ from behrt_jax.data.sequences import SequenceSet, build_sequences
 from behrt_jax.data.sources.meds import read_meds
 from behrt_jax.data.store import read_prepared
 from behrt_jax.data.synthetic.clinical import generate_clinical
+from behrt_jax.data.synthetic.latent import generate_latent
 from behrt_jax.data.synthetic.uniform import generate_uniform
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError
@@ -55,8 +56,33 @@ def load_events(config: DataConfig) -> EventSet:
             f"data.path is given but data.source is {config.source}, which is generated: "
             "add --data.source meds."
         )
-    generate = {"clinical": generate_clinical, "uniform": generate_uniform}[config.source]
-    rows = config.vocabulary_size or GENERATED_VOCABULARY_SIZE
-    return generate(
-        config.subjects, rows - len(SPECIAL_TOKENS), config.events_mean, config.events_spread, config.seed
+    options = (
+        config.subjects,
+        generated_code_count(config),
+        config.events_mean,
+        config.events_spread,
+        config.seed,
     )
+    if config.source == "latent":
+        _check_nothing_dropped(config)
+        return generate_latent(*options, config.difficulty)
+    return {"clinical": generate_clinical, "uniform": generate_uniform}[config.source](*options)
+
+
+def generated_code_count(config: DataConfig) -> int:
+    """How many codes a generated source has, special tokens aside."""
+    return (config.vocabulary_size or GENERATED_VOCABULARY_SIZE) - len(SPECIAL_TOKENS)
+
+
+def _check_nothing_dropped(config: DataConfig) -> None:
+    for name in ("codes", "exclude_codes"):
+        if getattr(config, name):
+            raise InputError(
+                f"data.{name} does not go with the latent source, whose optimum counts on every "
+                "event: leave it out."
+            )
+    if config.duplicates == "drop":
+        raise InputError(
+            "data.duplicates is drop, but the optimum of the latent source counts on every "
+            "event: leave it out, or give keep."
+        )

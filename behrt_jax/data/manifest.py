@@ -1,7 +1,7 @@
 """What a prepared data set says about itself: options, input, counts; no subject ids, paths or times."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,8 @@ def padding(lengths: np.ndarray) -> dict[str, dict[str, float]]:
 def describe_prepared(
     source: Source,
     options: Mapping[str, Any],
-    input_print: str,
-    fingerprint: str,
+    input_print: Callable[[], str],
+    fingerprint: Callable[[], str],
     vocabulary: Vocabulary,
     splits: Mapping[str, Sequences],
     distinct_codes: Mapping[str, int],
@@ -107,8 +107,8 @@ def describe_prepared(
     Args:
         source: gives its name.
         options: see `content_options`.
-        input_print: see `input_fingerprint`.
-        fingerprint: of vocabulary and sequences.
+        input_print: gives what `input_fingerprint` does; called last.
+        fingerprint: gives that of vocabulary and sequences, likewise.
         vocabulary: as fitted.
         splits: the sequences.
         distinct_codes: split -> codes that occur in it, before rare ones became [UNK].
@@ -134,8 +134,8 @@ def describe_prepared(
         "behrt_jax_version": __version__,
         "source": source.name,
         "options": dict(options),
-        "input_fingerprint": input_print,
-        "fingerprint": fingerprint,
+        "input_fingerprint": input_print(),
+        "fingerprint": fingerprint(),
         "vocabulary": {"rows": len(vocabulary), "fingerprint": vocabulary.fingerprint()},
         "events": describe_counts(counts),
         "subjects_without_events": dict(subjects_without_events),

@@ -1,6 +1,5 @@
 """A source's events as a MEDS data set, in bounded memory."""
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,16 +9,11 @@ import pyarrow as pa
 from behrt_jax.config import PrepareConfig
 from behrt_jax.data.events import VISIT_FIELD
 from behrt_jax.data.meds_writer import write_meds
-from behrt_jax.data.partitions import (
-    Reading,
-    Spill,
-    choose_boundaries,
-    choose_partitions,
-    load_partition,
-    spill_units,
-)
+from behrt_jax.data.partitions import choose_partitions, load_partition
 from behrt_jax.data.sources.source import Source
+from behrt_jax.data.spill import Reading, Spill, choose_boundaries, spill_units
 from behrt_jax.data.splits import hash_splits, split_index
+from behrt_jax.data.work_folder import work_folder
 
 
 def export_meds(source: Source, config: PrepareConfig, folder: Path) -> list[Path]:
@@ -41,10 +35,10 @@ def export_meds(source: Source, config: PrepareConfig, folder: Path) -> list[Pat
     """
     reading = Reading(choose_boundaries(source), _every_code, values=True, subjects=True)
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=folder.absolute().parent) as work:
-        spill = spill_units(source, range(source.units()), reading, Path(work) / "spill", lambda done: None)
+    with work_folder(folder.absolute().parent, f"exporting-{folder.name}") as work:
+        spill = spill_units(source, range(source.units()), reading, work / "spill")
         splits = source.splits() or hash_splits(
-            spill.subjects(), config.tuning_fraction, config.held_out_fraction, config.seed
+            spill.subjects(), config.tuning_fraction, config.held_out_fraction, config.seed, options=""
         )
         return write_meds(
             (_in_splits(table, splits) for table in _partitions(spill)),

@@ -24,6 +24,8 @@ class CodeNumbers:
         self._select = select
         self._place: dict[str, int] = {}
         self._known = pa.array([], pa.string())
+        self._ascending: tuple[str, ...] = ()
+        self._place_ascending = np.empty(0, np.int32)
         self.selected = np.empty(0, bool)
         self.events = np.empty(0, np.int64)
 
@@ -44,6 +46,18 @@ class CodeNumbers:
             self._known = pa.array(list(self._place), pa.string())
             places = _places(dictionary, self._known)
         return places.to_numpy()
+
+    def ascending(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """The names met so far, ascending, and the place among them of each number, int32 ``[names]``."""
+        known = len(self._ascending)
+        if known < len(self._place):
+            new = sorted(list(self._place)[known:])
+            self._ascending = tuple(sorted([*self._ascending, *new]))
+            numbers = [self._place[name] for name in self._ascending]
+            places = np.empty(len(numbers), np.int32)
+            places[numbers] = np.arange(len(numbers), dtype=np.int32)
+            self._place_ascending = places
+        return self._ascending, self._place_ascending
 
     def prefixes(self) -> dict[str, int]:
         found = Counter()
@@ -69,6 +83,8 @@ class SubjectSet:
 
     def add(self, ids: np.ndarray) -> None:
         """Note int64 ids ``[n]``, n at least 1."""
+        if ascending(ids):
+            ids = distinct(ids)
         least, most = int(ids.min()), int(ids.max())
         if len(self._marks):
             least, most = min(least, self._least), max(most, self._least + len(self._marks) - 1)
@@ -76,9 +92,8 @@ class SubjectSet:
             self._cover(least, most)
             self._marks[ids - self._least] = True
             return
-        distinct = pa.array(ids).unique().to_numpy()
-        self._parts.append(distinct)
-        self._held += len(distinct)
+        self._parts.append(pa.array(ids).unique().to_numpy())
+        self._held += len(self._parts[-1])
         if self._held > _MANY_SUBJECTS:
             self._parts = [self.all()]
             self._held = len(self._parts[0]) // 2  # grows, so that merging stays rare

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 from behrt_jax.config import PrepareConfig
 from behrt_jax.data.manifest import describe_counts, input_files
-from behrt_jax.data.partitions import Reading, Spill, spill_units
 from behrt_jax.data.sources.source import Source
+from behrt_jax.data.spill import Reading, Spill, spill_units
+from behrt_jax.data.work_folder import work_folder
 from behrt_jax.errors import InputError
 
 Told = Callable[[int, int], None]
@@ -85,8 +85,8 @@ def read_shard(
     if place.exists():
         raise InputError(f"{place} is there already: remove it to read this shard again.")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".reading-", dir=folder) as temporary:
-        work = Path(temporary) / "shard"
+    with work_folder(folder, f"reading-{place.name}") as temporary:
+        work = temporary / "shard"
         units = range(source.units())[index::shards]
         spills = spill_in_parallel(source, units, reading, work, config.workers, told)
         (work / "reading.json").write_text(json.dumps(_identity(source, config, reading, options)))

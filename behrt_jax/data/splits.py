@@ -13,19 +13,20 @@ _WORD = 0xFFFFFFFFFFFFFFFF
 
 
 def hash_splits(
-    subject_ids: np.ndarray, tuning_fraction: float, held_out_fraction: float, seed: int
+    subject_ids: np.ndarray,
+    tuning_fraction: float,
+    held_out_fraction: float,
+    seed: int,
+    options: str = "data.",
 ) -> dict[str, np.ndarray]:
     """Deal subjects out to train, tuning and held_out by a seeded hash of their ids.
-
-    A subject's split depends on its id, the fractions and the seed alone, so it stays where it is when
-    other subjects join the data set. The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014,
-    doi 10.1145/2714064.2660195).
 
     Args:
         subject_ids: int64 ``[subjects]``, in any order; repeats count once.
         tuning_fraction: share of subjects for tuning, above 0 and below 1.
         held_out_fraction: share of subjects for held_out, from 0 to below 1.
         seed: any integer.
+        options: goes before the names of options in messages.
 
     Returns:
         Split name -> ascending int64 ids, for all three names; held_out may be empty.
@@ -33,27 +34,57 @@ def hash_splits(
     Raises:
         InputError: a fraction out of range, or a train or tuning split that no subject fell into.
     """
-    if not 0 < tuning_fraction < 1:
-        raise InputError(f"data.tuning_fraction is {tuning_fraction}: give a share above 0 and below 1.")
-    if not 0 <= held_out_fraction < 1:
-        raise InputError(f"data.held_out_fraction is {held_out_fraction}: give a share from 0 to below 1.")
-    if tuning_fraction + held_out_fraction >= 1:
-        raise InputError(
-            f"data.tuning_fraction {tuning_fraction} and data.held_out_fraction {held_out_fraction} leave "
-            "nothing to train on: their sum must be below 1."
-        )
+    check_fractions(tuning_fraction, held_out_fraction, options)
     ids = distinct(np.asarray(subject_ids, dtype=np.int64))  # [S]
-    share = _hash_to_unit(ids, seed)  # [S]
-    held_out = share < held_out_fraction
-    tuning = ~held_out & (share < held_out_fraction + tuning_fraction)
-    splits = {"train": ids[~held_out & ~tuning], "tuning": ids[tuning], "held_out": ids[held_out]}
+    split = hash_split_index(ids, tuning_fraction, held_out_fraction, seed)  # [S]
+    splits = {name: ids[split == index] for index, name in enumerate(SPLITS)}
     for name in ("train", "tuning"):
         if not len(splits[name]):
             raise InputError(
                 f"None of the {len(ids)} subjects fell into the {name} split: give more subjects, another "
-                "data.seed, or other values of data.tuning_fraction and data.held_out_fraction."
+                f"{options}seed, or other values of {options}tuning_fraction and {options}held_out_fraction."
             )
     return splits
+
+
+def check_fractions(tuning_fraction: float, held_out_fraction: float, options: str = "data.") -> None:
+    """Refuse shares of subjects that are out of range; ``options`` goes before their names."""
+    if not 0 < tuning_fraction < 1:
+        raise InputError(f"{options}tuning_fraction is {tuning_fraction}: give a share above 0 and below 1.")
+    if not 0 <= held_out_fraction < 1:
+        raise InputError(
+            f"{options}held_out_fraction is {held_out_fraction}: give a share from 0 to below 1."
+        )
+    if tuning_fraction + held_out_fraction >= 1:
+        raise InputError(
+            f"{options}tuning_fraction {tuning_fraction} and {options}held_out_fraction {held_out_fraction} "
+            "leave nothing to train on: their sum must be below 1."
+        )
+
+
+def hash_split_index(
+    ids: np.ndarray, tuning_fraction: float, held_out_fraction: float, seed: int
+) -> np.ndarray:
+    """The place in :data:`~behrt_jax.data.events.SPLITS` of each subject's split, by a hash of its id.
+
+    A subject's split depends on its id, the fractions and the seed alone, so it stays where it is when
+    other subjects join the data set. The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014,
+    doi 10.1145/2714064.2660195).
+
+    Args:
+        ids: int64 ``[n]``.
+        tuning_fraction: share of subjects for tuning.
+        held_out_fraction: share of subjects for held_out.
+        seed: any integer.
+
+    Returns:
+        int8 ``[n]``.
+    """
+    share = _hash_to_unit(ids, seed)  # [n]
+    split = np.full(len(ids), SPLITS.index("train"), np.int8)
+    split[share < held_out_fraction + tuning_fraction] = SPLITS.index("tuning")
+    split[share < held_out_fraction] = SPLITS.index("held_out")
+    return split
 
 
 def _hash_to_unit(ids: np.ndarray, seed: int) -> np.ndarray:

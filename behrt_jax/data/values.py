@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from behrt_jax.data.filtering import EventColumns
+from behrt_jax.data.event_columns import EventColumns
 from behrt_jax.data.ordering import sort_rows
 from behrt_jax.data.splits import hash_words
 

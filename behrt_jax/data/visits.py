@@ -46,7 +46,7 @@ def number_visits(
     return of_run[run]
 
 
-def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first event of each code in each visit.
 
     Args:
@@ -54,23 +54,24 @@ def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.
         code: int32 ``[events]``.
 
     Returns:
-        Their places, ascending, int64 ``[firsts]``, and how often the code is in the visit, int64
-        ``[firsts]``; None for these where no code comes again in any visit.
+        Whether an event is the first, bool ``[events]``; the places of those firsts whose code comes again,
+        int32 ``[repeated]``; and how often that code is in the visit, int64 ``[repeated]``, 2 or more.
     """
+    first = np.ones(len(code), bool)
     again = _may_come_again(visit, code)
     if not again.any():
-        return np.arange(len(code)), None
+        return first, np.empty(0, np.int32), np.empty(0, np.int64)
     # Only visits with such an event need sorting.
     suspect = np.zeros(int(visit.max()) + 1, bool)
     suspect[visit[again]] = True
     shared = np.flatnonzero(suspect[visit]).astype(np.int32)
     *key, place = sort_rows([visit[shared], code[shared], shared])
     heads = np.flatnonzero(_leads(key))
-    occurrences = np.ones(len(code), np.int64)
-    occurrences[shared] = 0
-    occurrences[place[heads]] = np.diff(np.append(heads, len(shared)))
-    first = np.flatnonzero(occurrences)
-    return first, occurrences[first]
+    times = np.diff(np.append(heads, len(shared)))
+    place = place[heads]
+    first[shared] = False
+    first[place] = True
+    return first, place[times > 1], times[times > 1]
 
 
 def _may_come_again(visit: np.ndarray, code: np.ndarray) -> np.ndarray:

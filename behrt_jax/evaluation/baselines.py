@@ -1,10 +1,8 @@
 """What a model must beat: predicting every masked code by its frequency in the train split."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from behrt_jax.evaluation.metrics import totals
+from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, results_of
 
 
 class Unigram:
@@ -17,14 +15,14 @@ class Unigram:
     """
 
     def __init__(self, counts: np.ndarray, first_code: int):
-        smoothed = counts[first_code:].astype(np.float64) + 1.0
-        losses = np.full(len(counts), np.inf)
-        losses[first_code:] = -np.log(smoothed / smoothed.sum())
-        self.losses = jnp.asarray(losses, jnp.float32)  # [V] nats
-        ranks = np.empty(len(counts), np.int32)
-        ranks[np.argsort(losses, kind="stable")] = np.arange(len(counts))
-        self.ranks = jnp.asarray(ranks)  # [V]
+        smoothed = counts.astype(np.float64) + 1.0
+        smoothed[:first_code] = 0.0
+        self.probabilities = smoothed / smoothed.sum()  # [V]
+        with np.errstate(divide="ignore"):
+            self.losses = -np.log(self.probabilities)  # [V] nats
+        self.ranks = np.empty(len(counts), np.int64)  # [V]
+        self.ranks[np.argsort(self.losses, kind="stable")] = np.arange(len(counts))
 
-    def totals(self, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-        """Totals as of `metrics.prediction_totals` for labels and weights `[batch, targets]`."""
-        return totals(self.losses[labels], self.ranks[labels], weights)
+    def predict(self, split: MaskedSplit) -> MaskedCodeResults:
+        """Loss and rank of every masked code."""
+        return results_of(split, self.losses[split.codes], self.ranks[split.codes])

@@ -1,4 +1,4 @@
-"""Pictures of a run: loss and accuracy over the epochs, beside the unigram baseline."""
+"""Pictures of a run: loss and accuracy over the epochs, beside the baselines and the known optimum."""
 
 import math
 import numbers
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 TRAIN_COLOUR = "#0072B2"
 VALIDATION_COLOUR = "#D55E00"
 BASELINE_COLOUR = "#555555"
+ORACLE_COLOUR = "#009E73"
 DPI = 150
 
 
@@ -19,9 +20,9 @@ def plot_curves(metrics: list[dict[str, Any]], baselines: dict[str, Any], folder
     """Draw ``loss.png`` and ``accuracy.png`` into `folder`, which is made where it is missing.
 
     `metrics` are the records of ``metrics.jsonl``: `split` is ``train`` or ``tuning``, losses are in
-    nats, accuracies are shares in [0, 1]. `baselines` maps ``unigram`` to the same figures. The best
-    epoch is the one of least validation loss. Figures that are missing or null leave a gap, and a
-    picture without any is not drawn.
+    nats, accuracies are shares in [0, 1]. `baselines` maps ``unigram``, ``co-occurrence`` and, where the
+    optimum is known, ``oracle`` to the same figures. The best epoch is the one of least validation
+    loss. Figures that are missing or null leave a gap, and a picture without any is not drawn.
 
     Returns the pictures drawn; none where matplotlib is not installed.
     """
@@ -37,7 +38,7 @@ def plot_curves(metrics: list[dict[str, Any]], baselines: dict[str, Any], folder
         figure = Figure(figsize=(7.2, 4.8), layout="constrained")
         FigureCanvasAgg(figure)  # no display and no global state
         axes = figure.add_subplot()
-        if not draw(axes, metrics, baselines.get("unigram") or {}, best):
+        if not draw(axes, metrics, baselines, best):
             continue
         axes.set_xlabel("epoch (passes over the training subjects)")
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -59,12 +60,14 @@ def best_validation(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
     return min(found, key=lambda record: record["loss"], default=None)
 
 
-def _draw_loss(axes: "Axes", metrics: list[dict[str, Any]], unigram: dict[str, Any], best: Any) -> bool:
+def _draw_loss(axes: "Axes", metrics: list[dict[str, Any]], baselines: dict[str, Any], best: Any) -> bool:
     curves = [
         _curve(axes, metrics, "train", "loss", label="train", color=TRAIN_COLOUR, linewidth=1.2),
         _curve(axes, metrics, "tuning", "loss", label="validation", color=VALIDATION_COLOUR, linewidth=1.8),
     ]
-    _baseline(axes, unigram.get("loss"), "unigram baseline", "--")
+    _baseline(axes, baselines, "unigram", "loss", "unigram baseline", "--")
+    _baseline(axes, baselines, "co-occurrence", "loss", "co-occurrence baseline", ":")
+    _baseline(axes, baselines, "oracle", "loss", "best possible", "-.")
     if best is not None:
         _mark_best(axes, best, "loss", f"best validation: {best['loss']:.3f} at epoch {best['epoch']:.4g}")
     axes.set_ylabel("loss (nats per masked code)")
@@ -72,7 +75,7 @@ def _draw_loss(axes: "Axes", metrics: list[dict[str, Any]], unigram: dict[str, A
     return any(curves)
 
 
-def _draw_accuracy(axes: "Axes", metrics: list[dict[str, Any]], unigram: dict[str, Any], best: Any) -> bool:
+def _draw_accuracy(axes: "Axes", metrics: list[dict[str, Any]], baselines: dict[str, Any], best: Any) -> bool:
     from matplotlib.ticker import PercentFormatter
 
     curves = []
@@ -87,7 +90,8 @@ def _draw_accuracy(axes: "Axes", metrics: list[dict[str, Any]], unigram: dict[st
         ):
             options = {"color": colour, "linewidth": width, "alpha": alpha}
             curves.append(_curve(axes, metrics, split, field, label=f"{label}, {name}", **options))
-        _baseline(axes, unigram.get(field), f"unigram baseline, {name}", style)
+        _baseline(axes, baselines, "unigram", field, f"unigram baseline, {name}", style)
+        _baseline(axes, baselines, "oracle", field, f"best possible, {name}", style)
         if best is not None and _finite(best.get(field)):
             label = f"{best[field]:.1%} at epoch {best['epoch']:.4g} (least validation loss)"
             _mark_best(axes, best, field, label)
@@ -109,9 +113,13 @@ def _curve(axes: "Axes", metrics: list[dict[str, Any]], split: str, field: str, 
     return True
 
 
-def _baseline(axes: "Axes", value: Any, label: str, style: str) -> None:
+def _baseline(
+    axes: "Axes", baselines: dict[str, Any], which: str, field: str, label: str, style: str
+) -> None:
+    value = (baselines.get(which) or {}).get(field)
     if _finite(value):
-        axes.axhline(value, color=BASELINE_COLOUR, linestyle=style, linewidth=1.2, label=label)
+        colour = ORACLE_COLOUR if which == "oracle" else BASELINE_COLOUR
+        axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=label)
 
 
 def _mark_best(axes: "Axes", best: dict[str, Any], field: str, label: str) -> None:

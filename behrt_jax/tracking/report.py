@@ -10,7 +10,15 @@ from behrt_jax.errors import InputError
 from behrt_jax.tracking import run_folder
 from behrt_jax.tracking.formats import format_cell, format_duration, is_numeric
 from behrt_jax.tracking.plots import best_validation
-from behrt_jax.tracking.summary import FIGURES, figure_rows, flat, format_figure, verdict
+from behrt_jax.tracking.summary import (
+    FIGURES,
+    attained,
+    band_table,
+    figure_table,
+    flat,
+    format_figure,
+    verdict,
+)
 
 # A browser refuses everything but this page's own pictures and style, whatever the data holds.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -18,7 +26,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
        margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.note { color: #555; } li.warning { color: #9a3b00; }
+p.note { color: #555; }
 p.verdict { background: #f3f6f9; border-left: 4px solid #0072b2; padding: .7rem 1rem; }
 table { border-collapse: collapse; } th, td { padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd;
        text-align: left; vertical-align: top; overflow-wrap: anywhere; }
@@ -98,11 +106,17 @@ def _outcome(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
         f'<p class="verdict">{escape(verdict(summary.get("gain_over_unigram")))}</p>',
         f"<p>{escape(', '.join(facts))}</p>",
     ]
-    if warnings := summary.get("warnings"):
-        items = "".join(f'<li class="warning">{escape(str(text))}</li>' for text in warnings)
-        parts.append(f"<h2>Warnings</h2>\n<ul>{items}</ul>")
-    columns = ["", _at("best", summary.get("best")), _at("last", summary.get("last")), "unigram baseline"]
-    parts.append("<h2>Validation</h2>\n" + _table(columns, figure_rows(summary)))
+    if findings := summary.get("findings"):
+        columns = ("severity", "id", "when", "seen", "why", "mend")
+        rows = [[str(found.get(column, "")) for column in columns] for found in findings]
+        parts.append("<h2>Findings</h2>\n" + _table(columns, rows))
+    if text := attained(summary):
+        parts.append(f"<p>{escape(text)}</p>")
+    titles = _at("best", summary.get("best")), _at("last", summary.get("last"))
+    parts.append("<h2>Validation</h2>\n" + _table(*figure_table(summary, titles)))
+    columns, rows = band_table(summary)
+    if rows:
+        parts.append("<h3>By frequency of the code in the train split</h3>\n" + _table(columns, rows))
     if data := summary.get("data"):
         parts.append("<h2>Data</h2>\n" + _table(("", ""), flat(data)))
     return "\n".join(parts)

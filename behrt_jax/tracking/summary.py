@@ -20,6 +20,13 @@ FIGURES = (
 )
 """Figures of a record or a baseline, with their names for a person."""
 
+BASELINES = {
+    "unigram": "unigram baseline",
+    "co-occurrence": "co-occurrence baseline",
+    "oracle": "best possible",
+}
+"""What a run is compared with, with its name for a person."""
+
 
 def summarise(
     metrics: list[dict[str, Any]],
@@ -27,7 +34,6 @@ def summarise(
     best_step: int | None,
     stop_reason: str,
     wall_seconds: float,
-    warnings: list[str],
     data: dict[str, Any],
     parameters: dict[str, Any],
 ) -> dict[str, Any]:
@@ -39,23 +45,20 @@ def summarise(
         best_step: step of the best validation; None where the run stopped before the first.
         stop_reason: why the run ended, as a clause for a person.
         wall_seconds: time the run took, all its parts together.
-        warnings: what the user should know, one sentence each.
         data: what went in, counted; nothing about single subjects.
         parameters: the parameter report; its list of adapters is left out here.
 
     Returns:
-        best, last: validation records at the best and the last validation, or None; last_train: the last
-        training record, or None; epochs, steps; stop_reason; wall_seconds; baselines;
+        best_step; best, last: validation records at the best and the last validation, or None;
+        last_train: the last training record, or None; epochs, steps; stop_reason; wall_seconds; baselines;
         gain_over_unigram: unigram loss less best validation loss in nats (positive is good), or None
-        where either is unknown; warnings; data; parameters.
+        where either is unknown; data; parameters; findings: of the doctor, none yet.
     """
     validations = [_without_split(record) for record in metrics if record.get("split") == "tuning"]
     trainings = [_without_split(record) for record in metrics if record.get("split") == "train"]
     best = next((record for record in validations if record["step"] == best_step), None)
-    warnings = list(warnings)
-    if best is None and best_step is not None:
-        warnings.append(f"The best step, {best_step}, has no validation record in the metrics.")
     return {
+        "best_step": best_step,
         "best": best,
         "last": validations[-1] if validations else None,
         "last_train": trainings[-1] if trainings else None,
@@ -65,9 +68,9 @@ def summarise(
         "wall_seconds": wall_seconds,
         "baselines": baselines,
         "gain_over_unigram": gain_over_unigram(best, baselines),
-        "warnings": warnings,
         "data": data,
         "parameters": {key: value for key, value in parameters.items() if key != "adapters"},
+        "findings": [],
     }
 
 
@@ -115,10 +118,16 @@ def summary_text(summary: dict[str, Any], config_name: str) -> str:
         f"Stopped: {summary['stop_reason'].rstrip('.')}."
     )
     parts = [f"{title}\n{'=' * len(title)}", ran, _wrap(verdict(summary["gain_over_unigram"]))]
-    if rows := figure_rows(summary):
+    if attained_text := attained(summary):
+        parts.append(_wrap(attained_text))
+    columns, rows = figure_table(summary, ("best", "last"))
+    if rows:
         best = summary["best"]
         where = f"best step {best['step']:,}, epoch {best['epoch']:.1f}" if best else "no validation yet"
-        parts.append(table_text(f"Validation ({where})", ("", "best", "last", "unigram"), rows))
+        parts.append(table_text(f"Validation ({where})", columns, rows))
+    columns, rows = band_table(summary)
+    if rows:
+        parts.append(table_text("By frequency of the code in the train split", columns, rows))
     parameters = summary["parameters"]
     if "total" in parameters and "trainable" in parameters:
         parts.append(
@@ -127,22 +136,70 @@ def summary_text(summary: dict[str, Any], config_name: str) -> str:
         )
     if data := list(flat(summary["data"])):
         parts.append("Data:\n" + "\n".join(f"  {name}: {format_cell(value)}" for name, value in data))
-    if summary["warnings"]:
-        parts.append("Warnings:\n" + "\n".join(_wrap(f"- {text}") for text in summary["warnings"]))
+    if findings := summary.get("findings"):
+        parts.append("Findings:\n" + "\n".join(_wrap(f"- {finding_text(found)}") for found in findings))
     return "\n\n".join(parts).encode("ascii", "replace").decode("ascii") + "\n"
 
 
-def figure_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """Rows (name, best, last, unigram) of the figures that any of the three has, as text."""
-    unigram = dict((summary.get("baselines") or {}).get("unigram") or {})
-    if unigram.get("loss") is not None:
-        unigram.setdefault("perplexity", math.exp(min(unigram["loss"], 700.0)))
-    records = [summary.get("best"), summary.get("last"), unigram]
+def finding_text(found: dict[str, Any]) -> str:
+    """A finding of the doctor, as JSON, in a few sentences."""
+    parts = (str(found.get(key, "")) for key in ("seen", "why", "mend"))
+    return f"{str(found.get('severity', '')).upper()} {found.get('id', '')}: {' '.join(parts)}"
+
+
+def figure_table(summary: dict[str, Any], titles: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Figures of the best and the last validation beside those of the baselines, as text.
+
+    Args:
+        summary: of :func:`summarise`.
+        titles: of the columns of the best and the last validation.
+
+    Returns:
+        Column titles, and the rows of figures that any column has.
+    """
+    baselines = summary.get("baselines") or {}
+    columns, records = ["", *titles], [summary.get("best"), summary.get("last")]
+    for name, title in BASELINES.items():
+        figures = dict(baselines.get(name) or {})
+        if name != "unigram" and not figures:
+            continue
+        if figures.get("loss") is not None:
+            figures.setdefault("perplexity", math.exp(min(figures["loss"], 700.0)))
+        columns.append(title)
+        records.append(figures)
     rows = [
         [title, *(format_figure(field, (record or {}).get(field)) for record in records)]
         for field, title in FIGURES
     ]
-    return [row for row in rows if any(row[1:])]
+    return columns, [row for row in rows if any(row[1:])]
+
+
+def attained(summary: dict[str, Any]) -> str:
+    """How near the best possible loss is, for a person; empty where that is not known."""
+    share, gap = summary.get("share_of_attainable_gain"), summary.get("oracle_gap")
+    if share is None or not gap:
+        return ""
+    return (
+        f"Of the gain over the unigram baseline that is possible at all, {share:.1%} was attained: the "
+        f"loss is {gap['nats']:.4f} nats above the best possible (95 % interval {gap['low']:.4f} to "
+        f"{gap['high']:.4f})."
+    )
+
+
+def band_table(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[list[Any]]]:
+    """Columns and rows of loss and accuracy by how frequent a code is; no rows where they are unknown."""
+    columns = ("rank of the code", "masked", "loss", "top-1", "top-10", "unigram loss", "unigram top-1")
+    fields = ("loss", "accuracy", "accuracy_top10")
+    rows = [
+        [
+            band["band"],
+            band["targets"],
+            *(format_figure(field, band[field]) for field in fields),
+            *(format_figure(field, band[f"unigram_{field}"]) for field in fields[:2]),
+        ]
+        for band in summary.get("bands") or []
+    ]
+    return columns, rows
 
 
 def format_figure(field: str, value: Any) -> str:

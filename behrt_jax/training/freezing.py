@@ -21,26 +21,16 @@ class Regime:
     groups: frozenset[str]
     freeze_adapted: bool = False
     """Freeze kernel and bias of each adapted layer even where its group trains."""
-    warning: str | None = None
 
 
 REGIMES = {
     "full": Regime(frozenset(GROUPS)),
     "lora": Regime(frozenset({"lora", "embedding", "head"})),
     "lora_pretrained": Regime(frozenset({"lora", "head"})),
-    "lora_only": Regime(
-        frozenset({"lora"}),
-        warning="Regime lora_only freezes embeddings and head. Unless both were pretrained they stay at "
-        "random values, adapters cannot make up for that, and the loss stays near ln(vocabulary). "
-        "From scratch use regime lora.",
-    ),
-    "all_but_adapted": Regime(
-        frozenset(GROUPS),
-        freeze_adapted=True,
-        warning="Regime all_but_adapted freezes only the adapted layers and trains the rest of the base: "
-        "hardly anything is saved over full training. Use regime lora.",
-    ),
+    "lora_only": Regime(frozenset({"lora"})),
+    "all_but_adapted": Regime(frozenset(GROUPS), freeze_adapted=True),
 }
+"""By name; what is wrong with two of them, `diagnosis.parameter_checks` says."""
 
 
 def regime(config: FreezingConfig) -> Regime:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from behrt_jax.evaluation.metrics import add_totals, mean_metrics
 from behrt_jax.training.step import TrainState, Variables
@@ -76,6 +77,14 @@ class Actions:
     save: Callable[[TrainState, Cursor, Metrics | None], None]
     """Write a checkpoint; with the validation's metrics where it follows one."""
     interrupted: Callable[[], bool]
+    probe: Callable[[TrainState], Metrics] = lambda state: {}
+    """What is looked at beside the validation, whose line in metrics.jsonl it joins."""
+    gradients: Callable[[np.ndarray], Metrics] = lambda squares: {}
+    """Sum of squares of each trainable leaf's gradient `[leaves]` -> what the line says of them."""
+    offender: Callable[[np.ndarray | None], str] = lambda squares: "unknown"
+    """The same of the first step that is not finite -> what went wrong first."""
+    compilations: Callable[[], int | None] = lambda: None
+    """How often the train step was compiled so far."""
 
 
 def train(
@@ -91,8 +100,8 @@ def train(
         `cursor` is updated in place.
 
     Raises:
-        DivergenceError: loss or gradient is not finite; names step and learning rates. Nothing of
-            the failed stretch is saved.
+        DivergenceError: loss or gradient is not finite; names step, learning rates and the leaf where
+            it began. Nothing of the failed stretch is saved.
     """
     window = _Window(cursor, actions)
     if schedule.patience is not None and cursor.validations_without_gain >= schedule.patience:
@@ -102,7 +111,9 @@ def train(
             window.collect()
             actions.save(state, cursor, None)
             return state, "interrupted"
+        asked = time.perf_counter()
         batch, tokens = actions.next_batch(cursor.step)
+        window.data_seconds += time.perf_counter() - asked
         state, metrics = actions.train_step(state, batch)
         cursor.step += 1
         window.add(metrics, tokens)
@@ -119,7 +130,9 @@ def train(
             # Metrics first: a run killed in between drops the lines past its checkpoint when resumed,
             # while a line never written could not be brought back.
             epoch = cursor.step / schedule.steps_per_epoch
-            reporter.record({"step": cursor.step, "epoch": epoch, "split": "tuning", **validation})
+            reporter.record(
+                {"step": cursor.step, "epoch": epoch, "split": "tuning", **validation, **actions.probe(state)}
+            )
             actions.save(state, cursor, validation)
             window.restart_clock()
             waited = schedule.patience is not None and cursor.validations_without_gain >= schedule.patience
@@ -144,10 +157,12 @@ class _Window:
         self.pending: list[Metrics] = []
         self.latest_loss: float | None = None
         self.gradient_norm = math.nan
+        self.squares: np.ndarray | None = None
         self.restart_clock()
 
     def restart_clock(self) -> None:
         self.started, self.steps, self.tokens = time.perf_counter(), 0, 0
+        self.data_seconds = 0.0
 
     def add(self, metrics: Metrics, tokens: int) -> None:
         self.pending.append(metrics)
@@ -160,29 +175,39 @@ class _Window:
         first = self.cursor.step - len(fetched) + 1
         for step, metrics in enumerate(fetched, start=first):
             norm = float(metrics.pop("gradient_norm"))
+            squares = metrics.pop("gradient_squares", None)
             if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
                 rates = self.actions.learning_rates(step - 1)
                 raise DivergenceError(
                     f"Loss {metrics['loss']:.4g} and gradient norm {norm:.4g} at step {step}, learning rates "
-                    f"{ {group: float(f'{rate:.3g}') for group, rate in rates.items()} }. The last good "
-                    "checkpoint is kept. Lower optimizer.learning_rate or optimizer.clip_norm."
+                    f"{ {group: float(f'{rate:.3g}') for group, rate in rates.items()} }. First not finite: "
+                    f"{self.actions.offender(squares)}. The last good checkpoint is kept. "
+                    "Lower optimizer.learning_rate or optimizer.clip_norm."
                 )
             self.cursor.totals = add_totals(self.cursor.totals, {k: float(v) for k, v in metrics.items()})
-            self.gradient_norm = norm
+            self.gradient_norm, self.squares = norm, squares
             self.latest_loss = float(metrics["loss"]) / max(float(metrics["targets"]), 1.0)
         self.pending = []
 
     def close(self) -> Metrics:
         """Metrics of the window, which starts anew."""
+        waited = time.perf_counter()
         self.collect()
-        seconds = max(time.perf_counter() - self.started, 1e-9)
+        now = time.perf_counter()
+        seconds = max(now - self.started, 1e-9)
         metrics = {
             **mean_metrics(self.cursor.totals),
             "learning_rate": self.actions.learning_rates(self.cursor.step - 1),
             "gradient_norm": self.gradient_norm,
             "steps_per_second": self.steps / seconds,
             "tokens_per_second": self.tokens / seconds,
+            "data_share": self.data_seconds / seconds,
+            "device_share": (now - waited) / seconds,
         }
+        if (compilations := self.actions.compilations()) is not None:
+            metrics["compilations"] = compilations
+        if self.squares is not None:
+            metrics |= self.actions.gradients(self.squares)
         self.cursor.totals = {}
         self.restart_clock()
         return metrics

@@ -1,7 +1,7 @@
 """The jitted train and validation steps of masked-code pretraining."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from behrt_jax.adapters import lora
 from behrt_jax.config import LoRAConfig, MaskingConfig
 from behrt_jax.data.rows import Batch
 from behrt_jax.evaluation.metrics import add_totals, prediction_totals
-from behrt_jax.models.behrt import BEHRTForMLM
+from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.training.freezing import stop_frozen, trainable_leaves
 from behrt_jax.training.objectives import MaskedCodes, mask_codes
 from behrt_jax.training.optimizer import clip_factor
@@ -38,12 +38,13 @@ class Predictor(NamedTuple):
     lora: LoRAConfig | None = None
     product: Literal["activations", "merged"] = "activations"
 
+    def adapters(self, deterministic: bool) -> AbstractContextManager[None]:
+        """Context in which the model is applied."""
+        return lora.applying(self.lora, self.product, deterministic) if self.lora else nullcontext()
+
     def logits(self, variables: Variables, batch: Batch, masked: MaskedCodes, key: jax.Array | None) -> Any:
         """Logits at the masked columns, float32 `[batch, budget, vocabulary]`; no key, no dropout."""
-        adapters = (
-            lora.applying(self.lora, self.product, deterministic=key is None) if self.lora else nullcontext()
-        )
-        with adapters:
+        with self.adapters(deterministic=key is None):
             return self.model.apply(
                 variables,
                 masked.codes,
@@ -55,6 +56,12 @@ class Predictor(NamedTuple):
                 deterministic=key is None,
                 rngs=None if key is None else {"dropout": key},
             )
+
+
+def example_logits(predictor: Predictor, variables: Variables) -> jax.Array:
+    """Logits of a made-up row at every column, for questions about the computation and not its values."""
+    with predictor.adapters(deterministic=True):
+        return predictor.model.apply(variables, *example_inputs(predictor.model.config))  # pyright: ignore[reportReturnType]
 
 
 def make_train_step(
@@ -84,7 +91,8 @@ def make_train_step(
 
     Returns:
         A function from (state, batch) to the new state and the totals of
-        `metrics.prediction_totals`, with ``gradient_norm`` (before clipping, trainable leaves only).
+        `metrics.prediction_totals`, with ``gradient_norm`` (before clipping, trainable leaves only) and
+        ``gradient_squares``, the sum of squares of each trainable leaf's, float32 `[leaves]`.
     """
     mask_key, dropout_key = jax.random.split(key)
 
@@ -105,6 +113,11 @@ def make_train_step(
 
         gradient = [leaf / jnp.maximum(totals["targets"], 1.0) for leaf in gradient]
         norm = optax.tree.norm(gradient)
+        telemetry = {
+            "gradient_norm": norm,
+            # The norm is made of the same sums: the compiler works them out once.
+            "gradient_squares": jnp.stack([jnp.square(leaf).sum() for leaf in gradient]),
+        }
         factor = clip_factor(norm, clip_norm)
         gradient = iter([leaf * factor for leaf in gradient])
         full_gradient = jax.tree.map(
@@ -114,7 +127,7 @@ def make_train_step(
         variables = jax.tree.map(
             lambda leaf, update, trains: leaf + update if trains else leaf, state.variables, updates, mask
         )
-        return TrainState(state.step + 1, variables, opt_state), {**totals, "gradient_norm": norm}
+        return TrainState(state.step + 1, variables, opt_state), {**totals, **telemetry}
 
     return train_step
 

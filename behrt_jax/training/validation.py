@@ -1,20 +1,24 @@
-"""Validation over a split, and the unigram baseline on the very same masked codes."""
+"""Validation over a split, in sums or code by code."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from behrt_jax.config import MaskingConfig
+from behrt_jax.data.batches import ValidationBatches
 from behrt_jax.data.rows import Batch
-from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.data.vocabulary import CLS, PAD
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.baselines import Unigram
-from behrt_jax.evaluation.metrics import add_totals, mean_metrics
+from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, results_of
+from behrt_jax.evaluation.metrics import add_totals, mean_metrics, target_ranks
 from behrt_jax.training.mesh import put_rows
-from behrt_jax.training.objectives import FIRST_CODE, mask_codes
-from behrt_jax.training.step import Totals, Variables
+from behrt_jax.training.objectives import mask_codes
+from behrt_jax.training.step import Predictor, Totals, Variables
 
 
 def validate(
@@ -27,34 +31,82 @@ def validate(
     return _mean([validation_step(variables, put_rows(batch, mesh)) for batch in batches])
 
 
-def unigram_metrics(
-    vocabulary: Vocabulary, batches: Iterable[Batch], masking: MaskingConfig, key: jax.Array
-) -> dict[str, float]:
-    """Metrics of predicting by train frequency at the codes that :func:`validate` masks.
+def make_scoring_step(predictor: Predictor, masking: MaskingConfig, key: jax.Array) -> Callable[..., Any]:
+    """Build what :func:`score_masked_codes` jits: losses and ranks `[batch, budget]` of a batch's targets."""
+
+    def scoring_step(variables: Variables, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
+        logits = predictor.logits(variables, batch, masked, None)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, masked.labels)
+        return losses, target_ranks(logits, masked.labels), masked.weights
+
+    return scoring_step
+
+
+def score_masked_codes(
+    scoring_step: Callable[..., Any],
+    variables: Variables,
+    batches: Iterable[Batch],
+    split: MaskedSplit,
+    mesh: Mesh,
+) -> MaskedCodeResults:
+    """Loss and rank of every masked code, in the order of ``split.targets``.
 
     Args:
-        vocabulary: its counts are those of the train split.
+        scoring_step: a jitted :func:`make_scoring_step`, with the key that `split` was made with.
+        variables: of the model.
+        batches: those that `split` was made of.
+        split: of :func:`mask_split`.
+        mesh: the devices to compute on.
+    """
+    losses, ranks = [], []
+    for batch in batches:
+        # [B, T] each
+        loss, rank, used = jax.device_get(scoring_step(variables, put_rows(batch, mesh)))
+        losses.append(loss[used])
+        ranks.append(rank[used])
+    return results_of(split, np.concatenate(losses), np.concatenate(ranks))
+
+
+def mask_split(
+    batches: ValidationBatches, masking: MaskingConfig, key: jax.Array, vocabulary_size: int
+) -> MaskedSplit:
+    """What the validation step sees and is asked for, token by token of the split.
+
+    Args:
         batches: of the validation split.
         masking: how codes are masked.
-        key: the key that the validation step was made with.
+        key: the key that the validation step is made with.
+        vocabulary_size: V.
 
     Raises:
         InputError: the validation split is so small that not one code is masked.
     """
-    unigram = Unigram(vocabulary.counts, FIRST_CODE)
-
-    @jax.jit
-    def totals(codes: jax.Array, row_ids: jax.Array) -> Totals:
-        masked = mask_codes(key, codes, row_ids, masking, len(vocabulary))
-        return unigram.totals(masked.labels, masked.weights)
-
-    metrics = _mean([totals(batch.codes, batch.row_ids) for batch in batches])
-    if not metrics["targets"]:
+    sequences = batches.sequences
+    # The same batches with each code replaced by its place in the split.
+    places = replace(
+        batches, sequences=replace(sequences, codes=np.arange(len(sequences.codes), dtype=np.int32))
+    )
+    mask = jax.jit(lambda codes, row_ids: mask_codes(key, codes, row_ids, masking, vocabulary_size))
+    shown = np.full(len(sequences.codes), PAD, np.int32)
+    windows = np.full(len(sequences.codes), -1, np.int64)
+    targets = []
+    for batch, of_places in zip(batches, places, strict=True):
+        masked = jax.device_get(mask(batch.codes, batch.row_ids))
+        seen = (batch.segment_ids > 0) & (batch.codes != CLS)  # [B, L]
+        place = of_places.codes[seen]
+        shown[place] = masked.codes[seen]
+        segments = batch.row_ids[:, None].astype(np.int64) * batches.row_length + batch.segment_ids
+        windows[place] = segments[seen]
+        rows, slots = np.nonzero(masked.weights)
+        targets.append(of_places.codes[rows, masked.columns[rows, slots]])
+    split = MaskedSplit(sequences, shown, windows, np.concatenate(targets).astype(np.int64))
+    if not len(split.targets):
         raise InputError(
             "No code of the tuning split is masked, it is too small: give it more subjects or raise "
             "masking.probability."
         )
-    return metrics
+    return split
 
 
 def _mean(totals: list[Totals]) -> dict[str, float]:

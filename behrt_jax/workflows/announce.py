@@ -1,20 +1,20 @@
 """What a person reads on the console before and after training."""
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from behrt_jax.config import PretrainConfig
+from behrt_jax.config import InitConfig, PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
-from behrt_jax.data.vocabulary import SPECIAL_TOKENS
+from behrt_jax.evaluation.assessment import share_of_attainable_gain
+from behrt_jax.evaluation.masked_codes import MaskedCodeResults
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.run_folder import append_metrics
 from behrt_jax.tracking.summary import verdict
-from behrt_jax.training.freezing import regime
 from behrt_jax.training.parameter_report import report_rows
 
 
@@ -78,34 +78,28 @@ def parameters(console: Console, report: Mapping[str, Any], product: str) -> Non
         )
 
 
-def warnings(console: Console, config: PretrainConfig, vocabulary_rows: int) -> list[str]:
-    """Show and return what the user should know before it costs time."""
-    found = []
-    warning = None if config.freezing.groups else regime(config.freezing).warning
-    if warning:
-        found.append(warning)
-    if config.train.static_masks:
-        found.append(
-            "train.static_masks: masks are drawn once and reused in each epoch, so the training loss falls "
-            "by memorising them. For study only."
-        )
-    if config.data.source == "uniform":
-        codes = vocabulary_rows - len(SPECIAL_TOKENS)
-        found.append(
-            "data.source uniform: codes are drawn at random, there is nothing to learn. The best possible "
-            f"validation loss is ln({codes}) = {math.log(codes):.4f}."
-        )
-    for text in found:
-        console.log(f"Warning: {text}")
-    return found
-
-
-def baseline(console: Console, unigram: Mapping[str, float]) -> None:
-    """Say what must be beaten."""
-    console.log(
-        f"Unigram baseline on the {unigram['targets']:,} masked codes of the tuning split: loss "
-        f"{unigram['loss']:.4f} nats, accuracy {unigram['accuracy']:.2%}."
+def baselines(console: Console, results: Mapping[str, MaskedCodeResults]) -> None:
+    """Say what must be beaten, and where it is known, what cannot be."""
+    metrics = {name: result.metrics() for name, result in results.items()}
+    targets = metrics["unigram"]["targets"]
+    console.table(
+        f"Baselines on the {targets:,} masked codes of the tuning split",
+        ("", "loss (nats)", "95 % interval", "top-1", "top-5", "top-10"),
+        [
+            (
+                name,
+                f"{figures['loss']:.4f}",
+                "{:.3f} to {:.3f}".format(*figures["interval"]),
+                *(f"{figures[field]:.1%}" for field in ("accuracy", "accuracy_top5", "accuracy_top10")),
+            )
+            for name, figures in metrics.items()
+        ],
     )
+
+
+def started_from(console: Console, init: InitConfig, step: int) -> None:
+    """Say whose parameters the run starts from."""
+    console.log(f"Starting from step {step:,} of {init.run}: {', '.join(init.groups)}.")
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,11 @@ class LoopReporter:
 
     console: Console
     metrics_path: Path
-    unigram_loss: float
+    baselines: Mapping[str, Mapping[str, Any]]
+    """Name -> figures; ``unigram`` at least."""
+    examine: Callable[[int], None]
+    """Called after each validation with the number of lines written so far."""
+    _lines: Counter[str] = field(default_factory=Counter)
 
     def step(self, step: int, tokens: int, loss: float | None) -> None:
         """A step was dispatched."""
@@ -122,13 +120,21 @@ class LoopReporter:
 
     def record(self, metrics: dict[str, Any]) -> None:
         """Append to metrics.jsonl; a validation is also shown."""
+        unigram, oracle = (self.baselines.get(name, {}).get("loss") for name in ("unigram", "oracle"))
+        best = ""
+        if metrics["split"] != "train" and oracle is not None and unigram is not None:
+            share = share_of_attainable_gain(metrics["loss"], unigram, oracle)
+            metrics = {**metrics, "share_of_attainable_gain": share}
+            best = f", best possible {oracle:.4f}"
         append_metrics(self.metrics_path, metrics)
+        self._lines["written"] += 1
         if metrics["split"] != "train":
             self.console.log(
                 f"epoch {metrics['epoch']:.1f}  step {metrics['step']:,}  validation loss "
-                f"{metrics['loss']:.4f} (unigram {self.unigram_loss:.4f})  accuracy {metrics['accuracy']:.2%}"
+                f"{metrics['loss']:.4f} (unigram {unigram:.4f}{best})  accuracy {metrics['accuracy']:.2%}"
                 f"  top-5 {metrics['accuracy_top5']:.2%}  top-10 {metrics['accuracy_top10']:.2%}"
             )
+            self.examine(self._lines["written"])
 
 
 def end(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ def check(config: PretrainConfig) -> None:
     _positive("data.subjects", data.subjects)
     _positive("data.events_mean", data.events_mean)
     _require(data.events_spread >= 0, f"data.events_spread is {data.events_spread}: give 0 or more.")
+    _share("data.difficulty", data.difficulty)
     if data.vocabulary_size is not None:
         _require(
             data.vocabulary_size > 5,

@@ -12,6 +12,8 @@ from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import TrainingBatches, ValidationBatches, training_batches, validation_batches
 from behrt_jax.data.load import load_sequences
 from behrt_jax.data.sequences import SequenceSet, describe
+from behrt_jax.diagnosis.doctor import RunRecord
+from behrt_jax.evaluation.assessment import assess
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.tracking.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -26,13 +28,26 @@ from behrt_jax.training.checkpoints import Checkpoints, open_checkpoints
 from behrt_jax.training.interruption import catching_signals
 from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
 from behrt_jax.training.mesh import make_mesh, put_rows, replicated
+from behrt_jax.training.objectives import FIRST_CODE
 from behrt_jax.training.optimizer import group_schedules
 from behrt_jax.training.parameter_report import count_parameters
 from behrt_jax.training.state import Setup, init_state, optimizer_for, set_up
 from behrt_jax.training.step import TrainState, make_train_step, make_validation_step
-from behrt_jax.training.validation import unigram_metrics, validate
+from behrt_jax.training.telemetry import (
+    compilations,
+    gradient_metrics,
+    leaves_not_finite,
+    make_probe,
+    offending_leaf,
+    trainable_names,
+)
+from behrt_jax.training.validation import make_scoring_step, mask_split, score_masked_codes, validate
+from behrt_jax.training.warm_start import check_source, check_vocabulary, start_from
 from behrt_jax.workflows import announce
+from behrt_jax.workflows.baselines import predict_baselines
 from behrt_jax.workflows.checks import check
+from behrt_jax.workflows.examination import Examination
+from behrt_jax.workflows.facts import gather_facts
 from behrt_jax.workflows.results import try_write_adapter, write_summary
 from behrt_jax.workflows.run_settings import check_same_run, default_folder, run_record, settings
 
@@ -61,18 +76,21 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
     """
     started = time.perf_counter()
     check(config)
+    if not config.resume:
+        check_source(config.init, config.model)
     with open_console() as console, catching_signals() as interruption:
         folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
         data = load_sequences(config.data, config.model.sep_token)
         description = describe(data)
         announce.data(console, config, description)
+        if not config.resume:
+            check_vocabulary(config.init, data.vocabulary)
         if config.resume:
             check_same_run(folder, config, data.fingerprint)
 
         setup = set_up(config, len(data.vocabulary))
         parameters = _parameter_report(config, setup)
         announce.parameters(console, parameters, setup.predictor.product)
-        warnings = announce.warnings(console, config, len(data.vocabulary))
 
         mesh = make_mesh(devices)
         batches, tuning = _batches(config, data, mesh.size)
@@ -81,12 +99,18 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
         announce.batches(console, batches, mesh, total_steps)
 
         init_key, step_key, validation_key = jax.random.split(jax.random.key(config.train.seed), 3)
-        unigram = unigram_metrics(data.vocabulary, tuning, config.masking, validation_key)
-        announce.baseline(console, unigram)
+        masked = mask_split(tuning, config.masking, validation_key, len(data.vocabulary))
+        baselines = predict_baselines(config, data, masked)
+        baseline_metrics = {name: results.metrics() for name, results in baselines.items()}
+        announce.baselines(console, baselines)
+        facts = gather_facts(config, data, setup, batches, total_steps)
+        run = RunRecord(settings(config), parameters, facts, baseline_metrics)
+        examination = Examination(console, run, folder / METRICS_FILE)
+        examination.before()
 
         data.vocabulary.write(folder / "vocabulary.parquet")
         write_json(folder / PARAMETERS_FILE, parameters)
-        write_json(folder / CONFIG_FILE, run_record(config, description))
+        write_json(folder / CONFIG_FILE, run_record(config, description, facts, baseline_metrics))
 
         optimizer = optimizer_for(config, setup, total_steps)
         schedules = group_schedules(config.optimizer, total_steps)
@@ -108,8 +132,15 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
 
         with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
             state, cursor = init_state(config, setup, optimizer, init_key, mesh), Cursor()
+            counts, static = data.vocabulary.counts, config.train.static_masks
+            probe = make_probe(state.variables["lora"], counts, batches.steps_per_epoch, static)
+            names = trainable_names(setup.mask)
             if config.resume:
                 state, cursor = _restore(checkpoints, state, console)
+            if config.init.run is not None and cursor.step == 0:
+                state, source_step = start_from(config.init, state)
+                announce.started_from(console, config.init, source_step)
+            at_start = leaves_not_finite(state.variables)
             truncate_metrics(folder / METRICS_FILE, cursor.step)
             earlier_seconds = cursor.seconds
 
@@ -146,29 +177,42 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
                         },
                         save=save,
                         interrupted=lambda: bool(interruption),
+                        probe=probe,
+                        gradients=lambda squares: gradient_metrics(names, squares),
+                        offender=lambda squares: offending_leaf(names, squares, at_start),
+                        compilations=lambda: compilations(train_step),
                     ),
-                    announce.LoopReporter(console, folder / METRICS_FILE, unigram["loss"]),
+                    announce.LoopReporter(
+                        console,
+                        folder / METRICS_FILE,
+                        baseline_metrics,
+                        examination.during,
+                    ),
                 )
             except DivergenceError as error:
                 divergence, stop_reason = error, f"diverged: {error}"
             console.close()
 
-            best_step = checkpoints.best_step()
+            best_step, assessment = checkpoints.best_step(), {}
             if best_step is not None and not divergence:
                 trees = state.variables
                 best = checkpoints.restore(best_step, params=trees["params"], lora=trees["lora"])
                 variables = {"params": best.params, "lora": best.lora}
                 try_write_adapter(console, folder, config, setup, variables, data.vocabulary.fingerprint())
+                scoring_step = jax.jit(make_scoring_step(setup.predictor, config.masking, validation_key))
+                results = score_masked_codes(scoring_step, variables, tuning, masked, mesh)
+                assessment = assess(data.vocabulary.counts, FIRST_CODE, baselines, results)
         summary = write_summary(
             folder,
             config,
-            baselines={"unigram": unigram},
+            baselines=baseline_metrics,
+            assessment=assessment,
             best_step=best_step,
             stop_reason=f"{stop_reason} by {interruption.name}"
             if stop_reason == "interrupted"
             else stop_reason,
             seconds=earlier_seconds + time.perf_counter() - started,
-            warnings=warnings,
+            examination=examination,
             data=description,
             parameters=parameters,
         )

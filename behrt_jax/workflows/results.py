@@ -22,6 +22,7 @@ from behrt_jax.tracking.run_folder import (
 from behrt_jax.tracking.summary import summarise, summary_text
 from behrt_jax.training.state import Setup
 from behrt_jax.training.step import Variables
+from behrt_jax.workflows.examination import Examination
 from behrt_jax.workflows.run_settings import settings
 
 
@@ -48,18 +49,21 @@ def write_summary(
     config: PretrainConfig,
     *,
     baselines: Mapping[str, Any],
+    assessment: Mapping[str, Any],
     best_step: int | None,
     stop_reason: str,
     seconds: float,
-    warnings: list[str],
+    examination: Examination,
     data: Mapping[str, Any],
     parameters: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write summary.json, SUMMARY.txt, plots and report.html; returns the summary."""
     metrics = read_metrics(folder / METRICS_FILE)
     summary = summarise(
-        metrics, dict(baselines), best_step, stop_reason, seconds, warnings, dict(data), dict(parameters)
+        metrics, dict(baselines), best_step, stop_reason, seconds, dict(data), dict(parameters)
     )
+    summary |= assessment
+    summary["findings"] = examination.after(summary)
     write_json(folder / SUMMARY_FILE, summary)
     write_text(folder / SUMMARY_TEXT_FILE, summary_text(summary, config.name))
     plot_curves(metrics, dict(baselines), folder / PLOTS_FOLDER)

@@ -26,8 +26,12 @@ def default_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def run_record(config: PretrainConfig, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Content of config.json: settings, versions, devices, and what the data is (no events)."""
+def run_record(
+    config: PretrainConfig, data: Mapping[str, Any], facts: Mapping[str, Any], baselines: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Content of config.json: settings, versions, devices, what the data is (no events), and what the
+    doctor goes by.
+    """
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "settings": settings(config),
@@ -39,6 +43,8 @@ def run_record(config: PretrainConfig, data: Mapping[str, Any]) -> dict[str, Any
         "devices": [device.device_kind for device in jax.devices()],
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "data": dict(data),
+        "facts": dict(facts),
+        "baselines": dict(baselines),
     }
 
 

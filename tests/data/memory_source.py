@@ -1,8 +1,9 @@
 """A source of events that lie in memory, cut into units and chunks as a test wishes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ class MemorySource:
     input_files: list[Path] = field(default_factory=list)
     sample: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     name: str = "memory"
+    ranges: np.ndarray | None = None
 
     def files(self) -> list[Path]:
         return self.input_files
@@ -38,6 +40,15 @@ class MemorySource:
 
     def descriptions(self) -> dict[str, str]:
         return self.texts
+
+    def subject_ranges(self) -> np.ndarray | None:
+        return self.ranges
+
+    def learned(self) -> dict[str, Any]:
+        return {}
+
+    def learn(self, learned: Mapping[str, Any]) -> None:
+        pass
 
     def sample_subjects(self) -> np.ndarray:
         return self.sample

@@ -13,7 +13,7 @@ from behrt_jax.config import DataConfig
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.data.sequences import MEDS_CODES, build_sequences, describe
 from behrt_jax.data.sources import meds as meds_source
-from behrt_jax.data.sources import meds_files
+from behrt_jax.data.sources import meds_files, meds_units
 from behrt_jax.data.sources.meds import DEFAULT_CODES, open_meds, read_meds
 from behrt_jax.errors import InputError
 from tests.data.meds_folder import (
@@ -389,7 +389,7 @@ def test_a_data_set_of_awkward_events(tmp_path):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """A source that reads at most 40 rows at once."""
-    for module in (meds_source, meds_files):
+    for module in (meds_units, meds_files):
         monkeypatch.setattr(module, "CHUNK_ROWS", 40)
 
 

@@ -1,5 +1,6 @@
 """The OMOP source on miniature folders: which events come of which rows."""
 
+import json
 import pickle
 from collections import Counter
 from datetime import datetime
@@ -59,8 +60,11 @@ def test_every_table_in_every_form(tmp_path, form, upper):
     assert source.sample_subjects().tolist() == [-5, 7, -5]
     expected = {"CONDITION//SNOMED/38341003": "Name of 38341003", "GENDER//Gender/F": "Name of F"}
     assert open_omop(tmp_path).descriptions() == expected  # another process may have read the events
+    merging = open_omop(tmp_path)
+    merging.learn(json.loads(json.dumps(source.learned())))
     next(file for file in source.files() if "condition" in file.name.lower()).unlink()
     assert source.descriptions() == pickle.loads(pickle.dumps(source)).descriptions() == expected
+    assert merging.descriptions() == expected
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])

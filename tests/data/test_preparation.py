@@ -1,6 +1,9 @@
 import hashlib
 import json
+import platform
 import random
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +171,7 @@ def test_input_larger_than_a_bucket_is_cut_by_the_sample(tmp_path, monkeypatch):
     rows = history_rows(20)
     file = tmp_path / "input.parquet"
     file.write_bytes(bytes(1000))
-    monkeypatch.setattr("behrt_jax.data.partitions._BUCKET_BYTES", 100)
+    monkeypatch.setattr("behrt_jax.data.spill._BUCKET_BYTES", 100)
     told = []
     source = source_of(rows, input_files=[file], sample=np.arange(1, 21))
     prepare(source, options(tmp_path / "out"), lambda *what: told.append(what), partition_events=60)
@@ -216,6 +219,11 @@ def test_counted_duplicates_have_rows_and_descriptions(tmp_path):
     assert prepared.vocabulary.descriptions[5:] == ("an illness (x2)", "an illness (x6+)")
     assert prepared.splits["tuning"].codes.tolist() == [UNK]
     assert manifest["events"]["dropped"] == {"birth or death marker": 2, "duplicate in visit": 7}
+    assert manifest["events"]["changed"]["repeated in visit -> code with a count"] == 2
+    source = source_of([*rows, born(3), *[Row(3, DAY, "A")] * 2], {"train": [1], "tuning": [2]})
+    manifest = prepare(source, options(tmp_path / "more", duplicates="count"))
+    assert manifest["events"]["dropped"]["subject in no split"] == 1  # and is not counted as changed
+    assert manifest["events"]["changed"]["repeated in visit -> code with a count"] == 2
 
 
 def test_values_become_bins_fitted_on_train(tmp_path):
@@ -334,6 +342,34 @@ def test_a_dry_run_leaves_nothing(tmp_path):
     assert dry == prepare(source, options(None, dry_run=True))
 
 
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    left = tmp_path / f".preparing-out.{platform.node().replace('.', '-')}.{process.pid}.abc"
+    (left / "spill").mkdir(parents=True)
+    prepare(source_of(history_rows(20)), options(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_other_processes_learned_describes_codes(tmp_path):
+    class Learning(MemorySource):
+        def read(self, unit, counts):
+            yield from super().read(unit, counts)
+            self.texts["DIAGNOSIS//0"] = "an illness"
+
+        def learned(self):
+            return dict(self.texts)
+
+        def learn(self, learned):
+            self.texts |= learned
+
+    source = Learning(source_of(history_rows(20), units=2).tables)
+    for shard in ("0/2", "1/2"):
+        prepare(replace(source, texts={}), options(tmp_path / "out", shard=shard))
+    prepare(source, options(tmp_path / "out", merge=True))
+    assert "an illness" in read_prepared(tmp_path / "out").vocabulary.descriptions
+
+
 def test_a_failure_leaves_nothing(tmp_path):
     class Broken(MemorySource):
         def read(self, unit, counts):
@@ -377,6 +413,11 @@ def test_shards_are_merged_once_all_are_there(tmp_path):
         ({"min_count": 0}, "min_count is 0"),
         ({"workers": 0}, "workers is 0"),
         ({"value_bins": 1}, "value_bins is 1"),
+        ({"tuning_fraction": 1.5}, r"^tuning_fraction is 1\.5"),
+        (
+            {"tuning_fraction": 1e-9},
+            r"another seed, or other values of tuning_fraction and held_out_fraction",
+        ),
         ({"shard": "2/2"}, r"shard is '2/2': give i/n"),
         ({"shard": "x"}, r"shard is 'x': give i/n"),
         ({"shard": "0/1", "merge": True}, "shard and merge are both given"),

@@ -1,3 +1,4 @@
+import json
 import os
 import random
 from collections import Counter
@@ -203,6 +204,11 @@ def test_descriptions_do_not_depend_on_order_or_reader(tmp_path):
     assert source.descriptions() == {"DX//38822007": "A"}  # read for it
     read_all(source)
     assert source.descriptions() == {"DX//38822007": "A"}
+    merging = open_synthea(tmp_path)
+    merging.learn(json.loads(json.dumps(source.learned())))
+    for file in source.files():
+        file.unlink()
+    assert merging.descriptions() == {"DX//38822007": "A"}  # not read again
 
 
 def test_header_alone_is_an_empty_table(tmp_path):

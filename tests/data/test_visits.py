@@ -11,10 +11,13 @@ def check(visit, code):
     visit, code = np.array(visit, np.int32), np.array(code, np.int32)
     times = Counter(zip(visit.tolist(), code.tolist(), strict=True))
     firsts = list(dict.fromkeys(zip(visit.tolist(), code.tolist(), strict=True)))
-    first, seen = first_in_visit(visit, code)
-    assert first.tolist() == sorted(first.tolist())
-    assert [(int(visit[at]), int(code[at])) for at in first] == firsts
-    assert [times[key] for key in firsts] == ([1] * len(firsts) if seen is None else seen.tolist())
+    first, repeated, seen = first_in_visit(visit, code)
+    assert [(int(visit[at]), int(code[at])) for at in np.flatnonzero(first)] == firsts
+    assert first[repeated].all()
+    found = {
+        (int(visit[at]), int(code[at])): count for at, count in zip(repeated, seen.tolist(), strict=True)
+    }
+    assert found == {key: count for key, count in times.items() if count > 1}
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12)), max_size=80), st.booleans())
@@ -32,9 +35,9 @@ def test_repeats_at_every_distance():
 
 
 def test_no_repeat_leaves_all():
-    first, seen = first_in_visit(np.array([0, 0, 1], np.int32), np.array([1, 2, 1], np.int32))
-    assert first.tolist() == [0, 1, 2]
-    assert seen is None
+    first, repeated, seen = first_in_visit(np.array([0, 0, 1], np.int32), np.array([1, 2, 1], np.int32))
+    assert first.tolist() == [True, True, True]
+    assert len(repeated) == len(seen) == 0
 
 
 def test_a_visit_interrupted_by_another():

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.evaluation.baselines import Unigram
 from behrt_jax.evaluation.metrics import add_totals, mean_metrics, prediction_totals, target_ranks
 
 sums = jax.jit(prediction_totals)
@@ -66,13 +65,3 @@ def test_no_targets_give_nan_not_a_perfect_score():
     metrics = mean_metrics({"loss": 0.0, "top1": 0.0, "top5": 0.0, "top10": 0.0, "targets": 0.0})
     assert math.isnan(metrics["loss"])
     assert math.isnan(metrics["accuracy"])
-
-
-def test_unigram_by_hand():
-    unigram = Unigram(np.array([0, 9, 4, 0, 2]), first_code=2)  # codes 2, 3, 4 with 5, 1, 3 of 9
-    labels = jnp.array([[2, 3], [4, 0]], jnp.int32)
-    got = unigram.totals(labels, jnp.array([[True, True], [True, False]]))
-    assert float(got["loss"]) == pytest.approx(-math.log(5 / 9) - math.log(1 / 9) - math.log(3 / 9))
-    assert float(got["top1"]) == 1.0
-    assert float(got["targets"]) == 3.0
-    np.testing.assert_array_equal(unigram.ranks[2:], [0, 2, 1])

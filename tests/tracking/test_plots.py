@@ -65,7 +65,7 @@ def test_drawing_leaves_no_state_in_pyplot(tmp_path):
 
 def test_loss_axes_hold_both_splits_the_baseline_and_the_best_epoch(axes):
     metrics = records([6.5, 6.0, 5.0], "train") + records([6.4, 5.2, 5.5])
-    assert plots._draw_loss(axes, metrics, BASELINES["unigram"], best_validation(metrics))
+    assert plots._draw_loss(axes, metrics, BASELINES, best_validation(metrics))
     drawn = lines(axes)
     assert list(drawn) == ["train", "validation", "unigram baseline", "best validation: 5.200 at epoch 2"]
     assert list(drawn["train"].get_xdata()) == [1, 2, 3]
@@ -76,9 +76,24 @@ def test_loss_axes_hold_both_splits_the_baseline_and_the_best_epoch(axes):
     assert "nats" in axes.get_ylabel()
 
 
+def test_other_baselines_are_lines_of_their_own(axes):
+    baselines = {
+        **BASELINES,
+        "co-occurrence": {"loss": 4.8, "accuracy": 0.2},
+        "oracle": {"loss": 4.1, "accuracy": 0.3, "accuracy_top10": 0.6},
+    }
+    plots._draw_loss(axes, records([5.0]), baselines, None)
+    drawn = lines(axes)
+    assert set(drawn["co-occurrence baseline"].get_ydata()) == {4.8}
+    assert set(drawn["best possible"].get_ydata()) == {4.1}
+    axes.clear()
+    plots._draw_accuracy(axes, records([5.0]), baselines, None)
+    assert set(lines(axes)["best possible, top-10"].get_ydata()) == {0.6}
+
+
 def test_accuracy_axes_hold_top_1_and_a_lighter_top_10_and_mark_the_epoch_of_least_loss(axes):
     metrics = records([6.5, 6.0], "train") + records([5.2, 5.5])
-    assert plots._draw_accuracy(axes, metrics, BASELINES["unigram"], best_validation(metrics))
+    assert plots._draw_accuracy(axes, metrics, BASELINES, best_validation(metrics))
     drawn = lines(axes)
     assert drawn["validation, top-10"].get_alpha() < drawn["validation, top-1"].get_alpha()
     assert set(drawn["unigram baseline, top-1"].get_ydata()) == {0.03}

@@ -79,7 +79,16 @@ def fill(folder, parts=("config", "parameters", "summary", "metrics", "plots")):
             "wall_seconds": 151.3,
             "baselines": {"unigram": {"loss": 5.5}},
             "gain_over_unigram": 0.5,
-            "warnings": ["codes <at> random"],
+            "findings": [
+                {
+                    "severity": "error",
+                    "id": "uniform-data",
+                    "when": "before",
+                    "seen": "codes <at> random",
+                    "why": "because",
+                    "mend": "mend it",
+                }
+            ],
             "data": {"events": {"read": 75012}},
         }
         write_json(folder / "summary.json", summary)
@@ -109,6 +118,8 @@ def test_the_report_holds_outcome_parameters_curves_history_and_settings(tmp_pat
         "below the unigram baseline by 0.500 nats",
         "1.0 epochs, 40 steps, 2 min 31 s, stopped: all epochs done",
         "codes <at> random",
+        "uniform-data",
+        "mend it",
         "best (step 40)",
         "75,012",
         "668,776",
@@ -172,12 +183,12 @@ def test_everything_is_escaped(tmp_path):
     folder = fill(tmp_path, ("plots",))
     write_json(folder / "config.json", {"settings": {"name": nasty}, nasty: nasty, "list": [nasty]})
     write_json(folder / "parameters.json", {"regime": nasty, "adapters": [{"name": nasty, "in": nasty}]})
-    summary = {"stop_reason": nasty, "warnings": [nasty], "data": {nasty: nasty}}
+    summary = {"stop_reason": nasty, "findings": [{"id": nasty, "seen": nasty}], "data": {nasty: nasty}}
     write_json(folder / "summary.json", summary)
     page = Page(read(folder))
     assert "script" not in page.tags
     assert "b" not in page.tags
-    assert page.text.count(nasty) == 12
+    assert page.text.count(nasty) == 13
 
 
 def test_figures_that_are_null_leave_empty_cells(tmp_path):

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from behrt_jax.tracking.run_folder import read_json, write_json
 from behrt_jax.tracking.summary import (
     SMALL_GAIN,
-    figure_rows,
+    attained,
+    band_table,
+    figure_table,
     flat,
     format_figure,
     gain_over_unigram,
@@ -37,7 +39,6 @@ def summary(**changes):
         "best_step": 40,
         "stop_reason": "all 2 epochs done",
         "wall_seconds": 151.3,
-        "warnings": ["The codes were drawn at random."],
         "data": DATA,
         "parameters": PARAMETERS,
     }
@@ -54,7 +55,8 @@ def test_summary_holds_best_last_and_gain():
     assert result["stop_reason"] == "all 2 epochs done"
     assert result["wall_seconds"] == 151.3
     assert result["baselines"] == BASELINES
-    assert result["warnings"] == ["The codes were drawn at random."]
+    assert result["findings"] == []
+    assert result["best_step"] == 40
     assert result["parameters"] == {"total": 668776, "trainable": 271976, "trainable_percent": 40.668}
 
 
@@ -75,21 +77,17 @@ def test_a_run_that_stopped_before_the_first_validation():
 
 
 def test_a_run_without_any_record():
-    result = summary(metrics=[], best_step=None, baselines={}, data={}, parameters={}, warnings=[])
+    result = summary(metrics=[], best_step=None, baselines={}, data={}, parameters={})
     assert (result["epochs"], result["steps"]) == (0.0, 0)
     text = summary_text(result, "small")
-    assert "Warnings" not in text
+    assert "Findings" not in text
     assert "Parameters" not in text
     assert "Data" not in text
 
 
-def test_a_best_step_without_its_record_warns_and_leaves_the_callers_list_alone():
-    warnings = ["first"]
-    result = summary(best_step=41, warnings=warnings)
-    assert result["best"] is None
-    assert len(result["warnings"]) == 2
-    assert "41" in result["warnings"][1]
-    assert warnings == ["first"]
+def test_a_best_step_without_its_record_has_no_figures():
+    result = summary(best_step=41)
+    assert (result["best"], result["best_step"]) == (None, 41)
 
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf])
@@ -117,7 +115,8 @@ def test_the_verdict_gives_the_size_of_the_gain_and_of_the_gap():
 
 
 def test_the_text_is_short_plain_ascii_with_the_figures():
-    text = summary_text(summary(stop_reason="fièvre"), "small_lora")
+    finding = {"severity": "error", "id": "frozen-at-random", "seen": "Seen.", "why": "Why.", "mend": "Mend."}
+    text = summary_text({**summary(stop_reason="fièvre"), "findings": [finding]}, "small_lora")
     assert text.isascii()
     assert text.endswith("\n")
     assert max(map(len, text.splitlines())) <= 100
@@ -129,19 +128,66 @@ def test_the_text_is_short_plain_ascii_with_the_figures():
         "best step 40, epoch 1.0",
         "271,976 trained of 668,776 (40.7 %)",
         "  events.read: 75,012",
-        "- The codes were drawn at random.",
+        "- ERROR frozen-at-random: Seen. Why. Mend.",
     ):
         assert part in text
     assert "shards" not in text  # lists could hold anything
 
 
 def test_figures_are_named_and_the_unigram_perplexity_is_worked_out():
-    rows = {row[0]: row[1:] for row in figure_rows(summary())}
+    columns, rows = figure_table(summary(), ("best", "last"))
+    assert columns == ["", "best", "last", "unigram baseline"]
+    rows = {row[0]: row[1:] for row in rows}
     assert rows["loss (nats)"] == ["5.000", "5.200", "5.500"]
     assert rows["top-1 accuracy"] == ["10.0%", "12.0%", "3.0%"]
     assert rows["perplexity"] == ["148.4", "181.3", "244.7"]
     assert "top-5 accuracy" not in rows
     assert "perplexity" not in BASELINES["unigram"]
+
+
+ORACLE = {
+    "baselines": {**BASELINES, "oracle": {"loss": 4.8, "accuracy": 0.14}},
+    "share_of_attainable_gain": 0.7142,
+    "oracle_gap": {"nats": 0.2, "low": 0.18, "high": 0.22},
+    "bands": [
+        {
+            "band": "1-10",
+            "codes": 10,
+            "targets": 700,
+            "loss": 2.5,
+            "accuracy": 0.4,
+            "accuracy_top10": 0.9,
+            "unigram_loss": 3.0,
+            "unigram_accuracy": 0.3,
+        },
+        {
+            "band": "11-20",
+            "codes": 10,
+            "targets": 0,
+            **dict.fromkeys(("loss", "accuracy", "accuracy_top10", "unigram_loss", "unigram_accuracy")),
+        },
+    ],
+}
+
+
+def test_the_known_optimum_is_a_column_and_how_near_it_is_a_sentence():
+    known = {**summary(), **ORACLE}
+    columns, rows = figure_table(known, ("best", "last"))
+    assert columns[-1] == "best possible"
+    assert {row[0]: row[-1] for row in rows}["loss (nats)"] == "4.800"
+    text = summary_text(known, "x")
+    assert "71.4% was attained" in " ".join(text.split())
+    assert "0.2000 nats above the best possible" in " ".join(text.split())
+    assert attained(summary()) == ""
+
+
+def test_bands_are_a_table_with_gaps_where_nothing_was_masked():
+    columns, rows = band_table(ORACLE)
+    assert len(columns) == len(rows[0])
+    assert rows[0] == ["1-10", 700, "2.500", "40.0%", "90.0%", "3.000", "30.0%"]
+    assert rows[1] == ["11-20", 0, "", "", "", "", ""]
+    assert "By frequency of the code" in summary_text({**summary(), **ORACLE}, "x")
+    assert "By frequency of the code" not in summary_text(summary(), "x")
 
 
 def test_format_figure_leaves_out_what_is_not_a_number():

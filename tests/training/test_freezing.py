@@ -107,12 +107,6 @@ def test_optimizer_labels_follow_the_mask(name):
     assert adapted_kernels_frozen(setup.shapes, setup.mask) == (name != "full")
 
 
-def test_known_mistakes_carry_a_warning_that_says_why():
-    assert "ln(vocabulary)" in (REGIMES["lora_only"].warning or "")
-    assert "base" in (REGIMES["all_but_adapted"].warning or "")
-    assert all(REGIMES[name].warning is None for name in ("full", "lora", "lora_pretrained"))
-
-
 def test_an_explicit_set_of_groups_takes_the_place_of_the_regime():
     assert regime(FreezingConfig("full", groups=("head",))).groups == {"head"}
 

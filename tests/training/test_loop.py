@@ -102,7 +102,7 @@ def test_an_interruption_saves_at_once_and_resuming_writes_the_same_lines():
     assert (cursor["step"], metrics) == (5, None)
     second = Stage(train_losses=losses)
     assert second.run(cursor=Cursor.from_json(json.loads(json.dumps(cursor)))) == "finished"
-    rates = ("steps_per_second", "tokens_per_second")
+    rates = ("steps_per_second", "tokens_per_second", "data_share", "device_share")
     lines = [
         [{key: value for key, value in r.items() if key not in rates} for r in records]
         for records in (whole.records, first.records + second.records)

@@ -86,14 +86,15 @@ def test_a_missing_shard_is_told(meds, tmp_path, capsys):
     assert not (tmp_path / "parts").exists()
 
 
-def test_a_dry_run_leaves_nothing(meds, tmp_path, capsys):
-    assert run(meds, tmp_path / "prepared", "--dry_run") == 0
+@pytest.mark.parametrize("option", ["--dry_run", "--dry-run"])
+def test_a_dry_run_leaves_nothing(meds, tmp_path, capsys, option):
+    assert run(meds, tmp_path / "prepared", option) == 0
     assert "nothing was written" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
 def test_export_to_meds_keeps_every_event(meds, tmp_path):
-    assert run(meds, tmp_path / "prepared", "--to_meds", str(tmp_path / "exported")) == 0
+    assert run(meds, tmp_path / "prepared", "--to-meds", str(tmp_path / "exported")) == 0
     check_meds(tmp_path / "exported")
     source, exported = read_meds(meds), read_meds(tmp_path / "exported")
     assert exported.events.num_rows == source.events.num_rows

@@ -152,7 +152,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatc
     assert whole[0] == parts[0]
     for ours, theirs in zip(whole[1], parts[1], strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    rates = {"steps_per_second", "tokens_per_second"}
+    rates = {"steps_per_second", "tokens_per_second", "data_share", "device_share"}
     lines = [
         [{k: v for k, v in line.items() if k not in rates} for line in records(folder)]
         for folder in (finished.folder, config.output)
@@ -182,7 +182,7 @@ def test_uniform_data_has_nothing_to_learn_and_says_so(tmp_path, capsys):
     summary = pretrain(changed(config, "train", epochs=2), ONE).summary
     assert "nothing to learn" in capsys.readouterr().out
     assert summary["best"]["loss"] > np.log(195) - 0.1
-    assert any("uniform" in warning for warning in summary["warnings"])
+    assert "uniform-data" in {found["id"] for found in summary["findings"]}
 
 
 def test_known_mistakes_are_allowed_with_a_warning(tmp_path, capsys):

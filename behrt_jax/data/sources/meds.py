@@ -9,18 +9,18 @@ DOB, DOD or MEDS_BIRTH//..., columns of any other name, no metadata, rows in any
 several shards, shards without rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from behrt_jax.data.events import SPLITS, EventCounts, EventSet
 from behrt_jax.data.sequences import MEDS_CODES
 from behrt_jax.data.sources import meds_files, meds_metadata
-from behrt_jax.data.sources.source import CHUNK_ROWS
+from behrt_jax.data.sources.meds_units import Unit, cut_units
 from behrt_jax.data.splits import split_index
 from behrt_jax.errors import InputError
 
@@ -28,15 +28,6 @@ DEFAULT_CODES = MEDS_CODES
 """Patterns of the codes to take where none are given: diagnoses, procedures and medications."""
 _SAMPLED_GROUPS = 64
 _SAMPLED_ROWS = 1 << 17
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Some row groups of a shard, about ``CHUNK_ROWS`` rows together."""
-
-    shard: Path
-    row_groups: tuple[int, ...]
-    rows: int
 
 
 @dataclass(eq=False)
@@ -76,6 +67,11 @@ class MedsSource:
         part = self.parts[unit]
         return meds_files.read_events(part.shard, part.row_groups, self.visit_column, counts)
 
+    def subject_ranges(self) -> np.ndarray | None:
+        """As the shards' footers have them; see :class:`~behrt_jax.data.sources.source.Source`."""
+        ranges = [part.subjects for part in self.parts if part.subjects is not None]
+        return np.array(ranges, np.int64) if len(ranges) == len(self.parts) else None
+
     def splits(self) -> dict[str, np.ndarray]:
         """From ``subject_splits.parquet``, else from folders ``data/{train,tuning,held_out}``, else none."""
         return self.subjects_by_split
@@ -84,12 +80,22 @@ class MedsSource:
         """All texts of ``codes.parquet``, whether or not the code occurs."""
         return self.texts
 
+    def learned(self) -> dict[str, Any]:
+        """Nothing: descriptions do not depend on reading."""
+        return {}
+
+    def learn(self, learned: Mapping[str, Any]) -> None:
+        """Nothing."""
+
     def sample_subjects(self) -> np.ndarray:
-        """Ids of about 100,000 rows, int64, at even distances in up to 64 units."""
+        """Ids of about 100,000 rows, int64, at even distances in a row group each of up to 64 units."""
         step = max(1, len(self.parts) // _SAMPLED_GROUPS)
-        chosen = self.parts[::step]
-        stride = max(1, sum(part.rows for part in chosen) // _SAMPLED_ROWS)
-        ids = (ids for part in chosen for ids in meds_files.read_subject_ids(part.shard, part.row_groups))
+        chosen = [  # the first row group of one unit, the second of the next one, ...
+            (part.shard, part.row_groups[place % len(part.row_groups)], part.rows // len(part.row_groups))
+            for place, part in enumerate(self.parts[::step])
+        ]
+        stride = max(1, sum(rows for *_, rows in chosen) // _SAMPLED_ROWS)
+        ids = (ids for shard, group, _ in chosen for ids in meds_files.read_subject_ids(shard, (group,)))
         return np.concatenate([np.empty(0, np.int64), *(part[::stride] for part in ids)])
 
 
@@ -113,7 +119,7 @@ def open_meds(path: Path, visit_column: str | None = None) -> MedsSource:
             columns |= dict.fromkeys(opened.schema_arrow.names)
             if opened.metadata.num_rows:  # Writers give a shard without rows whatever types.
                 meds_files.check_shard(shard, opened, visit_column)
-                parts += _units(shard, opened.metadata)
+                parts += cut_units(shard, opened.metadata)
     if visit_column is not None and visit_column not in columns:
         raise InputError(
             f"The option visit_column is {visit_column}, but no shard of {path / 'data'} has it: choose from "
@@ -160,21 +166,6 @@ def read_meds(path: Path, visit_column: str | None = None) -> EventSet:
     present = set(events["code"].unique().to_pylist())
     texts = {code: text for code, text in source.descriptions().items() if code in present}
     return EventSet(source.name, events.combine_chunks(), source.splits(), counts, texts)
-
-
-def _units(shard: Path, metadata: pq.FileMetaData) -> list[Unit]:
-    """Cut a shard into runs of row groups that fill ``CHUNK_ROWS`` as far as they can."""
-    units: list[Unit] = []
-    run: list[int] = []
-    rows = 0
-    for group in range(metadata.num_row_groups):
-        more = metadata.row_group(group).num_rows
-        if run and rows + more > CHUNK_ROWS:
-            units.append(Unit(shard, tuple(run), rows))
-            run, rows = [], 0
-        run.append(group)
-        rows += more
-    return [*units, Unit(shard, tuple(run), rows)]
 
 
 def _splits_of_folders(path: Path, shards: list[Path], parts: list[Unit]) -> dict[str, np.ndarray]:

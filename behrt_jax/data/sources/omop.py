@@ -22,9 +22,10 @@ Memory: a batch of rows, 16 bytes a person, 24 a visit, and the concept table wi
 read for the concepts that were seen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +99,9 @@ class OmopSource:
         """Files of event tables (person first), large Parquet files in parts."""
         return len(self._units)
 
+    def subject_ranges(self) -> None:
+        """Not known: a subject is in several tables."""
+
     def splits(self) -> dict[str, np.ndarray]:
         """None: OMOP knows no splits."""
         return {}
@@ -154,8 +158,8 @@ class OmopSource:
     def descriptions(self) -> dict[str, str]:
         """Code -> concept_name, of the concepts that events have.
 
-        Of units that this object has not read to the end (another process did), the columns of concepts
-        are read again.
+        Of units that this object has not read to the end, nor learnt of, the columns of concepts are
+        read again.
         """
         if not self._concept_files:
             return {}
@@ -165,6 +169,15 @@ class OmopSource:
         texts = self._concepts.texts(np.array([concept for _, concept in described], np.int64))
         pairs = zip(described, texts, strict=True)
         return {f"{prefix}//{text}": names[concept] for (prefix, concept), text in pairs}
+
+    def learned(self) -> dict[str, Any]:
+        """Unit -> prefixes and concept ids of its events."""
+        return {str(unit): sorted(seen) for unit, seen in self._seen.items()}
+
+    def learn(self, learned: Mapping[str, Any]) -> None:
+        """Take over the concepts of other units."""
+        for unit, seen in learned.items():
+            self._seen[int(unit)] = {(prefix, concept) for prefix, concept in seen}
 
     def _concepts_of(self, unit: int) -> Seen:
         """Prefixes and concept ids of a unit's events (and perhaps of rows that became none)."""

@@ -1,8 +1,8 @@
 """What a source of events offers to the preparation: independent units, read in bounded pieces."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -41,12 +41,26 @@ class Source(Protocol):
         """
         ...
 
+    def subject_ranges(self) -> np.ndarray | None:
+        """Smallest and largest subject id of each unit, int64 ``[units, 2]``, where the source knows them
+        without reading; else None. Where units do not overlap, nothing has to be sorted by subject.
+        """
+        ...
+
     def splits(self) -> dict[str, np.ndarray]:
         """Split name -> int64 subject ids, where the source has splits; else empty."""
         ...
 
     def descriptions(self) -> dict[str, str]:
         """Code -> text, for whatever codes the source has texts of. Called after reading."""
+        ...
+
+    def learned(self) -> dict[str, Any]:
+        """What reading has taught this object that `descriptions` needs, ready for JSON."""
+        ...
+
+    def learn(self, learned: Mapping[str, Any]) -> None:
+        """Take over what another object of the same source has `learned`, which read other units."""
         ...
 
     def sample_subjects(self) -> np.ndarray:

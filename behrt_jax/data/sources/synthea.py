@@ -19,9 +19,10 @@ columns: https://github.com/synthetichealth/synthea/wiki/CSV-File-Data-Dictionar
 # pyarrow.compute makes its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -96,6 +97,9 @@ class SyntheaSource:
         """One for each file."""
         return len(self._files)
 
+    def subject_ranges(self) -> None:
+        """Not known: a subject is in several tables."""
+
     def splits(self) -> dict[str, np.ndarray]:
         """None: Synthea has no splits."""
         return {}
@@ -107,14 +111,23 @@ class SyntheaSource:
     def descriptions(self) -> dict[str, str]:
         """Code -> DESCRIPTION, the first in the order of the text where a code has several.
 
-        Files that this object has not read (another process did) are read for it.
+        Files that this object has not read, nor learnt of, are read for it.
         """
         for name, file in self._files.items():
             if name != "patients" and name not in self._texts:
                 texts = self._texts[name] = {}
                 for piece in file.read("CODE", "DESCRIPTION", "ENCOUNTERCLASS"):
                     describe(piece, codes_of(name, piece), texts)
-        return {code: text for texts in self._texts.values() for code, text in texts.items()}
+        tables = (self._texts[name] for name in self._files if name in self._texts)
+        return {code: text for texts in tables for code, text in texts.items()}
+
+    def learned(self) -> dict[str, Any]:
+        """Table -> code -> its description there."""
+        return dict(self._texts)
+
+    def learn(self, learned: Mapping[str, Any]) -> None:
+        """Take over the descriptions of other tables."""
+        self._texts |= learned
 
     def read(self, unit: int, counts: EventCounts) -> Iterator[pa.Table]:
         """Events of one file.

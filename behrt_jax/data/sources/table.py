@@ -8,26 +8,26 @@ null time is a static fact. Births come from a column, or as events with the cod
 # pyarrow.compute makes its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from behrt_jax.config import TableColumns
-from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, VISIT_FIELD, EventCounts
+from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.data.sources.csv_reading import Piece, csv_columns, is_csv, read_csv
-from behrt_jax.data.sources.source import CHUNK_ROWS
+from behrt_jax.data.sources.parquet_ranges import column_range
+from behrt_jax.data.sources.table_births import birth_events
 from behrt_jax.data.sources.table_columns import check_types, read_ids, read_numbers, read_text, read_times
+from behrt_jax.data.sources.table_parquet import cut_runs, open_parquet, read_groups
 from behrt_jax.data.sources.text_columns import TextIds, encode_text, integer_or_hashed_ids
 from behrt_jax.errors import InputError
 
 DEFAULT_CODES: tuple[str, ...] = ()
 """All codes."""
-UNIT_ROWS = 4 * CHUNK_ROWS
-"""Rows of a Parquet file's unit, about: whole row groups, one at least."""
 _SAMPLED_GROUPS = 32
 _SCHEMA = pa.schema([*EVENT_SCHEMA, VISIT_FIELD])
 
@@ -42,13 +42,18 @@ def open_table(path: Path, columns: TableColumns) -> "TableSource":
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is no file: give one .csv, .csv.gz or .parquet file.")
+    runs: list[list[int]] = []
+    ranges: list[tuple[int, int] | None] = []
     if is_csv(path):
-        names, groups, schema = csv_columns(path), [], None
+        names, schema = csv_columns(path), None
     elif path.suffix.lower() in (".parquet", ".pq"):
-        with _parquet(path) as file:
+        with open_parquet(path) as file:
             schema = file.schema_arrow
             names = schema.names
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+            runs = cut_runs(
+                [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+            )
+            ranges = [column_range(file.metadata, run, columns.subject) for run in runs]
     else:
         raise InputError(f"{path} is neither .csv, .csv.gz nor .parquet: write it as one of them.")
     for option, name in vars(columns).items():
@@ -59,7 +64,7 @@ def open_table(path: Path, columns: TableColumns) -> "TableSource":
             )
     if schema is not None:
         check_types(path, schema, columns)
-    return TableSource(path, columns, _runs(groups))
+    return TableSource(path, columns, runs, ranges)
 
 
 class TableSource:
@@ -72,9 +77,17 @@ class TableSource:
 
     name = "table"
 
-    def __init__(self, path: Path, columns: TableColumns, runs: list[list[int]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        columns: TableColumns,
+        runs: list[list[int]],
+        ranges: list[tuple[int, int] | None],
+    ) -> None:
         self._path = path
         self._columns = columns
+        known = bool(ranges) and None not in ranges and columns.birth is None
+        self._ranges = np.array(ranges, np.int64) if known else None
         self._runs = runs  # row groups of each unit; none for CSV
 
     def files(self) -> list[Path]:
@@ -85,6 +98,10 @@ class TableSource:
         """Runs of row groups, with the unit of births."""
         return self._first_rows + (1 if is_csv(self._path) else len(self._runs))
 
+    def subject_ranges(self) -> np.ndarray | None:
+        """As a Parquet file's footer has them, where subjects are integers and births events."""
+        return self._ranges
+
     def splits(self) -> dict[str, np.ndarray]:
         """None: a table has no splits."""
         return {}
@@ -92,6 +109,13 @@ class TableSource:
     def descriptions(self) -> dict[str, str]:
         """None."""
         return {}
+
+    def learned(self) -> dict[str, Any]:
+        """Nothing: descriptions do not depend on reading."""
+        return {}
+
+    def learn(self, learned: Mapping[str, Any]) -> None:
+        """Nothing."""
 
     def sample_subjects(self) -> np.ndarray:
         """int64 ids of every 64th row (of all rows, if there are few), from up to 32 row groups."""
@@ -149,65 +173,17 @@ class TableSource:
 
     def _read_births(self, counts: EventCounts) -> Iterator[pa.Table]:
         columns, ids = self._columns, TextIds(self._path, integer_or_hashed_ids)
-        born, first, last = (np.empty(0, np.int64) for _ in range(3))  # [S]
         groups = [group for run in self._runs for group in run]
-        for piece in self._pieces([columns.subject, columns.birth or ""], groups):
-            subject, birth = read_ids(piece, columns.subject, ids), read_times(piece, columns.birth or "")
-            there = pc.and_(subject.is_valid(), birth.is_valid())
-            days = birth.filter(there).cast(pa.int64()).to_numpy()
-            every = np.concatenate([born, subject.filter(there).to_numpy()])
-            born, place = np.unique(every, return_inverse=True)
-            earliest = np.full(len(born), np.iinfo(np.int64).max)
-            latest = np.full(len(born), np.iinfo(np.int64).min)
-            np.minimum.at(earliest, place, np.concatenate([first, days]))
-            np.maximum.at(latest, place, np.concatenate([last, days]))
-            first, last = earliest, latest
-        counts.read += len(born)
-        counts.change("births differ", int(np.count_nonzero(first != last)))
-        for start in range(0, len(born), CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
-            rows = len(born[part])
-            code = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([BIRTH_CODE]))
-            time = pa.array(first[part]).cast(pa.timestamp("us"))
-            nulls = pa.nulls(rows, pa.float32()), pa.nulls(rows, pa.int64())
-            yield pa.table([pa.array(born[part]), time, code, *nulls], schema=_SCHEMA)
+        pieces = self._pieces([columns.subject, columns.birth or ""], groups)
+        births = (
+            (read_ids(piece, columns.subject, ids), read_times(piece, columns.birth or ""))
+            for piece in pieces
+        )
+        return birth_events(births, counts)
 
     def _pieces(self, names: list[str], groups: list[int]) -> Iterator[Piece]:
         names = list(dict.fromkeys(names))
         if is_csv(self._path):
             yield from read_csv(self._path, names)
             return
-        with _parquet(self._path, [self._columns.code]) as file:
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            for group in groups:
-                row = sum(sizes[:group]) + 1
-                batches = file.iter_batches(CHUNK_ROWS, row_groups=[group], columns=names)
-                try:
-                    for batch in batches:
-                        yield Piece(self._path, row, pa.Table.from_batches([batch]))
-                        row += batch.num_rows
-                except (pa.ArrowException, OSError) as error:
-                    raise _unreadable(self._path) from error
-
-
-def _runs(groups: list[int]) -> list[list[int]]:
-    """Row groups in runs of `UNIT_ROWS` rows or more, from the rows in each."""
-    runs, rows = [], UNIT_ROWS
-    for group, size in enumerate(groups):
-        if rows >= UNIT_ROWS:
-            runs.append([])
-            rows = 0
-        runs[-1].append(group)
-        rows += size
-    return runs
-
-
-def _parquet(path: Path, texts: list[str] | None = None) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path, read_dictionary=texts)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path) from error
-
-
-def _unreadable(path: Path) -> InputError:
-    return InputError(f"{path} is no readable Parquet file (cut short, or another format): write it again.")
+        yield from read_groups(self._path, groups, names, self._columns.code)

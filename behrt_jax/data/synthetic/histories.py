@@ -96,7 +96,7 @@ def draw_histories(rng: np.random.Generator, subjects: int, mean: float, spread:
     subject_visits = np.diff(first_visits, append=len(visit_starts))
     visit_subjects = np.repeat(np.arange(subjects), subject_visits)
 
-    birth_days, first_days = _births(rng, subjects)
+    birth_days, first_days = draw_births(rng, subjects)
     gap_days = np.minimum(_GAP_DAYS * rng.uniform(0.5, 1.5, subjects), _LONGEST_SPAN_DAYS / subject_visits)
     relative_gaps = 0.3 + 0.7 * rng.standard_exponential(len(visit_starts), np.float32)
     gaps = 1 + (gap_days[visit_subjects] * relative_gaps).astype(np.int64)
@@ -109,7 +109,7 @@ def draw_histories(rng: np.random.Generator, subjects: int, mean: float, spread:
     event_times = np.repeat(visit_days * DAY_US + opening * MINUTE_US, visit_events)
     event_times += event_places * np.repeat(minutes_apart * MINUTE_US, visit_events)
     return Histories(
-        subject_ids=_subject_ids(rng, subjects),
+        subject_ids=draw_subject_ids(rng, subjects),
         birth_days=birth_days,
         first_visits=first_visits,
         visit_subjects=visit_subjects,
@@ -120,15 +120,15 @@ def draw_histories(rng: np.random.Generator, subjects: int, mean: float, spread:
     )
 
 
-def _subject_ids(rng: np.random.Generator, subjects: int) -> np.ndarray:
-    """Distinct int64 ids ``[subjects]`` all over the 64-bit range: no order, both signs, beyond 2**53."""
+def draw_subject_ids(rng: np.random.Generator, subjects: int) -> np.ndarray:
+    """Draw distinct int64 ids ``[subjects]`` from all 64 bits: in no order, of both signs, beyond 2**53."""
     # Multiplying by an odd number and adding any other is a one-to-one map modulo 2**64.
     odd, shift = rng.integers(0, 2**64, 2, dtype=np.uint64)
     return (np.arange(subjects, dtype=np.uint64) * (odd | np.uint64(1)) + shift).view(np.int64)
 
 
-def _births(rng: np.random.Generator, subjects: int) -> tuple[np.ndarray, np.ndarray]:
-    """Days of birth and of the first visit, both int64 ``[subjects]``."""
+def draw_births(rng: np.random.Generator, subjects: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the days of birth and of the first visit, both int64 ``[subjects]``."""
     child = rng.random(subjects) < 1 / 6
     child_ages = 18 * rng.random(subjects) ** 1.5
     adult_ages = np.clip(rng.normal(55, 20, subjects), 18, 90)

@@ -1,0 +1,1 @@
+"""What is wrong, why it matters and what to do about it."""

@@ -1,0 +1,163 @@
+"""Checks of the course of the losses."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from behrt_jax.diagnosis.finding import Finding, is_number
+
+Values = Mapping[str, Any]
+Records = Sequence[Mapping[str, Any]]
+
+
+NEAR = 0.02
+"""A loss within this share of another is no better than it."""
+MIN_STEPS, MAX_STEPS = 200, 5000
+"""A run is judged after a quarter of its steps, but neither before nor after these."""
+SPIKE_NATS, SPIKE_SHARE, SPIKE_WINDOW = 0.3, 0.10, 5
+RISES = 3
+"""Validations in a row, without a new best, that make overfitting."""
+
+
+def diverged(trainings: Records, stop_reason: str) -> list[Finding]:
+    """A loss that is not finite; the reason to stop names step and leaf."""
+    lost = next((r for r in trainings if "loss" in r and not is_number(r["loss"])), None)
+    if not stop_reason.startswith("diverged") and lost is None:
+        return []
+    seen = (
+        stop_reason[:1].upper() + stop_reason[1:]
+        if stop_reason.startswith("diverged")
+        else (f"The training loss at step {lost['step'] if lost else 0:,} is not finite.")
+    )
+    return [
+        Finding(
+            "diverged",
+            "error",
+            seen,
+            "Everything after that step is lost; the last good checkpoint is kept.",
+            "Lower --optimizer.learning_rate or --optimizer.clip_norm, raise --optimizer.warmup_fraction; "
+            "where frozen parameters are named, see what --init.run loaded.",
+        )
+    ]
+
+
+def stuck(settings: Values, facts: Values, baselines: Values, validations: Records) -> list[Finding]:
+    """A loss that stays at ln(codes), or at what code frequencies alone give."""
+    last = _last(validations, "loss")
+    if last is None or last["step"] < judged_from(settings, facts):
+        return []
+    if (settings.get("data") or {}).get("source") == "uniform":  # there it is the best that can be
+        return []
+    loss = min(record["loss"] for record in validations if is_number(record.get("loss")))
+    unigram = (baselines.get("unigram") or {}).get("loss")
+    chance = math.log(facts["codes"]) if facts.get("codes") else None
+    at = f"Best validation loss {loss:.4f} after {last['step']:,} steps"
+    mend = "See that embeddings and head train, try another learning rate, and train longer."
+    # Where frequencies alone are hardly better than chance, only the unigram's loss can tell.
+    if (
+        chance is not None
+        and loss >= (1 - NEAR) * chance
+        and not (is_number(unigram) and unigram > 0.97 * chance)
+    ):
+        return [
+            Finding(
+                "stuck-at-chance",
+                "error",
+                f"{at} is within {NEAR:.0%} of ln({facts['codes']}) = {chance:.4f}.",
+                "The model guesses among all codes: not even how frequent they are was learnt.",
+                mend,
+            )
+        ]
+    if is_number(unigram) and loss >= (1 - NEAR) * unigram:
+        return [
+            Finding(
+                "stuck-at-frequencies",
+                "warning",
+                f"{at} is within {NEAR:.0%} of the unigram baseline, {unigram:.4f}, or above it.",
+                "The model has learnt how frequent codes are, and nothing of what goes together.",
+                mend,
+            )
+        ]
+    return []
+
+
+def overfitting(settings: Values, trainings: Records, validations: Records) -> list[Finding]:
+    """The validation loss rises while the training loss goes on falling."""
+    known = [record for record in validations if is_number(record.get("loss"))]
+    if len(known) < RISES + 1:
+        return []
+    index = min(range(len(known)), key=lambda place: known[place]["loss"])
+    best = known[index]
+    at_best, at_end = _fitted(trainings, known, index), _fitted(trainings, known, len(known) - 1)
+    if len(known) - 1 - index < RISES or at_best is None or at_end is None:
+        return []
+    rise, fall = known[-1]["loss"] - best["loss"], at_best - at_end
+    if rise < 0.005 * best["loss"] or fall < 0.01 * at_best:
+        return []
+    stops = (settings.get("train") or {}).get("patience") is not None
+    return [
+        Finding(
+            "overfitting",
+            "info" if stops else "warning",
+            f"From epoch {best['epoch']:.1f} (step {best['step']:,}) on the validation loss rose by "
+            f"{rise:.3f} nats while the training loss fell by {fall:.3f}.",
+            "The model memorises the train split from there on."
+            + (
+                " The best checkpoint is of that epoch, and early stopping is on: no harm is done."
+                if stops
+                else ""
+            ),
+            "Use the best checkpoint, set --train.patience, raise --model.dropout, train fewer parameters "
+            "or use more subjects.",
+        )
+    ]
+
+
+def loss_spikes(trainings: Records) -> list[Finding]:
+    """Training losses far above those just before them."""
+    known = [record for record in trainings if is_number(record.get("loss"))]
+    spikes = []
+    for index in range(SPIKE_WINDOW, len(known)):
+        usual = statistics.median(record["loss"] for record in known[index - SPIKE_WINDOW : index])
+        # A line over few masked codes is noisy: 2 nats is the spread of a single code's loss.
+        noise = 4 * 2.0 / math.sqrt(max(known[index].get("targets") or 1, 1))
+        if known[index]["loss"] > usual + max(SPIKE_NATS, SPIKE_SHARE * usual) + noise:
+            spikes.append((known[index], usual))
+    if not spikes:
+        return []
+    record, usual = max(spikes, key=lambda spike: spike[0]["loss"] - spike[1])
+    return [
+        Finding(
+            "loss-spikes",
+            "warning",
+            f"{len(spikes)} spikes of the training loss, the largest at step {record['step']:,}: "
+            f"{record['loss']:.3f} after {usual:.3f}.",
+            "Updates are too large for a while; worse ones end in divergence.",
+            "Lower --optimizer.learning_rate, set --optimizer.clip_norm 1.0, raise "
+            "--optimizer.warmup_fraction, or look for odd batches.",
+        )
+    ]
+
+
+def judged_from(settings: Values, facts: Values) -> int:
+    """Step from which on a loss that has not moved is a finding."""
+    total = facts.get("total_steps") or MIN_STEPS
+    warmup = round(((settings.get("optimizer") or {}).get("warmup_fraction") or 0.0) * total)
+    return max(MIN_STEPS, facts.get("steps_per_epoch") or 0, 2 * warmup, min(total // 4, MAX_STEPS))
+
+
+def _fitted(trainings: Records, validations: Records, index: int) -> float | None:
+    """Mean training loss between a validation and the one before it."""
+    first = validations[index - 1]["step"] if index else 0
+    lines = [
+        record
+        for record in trainings
+        if first < record["step"] <= validations[index]["step"] and is_number(record.get("loss"))
+    ]
+    targets = sum(record.get("targets") or 1 for record in lines)
+    return sum(record["loss"] * (record.get("targets") or 1) for record in lines) / targets if lines else None
+
+
+def _last(records: Records, field: str) -> Mapping[str, Any] | None:
+    return next((record for record in reversed(records) if is_number(record.get(field))), None)

@@ -1,0 +1,155 @@
+"""What a running training tells of itself, leaf by leaf: gradients, adapters, rows of the code embedding."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import tree_leaves_with_path
+
+from behrt_jax.adapters.groups import label, path_names
+from behrt_jax.training.step import TrainState
+
+CODE_TABLE = ("embeddings", "code", "embedding")
+SURELY_SHOWN = 10.0
+"""Occurrences after which a code was shown to the model: that each was masked has a chance of 1e-8."""
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """Path of every leaf of ``{"params": ..., "lora": ...}``, joined by slashes, in tree order."""
+    return ["/".join(path_names(path)) for path, _ in tree_leaves_with_path(tree)]
+
+
+def trainable_names(mask: Any) -> list[str]:
+    """Names of the leaves where `mask` is True."""
+    return [name for name, trains in zip(leaf_names(mask), jax.tree.leaves(mask), strict=True) if trains]
+
+
+def gradient_metrics(names: Sequence[str], squares: np.ndarray) -> dict[str, Any]:
+    """Gradient norms by group, and which leaves got no gradient at all.
+
+    Args:
+        names: of the trainable leaves.
+        squares: sum of squares of each leaf's gradient, `[leaves]`.
+
+    Returns:
+        ``gradient_norms``: group -> norm, with ``lora_a`` and ``lora_b`` beside ``lora``; only what
+        trains. ``without_gradient``: names of leaves whose gradient is exactly zero.
+    """
+    sums: dict[str, float] = {}
+    for name, square in zip(names, squares.astype(np.float64), strict=True):
+        group = label(tuple(name.split("/")))
+        parts = [group, f"lora_{name[-1]}"] if group == "lora" else [group]
+        for part in parts:
+            sums[part] = sums.get(part, 0.0) + float(square)
+    return {
+        "gradient_norms": {part: math.sqrt(value) for part, value in sums.items()},
+        "without_gradient": [name for name, square in zip(names, squares, strict=True) if square == 0.0],
+    }
+
+
+def leaves_not_finite(variables: Mapping[str, Any]) -> list[str]:
+    """Names of the leaves that hold a value that is not finite."""
+    finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
+    flags = np.asarray(finite(jax.tree.leaves(variables)))
+    return [name for name, good in zip(leaf_names(variables), flags, strict=True) if not good]
+
+
+def offending_leaf(names: Sequence[str], squares: np.ndarray | None, at_start: Sequence[str]) -> str:
+    """Where a training that is not finite any more went wrong first, as a clause for a person.
+
+    Args:
+        names: of the trainable leaves.
+        squares: sum of squares of each leaf's gradient, `[leaves]`, at the first step whose loss or
+            gradient is not finite.
+        at_start: leaves that were not finite before the first step, see :func:`leaves_not_finite`.
+    """
+    if at_start:
+        return f"the parameters {at_start[0]}, before the first step"
+    bad = [] if squares is None else [n for n, s in zip(names, squares, strict=True) if not np.isfinite(s)]
+    if not bad:
+        return "the loss alone"
+    return f"the gradient of {bad[0]} (and {len(bad) - 1} of {len(names)} leaves)"
+
+
+def compilations(jitted: Any) -> int | None:
+    """How often a jitted function was compiled so far; None where JAX does not tell."""
+    count = getattr(jitted, "_cache_size", None)
+    return None if count is None else count()
+
+
+def make_probe(
+    start: Mapping[str, Any], code_counts: np.ndarray, steps_per_epoch: int, static_masks: bool = False
+) -> Callable[[TrainState], dict[str, Any]]:
+    """What is looked at when a validation is due: how far adapters moved, which rows were never updated.
+
+    Args:
+        start: the adapters (the ``lora`` tree) at the beginning of the run; they are copied.
+        code_counts: events of the train split, int64 `[vocabulary]`, 0 for special tokens.
+        steps_per_epoch: tells how often a code was shown.
+        static_masks: what is masked once is masked in each epoch.
+
+    Returns:
+        A function from the state to ``adapters`` (only where there are any): for ``a`` and ``b`` the
+        ``layer`` that moved least and its ``movement``, the root mean square of the change relative to
+        that of ``a`` at the start, without what only shrinks or grows along the start, as weight
+        decay does; and ``embedding_rows`` (only where the code embedding trains): how many rows of
+        codes should have been shown by now (``expected``), and how many of those never had a gradient
+        (``untouched``).
+    """
+    start = jax.tree.map(jnp.copy, start)  # the state that it comes from is donated to the first step
+    layers = [name.removesuffix("/a") for name in leaf_names(start) if name.endswith("/a")]
+    movement = jax.jit(_movement)
+    updated = jax.jit(lambda moments: (moments != 0).any(axis=1))
+
+    def probe(state: TrainState) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if layers:
+            moved = jax.device_get(movement(start, state.variables["lora"]))
+            found["adapters"] = {
+                part: {"layer": layers[int(np.argmin(values))], "movement": float(np.min(values))}
+                for part, values in moved.items()
+            }
+        moments = _second_moments(state.opt_state)
+        if moments is not None:
+            epochs = int(state.step) / steps_per_epoch
+            expected = code_counts * (min(epochs, 1.0) if static_masks else epochs) >= SURELY_SHOWN
+            found["embedding_rows"] = {
+                "expected": int(expected.sum()),
+                "untouched": int((expected & ~np.asarray(updated(moments))).sum()),
+            }
+        return found
+
+    return probe
+
+
+def _movement(start: Any, now: Any) -> dict[str, jax.Array]:
+    pairs = list(zip(jax.tree.leaves(start), jax.tree.leaves(now), strict=True))
+    moved: dict[str, list[jax.Array]] = {"a": [], "b": []}
+    # Leaves come as a, b, a, b: the keys of a layer are in order of the alphabet.
+    for (a0, a), (b0, b) in zip(pairs[::2], pairs[1::2], strict=True):
+        scale = jnp.maximum(_rms(a0), 1e-12)
+        moved["a"].append(_rms(_across(a, a0)) / scale)
+        moved["b"].append(_rms(_across(b, b0)) / scale)
+    return {part: jnp.stack(values) for part, values in moved.items()}
+
+
+def _across(x: jax.Array, x0: jax.Array) -> jax.Array:
+    """`x` less its part along `x0`."""
+    along = (x * x0).sum() / jnp.maximum((x0 * x0).sum(), 1e-30)
+    return x - along * x0
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.square(x).mean())
+
+
+def _second_moments(opt_state: Any) -> jax.Array | None:
+    """Adam's second moments of the code embedding: zero for a row exactly where it never had a gradient."""
+    for path, leaf in tree_leaves_with_path(opt_state):
+        names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
+        if "nu" in names and tuple(names[-3:]) == CODE_TABLE:
+            return leaf
+    return None

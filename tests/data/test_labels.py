@@ -1,0 +1,138 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from behrt_jax.data.labels import read_labels
+from behrt_jax.errors import InputError
+
+IDS = pa.array([-(2**63), 2**53 + 1, 7], pa.int64())
+TIMES = pa.array([-5, 0, 10**15], pa.timestamp("us"))
+VALUES = {
+    "boolean": pa.array([True, False, True]),
+    "integer": pa.array([2**53 + 1, 0, 1], pa.int64()),
+    "float": pa.array([0.5, -1.0, 2.0], pa.float32()),
+    "categorical": pa.array(["a", "b", "a"]),
+}
+
+
+def write(file, **columns):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), file)
+    return file
+
+
+def labels(**changes):
+    return {"subject_id": IDS, "prediction_time": TIMES, "boolean_value": VALUES["boolean"]} | changes
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_each_kind_is_read_exactly(tmp_path, kind):
+    others = {f"{other}_value": pa.nulls(3, values.type) for other, values in VALUES.items()}
+    file = write(
+        tmp_path / "labels.parquet",
+        subject_id=IDS,
+        prediction_time=TIMES,
+        **(others | {f"{kind}_value": VALUES[kind]}),
+    )
+    read = read_labels(file)
+    assert read.kind == kind
+    assert read.subject_ids.dtype == read.times.dtype == np.int64
+    assert read.subject_ids.tolist() == IDS.to_pylist()
+    assert read.times.tolist() == TIMES.cast(pa.int64()).to_pylist()
+    assert read.values.tolist() == VALUES[kind].to_pylist()
+    assert len(read) == 3
+
+
+def test_which_labels_are_positive(tmp_path):
+    boolean = read_labels(write(tmp_path / "a.parquet", **labels())).positive()
+    assert boolean is not None
+    assert boolean.tolist() == [True, False, True]
+    columns = labels(integer_value=pa.array([1, 0, 0], pa.int64()))
+    del columns["boolean_value"]
+    whole = read_labels(write(tmp_path / "b.parquet", **columns)).positive()
+    assert whole is not None
+    assert whole.tolist() == [True, False, False]
+    counts = columns | {"integer_value": pa.array([1, 0, 2])}
+    assert read_labels(write(tmp_path / "c.parquet", **counts)).positive() is None
+    text = {**columns, "categorical_value": VALUES["categorical"]}
+    del text["integer_value"]
+    assert read_labels(write(tmp_path / "d.parquet", **text)).positive() is None
+
+
+def test_a_folder_is_read_as_one_table(tmp_path):
+    write(tmp_path / "task" / "train" / "0.parquet", **labels())
+    write(tmp_path / "task" / "tuning" / "0.parquet", **labels())
+    write(tmp_path / "task" / ".hidden.parquet", **labels())
+    assert read_labels(tmp_path / "task").subject_ids.tolist() == IDS.to_pylist() * 2
+
+
+@given(shift=st.integers(-(10**9), 10**9), unit=st.sampled_from(["s", "ms", "us", "ns"]))
+def test_times_of_any_unit_are_microseconds(tmp_path_factory, shift, unit):
+    per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+    times = pa.array([shift * per_second] * 3, pa.int64()).cast(pa.timestamp(unit))
+    file = write(tmp_path_factory.mktemp("times") / "labels.parquet", **labels(prediction_time=times))
+    assert set(read_labels(file).times.tolist()) == {shift * 10**6}
+
+
+def test_subjects_that_the_data_do_not_know_are_counted(tmp_path):
+    read = read_labels(write(tmp_path / "labels.parquet", **labels()))
+    assert read.unknown_to(np.array([7, 8])) == 2
+    assert read.unknown_to(np.array([7, 2**53 + 1, -(2**63)])) == 0
+
+
+WITHOUT = {"subject_id": IDS, "prediction_time": TIMES}
+MISTAKES = {
+    "no subject": (dict(list(labels().items())[1:]), "has no column subject_id"),
+    "no time": ({"subject_id": IDS, "boolean_value": VALUES["boolean"]}, "has no column prediction_time"),
+    "no value column": (WITHOUT, r"no column of values \(of 3 rows\): add boolean_value"),
+    "ids as floats": (labels(subject_id=pa.array([1.0, 2.0, 3.0])), "has double in the column subject_id"),
+    "times as text": (labels(prediction_time=pa.array(["x", "y", "z"])), "string in the column prediction_t"),
+    "values as text": (labels(boolean_value=pa.array(["1", "0", "1"])), r"boolean_value \(3 rows\)"),
+    "null times": (
+        labels(prediction_time=pa.array([0, None, None], pa.timestamp("us"))),
+        "has no prediction_time in 2 of 3 rows",
+    ),
+    "null ids": (labels(subject_id=pa.array([1, None, 3])), "has no subject_id in 1 of 3 rows"),
+    "null values": (labels(boolean_value=pa.array([True, None, False])), "has no value in 1 of 3 rows"),
+    "no values": (labels(boolean_value=pa.nulls(3, pa.bool_())), "has no value in any of its 3 rows"),
+    "mixed": (
+        labels(
+            boolean_value=pa.array([True, None, None]), float_value=pa.array([None, 1.0, 2.0], pa.float32())
+        ),
+        r"1 in boolean_value and 2 in float_value \(of 3 rows\)",
+    ),
+    "empty": ({name: column[:0] for name, column in labels().items()}, r"has no labels \(0 rows\)"),
+    "ids too large": (labels(subject_id=pa.array([2**63, 1, 2], pa.uint64())), "do not fit into int64"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_one_clear_error(tmp_path, mistake):
+    columns, message = MISTAKES[mistake]
+    file = write(tmp_path / "labels.parquet", **columns)
+    with pytest.raises(InputError, match=message) as error:
+        read_labels(file)
+    assert "labels.parquet" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_types_that_differ_between_files(tmp_path):
+    write(tmp_path / "a.parquet", **labels())
+    columns = {**WITHOUT, "categorical_value": VALUES["categorical"]}
+    write(tmp_path / "b.parquet", **columns)
+    with pytest.raises(InputError, match=r"3 in boolean_value and 3 in categorical_value \(of 6 rows\)"):
+        read_labels(tmp_path)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        read_labels(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"holds no \.parquet file"):
+        read_labels(tmp_path)
+    file = write(tmp_path / "cut.parquet", **labels())
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"cut\.parquet is no readable Parquet file \(cut short"):
+        read_labels(file)

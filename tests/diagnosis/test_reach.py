@@ -1,0 +1,46 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from behrt_jax.diagnosis.reach import unread_leaves
+
+TREE = {"a": np.float32(1), "b": np.float32(2), "c": np.float32(3)}
+
+
+def plain(x, y):
+    return x * 2
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(f))])
+def test_what_is_computed_but_not_used_is_unread(wrap):
+    def function(tree):
+        unused = jnp.sin(tree["c"])
+        return wrap(plain)(tree["a"], tree["b"]), unused * 0 if tree is None else tree["a"]
+
+    assert unread_leaves(function, TREE) == [False, True, True]
+
+
+def test_custom_gradients_and_loops_read_what_they_are_given():
+    @jax.custom_vjp
+    def product(x, y):
+        return x * y
+
+    product.defvjp(lambda x, y: (x * y, None), lambda _, g: (g, g))
+
+    def function(tree):
+        total, _ = jax.lax.scan(lambda carry, x: (carry + x, None), tree["a"], jnp.ones(3))
+        return total + product(tree["b"], 2.0)
+
+    assert unread_leaves(function, TREE) == [False, False, True]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=8))
+def test_exactly_what_is_summed_is_read(used):
+    leaves = [np.float32(index) for index in range(len(used))]
+    unread = unread_leaves(
+        lambda tree: sum((x for x, use in zip(tree, used, strict=True) if use), 0.0), leaves
+    )
+    assert unread == [not use for use in used]

@@ -1,0 +1,150 @@
+"""What a step tells of its leaves, by name."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from behrt_jax.config import MaskingConfig
+from behrt_jax.training.mesh import put_rows
+from behrt_jax.training.telemetry import (
+    SURELY_SHOWN,
+    compilations,
+    gradient_metrics,
+    leaves_not_finite,
+    make_probe,
+    offending_leaf,
+    trainable_names,
+)
+from tests.models.rows import VOCABULARY, random_batch
+from tests.training.test_step import TINY, start
+
+TABLE = ("params", "behrt", "embeddings", "code", "embedding")
+
+
+@pytest.fixture(scope="module")
+def started():
+    """Names of the trainable leaves, a maker of first states, the step and the mesh."""
+    no_random_codes = replace(TINY, masking=MaskingConfig(mask_share=0.9, random_share=0.0))
+    setup, state, step, mesh = start(no_random_codes)
+    # The step takes its state's memory over: each test gets a copy.
+    return trainable_names(setup.mask), lambda: jax.tree.map(jnp.copy, state), step, mesh
+
+
+@pytest.fixture(scope="module")
+def trained(started):
+    """Three steps: names, probes made at the start, metrics of each step, and the last state."""
+    names, fresh, step, mesh = started
+    state = fresh()
+    counts = np.where(np.arange(VOCABULARY) < 5, 0, 100)
+    probes = make_probe(state.variables["lora"], counts, 1), make_probe(state.variables["lora"], counts, 100)
+    metrics = []
+    for index in range(3):
+        batch = random_batch(index)
+        few = np.where(batch.codes > 0, 5 + batch.codes % 10, 0).astype(np.int32)
+        state, totals = step(state, put_rows(batch._replace(codes=few), mesh))
+        metrics.append(jax.device_get(totals))
+    return names, probes, metrics, state
+
+
+def test_group_norms_add_up_to_the_norm(trained):
+    names, _, metrics, _ = trained
+    assert all(name.startswith("lora/") or "embeddings" in name or "mlm_head" in name for name in names)
+    for totals in metrics:
+        assert totals["gradient_squares"].shape == (len(names),)
+        norms = gradient_metrics(names, totals["gradient_squares"])["gradient_norms"]
+        assert set(norms) == {"lora", "lora_a", "lora_b", "embedding", "head"}
+        whole = sum(norms[group] ** 2 for group in ("lora", "embedding", "head")) ** 0.5
+        assert whole == pytest.approx(totals["gradient_norm"], rel=1e-5)
+        assert norms["lora_a"] ** 2 + norms["lora_b"] ** 2 == pytest.approx(norms["lora"] ** 2, rel=1e-5)
+
+
+def test_at_the_first_step_every_a_is_without_gradient_and_then_none(trained):
+    names, _, metrics, _ = trained
+    first, second, _ = (gradient_metrics(names, totals["gradient_squares"]) for totals in metrics)
+    assert first["without_gradient"] == [name for name in names if name.endswith("/a")]
+    assert first["gradient_norms"]["lora_a"] == 0.0 < first["gradient_norms"]["lora_b"]
+    assert second["without_gradient"] == []
+
+
+def test_movement_of_adapters(trained):
+    _, (probe, _), _, state = trained
+    moved = probe(state)["adapters"]
+    assert set(moved) == {"a", "b"}
+    for least in moved.values():
+        assert 1e-3 < least["movement"] < 1.0
+        assert "encoder/layer_" in least["layer"]
+
+
+def test_weight_decay_alone_is_no_movement(trained):
+    state = trained[3]
+    adapters = jax.tree.map(lambda x: x + 0.0, state.variables["lora"])
+    probe = make_probe(adapters, np.zeros(VOCABULARY), 1)
+    shrunk = jax.tree.map(lambda x: 0.9 * x, adapters)
+    still = probe(state._replace(variables={**state.variables, "lora": shrunk}))["adapters"]
+    assert max(least["movement"] for least in still.values()) < 1e-6
+    # One layer that stays is found among others that move.
+    part = shrunk["behrt"]["encoder"]["layer_1"]["attention"]
+    shifted = jax.tree.map(lambda x: x.at[0].add(1.0), shrunk)
+    shifted["behrt"]["encoder"]["layer_1"]["attention"] = {
+        **shifted["behrt"]["encoder"]["layer_1"]["attention"],
+        "out": part["out"],
+    }
+    still = probe(state._replace(variables={**state.variables, "lora": shifted}))["adapters"]
+    assert {least["layer"] for least in still.values()} == {"behrt/encoder/layer_1/attention/out"}
+
+
+def test_rows_of_codes_that_were_never_shown(trained):
+    _, (probe, early), _, state = trained
+    # Ten codes came; every one should have 3 * 100 times, or, with the longer epochs, 3 times.
+    assert probe(state)["embedding_rows"] == {"expected": 55, "untouched": 45}
+    assert SURELY_SHOWN > 3 * 100 / 100
+    assert early(state)["embedding_rows"] == {"expected": 0, "untouched": 0}
+
+
+def test_frozen_embeddings_and_no_adapters_are_not_looked_at():
+    plain = replace(TINY, lora=None, freezing=replace(TINY.freezing, regime="full", groups=("head",)))
+    _, state, _, _ = start(plain)
+    assert make_probe(state.variables["lora"], np.full(VOCABULARY, 100), 1)(state) == {}
+
+
+def test_one_compilation_is_counted_once_and_another_shape_again():
+    double = jax.jit(lambda x: 2 * x)
+    assert compilations(double) == 0
+    for length in (2, 2, 3):
+        double(np.ones(length))
+    assert compilations(double) == 2
+    assert compilations(lambda x: x) is None
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        "lora/behrt/encoder/layer_1/attention/out/a",
+        "params/behrt/encoder/layer_1/attention/out/kernel",  # frozen
+    ],
+)
+def test_parameters_that_are_not_finite_are_named(started, spoilt):
+    names, fresh, _, _ = started
+    assert (spoilt in names) == spoilt.startswith("lora/")
+    variables = fresh().variables
+    assert leaves_not_finite(variables) == []
+    *path, last = spoilt.split("/")
+    tree = variables
+    for name in path:
+        tree = tree[name]
+    tree[last] = tree[last].at[0, 0].set(jnp.inf)
+    at_start = leaves_not_finite(variables)
+    assert at_start == [spoilt]
+    all_bad = np.full(len(names), np.nan)
+    assert offending_leaf(names, all_bad, at_start) == f"the parameters {spoilt}, before the first step"
+
+
+def test_a_gradient_that_is_not_finite_is_named(trained):
+    names, _, metrics, _ = trained
+    squares = metrics[0]["gradient_squares"].copy()
+    assert offending_leaf(names, squares, []) == offending_leaf(names, None, []) == "the loss alone"
+    squares[[3, 5]] = np.inf
+    assert offending_leaf(names, squares, []) == f"the gradient of {names[3]} (and 1 of {len(names)} leaves)"

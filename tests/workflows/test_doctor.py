@@ -1,0 +1,198 @@
+"""Real faults in real runs, each found while it happens and again in the folder; none in a healthy run."""
+
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from behrt_jax.adapters import lora
+from behrt_jax.cli import doctor_command
+from behrt_jax.config import DataConfig, OptimizerConfig, PretrainConfig, TrainConfig
+from behrt_jax.diagnosis.doctor import examine, read_run
+from behrt_jax.training.loop import DivergenceError
+from behrt_jax.workflows import pretrain as module
+from behrt_jax.workflows.pretrain import pretrain
+from experiments.configs import PRETRAIN
+from tests.diagnosis.runs import ids, only
+from tests.models.rows import tiny_model
+from tests.workflows.small_run import SMALL_RUN, changed
+
+ONE = jax.devices()[:1]
+TINY_LORA = changed(SMALL_RUN, "model", dropout=0.0)
+HEALTHY = PretrainConfig(
+    name="healthy",
+    model=tiny_model(positions=48, dropout=0.0, embedding_size=32, hidden_size=32, layers=1),
+    data=DataConfig(subjects=1200, vocabulary_size=171, tuning_fraction=0.25, held_out_fraction=0.02),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+    train=TrainConfig(epochs=9, batch_size=32, log_every=10),
+)
+
+
+def stored(folder):
+    return json.loads((folder / "summary.json").read_text())["findings"]
+
+
+def by_id(folder):
+    return {finding["id"]: finding for finding in stored(folder)}
+
+
+def examined(folder):
+    return examine(read_run(folder))
+
+
+def test_nothing_is_wrong_with_a_healthy_run(tmp_path, capsys):
+    folder = pretrain(replace(HEALTHY, output=tmp_path / "run"), ONE).folder
+    # So small a model, so short a time: counting pairs does better. That is so, and all there is to say.
+    assert set(ids(examined(folder))) <= {"no-gain-over-co-occurrence"}
+    assert by_id(folder).keys() == {finding.id for finding in examined(folder)}
+    capsys.readouterr()
+    output = tmp_path / "new" / "findings.json"
+    assert doctor_command(["--run", str(folder), "--output", str(output)]) == 0
+    assert "0 errors" in capsys.readouterr().out
+    written = json.loads(output.read_text())
+    assert (written["errors"], written["findings"]) == (False, stored(folder))
+
+
+def test_frozen_at_random_is_told_before_training_and_everywhere_after(tmp_path, capsys):
+    config = changed(replace(TINY_LORA, output=tmp_path / "run"), "freezing", regime="lora_only")
+    folder = pretrain(changed(config, "train", max_steps=2), ONE).folder
+    lines = capsys.readouterr().out.splitlines()
+    told = [index for index, line in enumerate(lines) if line.startswith("Error [frozen-at-random]")]
+    assert len(told) == 1
+    assert told[0] < next(index for index, line in enumerate(lines) if line.startswith("step 1/"))
+    finding = by_id(folder)["frozen-at-random"]
+    assert (finding["when"], finding["severity"]) == ("before", "error")
+    assert stored(folder)[0] == finding
+    for name in ("SUMMARY.txt", "report.html"):
+        assert "frozen-at-random" in (folder / name).read_text()
+    assert doctor_command(["--run", str(folder)]) == 1
+    assert "frozen-at-random" in capsys.readouterr().out
+    # A folder as older versions left it, without facts, still shows what was found then.
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**record, "facts": {}, "settings": {}}))
+    (folder / "parameters.json").unlink()
+    assert only(examined(folder), "frozen-at-random").when == "before"
+
+
+def test_adapters_outside_the_graph(tmp_path, monkeypatch):
+    """As in the PyTorch original: adapters that no forward pass applies."""
+
+    @contextmanager
+    def applying_nothing(*_, **__):
+        yield
+
+    monkeypatch.setattr(lora, "applying", applying_nothing)
+    config = changed(replace(TINY_LORA, output=tmp_path / "run"), "train", max_steps=16, validate_every=16)
+    found = by_id(pretrain(config, ONE).folder)
+    assert "16 adapter matrices" in found["adapters-not-reached"]["seen"]
+    assert found["adapters-not-reached"]["when"] == "before"
+    assert "group lora was zero" in found["zero-gradient"]["seen"]
+    assert found["zero-gradient"]["when"] == "during"
+    assert "moved by less" in found["adapters-still"]["seen"]
+    assert all(found[name]["severity"] == "error" for name in ("zero-gradient", "adapters-still"))
+
+
+def test_cut_histories_stalls_and_recompilations(tmp_path, monkeypatch, capsys):
+    """Codes that a window never shows, slow batches, and batches of two shapes."""
+    original, calls = module.put_rows, []
+
+    def slow_rows_of_two_shapes(batch, mesh):
+        calls.append(1)
+        time.sleep(0.1)
+        if len(calls) > 14:
+            batch = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), batch)
+        return original(batch, mesh)
+
+    monkeypatch.setattr(module, "put_rows", slow_rows_of_two_shapes)
+    config = changed(replace(TINY_LORA, output=tmp_path / "run"), "data", window="first", max_length=2)
+    found = by_id(pretrain(changed(config, "train", epochs=1), ONE).folder)
+    assert "never read" in found["cut-histories"]["seen"]
+    assert int(found["untouched-rows"]["seen"].split()[0]) > 5
+    assert "compiled 2 times" in found["recompilations"]["seen"]
+    assert "waiting for batches" in found["input-stalls"]["seen"]
+    out = capsys.readouterr().out
+    assert all(out.count(f"[{name}]") == 1 for name in ("cut-histories", "untouched-rows", "input-stalls"))
+
+
+def test_a_leaf_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
+    original = module.init_state
+
+    def spoilt(*arguments):
+        state = original(*arguments)
+        head = state.variables["params"]["mlm_head"]["dense"]
+        head["kernel"] = head["kernel"].at[0, 0].set(jnp.nan)
+        return state
+
+    monkeypatch.setattr(module, "init_state", spoilt)
+    with pytest.raises(DivergenceError, match="the parameters params/mlm_head/dense/kernel"):
+        pretrain(replace(TINY_LORA, output=tmp_path / "run"), ONE)
+    finding = by_id(tmp_path / "run")["diverged"]
+    assert "step 1," in finding["seen"]
+    assert "params/mlm_head/dense/kernel" in finding["seen"]
+    assert doctor_command(["--run", str(tmp_path / "run")]) == 1
+
+
+@pytest.mark.parametrize("name", ["small", "small_lora"])
+def test_no_alarm_before_a_shipped_configuration_trains(name, tmp_path, monkeypatch):
+    check_before(PRETRAIN[name], tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PRETRAIN.keys() - {"small", "small_lora"}))
+def test_no_alarm_before_any_shipped_configuration_trains(name, tmp_path, monkeypatch):
+    check_before(PRETRAIN[name], tmp_path, monkeypatch)
+
+
+def check_before(config, folder, monkeypatch):
+    """All that is done before training, at full size; a folder without a summary is examined as well."""
+
+    class Reached(Exception):
+        pass
+
+    def stop(*_):
+        raise Reached
+
+    monkeypatch.setattr(module, "open_checkpoints", stop)
+    with pytest.raises(Reached):
+        pretrain(replace(config, output=folder / "run"), ONE)
+    assert ids(examined(folder / "run")) == []
+    facts = read_run(folder / "run").facts
+    assert facts["unreached_adapters"] == []
+    assert facts["cut_share"] < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["small", "small_lora"])
+def test_no_alarm_in_a_whole_run_of_a_shipped_configuration(name, tmp_path):
+    folder = pretrain(replace(PRETRAIN[name], output=tmp_path / "run"), ONE).folder
+    assert ids(examined(folder)) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --run RUN or --data DIR"),
+        (["--run", "{tmp}", "--data", "{tmp}"], "either --run RUN or --data DIR"),
+        (["--run", "{tmp}"], "holds no run"),
+        (["--run", "{tmp}", "--labels", "{tmp}"], "add --data DIR"),
+    ],
+)
+def test_one_clear_error_for_each_mistake(arguments, message, tmp_path, capsys):
+    assert doctor_command([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_help_explains(capsys):
+    with pytest.raises(SystemExit) as left:
+        doctor_command(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert all(part in text for part in ("--run", "--data", "--labels", "--output", "exit status is 1"))
