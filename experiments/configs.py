@@ -56,11 +56,12 @@ _SMALL = PretrainConfig(
 _SMALL_LATENT = PretrainConfig(
     name="small_latent",
     model=replace(SMALL, dropout=0.0),
+    # window first: the optimum is known for histories that are read from their beginning.
     data=DataConfig(
-        source="latent", subjects=60_000, vocabulary_size=300, window="first", tuning_fraction=0.05
+        source="latent", subjects=150_000, vocabulary_size=300, window="first", tuning_fraction=0.03
     ),
-    optimizer=OptimizerConfig(learning_rate=3e-3),
-    train=TrainConfig(epochs=20, batch_size=512),
+    optimizer=OptimizerConfig(learning_rate=2e-3),
+    train=TrainConfig(epochs=18, batch_size=64, log_every=100),
 )
 _MEDIUM = PretrainConfig(
     name="medium",
@@ -108,7 +109,7 @@ def _study(name: str, of: str, seeds: int = 3, **changes: dict[str, Any]) -> Fre
     return FreezingStudyConfig(replace(base, name=of, **sections), seeds=seeds, output=output)
 
 
-# window first: the optimum of latent data is known for histories that are read from their beginning.
+# The optimum of latent data is known for histories that are read from their beginning.
 _FIRST = {"subjects": 5000, "window": "first"}
 # 18 epochs: as many as the longest of the recorded runs that the study repeats.
 FREEZING_STUDIES: dict[str, FreezingStudyConfig] = {

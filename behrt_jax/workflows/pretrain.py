@@ -25,6 +25,7 @@ from behrt_jax.tracking.run_folder import (
     write_json,
 )
 from behrt_jax.training.checkpoints import Checkpoints, open_checkpoints
+from behrt_jax.training.host_memory import keep_freed_memory
 from behrt_jax.training.interruption import catching_signals
 from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
 from behrt_jax.training.mesh import make_mesh, put_rows, replicated
@@ -75,6 +76,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
         DivergenceError: the loss is not finite any more; the last good checkpoint is in the folder.
     """
     started = time.perf_counter()
+    keep_freed_memory()
     check(config)
     if not config.resume:
         check_source(config.init, config.model)

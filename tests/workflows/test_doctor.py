@@ -18,6 +18,7 @@ from behrt_jax.training.loop import DivergenceError
 from behrt_jax.workflows import pretrain as module
 from behrt_jax.workflows.pretrain import pretrain
 from experiments.configs import PRETRAIN
+from tests.commands import run_command
 from tests.diagnosis.runs import ids, only
 from tests.models.rows import tiny_model
 from tests.workflows.small_run import SMALL_RUN, changed
@@ -170,8 +171,10 @@ def check_before(config, folder, monkeypatch):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["small", "small_lora"])
 def test_no_alarm_in_a_whole_run_of_a_shipped_configuration(name, tmp_path):
-    folder = pretrain(replace(PRETRAIN[name], output=tmp_path / "run"), ONE).folder
-    assert ids(examined(folder)) == []
+    done = run_command("pretrain.py", "--config", name, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert run_command("doctor.py", "--run", tmp_path / "run").returncode == 0
+    assert ids(examined(tmp_path / "run")) == []
 
 
 @pytest.mark.parametrize(

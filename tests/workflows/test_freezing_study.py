@@ -16,6 +16,7 @@ from behrt_jax.workflows.freezing_study import freezing_study
 from behrt_jax.workflows.pretrain import PretrainResult
 from behrt_jax.workflows.study_runs import Cell, cells_of, config_of, regime_config
 from experiments.configs import FREEZING_STUDIES, PRETRAIN
+from tests.commands import run_command
 from tests.workflows.small_run import SMALL_RUN, changed
 
 ONE = jax.devices()[:1]
@@ -205,7 +206,9 @@ def test_the_command_reads_its_options(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_quick_study_shows_what_it_must(tmp_path):
-    study, _ = freezing_study(replace(FREEZING_STUDIES["quick"], output=tmp_path), ONE)
+    done = run_command("freezing_study.py", "--quick", "--output", tmp_path / "study")
+    assert done.returncode == 0, done.stderr
+    study = json.loads((tmp_path / "study" / "study.json").read_text())
     assert [verdict for verdict in study["verdicts"] if not verdict["holds"]] == []
     found = {verdict["id"] for verdict in study["verdicts"]}
     assert {"no-leak", "once-memorises-full", "once-frozen-full", "fresh-forgets-full"} <= found
