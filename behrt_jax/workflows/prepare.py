@@ -99,5 +99,5 @@ def report(console: Console, manifest: Mapping[str, Any]) -> None:
 
 
 def _named(files: list[Path], folder: Path) -> str:
-    names = [str(path.relative_to(folder)) for path in files]
+    names = [str(path.absolute().relative_to(folder.absolute())) for path in files]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -105,6 +106,16 @@ def test_export_to_meds_keeps_every_event(meds, tmp_path):
     first, second = read_prepared(tmp_path / "prepared"), read_prepared(tmp_path / "twice")
     assert first.fingerprint == second.fingerprint
     assert describe(first)["splits"] == describe(second)["splits"]
+
+
+def test_folders_may_be_relative(meds, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input").symlink_to(meds)
+    assert run(Path("input"), Path("prepared"), "--to_meds", "exported") == 0
+    written = capsys.readouterr().out
+    assert "Written: prepared: " in written
+    assert "Written as MEDS: exported: data/" in written
+    check_meds(tmp_path / "exported")
 
 
 def test_a_table_of_events(tmp_path, capsys):
