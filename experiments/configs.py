@@ -58,10 +58,16 @@ _SMALL_LATENT = PretrainConfig(
     model=replace(SMALL, dropout=0.0),
     # window first: the optimum is known for histories that are read from their beginning.
     data=DataConfig(
-        source="latent", subjects=150_000, vocabulary_size=300, window="first", tuning_fraction=0.03
+        source="latent",
+        subjects=400_000,
+        vocabulary_size=300,
+        window="first",
+        tuning_fraction=0.0125,
+        held_out_fraction=0.001,
     ),
-    optimizer=OptimizerConfig(learning_rate=2e-3),
-    train=TrainConfig(epochs=18, batch_size=64, log_every=100),
+    optimizer=OptimizerConfig(learning_rate=4e-3),
+    # Many subjects seen a few times: what is left to the optimum is then not memorising.
+    train=TrainConfig(epochs=6, batch_size=256, micro_batches=4, log_every=50),
 )
 _MEDIUM = PretrainConfig(
     name="medium",

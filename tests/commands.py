@@ -10,11 +10,14 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 def run_command(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a script to its end, without the flags that make single tests compile quickly."""
-    flags = os.environ.get("XLA_FLAGS", "").replace("--xla_backend_optimization_level=0", "")
+    environment = dict(os.environ)
+    flags = environment.pop("XLA_FLAGS", "").replace("--xla_backend_optimization_level=0", "").strip()
+    if flags:  # XLA takes blank flags for the name of a file
+        environment["XLA_FLAGS"] = flags
     return subprocess.run(
         [sys.executable, str(EXPERIMENTS / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "XLA_FLAGS": flags},
+        env=environment,
     )
