@@ -201,9 +201,10 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
                 best = checkpoints.restore(best_step, params=trees["params"], lora=trees["lora"])
                 variables = {"params": best.params, "lora": best.lora}
                 try_write_adapter(console, folder, config, setup, variables, data.vocabulary.fingerprint())
-                scoring_step = jax.jit(make_scoring_step(setup.predictor, config.masking, validation_key))
-                results = score_masked_codes(scoring_step, variables, tuning, masked, mesh)
-                assessment = assess(data.vocabulary.counts, FIRST_CODE, baselines, results)
+                if stop_reason != "interrupted":  # whoever stops a run wants it to end soon
+                    scoring_step = jax.jit(make_scoring_step(setup.predictor, config.masking, validation_key))
+                    results = score_masked_codes(scoring_step, variables, tuning, masked, mesh)
+                    assessment = assess(data.vocabulary.counts, FIRST_CODE, baselines, results)
         summary = write_summary(
             folder,
             config,
