@@ -117,6 +117,7 @@ def applying(
     config: LoRAConfig,
     product: Literal["activations", "merged"] = "activations",
     deterministic: bool = True,
+    rows: jax.Array | None = None,
 ) -> Iterator[None]:
     """Within this context, every Dense that has an entry in the `lora` collection uses it.
 
@@ -127,6 +128,7 @@ def applying(
         config: gives scale and dropout.
         product: how the product is computed, see :func:`resolve_product`.
         deterministic: no adapter dropout; otherwise a `dropout` PRNG key is needed.
+        rows: number of each row of the batch, for dropout, see `models.dropout`.
 
     Example:
         >>> with applying(config):
@@ -148,7 +150,7 @@ def applying(
             return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
         key = None if deterministic or config.dropout == 0.0 else module.make_rng("dropout")
         y = dense(x)
-        return y + activation_product(x, a, b, scale(config), config.dropout, key).astype(y.dtype)
+        return y + activation_product(x, a, b, scale(config), config.dropout, key, rows).astype(y.dtype)
 
     with nn.intercept_methods(add_adapter):
         yield

@@ -9,7 +9,13 @@ from behrt_jax.models.dropout import dropout
 
 
 def activation_product(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: float, rate: float = 0.0, key: jax.Array | None = None
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: float,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+    rows: jax.Array | None = None,
 ) -> jax.Array:
     """``scale * dropout(x) @ a @ b``, to be added to the layer's own output.
 
@@ -20,12 +26,13 @@ def activation_product(
         scale: factor on the product.
         rate: dropout rate on `x`, applied where a key is given.
         key: typed PRNG key.
+        rows: number of each row of `x`, for dropout, see `models.dropout`.
 
     Returns:
         `[..., out]` in the dtype of `x`.
     """
     if key is not None:
-        x = dropout(key, x, rate)
+        x = dropout(key, x, rate, rows)
     return scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
 
 

@@ -25,13 +25,16 @@ class SelfAttention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, deterministic: bool = True, rows: jax.Array | None = None
+    ) -> jax.Array:
         """Attend.
 
         Args:
             x: `[batch, length, hidden]`.
             mask: bool `[batch, 1, length, length]`, True where attention is allowed.
             deterministic: no dropout.
+            rows: number of each row in its batch, int32 `[batch]`, for dropout; 0, 1, ... where not given.
 
         Returns:
             `[batch, length, hidden]` in `dtype`.
@@ -49,7 +52,7 @@ class SelfAttention(nn.Module):
         value = project("value").transpose(0, 2, 1, 3)  # [B, N, L, K]
         scores = jnp.matmul(query, key, preferred_element_type=jnp.float32)  # [B, N, L, L]
         weights = nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
-        weights = Dropout(self.dropout)(weights.astype(self.dtype), deterministic)
+        weights = Dropout(self.dropout)(weights.astype(self.dtype), deterministic, rows)
         mixed = jnp.matmul(weights, value)  # [B, N, L, K]
         mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, length, hidden)  # [B, L, D]
         return nn.Dense(hidden, dtype=self.dtype, name="out")(mixed)

@@ -28,6 +28,7 @@ class BEHRT(nn.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         deterministic: bool = True,
+        rows: jax.Array | None = None,
     ) -> jax.Array:
         """Encode rows of events, in each of which several subjects may stand one after the other.
 
@@ -38,6 +39,7 @@ class BEHRT(nn.Module):
             positions: ordinal of the token in the subject's sequence from 0, int32 `[batch, length]`.
             segment_ids: subject within the row from 1, int32 `[batch, length]`; 0 is padding.
             deterministic: no dropout; otherwise a `dropout` PRNG key is needed.
+            rows: number of each row in its batch, int32 `[batch]`, for dropout; 0, 1, ... where not given.
 
         Returns:
             float32 `[batch, length, hidden]`; at padding, numbers without meaning.
@@ -45,9 +47,9 @@ class BEHRT(nn.Module):
         chex.assert_rank(codes, 2)
         chex.assert_equal_shape([codes, ages, visits, positions, segment_ids])
         x = Embeddings(self.config, self.vocabulary_size, name="embeddings")(
-            codes, ages, visits, positions, deterministic
+            codes, ages, visits, positions, deterministic, rows
         )
-        return Encoder(self.config, name="encoder")(x, segment_mask(segment_ids), deterministic)
+        return Encoder(self.config, name="encoder")(x, segment_mask(segment_ids), deterministic, rows)
 
 
 class BEHRTForMLM(nn.Module):
@@ -66,6 +68,7 @@ class BEHRTForMLM(nn.Module):
         segment_ids: jax.Array,
         targets: jax.Array | None = None,
         deterministic: bool = True,
+        rows: jax.Array | None = None,
     ) -> jax.Array:
         """Logits over the vocabulary.
 
@@ -78,12 +81,13 @@ class BEHRTForMLM(nn.Module):
             targets: columns at which the head is evaluated, int32 `[batch, targets]`; every column
                 where not given. The head is the widest layer: evaluate it only where it is asked.
             deterministic: no dropout.
+            rows: see :class:`BEHRT`.
 
         Returns:
             float32 `[batch, targets or length, vocabulary]`.
         """
         hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(
-            codes, ages, visits, positions, segment_ids, deterministic
+            codes, ages, visits, positions, segment_ids, deterministic, rows
         )
         if targets is not None:
             chex.assert_shape(targets, (codes.shape[0], None))
@@ -112,12 +116,13 @@ class PatientEmbedding(nn.Module):
         segment_ids: jax.Array,
         segments: int,
         deterministic: bool = True,
+        rows: jax.Array | None = None,
     ) -> jax.Array:
         """Return float32 `[batch, segments, hidden]`; inputs as in :class:`BEHRT`."""
         if self.pooling == "cls" and not self.config.cls_token:
             raise ValueError("cls pooling needs sequences with a [CLS] token: set model.cls_token")
         hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(
-            codes, ages, visits, positions, segment_ids, deterministic
+            codes, ages, visits, positions, segment_ids, deterministic, rows
         )
         return pool_segments(hidden, segment_ids, self.pooling, segments)
 

@@ -1,39 +1,95 @@
-"""Dropout whose mask is a counter-based hash, much cheaper than threefry bits."""
+"""Dropout whose mask is a counter-based hash, much cheaper than threefry bits.
+
+An element is dropped or kept by a hash of (key, row, index within the row). The key tells run, step and
+layer apart; the row is the example's number in its batch. So the mask of an example is the same however a
+batch is cut into micro-batches or split over devices.
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 
-def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Pseudo-random uint32 bits of the given shape: a hash of (key, index of the element).
+def batch_rows(x: jax.Array) -> jax.Array:
+    """Numbers of the rows of a whole batch, int32 `[batch]`, for `x` `[batch, ...]`."""
+    return jnp.arange(x.shape[0], dtype=jnp.int32)
 
-    Two rounds of the MurmurHash3 finaliser (Appleby, public domain), one per key word. Good enough
-    for dropout masks, not for initialisation or sampling. Every element depends on its own index
-    alone, so the bits do not change when the array is sharded.
+
+def row_words(key: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two words for each row, from which the bits of its elements are made: uint32 `[batch]` each.
 
     Args:
         key: typed PRNG key.
-        shape: shape of the result.
+        rows: integers `[batch]`.
     """
     words = jax.random.key_data(key).reshape(-1)
-    index = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        index = index + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride & 0xFFFFFFFF)
-        stride *= shape[axis]
-    return _finalise(_finalise(index ^ words[0]) ^ words[-1])
+    row = rows.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    first = finalise(finalise(row ^ words[0]) ^ words[-1])
+    return first, finalise(first + jnp.uint32(0x9E3779B9))
 
 
-def _finalise(x: jax.Array) -> jax.Array:
+def bits_at(first: jax.Array, second: jax.Array, index: jax.Array) -> jax.Array:
+    """Pseudo-random uint32 bits: a hash of a row's two words and the index of an element in the row.
+
+    The MurmurHash3 finaliser (Appleby, public domain) of the index, keyed at its start and again in its
+    middle. Good enough for dropout masks, not for initialisation or sampling.
+
+    Args:
+        first: uint32, broadcast against `index`.
+        second: uint32, likewise.
+        index: uint32 place of the element within its row, as if the row were flat.
+    """
+    x = index ^ first
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B) ^ second
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def finalise(x: jax.Array) -> jax.Array:
+    """MurmurHash3 finaliser, uint32 -> uint32."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
-def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
-    """Zero each element of `x` with probability `rate` and scale the rest by 1 / (1 - rate)."""
-    keep = hashed_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
+def hashed_bits(key: jax.Array, shape: tuple[int, ...], rows: jax.Array | None = None) -> jax.Array:
+    """Pseudo-random uint32 bits of the given shape, see :func:`bits_at`.
+
+    Every element depends on its row and its own index alone, so the bits do not change when the array is
+    sharded.
+
+    Args:
+        key: typed PRNG key.
+        shape: shape of the result; its first axis is the rows.
+        rows: number of each row, integers `[shape[0]]`; 0, 1, ... where not given.
+    """
+    index = jnp.zeros((1,) * len(shape), jnp.uint32)
+    stride = 1
+    for axis in reversed(range(1, len(shape))):
+        index = index + jax.lax.broadcasted_iota(jnp.uint32, (1, *shape[1:]), axis) * jnp.uint32(
+            stride & 0xFFFFFFFF
+        )
+        stride *= shape[axis]
+    rows = jnp.arange(shape[0], dtype=jnp.int32) if rows is None else rows
+    first, second = (word.reshape(-1, *(1,) * (len(shape) - 1)) for word in row_words(key, rows))
+    return bits_at(first, second, index)
+
+
+def threshold(rate: float) -> int:
+    """An element is kept where its bits are at least this."""
+    return round(rate * 2**32)
+
+
+def dropout(key: jax.Array, x: jax.Array, rate: float, rows: jax.Array | None = None) -> jax.Array:
+    """Zero each element of `x` with probability `rate` and scale the rest by 1 / (1 - rate).
+
+    Args:
+        key: typed PRNG key.
+        x: `[batch, ...]`.
+        rate: from 0 up to, but not, 1.
+        rows: number of each row, see :func:`hashed_bits`.
+    """
+    keep = hashed_bits(key, x.shape, rows) >= jnp.uint32(threshold(rate))
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
@@ -43,8 +99,8 @@ class Dropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """Apply dropout to `x` (any shape) unless `deterministic` or the rate is 0."""
+    def __call__(self, x: jax.Array, deterministic: bool, rows: jax.Array | None = None) -> jax.Array:
+        """Apply dropout to `x` `[batch, ...]` unless `deterministic` or the rate is 0."""
         if deterministic or self.rate == 0.0:
             return x
-        return dropout(self.make_rng("dropout"), x, self.rate)
+        return dropout(self.make_rng("dropout"), x, self.rate, rows)

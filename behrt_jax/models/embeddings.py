@@ -44,6 +44,7 @@ class Embeddings(nn.Module):
         visits: jax.Array,
         positions: jax.Array,
         deterministic: bool = True,
+        rows: jax.Array | None = None,
     ) -> jax.Array:
         """Embed events.
 
@@ -53,6 +54,7 @@ class Embeddings(nn.Module):
             visits: ordinal of the visit from 0, int32 `[batch, length]`.
             positions: ordinal of the token in its sequence from 0, int32 `[batch, length]`.
             deterministic: no dropout.
+            rows: number of each row in its batch, int32 `[batch]`, for dropout; 0, 1, ... where not given.
 
         Returns:
             `[batch, length, hidden]` in the compute dtype.
@@ -76,7 +78,7 @@ class Embeddings(nn.Module):
         else:
             x = x + table("position", config.positions, place)
         x = nn.LayerNorm(LAYER_NORM_EPSILON, name="norm")(x)
-        x = Dropout(config.dropout)(x, deterministic).astype(dtype)
+        x = Dropout(config.dropout)(x, deterministic, rows).astype(dtype)
         if config.embedding_size != config.hidden_size:
             x = nn.Dense(config.hidden_size, dtype=dtype, name="projection")(x)  # [B, L, D]
         return x

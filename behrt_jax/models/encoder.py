@@ -16,8 +16,10 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
-        """Map `x` `[batch, length, hidden]` to the same shape; `mask` as in `SelfAttention`."""
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, deterministic: bool, rows: jax.Array | None = None
+    ) -> jax.Array:
+        """Map `x` `[batch, length, hidden]` to the same shape; other arguments as in `SelfAttention`."""
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
         attention_dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
@@ -25,15 +27,15 @@ class Block(nn.Module):
 
         branch = nn.LayerNorm(LAYER_NORM_EPSILON, name="attention_norm")(x)
         branch = SelfAttention(config.heads, attention_dropout, dtype, name="attention")(
-            branch, mask, deterministic
+            branch, mask, deterministic, rows
         )
-        x = x + drop(branch, deterministic)
+        x = x + drop(branch, deterministic, rows)
 
         branch = nn.LayerNorm(LAYER_NORM_EPSILON, name="ffn_norm")(x)
         branch = nn.Dense(config.ffn_size or 4 * config.hidden_size, dtype=dtype, name="intermediate")(branch)
         branch = nn.gelu(branch, approximate=False)  # [B, L, F]
         branch = nn.Dense(config.hidden_size, dtype=dtype, name="output")(branch)
-        return x + drop(branch, deterministic)
+        return x + drop(branch, deterministic, rows)
 
 
 class Encoder(nn.Module):
@@ -42,10 +44,12 @@ class Encoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Encode `x` `[batch, length, hidden]`; float32 out, same shape."""
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, deterministic: bool = True, rows: jax.Array | None = None
+    ) -> jax.Array:
+        """Encode `x` `[batch, length, hidden]`; float32 out; other arguments as in `SelfAttention`."""
         # Dropout must be static for the branches above, hence argument 3 (self counts).
         block = nn.remat(Block, static_argnums=(3,)) if self.config.rematerialise else Block
         for layer in range(self.config.layers):
-            x = block(self.config, name=f"layer_{layer}")(x, mask, deterministic)
+            x = block(self.config, name=f"layer_{layer}")(x, mask, deterministic, rows)
         return nn.LayerNorm(LAYER_NORM_EPSILON, name="norm")(x)

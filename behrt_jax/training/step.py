@@ -13,6 +13,7 @@ from behrt_jax.config import LoRAConfig, MaskingConfig
 from behrt_jax.data.rows import Batch
 from behrt_jax.evaluation.metrics import add_totals, prediction_totals
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.dropout import batch_rows
 from behrt_jax.training.freezing import stop_frozen, trainable_leaves
 from behrt_jax.training.objectives import MaskedCodes, mask_codes
 from behrt_jax.training.optimizer import clip_factor
@@ -38,13 +39,23 @@ class Predictor(NamedTuple):
     lora: LoRAConfig | None = None
     product: Literal["activations", "merged"] = "activations"
 
-    def adapters(self, deterministic: bool) -> AbstractContextManager[None]:
+    def adapters(self, deterministic: bool, rows: jax.Array | None = None) -> AbstractContextManager[None]:
         """Context in which the model is applied."""
-        return lora.applying(self.lora, self.product, deterministic) if self.lora else nullcontext()
+        return lora.applying(self.lora, self.product, deterministic, rows) if self.lora else nullcontext()
 
-    def logits(self, variables: Variables, batch: Batch, masked: MaskedCodes, key: jax.Array | None) -> Any:
-        """Logits at the masked columns, float32 `[batch, budget, vocabulary]`; no key, no dropout."""
-        with self.adapters(deterministic=key is None):
+    def logits(
+        self,
+        variables: Variables,
+        batch: Batch,
+        masked: MaskedCodes,
+        key: jax.Array | None,
+        rows: jax.Array | None = None,
+    ) -> Any:
+        """Logits at the masked columns, float32 `[batch, budget, vocabulary]`; no key, no dropout.
+
+        `rows` numbers the examples, int32 `[batch]`, where they are not 0, 1, ...
+        """
+        with self.adapters(key is None, rows):
             return self.model.apply(
                 variables,
                 masked.codes,
@@ -54,6 +65,7 @@ class Predictor(NamedTuple):
                 batch.segment_ids,
                 masked.columns,
                 deterministic=key is None,
+                rows=rows,
                 rngs=None if key is None else {"dropout": key},
             )
 
@@ -96,13 +108,13 @@ def make_train_step(
     """
     mask_key, dropout_key = jax.random.split(key)
 
-    def loss_of(variables: Variables, batch: Batch, masked: MaskedCodes, key: jax.Array):
-        logits = predictor.logits(stop_frozen(variables, mask), batch, masked, key)
+    def loss_of(variables: Variables, batch: Batch, masked: MaskedCodes, rows: jax.Array, key: jax.Array):
+        logits = predictor.logits(stop_frozen(variables, mask), batch, masked, key, rows)
         totals = prediction_totals(logits, masked.labels, masked.weights)
         return totals["loss"], totals
 
-    def gradient_of(variables: Variables, batch: Batch, masked: MaskedCodes, key: jax.Array):
-        gradient, totals = jax.grad(loss_of, has_aux=True)(variables, batch, masked, key)
+    def gradient_of(variables: Variables, batch: Batch, masked: MaskedCodes, rows: jax.Array, key: jax.Array):
+        gradient, totals = jax.grad(loss_of, has_aux=True)(variables, batch, masked, rows, key)
         return trainable_leaves(gradient, mask), totals
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Totals]:
@@ -148,19 +160,20 @@ def make_validation_step(
 
 def _accumulate(gradient_of, variables, batch, masked, key, parts):
     """Sums of gradients and totals over parts of the batch, one part in memory at a time."""
+    rows = batch_rows(masked.codes)  # dropout goes by the row, whatever part it is in
     if parts == 1:
-        return gradient_of(variables, batch, masked, key)
+        return gradient_of(variables, batch, masked, rows, key)
     # Part p takes the rows p, p + parts, ...: each device keeps the rows that it holds.
     split = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), (batch, masked)
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0),
+        (batch, masked, rows),
     )
 
     def add_part(sums, part):
-        index, (batch, masked) = part
-        gradient, totals = gradient_of(variables, batch, masked, jax.random.fold_in(key, index))
+        gradient, totals = gradient_of(variables, *part, key)
         return ([a + b for a, b in zip(sums[0], gradient, strict=True)], add_totals(sums[1], totals)), None
 
     first = jax.tree.map(lambda x: x[0], split)
     shapes = jax.eval_shape(gradient_of, variables, *first, key)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    return jax.lax.scan(add_part, zeros, (jnp.arange(parts), split))[0]
+    return jax.lax.scan(add_part, zeros, split)[0]
