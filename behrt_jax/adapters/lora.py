@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from behrt_jax.adapters.products import activation_product, merged_product
+from behrt_jax.adapters.products import activation_product, merged_kernel, merged_product
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 
@@ -112,6 +112,23 @@ def unmerge(params: Tree, lora: Tree, config: LoRAConfig) -> dict[str, Any]:
     return _add(params, lora, -scale(config))
 
 
+def merged_kernels(params: Tree, lora: Tree, config: LoRAConfig) -> dict[str, Any]:
+    """The ``merged`` collection: at ``<path>/kernel``, each adapted kernel as :func:`merge` makes it.
+
+    With it beside ``params`` and ``lora``, the `merged` product of :func:`applying` does not merge anew: a
+    step that applies the model once for each micro-batch merges once.
+    """
+    kernels, adapters = _flatten(params), _flatten(lora)
+    return unflatten_dict(
+        {
+            (*path, "kernel"): merged_kernel(
+                kernels[(*path, "kernel")], adapters[(*path, "a")], adapters[(*path, "b")], scale(config)
+            )
+            for path in {path[:-1] for path in adapters}
+        }
+    )
+
+
 @contextmanager
 def applying(
     config: LoRAConfig,
@@ -144,9 +161,12 @@ def applying(
         (x,) = args
         a, b = module.get_variable("lora", "a"), module.get_variable("lora", "b")
         if product == "merged":
-            kernel = module.get_variable("params", "kernel")
+            if module.has_variable("merged", "kernel"):
+                merged = module.get_variable("merged", "kernel")
+            else:
+                merged = merged_kernel(module.get_variable("params", "kernel"), a, b, scale(config))
             bias: Any = module.get_variable("params", "bias")
-            y: Any = merged_product(x, kernel, a, b, scale(config))
+            y: Any = merged_product(x, merged, a, b, scale(config))
             return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
         key = None if deterministic or config.dropout == 0.0 else module.make_rng("dropout")
         y = dense(x)

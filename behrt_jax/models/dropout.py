@@ -90,7 +90,7 @@ def dropout(key: jax.Array, x: jax.Array, rate: float, rows: jax.Array | None = 
         rows: number of each row, see :func:`hashed_bits`.
     """
     keep = hashed_bits(key, x.shape, rows) >= jnp.uint32(threshold(rate))
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+    return jnp.where(keep, x * (1.0 / (1.0 - rate)), jnp.zeros_like(x))
 
 
 class Dropout(nn.Module):

@@ -7,9 +7,9 @@ from flax import linen as nn
 
 from behrt_jax.config import ModelConfig
 from behrt_jax.models.dropout import Dropout
+from behrt_jax.models.layer_norm import LayerNorm
 
 EMBEDDING_STDDEV = 0.02
-LAYER_NORM_EPSILON = 1e-5
 
 
 def sinusoids(rows: int, size: int) -> np.ndarray:
@@ -77,7 +77,7 @@ class Embeddings(nn.Module):
             x = x + jnp.asarray(sinusoids(config.positions, config.embedding_size))[place]
         else:
             x = x + table("position", config.positions, place)
-        x = nn.LayerNorm(LAYER_NORM_EPSILON, name="norm")(x)
+        x = LayerNorm(name="norm")(x)
         x = Dropout(config.dropout)(x, deterministic, rows).astype(dtype)
         if config.embedding_size != config.hidden_size:
             x = nn.Dense(config.hidden_size, dtype=dtype, name="projection")(x)  # [B, L, D]

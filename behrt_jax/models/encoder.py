@@ -7,7 +7,8 @@ from flax import linen as nn
 from behrt_jax.config import ModelConfig
 from behrt_jax.models.attention import SelfAttention
 from behrt_jax.models.dropout import Dropout
-from behrt_jax.models.embeddings import LAYER_NORM_EPSILON
+from behrt_jax.models.gelu import gelu
+from behrt_jax.models.layer_norm import LayerNorm
 
 
 class Block(nn.Module):
@@ -25,15 +26,15 @@ class Block(nn.Module):
         attention_dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
         drop = Dropout(config.dropout)
 
-        branch = nn.LayerNorm(LAYER_NORM_EPSILON, name="attention_norm")(x)
+        branch = LayerNorm(name="attention_norm")(x)
         branch = SelfAttention(config.heads, attention_dropout, dtype, name="attention")(
             branch, mask, deterministic, rows
         )
         x = x + drop(branch, deterministic, rows)
 
-        branch = nn.LayerNorm(LAYER_NORM_EPSILON, name="ffn_norm")(x)
+        branch = LayerNorm(name="ffn_norm")(x)
         branch = nn.Dense(config.ffn_size or 4 * config.hidden_size, dtype=dtype, name="intermediate")(branch)
-        branch = nn.gelu(branch, approximate=False)  # [B, L, F]
+        branch = gelu(branch)  # [B, L, F]
         branch = nn.Dense(config.hidden_size, dtype=dtype, name="output")(branch)
         return x + drop(branch, deterministic, rows)
 
@@ -52,4 +53,4 @@ class Encoder(nn.Module):
         block = nn.remat(Block, static_argnums=(3,)) if self.config.rematerialise else Block
         for layer in range(self.config.layers):
             x = block(self.config, name=f"layer_{layer}")(x, mask, deterministic, rows)
-        return nn.LayerNorm(LAYER_NORM_EPSILON, name="norm")(x)
+        return LayerNorm(name="norm")(x)

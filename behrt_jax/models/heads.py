@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from behrt_jax.models.embeddings import EMBEDDING_STDDEV, LAYER_NORM_EPSILON
+from behrt_jax.models.embeddings import EMBEDDING_STDDEV
+from behrt_jax.models.gelu import gelu
+from behrt_jax.models.layer_norm import LayerNorm
 
 
 class MLMHead(nn.Module):
@@ -19,8 +21,8 @@ class MLMHead(nn.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Map `hidden` `[..., hidden]` to float32 logits `[..., vocabulary]`."""
         x = nn.Dense(hidden.shape[-1], dtype=self.dtype, name="dense")(hidden)
-        x = nn.gelu(x, approximate=False)
-        x = nn.LayerNorm(LAYER_NORM_EPSILON, name="norm")(x)
+        x = gelu(x)
+        x = LayerNorm(name="norm")(x)
         # Small initial logits: training starts at ln(vocabulary), not above it. In bfloat16 the sum
         # over the hidden axis still comes out in float32: the softmax needs its digits.
         return nn.Dense(

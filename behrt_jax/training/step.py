@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -42,6 +43,12 @@ class Predictor(NamedTuple):
     def adapters(self, deterministic: bool, rows: jax.Array | None = None) -> AbstractContextManager[None]:
         """Context in which the model is applied."""
         return lora.applying(self.lora, self.product, deterministic, rows) if self.lora else nullcontext()
+
+    def merged(self, variables: Variables) -> dict[str, Any]:
+        """What a step works out once for all its micro-batches, see `lora.merged_kernels`."""
+        if self.lora is None or self.product != "merged":
+            return {}
+        return lora.merged_kernels(variables["params"], variables["lora"], self.lora)
 
     def logits(
         self,
@@ -108,20 +115,24 @@ def make_train_step(
     """
     mask_key, dropout_key = jax.random.split(key)
 
-    def loss_of(variables: Variables, batch: Batch, masked: MaskedCodes, rows: jax.Array, key: jax.Array):
-        logits = predictor.logits(stop_frozen(variables, mask), batch, masked, key, rows)
+    def loss_of(variables: Variables, merged: Any, batch: Batch, masked: MaskedCodes, rows, key):
+        variables = {**stop_frozen(variables, mask), "merged": merged}
+        logits = predictor.logits(variables, batch, masked, key, rows)
         totals = prediction_totals(logits, masked.labels, masked.weights)
         return totals["loss"], totals
 
-    def gradient_of(variables: Variables, batch: Batch, masked: MaskedCodes, rows: jax.Array, key: jax.Array):
-        gradient, totals = jax.grad(loss_of, has_aux=True)(variables, batch, masked, rows, key)
+    def gradient_of(
+        variables: Variables, merged: Any, batch: Batch, masked: MaskedCodes, rows, key: jax.Array
+    ):
+        gradient, totals = jax.grad(loss_of, has_aux=True)(variables, merged, batch, masked, rows, key)
         return trainable_leaves(gradient, mask), totals
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Totals]:
         key = mask_key if static_masks else jax.random.fold_in(mask_key, state.step)
         masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
         key = jax.random.fold_in(dropout_key, state.step)
-        gradient, totals = _accumulate(gradient_of, state.variables, batch, masked, key, micro_batches)
+        variables = state.variables, predictor.merged(state.variables)
+        gradient, totals = _accumulate(partial(gradient_of, *variables), batch, masked, key, micro_batches)
 
         gradient = [leaf / jnp.maximum(totals["targets"], 1.0) for leaf in gradient]
         norm = optax.tree.norm(gradient)
@@ -158,11 +169,11 @@ def make_validation_step(
     return validation_step
 
 
-def _accumulate(gradient_of, variables, batch, masked, key, parts):
+def _accumulate(gradient_of, batch, masked, key, parts):
     """Sums of gradients and totals over parts of the batch, one part in memory at a time."""
     rows = batch_rows(masked.codes)  # dropout goes by the row, whatever part it is in
     if parts == 1:
-        return gradient_of(variables, batch, masked, rows, key)
+        return gradient_of(batch, masked, rows, key)
     # Part p takes the rows p, p + parts, ...: each device keeps the rows that it holds.
     split = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0),
@@ -170,10 +181,10 @@ def _accumulate(gradient_of, variables, batch, masked, key, parts):
     )
 
     def add_part(sums, part):
-        gradient, totals = gradient_of(variables, *part, key)
+        gradient, totals = gradient_of(*part, key)
         return ([a + b for a, b in zip(sums[0], gradient, strict=True)], add_totals(sums[1], totals)), None
 
     first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(gradient_of, variables, *first, key)
+    shapes = jax.eval_shape(gradient_of, *first, key)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     return jax.lax.scan(add_part, zeros, split)[0]

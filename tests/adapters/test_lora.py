@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.adapters import lora
-from behrt_jax.adapters.products import activation_product, merged_product
+from behrt_jax.adapters.products import activation_product, merged_kernel, merged_product
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
@@ -112,6 +112,22 @@ def test_both_products_have_equal_outputs_and_gradients(params):
     chex.assert_trees_all_close(gradients("merged"), gradients("activations"), rtol=1e-4, atol=1e-6)
 
 
+def test_kernels_merged_beforehand_give_the_same_outputs_and_gradients(params):
+    config = LoRAConfig(rank=4, targets=ALL_LINEARS)
+    adapters, batch = trained(params, config), random_batch(2)
+
+    def loss(adapters, merged):
+        variables = {"params": params, "lora": adapters, **merged}
+        with lora.applying(config, "merged"):
+            return (MODEL.apply(variables, *batch[:5]) ** 2).mean()
+
+    beforehand = {"merged": lora.merged_kernels(params, adapters, config)}
+    gradient = jax.jit(jax.grad(loss))
+    chex.assert_trees_all_close(gradient(adapters, beforehand), gradient(adapters, {}), rtol=1e-6)
+    doubled = jax.tree.map(lambda kernel: 2 * kernel, beforehand)  # they are what is used
+    assert abs(loss(adapters, doubled) / loss(adapters, beforehand) - 1) > 1e-2
+
+
 # Each new shape compiles anew.
 @settings(max_examples=6)
 @given(
@@ -133,7 +149,7 @@ def test_products_agree_with_the_definition(sizes, scale, seed):
         return jnp.sin(x @ kernel + scale * (x @ a @ b)).sum()
 
     def merged(x, a, b):
-        return jnp.sin(merged_product(x, kernel, a, b, scale)).sum()
+        return jnp.sin(merged_product(x, merged_kernel(kernel, a, b, scale), a, b, scale)).sum()
 
     np.testing.assert_allclose(merged(x, a, b), plain(x, a, b), rtol=1e-3, atol=1e-4)
     for ours, theirs in zip(

@@ -32,3 +32,28 @@ def test_bits_do_not_depend_on_sharding():
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     sharded = jax.jit(lambda key: hashed_bits(key, (16, 33)), out_shardings=rows)(jax.random.key(5))
     np.testing.assert_array_equal(sharded, hashed_bits(jax.random.key(5), (16, 33)))
+
+
+def test_bits_go_by_the_number_of_the_row_and_not_by_its_place():
+    key, rows = jax.random.key(5), jnp.array([7, 2, 9])
+    some = hashed_bits(key, (3, 4, 5), rows)
+    whole = hashed_bits(key, (10, 4, 5))
+    np.testing.assert_array_equal(some, whole[rows])
+
+
+def test_masks_of_rows_layers_and_steps_are_independent():
+    """Correlations of the masks of many keys and rows, at the same place and shifted, stay at chance."""
+    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), layer)
+            for step in range(8) for layer in range(8)]  # fmt: skip
+    kept = np.stack([np.asarray(hashed_bits(key, (8, 512))) >= 2**32 // 10 for key in keys])
+    kept = kept.reshape(-1, 512).astype(np.float64) - 0.9  # [masks, 512]
+    correlation = kept @ kept.T / 512 / 0.09
+    others = correlation[~np.eye(len(kept), dtype=bool)]
+    assert abs(others.mean()) < 5e-3 and np.abs(others).max() < 6.5 / np.sqrt(512)
+    for shift in (1, 2, 4, 8, 16, 64, 256):
+        along = (kept * np.roll(kept, shift, 1)).mean() / 0.09
+        assert abs(along) < 5 / np.sqrt(kept.size), shift
+    runs = (kept > 0).all(1).mean()
+    assert runs == 0.0  # 0.9 ** 512
+    per_mask = (kept > 0).mean(1)
+    assert abs(per_mask.std() / np.sqrt(0.09 / 512) - 1) < 0.2

@@ -121,8 +121,10 @@ def test_clipping_and_gradient_norm_are_over_trainable_leaves_alone():
     np.testing.assert_allclose(totals["gradient_norm"], expected, rtol=1e-4)
 
 
-def test_micro_batches_equal_one_batch():
-    config = replace(TINY, model=tiny_model(dropout=0.0))
+@pytest.mark.parametrize("adapter_dropout", [0.0, 0.3])
+def test_micro_batches_equal_one_batch(adapter_dropout):
+    """Dropout is on: an example's masks do not depend on the part that it is in."""
+    config = replace(TINY, lora=replace(TINY.lora, dropout=adapter_dropout))
     whole, whole_metrics = sgd(config, 3)
     parts, parts_metrics = sgd(config, 3, micro_batches=4)
     chex.assert_trees_all_close(whole.variables, parts.variables, atol=1e-6, rtol=1e-5)
