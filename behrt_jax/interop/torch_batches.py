@@ -27,7 +27,11 @@ class TorchBatch(NamedTuple):
 
     def to(self, device: str) -> "TorchBatch":
         """Copy to a device."""
-        return TorchBatch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        codes, ages, visits = (x.to(device, non_blocking=True) for x in self[:3])
+        padding = self.padding
+        return TorchBatch(
+            codes, ages, visits, None if padding is None else padding.to(device, non_blocking=True)
+        )
 
 
 def padded_batches(sequences: Sequences, length: int, batch_size: int, seed: int = 0) -> Iterator[TorchBatch]:

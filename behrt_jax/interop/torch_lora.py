@@ -1,6 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685) in PyTorch, on the layers of ``nn.TransformerEncoder``."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
@@ -93,13 +94,11 @@ class AdaptedSelfAttention(nn.Module):
         return self.linears["out"](mixed.transpose(1, 2).reshape(batch, length, hidden)), None
 
 
-def adapt(
-    layer: nn.TransformerEncoderLayer, rank: int, scale: float, targets: Collection[str]
-) -> nn.TransformerEncoderLayer:
+def adapt(layer: Any, rank: int, scale: float, targets: Collection[str]) -> None:
     """Put adapters on the linears of `layer` that `targets` names; its other parameters are frozen.
 
     Args:
-        layer: freshly made; the weights of its attention are not carried over.
+        layer: a fresh ``nn.TransformerEncoderLayer``, changed in place; the weights of its attention are not carried over.
         rank: inner width of the adapters.
         scale: factor on their product.
         targets: of `ATTENTION_LINEARS` and `FFN_LINEARS`.
@@ -112,7 +111,6 @@ def adapt(
     inner = layer.linear1.out_features
     layer.linear1 = _linear("intermediate", attention.embed_dim, inner, rank, scale, targets)
     layer.linear2 = _linear("output", inner, attention.embed_dim, rank, scale, targets)
-    return layer
 
 
 def _linear(

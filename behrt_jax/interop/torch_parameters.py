@@ -91,7 +91,7 @@ def _places(module: TorchBEHRTForMLM) -> Iterator[tuple[Path, _Place]]:
     yield from _linear(("params", "mlm_head", "decoder"), decoder)
 
 
-def _layer(path: Path, layer: nn.TransformerEncoderLayer) -> Iterator[tuple[Path, _Place]]:
+def _layer(path: Path, layer: Any) -> Iterator[tuple[Path, _Place]]:
     yield from _norm((*path, "attention_norm"), layer.norm1)
     attention, at = layer.self_attn, (*path, "attention")
     if isinstance(attention, nn.MultiheadAttention):
@@ -108,7 +108,7 @@ def _layer(path: Path, layer: nn.TransformerEncoderLayer) -> Iterator[tuple[Path
     yield from _linear((*path, "output"), layer.linear2)
 
 
-def _linear(path: Path, linear: nn.Module) -> Iterator[tuple[Path, _Place]]:
+def _linear(path: Path, linear: Any) -> Iterator[tuple[Path, _Place]]:
     if isinstance(linear, LoRALinear):
         yield ("lora", *path[1:], "a"), _Place(linear.a)
         yield ("lora", *path[1:], "b"), _Place(linear.b)
@@ -117,7 +117,7 @@ def _linear(path: Path, linear: nn.Module) -> Iterator[tuple[Path, _Place]]:
     yield (*path, "bias"), _Place(linear.bias)
 
 
-def _norm(path: Path, norm: nn.LayerNorm) -> Iterator[tuple[Path, _Place]]:
+def _norm(path: Path, norm: Any) -> Iterator[tuple[Path, _Place]]:
     yield (*path, "scale"), _Place(norm.weight)
     yield (*path, "bias"), _Place(norm.bias)
 

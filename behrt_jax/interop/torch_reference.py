@@ -4,7 +4,7 @@ The settings of the reference models: learned positions of events, a row per vis
 subject each, and the head runs at every position, as is usual in PyTorch.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
@@ -56,7 +56,7 @@ class TorchBEHRTForMLM(nn.Module):
         self.embedding_norm = nn.LayerNorm(size)
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.projection = nn.Linear(size, hidden) if size != hidden else nn.Identity()
-        layer = nn.TransformerEncoderLayer(
+        layer: Any = nn.TransformerEncoderLayer(
             hidden,
             config.heads,
             config.ffn_size or 4 * hidden,
@@ -71,10 +71,9 @@ class TorchBEHRTForMLM(nn.Module):
         self.encoder = nn.TransformerEncoder(
             layer, config.layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
         )
-        self.head = nn.Sequential(
-            nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, vocabulary_size)
-        )
-        for table in (self.code, self.age, self.visit, self.position, self.head[3]):
+        decoder = nn.Linear(hidden, vocabulary_size)
+        self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden), decoder)
+        for table in (self.code, self.age, self.visit, self.position, decoder):
             nn.init.normal_(table.weight, std=0.02)
         if regime != "full":
             self.encoder.requires_grad_(False)
