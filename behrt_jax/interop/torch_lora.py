@@ -98,7 +98,8 @@ def adapt(layer: Any, rank: int, scale: float, targets: Collection[str]) -> None
     """Put adapters on the linears of `layer` that `targets` names; its other parameters are frozen.
 
     Args:
-        layer: a fresh ``nn.TransformerEncoderLayer``, changed in place; the weights of its attention are not carried over.
+        layer: a fresh ``nn.TransformerEncoderLayer``, changed in place; the weights of its attention are
+            not carried over.
         rank: inner width of the adapters.
         scale: factor on their product.
         targets: of `ATTENTION_LINEARS` and `FFN_LINEARS`.
