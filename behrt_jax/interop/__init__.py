@@ -1,0 +1,1 @@
+"""BEHRT outside JAX."""
