@@ -4,9 +4,6 @@ Online softmax over tiles of queries and keys (Rabe & Staats 2021, arXiv 2112.05
 that keeps only the output and the logarithm of the softmax's sum, and works the tiles out again (Dao et al.
 2022, arXiv 2205.14135). Subjects stand one after the other in a row, so tiles whose subjects do not overlap
 are skipped.
-
-Tiles are `[batch, heads, keys, queries]`, keys first: sums over keys then run along an axis that is not the
-innermost, and no matrix product has to transpose a tile. Both are much faster on a CPU.
 """
 
 import functools
@@ -18,17 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from behrt_jax.models.dropout import batch_rows, bits_at, row_words, threshold
+from behrt_jax.models.attention_tiles import MASKED, Words, dropout_words, kept, product, same_segment
 
 QUERY_CHUNK = 128
 KEY_CHUNK = 128
 
-Words = tuple[jax.Array, jax.Array] | None
 Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Words]
 
 _OUTSIDE = jnp.iinfo(jnp.int32).max
 """Segment of what fills the last tiles up."""
-_MASKED = -1e30
 _LOWEST = -1e29
 """Where the running maximum starts: above masked scores, so that those always come to exp(-inf) = 0."""
 
@@ -76,11 +71,7 @@ def chunked_attention(
     batch, _, length, _ = queries.shape
     chex.assert_equal_shape([queries, keys, values])
     chex.assert_shape(segment_ids, (batch, length))
-    words = None
-    if rate:
-        if key is None:
-            raise ValueError("attention dropout needs a key")
-        words = row_words(key, batch_rows(queries) if rows is None else rows)
+    words = dropout_words(rate, key, rows, queries)
     query_chunk, key_chunk = min(query_chunk, length), min(key_chunk, length)
     tiling = Tiling(query_chunk, key_chunk, rate, length)
 
@@ -108,14 +99,16 @@ def _forward(tiling: Tiling, operands: Operands):
 
         def add_key_tile(other, sums):
             highest, total, mixed = sums
-            scores = _product(_at(keys, other), query)  # [B, N, S, T]
-            scores = jnp.where(_same(_at(of_keys, other), segment), scores, _MASKED)
+            scores = product(_at(keys, other), query)  # [B, N, S, T]
+            scores = jnp.where(same_segment(_at(of_keys, other), segment), scores, MASKED)
             higher = jnp.maximum(highest, scores.max(-2))  # [B, N, T]
             weights = jnp.exp(scores - higher[:, :, None])
             rescale = jnp.exp(highest - higher)
             total = total * rescale + weights.sum(-2)
-            weights = _kept(tiling, words, heads, number, other, weights).astype(values.dtype)
-            mixed = mixed * rescale[:, :, None] + _product(_at(values, other), weights)  # [B, N, K, T]
+            keep = _kept(tiling, words, heads, number, other)
+            used = weights if keep is None else jnp.where(keep, weights, 0.0)
+            used = used.astype(values.dtype)
+            mixed = mixed * rescale[:, :, None] + product(_at(values, other), used)  # [B, N, K, T]
             return higher, total, mixed
 
         per_query = (batch, heads, tiling.query_chunk)
@@ -154,17 +147,20 @@ def _backward(tiling: Tiling, saved, gradient: jax.Array):
 
         def of_key_tile(other, sums):
             query_sum, key_sums, value_sums = sums
-            scores = _product(_at(keys, other), query_across)  # [B, N, S, T]
+            scores = product(_at(keys, other), query_across)  # [B, N, S, T]
             weights = jnp.exp(scores - log_sum[:, :, None])
-            weights = jnp.where(_same(_at(of_keys, other), segment), weights, 0.0)
-            by_weight = _product(_at(values, other), gradient_across)
-            keep = functools.partial(_kept, tiling, words, heads, number, other)
-            by_score = weights * (keep(by_weight) / (1.0 - tiling.rate) - projection[:, :, None])
-            by_score = by_score.astype(keys.dtype)
-            used = (keep(weights) / (1.0 - tiling.rate)).astype(values.dtype)
-            query_sum = query_sum + _product(_at(keys_across, other), by_score)  # [B, N, K, T]
-            key_sums = _added(key_sums, other, _product(by_score, query))
-            value_sums = _added(value_sums, other, _product(used, gradient))
+            weights = jnp.where(same_segment(_at(of_keys, other), segment), weights, 0.0)
+            by_weight = product(_at(values, other), gradient_across)
+            used = weights
+            keep = _kept(tiling, words, heads, number, other)
+            if keep is not None:
+                used = jnp.where(keep, weights / (1.0 - tiling.rate), 0.0)
+                by_weight = jnp.where(keep, by_weight / (1.0 - tiling.rate), 0.0)
+            by_score = (weights * (by_weight - projection[:, :, None])).astype(keys.dtype)
+            used = used.astype(values.dtype)
+            query_sum = query_sum + product(_at(keys_across, other), by_score)  # [B, N, K, T]
+            key_sums = _added(key_sums, other, product(by_score, query))
+            value_sums = _added(value_sums, other, product(used, gradient))
             return query_sum, key_sums, value_sums
 
         start = jnp.zeros((batch, heads, size, tiling.query_chunk), jnp.float32)
@@ -189,10 +185,6 @@ def _backward(tiling: Tiling, saved, gradient: jax.Array):
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _product(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
 
 
 def _tiles(x: jax.Array, chunk: int) -> jax.Array:
@@ -221,13 +213,8 @@ def _added(tiles: jax.Array, number, x: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(tiles, _at(tiles, number) + x, number, 0)
 
 
-def _same(of_keys: jax.Array, of_queries: jax.Array) -> jax.Array:
-    """Who may attend to whom: bool `[batch, 1, keys, queries]`."""
-    return (of_keys[:, :, None] == of_queries[:, None, :])[:, None]
-
-
 def _overlap(of_queries: jax.Array, of_keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First key tile that any row of a query tile attends to, and the one behind the last: int32 `[tiles]`."""
+    """First key tile that a query tile of any row attends to, and the one after the last: int32 `[tiles]`."""
     least = of_queries.min(-1)[:, None] <= of_keys.max(-1)[None]  # [T, S, B]
     most = of_queries.max(-1)[:, None] >= of_keys.min(-1)[None]
     overlap = (least & most).any(-1)  # [T, S]
@@ -235,18 +222,8 @@ def _overlap(of_queries: jax.Array, of_keys: jax.Array) -> tuple[jax.Array, jax.
     return first, overlap.shape[1] - jnp.argmax(overlap[:, ::-1], axis=1)
 
 
-def _kept(tiling: Tiling, words: Words, heads: int, number, other, tile: jax.Array) -> jax.Array:
-    """Zero what dropout drops, by the bits that the whole `[heads, length, length]` row of weights has."""
-    if words is None:
-        return tile
-
-    def axis(which: int, size: int, start=0) -> jax.Array:
-        shape = [1, 1, 1, 1]
-        shape[which] = size
-        return lax.broadcasted_iota(jnp.uint32, shape, which) + jnp.asarray(start).astype(jnp.uint32)
-
-    length = jnp.uint32(tiling.length)
-    query = axis(3, tiling.query_chunk, number * tiling.query_chunk)
-    index = (axis(1, heads) * length + query) * length + axis(2, tiling.key_chunk, other * tiling.key_chunk)
-    first, second = (word[:, None, None, None] for word in words)
-    return jnp.where(bits_at(first, second, index) >= jnp.uint32(threshold(tiling.rate)), tile, 0.0)
+def _kept(tiling: Tiling, words: Words, heads: int, number, other) -> jax.Array | None:
+    """What dropout keeps in the tile of query tile `number` and key tile `other`, see `kept`."""
+    shape = (heads, tiling.key_chunk, tiling.query_chunk)
+    starts = other * tiling.key_chunk, number * tiling.query_chunk
+    return kept(words, tiling.rate, tiling.length, shape, *starts)
