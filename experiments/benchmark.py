@@ -22,9 +22,8 @@ def main(arguments: Sequence[str]) -> int:
 
         name = arguments[0] if arguments else None
         if name not in BENCHMARKS:
-            raise InputError(
-                f"Name a benchmark: benchmark.py {' or '.join(BENCHMARKS)} (--help after it shows its options)."
-            )
+            known = " or ".join(f"benchmark.py {known}" for known in BENCHMARKS)
+            raise InputError(f"Name a benchmark: {known} (--help after it shows its options).")
         module = importlib.import_module(f"behrt_jax.workflows.benchmark_{name}")
         options, benchmark = (getattr(module, part) for part in BENCHMARKS[name])
         config = tyro.cli(
