@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+Attention = Literal["auto", "dense", "chunked", "cudnn"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -45,6 +47,10 @@ class ModelConfig:
     """Dropout rate on embeddings and residual branches."""
     attention_dropout: float | None = None
     """Dropout rate on attention weights; the same as `dropout` where not given."""
+    attention: Attention = "auto"
+    """dense holds all weights of a batch at once; chunked works them out in tiles, with memory linear in the
+    length, and skips tiles between separate subjects: equal results. cudnn is NVIDIA's library (bfloat16,
+    no attention dropout). auto takes dense for short rows and chunked for long ones."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products; parameters, softmax, LayerNorm and loss stay float32."""
     rematerialise: bool = False

@@ -1,11 +1,17 @@
-"""Benchmarks: ``python experiments/benchmark.py prepare --events 20000000``."""
+"""Benchmarks: ``python experiments/benchmark.py NAME``, such as ``prepare --events 20000000``."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 from behrt_jax.cli import exit_status
 from behrt_jax.errors import InputError
-from behrt_jax.workflows.benchmark_prepare import PrepareBenchmark, benchmark_prepare
+
+BENCHMARKS = {
+    "attention": ("AttentionBenchmark", "benchmark_attention"),
+    "prepare": ("PrepareBenchmark", "benchmark_prepare"),
+}
+"""Name -> dataclass of its options and function that runs it, both in ``workflows.benchmark_NAME``."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -14,12 +20,16 @@ def main(arguments: Sequence[str]) -> int:
     def run() -> int:
         import tyro
 
-        if not arguments or arguments[0] != "prepare":
-            raise InputError("Name a benchmark: benchmark.py prepare (--help shows its options).")
+        name = arguments[0] if arguments else None
+        if name not in BENCHMARKS:
+            known = " or ".join(f"benchmark.py {known}" for known in BENCHMARKS)
+            raise InputError(f"Name a benchmark: {known} (--help after it shows its options).")
+        module = importlib.import_module(f"behrt_jax.workflows.benchmark_{name}")
+        options, benchmark = (getattr(module, part) for part in BENCHMARKS[name])
         config = tyro.cli(
-            PrepareBenchmark, prog="benchmark.py prepare", args=list(arguments[1:]), use_underscores=True
+            options, prog=f"benchmark.py {name}", args=list(arguments[1:]), use_underscores=True
         )
-        benchmark_prepare(config)
+        benchmark(config)
         return 0
 
     return exit_status(run)

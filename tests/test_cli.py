@@ -97,6 +97,7 @@ def meds(tmp_path_factory):
     return root
 
 
+CUDNN = ["--model.attention", "cudnn", "--model.compute_dtype", "bfloat16", "--model.attention_dropout", "0"]
 MISTAKES = {
     "unknown configuration": (["--config", "large_lorra"], "choose one of small, small_lora, medium"),
     "no name after --config": (["--config"], "--config needs a name"),
@@ -110,6 +111,12 @@ MISTAKES = {
     "path of a generated source": (["--data.path", "{meds}/healthy"], "add --data.source meds"),
     "length over positions": (["--data.max_length", "51"], "the model has 50 positions"),
     "hidden not divisible by heads": (["--model.heads", "5"], "not divisible by model.heads 5"),
+    "cudnn in float32": (["--model.attention", "cudnn"], "needs bfloat16, but model.compute_dtype is float32"),
+    "cudnn with dropout": (
+        ["--model.attention", "cudnn", "--model.compute_dtype", "bfloat16"], "set model.attention_dropout to 0"),
+    "cudnn with odd heads": (
+        [*CUDNN, "--model.heads", "32"], "model.hidden_size / model.heads is 4: change one of them"),
+    "cudnn without a GPU": (CUDNN, "needs an NVIDIA GPU, but JAX runs on cpu"),
     "rank 0": (["--lora.rank", "0"], "lora.rank is 0"),
     "target that matches nothing": (["--lora.targets", "qkv"], "Names that could match: decoder"),
     "merged where it would be wrong": (

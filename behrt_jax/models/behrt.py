@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from behrt_jax.config import ModelConfig
-from behrt_jax.models.attention import segment_mask
 from behrt_jax.models.embeddings import Embeddings
 from behrt_jax.models.encoder import Encoder
 from behrt_jax.models.heads import MLMHead
@@ -49,7 +48,7 @@ class BEHRT(nn.Module):
         x = Embeddings(self.config, self.vocabulary_size, name="embeddings")(
             codes, ages, visits, positions, deterministic, rows
         )
-        return Encoder(self.config, name="encoder")(x, segment_mask(segment_ids), deterministic, rows)
+        return Encoder(self.config, name="encoder")(x, segment_ids, deterministic, rows)
 
 
 class BEHRTForMLM(nn.Module):

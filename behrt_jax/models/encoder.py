@@ -18,7 +18,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, deterministic: bool, rows: jax.Array | None = None
+        self, x: jax.Array, segment_ids: jax.Array, deterministic: bool, rows: jax.Array | None = None
     ) -> jax.Array:
         """Map `x` `[batch, length, hidden]` to the same shape; other arguments as in `SelfAttention`."""
         config = self.config
@@ -27,8 +27,8 @@ class Block(nn.Module):
         drop = Dropout(config.dropout)
 
         branch = LayerNorm(name="attention_norm")(x)
-        branch = SelfAttention(config.heads, attention_dropout, dtype, name="attention")(
-            branch, mask, deterministic, rows
+        branch = SelfAttention(config.heads, attention_dropout, dtype, config.attention, name="attention")(
+            branch, segment_ids, deterministic, rows
         )
         x = x + drop(branch, deterministic, rows)
 
@@ -46,11 +46,11 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array, deterministic: bool = True, rows: jax.Array | None = None
+        self, x: jax.Array, segment_ids: jax.Array, deterministic: bool = True, rows: jax.Array | None = None
     ) -> jax.Array:
         """Encode `x` `[batch, length, hidden]`; float32 out; other arguments as in `SelfAttention`."""
         # Dropout must be static for the branches above, hence argument 3 (self counts).
         block = nn.remat(Block, static_argnums=(3,)) if self.config.rematerialise else Block
         for layer in range(self.config.layers):
-            x = block(self.config, name=f"layer_{layer}")(x, mask, deterministic, rows)
+            x = block(self.config, name=f"layer_{layer}")(x, segment_ids, deterministic, rows)
         return LayerNorm(name="norm")(x)

@@ -1,5 +1,7 @@
 """Mistakes in a configuration that can be told before any data is read."""
 
+import jax
+
 from behrt_jax.adapters.groups import GROUPS
 from behrt_jax.config import ModelConfig, PretrainConfig
 from behrt_jax.errors import InputError
@@ -79,6 +81,31 @@ def _check_model(model: ModelConfig) -> None:
         _require(
             rate is None or 0 <= rate < 1, f"model.{name} is {rate}: give a rate from 0 up to, but not, 1."
         )
+    if model.attention == "cudnn":
+        _check_cudnn(model)
+
+
+def _check_cudnn(model: ModelConfig) -> None:
+    cudnn = "model.attention is cudnn, which "
+    _require(
+        model.compute_dtype == "bfloat16",
+        f"{cudnn}needs bfloat16, but model.compute_dtype is {model.compute_dtype}: change one.",
+    )
+    rate = model.dropout if model.attention_dropout is None else model.attention_dropout
+    _require(
+        rate == 0,
+        f"{cudnn}has no dropout here, but its rate is {rate}: set model.attention_dropout to 0.",
+    )
+    size = model.hidden_size // model.heads
+    _require(
+        size % 8 == 0 and size <= 128,
+        f"{cudnn}needs heads of a multiple of 8, at most 128, but model.hidden_size / model.heads is {size}: "
+        "change one of them.",
+    )
+    _require(
+        jax.default_backend() == "gpu",
+        f"{cudnn}needs an NVIDIA GPU, but JAX runs on {jax.default_backend()}: take auto.",
+    )
 
 
 def _require(condition: bool, message: str) -> None:
