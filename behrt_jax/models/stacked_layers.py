@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -29,6 +28,11 @@ def layer_name(layer: int) -> str:
 def is_stacked(path: Sequence[str]) -> bool:
     """Whether the leaf or module at `path` has a leading axis over layers."""
     return STACKED in path
+
+
+def has_stacked_layers(tree: Mapping[str, Any]) -> bool:
+    """Whether any leaf of nested dicts is stacked."""
+    return any(map(is_stacked, _flatten(tree)))
 
 
 def unstacked_path(path: Path, layer: int) -> Path:
