@@ -36,7 +36,7 @@ from behrt_jax.adapters.folders import (
 )
 from behrt_jax.adapters.groups import label
 from behrt_jax.errors import InputError
-from behrt_jax.models.stacked_layers import has_stacked_layers, stack_layers, unstack_layers
+from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers
 
 
 def save_adapter(
@@ -113,8 +113,8 @@ def load_adapter(
     lora, trained = _part(tensors, "lora/"), _part(tensors, "params/")
     flat_params = _flatten(params)
     _check_shapes(folder, lora, trained, _flatten(jax.eval_shape(unstack_layers, params)))
-    if has_stacked_layers(params):
-        lora, trained = (_flatten(stack_layers(_nest(part))) for part in (lora, trained))
+    if layers := count_stacked_layers(params):
+        lora, trained = (_flatten(stack_layers(_nest(part), layers)) for part in (lora, trained))
     base = {path: leaf for path, leaf in flat_params.items() if path not in trained}
     if fingerprint_tree(_by_layer(base)) != config["base_fingerprint"]:
         raise InputError(

@@ -30,9 +30,9 @@ def is_stacked(path: Sequence[str]) -> bool:
     return STACKED in path
 
 
-def has_stacked_layers(tree: Mapping[str, Any]) -> bool:
-    """Whether any leaf of nested dicts is stacked."""
-    return any(map(is_stacked, _flatten(tree)))
+def count_stacked_layers(tree: Mapping[str, Any]) -> int:
+    """How many layers are stacked in nested dicts; 0 where none are."""
+    return next((leaf.shape[0] for path, leaf in _flatten(tree).items() if is_stacked(path)), 0)
 
 
 def unstacked_path(path: Path, layer: int) -> Path:
@@ -59,8 +59,12 @@ def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(leaves)
 
 
-def stack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
+def stack_layers(tree: Mapping[str, Any], layers: int | None = None) -> dict[str, Any]:
     """The same tree with its layers stacked: the inverse of :func:`unstack_layers`.
+
+    Args:
+        tree: nested dicts of arrays.
+        layers: how many there must be; as many as the highest number says where not given.
 
     Raises:
         InputError: a leaf is not there in each layer, as with adapters on some of them, or not everywhere of
@@ -74,13 +78,14 @@ def stack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
             groups.setdefault(_stacked_path(path), {})[numbers[0]] = leaf
         else:
             leaves[path] = leaf
-    layers = 1 + max((number for group in groups.values() for number in group), default=-1)
+    if layers is None:
+        layers = 1 + max((number for group in groups.values() for number in group), default=-1)
     for path, group in groups.items():
         missing = sorted(set(range(layers)) - group.keys())
         if missing:
             raise InputError(
                 f"{'/'.join(path)} cannot be stacked: {layer_name(missing[0])} has no such leaf. Use a model "
-                "with scan_layers off, or adapters on each layer."
+                "with scan_layers off, or adapters on every layer."
             )
         parts = [group[layer] for layer in range(layers)]
         shapes = sorted({part.shape for part in parts})

@@ -14,7 +14,7 @@ from behrt_jax.adapters.groups import label, path_names
 from behrt_jax.config import InitConfig, LoRAConfig, ModelConfig
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.models.stacked_layers import has_stacked_layers, with_layout_of
+from behrt_jax.models.stacked_layers import count_stacked_layers, with_layout_of
 from behrt_jax.tracking.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE, read_json
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.mesh import replicated
@@ -108,7 +108,7 @@ def start_from(init: InitConfig, state: TrainState) -> tuple[TrainState, int]:
 
 def _in_layout(scan_layers: bool, params: Any) -> Any:
     """`params` themselves; or, in the other layout, shapes that are replicated over their mesh."""
-    if scan_layers == has_stacked_layers(params):
+    if scan_layers == (count_stacked_layers(params) > 0):
         return params
     shapes = jax.eval_shape(lambda tree: with_layout_of(scan_layers, tree), params)
     sharding = replicated(jax.tree.leaves(params)[0].sharding.mesh)
@@ -119,7 +119,7 @@ def _like(params: Any, found: Any) -> Any:
     """`found` in the layout of `params` and, where that is another, with their shardings."""
     if jax.tree.structure(found) == jax.tree.structure(params):
         return found
-    convert = partial(with_layout_of, has_stacked_layers(params))
+    convert = partial(with_layout_of, count_stacked_layers(params) > 0)
     return jax.jit(convert, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params))(found)
 
 

@@ -16,7 +16,7 @@ from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.models.dropout import Dropout
-from behrt_jax.models.stacked_layers import has_stacked_layers, stack_layers, unstack_layers, with_layout_of
+from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers, with_layout_of
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
 LAYERS = 3
@@ -114,7 +114,7 @@ def test_dropout_of_adapters_differs_from_layer_to_layer(variables):
 
 def test_layouts_convert_into_each_other(variables):
     apart = unstack_layers(variables)
-    assert has_stacked_layers(variables) and not has_stacked_layers(apart)
+    assert (count_stacked_layers(variables), count_stacked_layers(apart)) == (LAYERS, 0)
     shapes = jax.eval_shape(UNROLLED.init, jax.random.key(0), *example_inputs(UNROLLED.config))["params"]
     chex.assert_trees_all_equal_shapes_and_dtypes(apart["params"], shapes)
     chex.assert_trees_all_equal(stack_layers(apart), variables)
@@ -144,5 +144,7 @@ def test_layers_that_are_not_alike_cannot_be_stacked():
         stack_layers({"encoder": {"layer_1": {"query": {"a": x}}}})
     with pytest.raises(InputError, match="encoder/layers/a cannot be stacked: layer_1 has no such leaf"):
         stack_layers({"encoder": {"layer_0": {"a": x, "b": x}, "layer_1": {"b": x}}})
+    with pytest.raises(InputError, match="encoder/layers/a cannot be stacked: layer_2 has no such leaf"):
+        stack_layers({"encoder": {"layer_0": {"a": x}, "layer_1": {"a": x}}}, layers=3)
     with pytest.raises(InputError, match="encoder/layers/b cannot be stacked: the shapes"):
         stack_layers({"encoder": {"layer_0": {"b": x}, "layer_1": {"b": x.T}}})
