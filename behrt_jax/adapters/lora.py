@@ -65,7 +65,7 @@ def adapted_layers(params: Tree, config: LoRAConfig) -> list[AdaptedLayer]:
     """
     _check(config)
     layers = [
-        AdaptedLayer(path[:-1], *leaf.shape[-2:], config.rank, layer)
+        AdaptedLayer(path[:-1], leaf.shape[-2], leaf.shape[-1], config.rank, layer)
         for path, leaf in _flatten(params).items()
         if path[-1] == "kernel" and leaf.ndim == 2 + is_stacked(path)
         for layer in (range(leaf.shape[0]) if is_stacked(path) else (None,))

@@ -63,7 +63,7 @@ class Encoder(nn.Module):
                 lambda layer, x, mask, rows: (layer(x, mask, deterministic, rows), None),
                 variable_axes={True: 0},
                 split_rngs={True: True},
-                in_axes=(nn.broadcast, nn.broadcast),
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                 length=config.layers,
             )
             x, _ = scanned(block(config, name=STACKED), x, mask, rows)

@@ -47,7 +47,7 @@ def test_exactly_what_is_summed_is_read(used):
 
 
 def test_a_scan_reads_what_its_steps_hand_on():
-    """`a` goes along the carry into the result, `b` into what is left, `c` to where nothing is read."""
+    """`a` and `b` make the second carry, which the next step adds to the first; `c` is in the third alone."""
 
     def function(tree, result):
         def step(carry, x):
