@@ -33,7 +33,7 @@ XL = ModelConfig(
     rematerialise=True,
     scan_layers=True,
 )
-LONG = replace(MEDIUM, positions=8192)
+LONG = replace(MEDIUM, positions=8192, visit_rows=4096)
 """The medium model, for histories of thousands of events."""
 
 PAPER = ModelConfig(
