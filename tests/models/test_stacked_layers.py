@@ -70,7 +70,9 @@ def test_every_layer_starts_from_values_of_its_own(variables):
     kernel = layers["attention"]["query"]["kernel"]
     chex.assert_shape(kernel, (LAYERS, 16, 16))
     assert np.abs(kernel[0] - kernel[1]).max() > 1e-2
-    one = UNROLLED.init(jax.random.key(0), *example_inputs(UNROLLED.config))["params"]["behrt"]["encoder"]
+    one = jax.jit(UNROLLED.init)(jax.random.key(0), *example_inputs(UNROLLED.config))["params"]["behrt"][
+        "encoder"
+    ]
     spread = one["layer_0"]["attention"]["query"]["kernel"].std()
     np.testing.assert_allclose(kernel.std(axis=(1, 2)), spread, rtol=0.25)
 

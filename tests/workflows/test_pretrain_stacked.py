@@ -22,9 +22,9 @@ from behrt_jax.workflows.pretrain import pretrain
 from tests.workflows.small_run import SMALL_RUN, changed
 
 ONE = jax.devices()[:1]
-SHORT = changed(changed(SMALL_RUN, "data", subjects=100, vocabulary_size=40), "train", epochs=4)
+SHORT = changed(changed(SMALL_RUN, "data", subjects=300), "train", epochs=4)
 STACKED = changed(SHORT, "model", scan_layers=True, rematerialise=True)
-VOCABULARY = 40
+VOCABULARY = 200
 
 
 @pytest.fixture(scope="module")
