@@ -55,6 +55,9 @@ class ModelConfig:
     """Precision of matrix products; parameters, softmax, LayerNorm and loss stay float32."""
     rematerialise: bool = False
     """Recompute each block's activations in the backward pass: less memory, more time."""
+    scan_layers: bool = False
+    """Compile one block and run it once a layer, its parameters stacked over layers. Deep models compile
+    faster by it, shallow ones run slower."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,23 @@ SMALL = ModelConfig(embedding_size=64, hidden_size=128, layers=2, heads=4, posit
 MEDIUM = ModelConfig(embedding_size=128, hidden_size=256, layers=4, heads=8, positions=100)
 LARGE = ModelConfig(embedding_size=256, hidden_size=512, layers=6, heads=8, positions=200, dropout=0.2)
 
+# bfloat16 is for accelerators; on a CPU give --model.compute_dtype float32.
+BASE = ModelConfig(
+    embedding_size=768, hidden_size=768, layers=12, heads=12, positions=512, compute_dtype="bfloat16"
+)
+XL = ModelConfig(
+    embedding_size=1024,
+    hidden_size=1024,
+    layers=24,
+    heads=16,
+    positions=1024,
+    compute_dtype="bfloat16",
+    rematerialise=True,
+    scan_layers=True,
+)
+LONG = replace(MEDIUM, positions=8192, visit_rows=4096)
+"""The medium model, for histories of thousands of events."""
+
 PAPER = ModelConfig(
     embedding_size=288,
     hidden_size=288,
@@ -83,6 +100,27 @@ _LARGE = PretrainConfig(
     optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=0.01),
     train=TrainConfig(epochs=100, batch_size=128, patience=10),
 )
+_BASE = PretrainConfig(
+    name="base",
+    model=BASE,
+    data=DataConfig(subjects=20_000, events_mean=100.0),
+    optimizer=OptimizerConfig(learning_rate=3e-4),
+    train=TrainConfig(epochs=20, batch_tokens=65_536, micro_batches=4, patience=5),
+)
+_XL = PretrainConfig(
+    name="xl",
+    model=XL,
+    data=DataConfig(subjects=20_000, events_mean=200.0),
+    optimizer=OptimizerConfig(learning_rate=2e-4),
+    train=TrainConfig(epochs=20, batch_tokens=65_536, micro_batches=4, patience=5),
+)
+_LONG = PretrainConfig(
+    name="long",
+    model=LONG,
+    data=DataConfig(subjects=4000, events_mean=1500.0),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+    train=TrainConfig(epochs=20, batch_tokens=65_536, micro_batches=4, patience=5),
+)
 _PAPER = PretrainConfig(
     name="paper",
     model=PAPER,
@@ -100,6 +138,12 @@ PRETRAIN: dict[str, PretrainConfig] = {
         _with_lora(_MEDIUM, rank=8),
         _LARGE,
         _with_lora(_LARGE, rank=16),
+        _BASE,
+        _with_lora(_BASE, rank=16),
+        _XL,
+        _with_lora(_XL, rank=16),
+        _LONG,
+        _with_lora(_LONG, rank=16),
         _PAPER,
         _SMALL_LATENT,
         _with_lora(_SMALL_LATENT, rank=8),

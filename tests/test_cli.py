@@ -25,8 +25,9 @@ def parsed(*arguments):
 
 
 def test_names_of_the_configurations():
-    sizes = ["small", "small_lora", "medium", "medium_lora", "large", "large_lora", "paper"]
-    assert list(PRETRAIN) == [*sizes, "small_latent", "small_latent_lora"]
+    sizes = ("small", "medium", "large", "base", "xl", "long")
+    both = [name for size in sizes for name in (size, f"{size}_lora")]
+    assert list(PRETRAIN) == [*both, "paper", "small_latent", "small_latent_lora"]
     assert all(config.name == name for name, config in PRETRAIN.items())
 
 

@@ -4,7 +4,8 @@ A folder with two files. ``adapter.safetensors`` holds every LoRA leaf and every
 parameters (head, embeddings, ...) as float32, under keys such as
 ``lora/behrt/encoder/layer_0/attention/query/a`` and ``params/mlm_head/dense/kernel``.
 ``adapter_config.json`` holds the configuration, the table of tensors and the fingerprints of the
-vocabulary, of the frozen base and of the tensor file.
+vocabulary, of the frozen base and of the tensor file. On disk a model is always layer by layer, so that an
+adapter fits its base whether or not the layers are stacked in memory (`models.stacked_layers`).
 
 Source of the tensor format: https://github.com/huggingface/safetensors.
 """
@@ -35,6 +36,7 @@ from behrt_jax.adapters.folders import (
 )
 from behrt_jax.adapters.groups import label
 from behrt_jax.errors import InputError
+from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers
 
 
 def save_adapter(
@@ -51,10 +53,10 @@ def save_adapter(
     """Write an adapter folder in one go, in place of an older one, and return its two files.
 
     ``trained`` mirrors ``params`` with a bool for each leaf: the True ones are written, the others
-    are the base. ``base_fingerprint`` is the :func:`fingerprint_tree` of the base where the caller
-    has it already; it is computed otherwise. ``lora`` leaves are ``a`` [in, rank] and ``b``
-    [rank, out]; it may be empty, and then ``lora_config`` may be None. Both configurations must be
-    ready for JSON.
+    are the base. ``base_fingerprint`` is the :func:`fingerprint_tree` of the base, layer by layer, where the
+    caller has it already; it is computed otherwise. ``lora`` leaves are ``a`` [in, rank] and ``b``
+    [rank, out], stacked where the params are; it may be empty, and then ``lora_config`` may be None. Both
+    configurations must be ready for JSON.
 
     Raises:
         InputError: ``folder`` holds files that are no adapter's, or safetensors is not installed.
@@ -65,8 +67,9 @@ def save_adapter(
     flat_params, marks = _flatten(params), _flatten(trained)
     if flat_params.keys() != marks.keys():
         raise ValueError("trained must mark every leaf of params, and no other")
-    written = {f"lora/{path}": leaf for path, leaf in _flatten(lora).items()}
-    written |= {f"params/{path}": leaf for path, leaf in flat_params.items() if marks[path]}
+    trained_leaves = {path: leaf for path, leaf in flat_params.items() if marks[path]}
+    written = {f"lora/{path}": leaf for path, leaf in _by_layer(_flatten(lora)).items()}
+    written |= {f"params/{path}": leaf for path, leaf in _by_layer(trained_leaves).items()}
     base = {path: leaf for path, leaf in flat_params.items() if not marks[path]}
     tensors = {key: np.asarray(leaf, np.float32, order="C") for key, leaf in sorted(written.items())}
     data = serialise(tensors)
@@ -77,7 +80,7 @@ def save_adapter(
         "model": model_config,
         "groups": sorted({label(tuple(key.split("/"))) for key in tensors}),
         "vocabulary_fingerprint": vocabulary_fingerprint,
-        "base_fingerprint": base_fingerprint or fingerprint_tree(base),
+        "base_fingerprint": base_fingerprint or fingerprint_tree(_by_layer(base)),
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
         "tensors": {key: list(values.shape) for key, values in tensors.items()},
     }
@@ -92,12 +95,13 @@ def load_adapter(
 
     The returned params are the given ones with the adapter's trained leaves in their place (same
     dtype and sharding as before); the frozen leaves are shared, and the given tree is left as it is.
-    ``lora`` is float32, its leaves ``a`` [in, rank] and ``b`` [rank, out]. The vocabulary is checked
-    only where its fingerprint is given.
+    ``lora`` is float32, its leaves ``a`` [in, rank] and ``b`` [rank, out], stacked where the params are. The
+    vocabulary is checked only where its fingerprint is given.
 
     Raises:
         InputError: a file is missing or damaged, the adapter belongs to another vocabulary or
-            another base, or a tensor is missing, unknown or of another shape.
+            another base, a tensor is missing, unknown or of another shape, or the params are stacked and the
+            adapter has not the same leaves in each layer.
     """
     config = read_config(folder)
     if vocabulary_fingerprint not in (None, config["vocabulary_fingerprint"]):
@@ -108,9 +112,11 @@ def load_adapter(
     tensors = read_tensors(folder, config)
     lora, trained = _part(tensors, "lora/"), _part(tensors, "params/")
     flat_params = _flatten(params)
-    _check_shapes(folder, lora, trained, flat_params)
+    _check_shapes(folder, lora, trained, _flatten(jax.eval_shape(unstack_layers, params)))
+    if layers := count_stacked_layers(params):
+        lora, trained = (_flatten(stack_layers(_nest(part), layers)) for part in (lora, trained))
     base = {path: leaf for path, leaf in flat_params.items() if path not in trained}
-    if fingerprint_tree(base) != config["base_fingerprint"]:
+    if fingerprint_tree(_by_layer(base)) != config["base_fingerprint"]:
         raise InputError(
             f"{folder}: the frozen parameters differ from those this adapter was trained on; "
             "load it onto the base of its own run"
@@ -119,13 +125,18 @@ def load_adapter(
     return _nest(flat_params), _nest({path: jnp.asarray(values) for path, values in lora.items()}), config
 
 
-def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(tree: Any) -> dict[str, Any]:
     """Nested dict -> {"a/b/c": leaf}."""
     return flatten_dict(tree, sep="/")
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(dict(flat), sep="/")
+
+
+def _by_layer(flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Flat leaves on the host, those of stacked layers as one for each layer."""
+    return _flatten(unstack_layers(_nest({path: np.asarray(leaf) for path, leaf in flat.items()})))
 
 
 def _part(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

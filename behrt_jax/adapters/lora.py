@@ -3,7 +3,8 @@
 ``variables = {"params": base, "lora": adapters}``: for each targeted kernel at ``params/<path>/kernel``
 there is ``lora/<path>/{a, b}`` with ``a`` `[in, rank]` and ``b`` `[rank, out]`. The modules know
 nothing of it: :func:`applying` adds the adapters while a model is applied, :func:`merge` folds them
-into the kernels for good.
+into the kernels for good. Where a model stacks its layers (`models.stacked_layers`), kernels, ``a`` and ``b``
+all have a leading axis over layers.
 """
 
 import zlib
@@ -21,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from behrt_jax.adapters.products import activation_product, merged_kernel, merged_product
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
+from behrt_jax.models.stacked_layers import is_stacked, unstacked_path
 
 Tree = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -31,14 +33,17 @@ class AdaptedLayer:
     """A Dense layer with an adapter."""
 
     path: Path
+    """Where its kernel is; the same for all layers of a stack."""
     inputs: int
     outputs: int
     rank: int
+    layer: int | None = None
+    """Index into the leading axis of its kernel where layers are stacked."""
 
     @property
     def name(self) -> str:
-        """Path of the layer, joined by slashes."""
-        return "/".join(self.path)
+        """Path of the layer, joined by slashes; the same whether or not layers are stacked."""
+        return "/".join(self.path if self.layer is None else unstacked_path(self.path, self.layer))
 
 
 def scale(config: LoRAConfig) -> float:
@@ -51,55 +56,67 @@ def adapted_layers(params: Tree, config: LoRAConfig) -> list[AdaptedLayer]:
     """Dense layers of `params` that the targets of `config` match, in the order of the tree.
 
     A target without a slash is compared with the layer's own name, one with a slash with its whole
-    path; both may hold the wildcards ``*``, ``?`` and ``[]``.
+    path; both may hold the wildcards ``*``, ``?`` and ``[]``. A path has ``layer_0``, ``layer_1``, ... in it
+    also where layers are stacked.
 
     Raises:
         InputError: rank, alpha or dropout out of range; a target that matches nothing (the message
-            lists what could match).
+            lists what could match); targets that match some layers of a stack and not others.
     """
     _check(config)
-    kernels = {
-        path[:-1]: leaf for path, leaf in _flatten(params).items() if path[-1] == "kernel" and leaf.ndim == 2
-    }
+    layers = [
+        AdaptedLayer(path[:-1], leaf.shape[-2], leaf.shape[-1], config.rank, layer)
+        for path, leaf in _flatten(params).items()
+        if path[-1] == "kernel" and leaf.ndim == 2 + is_stacked(path)
+        for layer in (range(leaf.shape[0]) if is_stacked(path) else (None,))
+    ]
     for target in config.targets:
-        if not any(_matches(target, path) for path in kernels):
-            names = ", ".join(sorted({path[-1] for path in kernels}))
-            example = "/".join(next(iter(kernels), ("(none)",)))
+        if not any(_matches(target, layer) for layer in layers):
+            names = ", ".join(sorted({layer.path[-1] for layer in layers}))
+            example = layers[0].name if layers else "(none)"
             raise InputError(
                 f"lora.targets: {target!r} matches no Dense layer. Names that could match: {names}; "
                 f"or give a pattern over whole paths such as {example!r}."
             )
-    return [
-        AdaptedLayer(path, kernel.shape[0], kernel.shape[1], config.rank)
-        for path, kernel in kernels.items()
-        if any(_matches(target, path) for target in config.targets)
-    ]
+    adapted = [layer for layer in layers if any(_matches(target, layer) for target in config.targets)]
+    for other in layers:
+        if other not in adapted and any(layer.path == other.path for layer in adapted):
+            raise InputError(
+                f"lora.targets: layers are stacked (model.scan_layers), so all or none must be adapted, but "
+                f"{other.name} is not among the targets and other layers are. Name them all (with layer_* in "
+                "the pattern), or turn model.scan_layers off."
+            )
+    return adapted
 
 
 def init(key: jax.Array, params: Tree, config: LoRAConfig) -> dict[str, Any]:
     """Fresh adapters: a uniform (Kaiming), b zero, so that they change nothing at first.
 
-    Each adapter's key comes from its path, so that it does not depend on which others there are.
+    Each adapter's key comes from its layer's name, so that it does not depend on which others there are, nor
+    on whether layers are stacked.
 
     Args:
         key: typed PRNG key.
-        params: parameter tree with float kernels `[in, out]`.
+        params: parameter tree with float kernels `[in, out]`, or `[layers, in, out]` where stacked.
         config: rank, targets and so on.
 
     Returns:
-        Tree of float32 ``a`` `[in, rank]` and ``b`` `[rank, out]`.
+        Tree of float32 ``a`` `[in, rank]` and ``b`` `[rank, out]`, or `[layers, in, rank]` and
+        `[layers, rank, out]`.
 
     Raises:
         InputError: see :func:`adapted_layers`.
     """
-    lora = {}
+    parts: dict[Path, list[jax.Array]] = {}
     for layer in adapted_layers(params, config):
         own_key = jax.random.fold_in(key, zlib.crc32(layer.name.encode()))
         bound = layer.inputs**-0.5
-        shape = (layer.inputs, layer.rank)
-        lora[(*layer.path, "a")] = jax.random.uniform(own_key, shape, jnp.float32, -bound, bound)
-        lora[(*layer.path, "b")] = jnp.zeros((layer.rank, layer.outputs), jnp.float32)
-    return unflatten_dict(lora)
+        a = jax.random.uniform(own_key, (layer.inputs, layer.rank), jnp.float32, -bound, bound)
+        parts.setdefault((*layer.path, "a"), []).append(a)
+        parts.setdefault((*layer.path, "b"), []).append(jnp.zeros((layer.rank, layer.outputs), jnp.float32))
+    return unflatten_dict(
+        {path: jnp.stack(leaves) if is_stacked(path) else leaves[0] for path, leaves in parts.items()}
+    )
 
 
 def merge(params: Tree, lora: Tree, config: LoRAConfig) -> dict[str, Any]:
@@ -200,8 +217,8 @@ def resolve_product(
     return config.product
 
 
-def _matches(target: str, path: Path) -> bool:
-    return fnmatchcase("/".join(path) if "/" in target else path[-1], target)
+def _matches(target: str, layer: AdaptedLayer) -> bool:
+    return fnmatchcase(layer.name if "/" in target else layer.path[-1], target)
 
 
 def _flatten(tree: Tree) -> dict[Path, Any]:

@@ -9,6 +9,7 @@ from behrt_jax.models.attention import SelfAttention
 from behrt_jax.models.dropout import Dropout
 from behrt_jax.models.gelu import gelu
 from behrt_jax.models.layer_norm import LayerNorm
+from behrt_jax.models.stacked_layers import STACKED, layer_name
 
 
 class Block(nn.Module):
@@ -40,7 +41,9 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Blocks `layer_0`, `layer_1`, ... and a final LayerNorm."""
+    """Blocks `layer_0`, `layer_1`, ... and a final LayerNorm; or all blocks as one, `layers`, whose
+    parameters have a leading axis over layers (`ModelConfig.scan_layers`).
+    """
 
     config: ModelConfig
 
@@ -49,8 +52,23 @@ class Encoder(nn.Module):
         self, x: jax.Array, segment_ids: jax.Array, deterministic: bool = True, rows: jax.Array | None = None
     ) -> jax.Array:
         """Encode `x` `[batch, length, hidden]`; float32 out; other arguments as in `SelfAttention`."""
-        # Dropout must be static for the branches above, hence argument 3 (self counts).
-        block = nn.remat(Block, static_argnums=(3,)) if self.config.rematerialise else Block
-        for layer in range(self.config.layers):
-            x = block(self.config, name=f"layer_{layer}")(x, segment_ids, deterministic, rows)
+        config, block = self.config, Block
+        if config.rematerialise:
+            # Dropout must be static for the branches above, hence argument 3 (self counts). Inside a scan
+            # nothing can undo the recomputation: the barriers against it are not needed there.
+            block = nn.remat(Block, static_argnums=(3,), prevent_cse=not config.scan_layers)
+        if config.scan_layers:
+            # Every collection and every random stream goes by the layer, whatever its name: adapters come in
+            # a collection that this module does not know.
+            scanned = nn.scan(
+                lambda layer, x, segment_ids, rows: (layer(x, segment_ids, deterministic, rows), None),
+                variable_axes={True: 0},
+                split_rngs={True: True},
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+                length=config.layers,
+            )
+            x, _ = scanned(block(config, name=STACKED), x, segment_ids, rows)
+        else:
+            for layer in range(config.layers):
+                x = block(config, name=layer_name(layer))(x, segment_ids, deterministic, rows)
         return LayerNorm(name="norm")(x)

@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import optax
+from jax.tree_util import tree_map_with_path
 
-from behrt_jax.adapters.groups import GROUPS
+from behrt_jax.adapters.groups import GROUPS, path_names
 from behrt_jax.config import OptimizerConfig
+from behrt_jax.models.stacked_layers import is_stacked
 from behrt_jax.training.freezing import FROZEN
 
 
@@ -48,7 +50,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, labels: Any) -> op
     """
 
     def matrices(tree):
-        return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+        # Stacked over layers, vectors have two axes as well.
+        return tree_map_with_path(lambda path, leaf: leaf.ndim - is_stacked(path_names(path)) > 1, tree)
 
     transforms: dict[str, optax.GradientTransformation] = {
         group: optax.adamw(

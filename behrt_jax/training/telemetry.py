@@ -10,6 +10,7 @@ import numpy as np
 from jax.tree_util import tree_leaves_with_path
 
 from behrt_jax.adapters.groups import label, path_names
+from behrt_jax.models.stacked_layers import unstack_layers
 from behrt_jax.training.step import TrainState
 
 CODE_TABLE = ("embeddings", "code", "embedding")
@@ -100,8 +101,9 @@ def make_probe(
         (``untouched``).
     """
     start = jax.tree.map(jnp.copy, start)  # the state that it comes from is donated to the first step
+    start = unstack_layers(start)
     layers = [name.removesuffix("/a") for name in leaf_names(start) if name.endswith("/a")]
-    movement = jax.jit(_movement)
+    movement = jax.jit(lambda start, now: _movement(start, unstack_layers(now)))
     updated = jax.jit(lambda moments: (moments != 0).any(axis=1))
 
     def probe(state: TrainState) -> dict[str, Any]:

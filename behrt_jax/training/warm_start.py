@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from behrt_jax.adapters.groups import label, path_names
 from behrt_jax.config import InitConfig, LoRAConfig, ModelConfig
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
+from behrt_jax.models.stacked_layers import count_stacked_layers, with_layout_of
 from behrt_jax.tracking.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE, read_json
 from behrt_jax.training.checkpoints import open_checkpoints
+from behrt_jax.training.mesh import replicated
 from behrt_jax.training.step import TrainState
 
-FREE = ("dropout", "attention_dropout", "compute_dtype", "rematerialise")
+FREE = ("dropout", "attention_dropout", "compute_dtype", "rematerialise", "scan_layers")
 """Settings of the model that may differ: parameters mean the same under any value of them."""
 
 
@@ -76,7 +79,7 @@ def start_from(init: InitConfig, state: TrainState) -> tuple[TrainState, int]:
 
     Read is the run's best checkpoint, or its last where it has no best. Adapters of that run are
     merged into its parameters (:func:`behrt_jax.adapters.lora.merge`); the state's own adapters, its
-    step and its optimizer stay fresh.
+    step and its optimizer stay fresh. Stacked layers fit a run without, and the other way round.
 
     Args:
         init: names the run and the groups.
@@ -92,13 +95,32 @@ def start_from(init: InitConfig, state: TrainState) -> tuple[TrainState, int]:
         step = checkpoints.latest_step() if step is None else step
         if step is None:
             raise InputError(f"init.run: {init.run} has no checkpoint to start from: give another run.")
+        templates = _in_layout(_settings(init.run)["model"].get("scan_layers", False), params)
         adapters = _lora_config(init.run)
         if adapters is None:
-            found = checkpoints.restore(step, params=params).params
+            found = checkpoints.restore(step, params=templates).params
         else:
-            restored = checkpoints.restore(step, params=params, lora=_adapter_shapes(params, adapters))
+            restored = checkpoints.restore(step, params=templates, lora=_adapter_shapes(templates, adapters))
             found = lora.merge(restored.params, restored.lora, adapters)
+    found = _like(params, found)
     return state._replace(variables={**state.variables, "params": _take(init.groups, params, found)}), step
+
+
+def _in_layout(scan_layers: bool, params: Any) -> Any:
+    """`params` themselves; or, in the other layout, shapes that are replicated over their mesh."""
+    if scan_layers == (count_stacked_layers(params) > 0):
+        return params
+    shapes = jax.eval_shape(lambda tree: with_layout_of(scan_layers, tree), params)
+    sharding = replicated(jax.tree.leaves(params)[0].sharding.mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def _like(params: Any, found: Any) -> Any:
+    """`found` in the layout of `params` and, where that is another, with their shardings."""
+    if jax.tree.structure(found) == jax.tree.structure(params):
+        return found
+    convert = partial(with_layout_of, count_stacked_layers(params) > 0)
+    return jax.jit(convert, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params))(found)
 
 
 def _take(groups: Sequence[str], own: Any, found: Any) -> Any:

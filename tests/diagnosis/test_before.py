@@ -164,5 +164,6 @@ def test_learning_rates_far_from_the_batch():
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_every_shipped_configuration_has_a_usual_learning_rate(name):
     config = PRETRAIN[name]
-    facts = {**FACTS, "tokens_per_step": 15.0 * config.train.batch_size}
+    tokens = config.train.batch_tokens or config.data.events_mean * config.train.batch_size
+    facts = {**FACTS, "tokens_per_step": float(tokens)}
     assert schedule_checks.learning_rate_for_batch(settings_of(config), parameters_of(), facts) == []

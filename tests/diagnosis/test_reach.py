@@ -44,3 +44,19 @@ def test_exactly_what_is_summed_is_read(used):
         lambda tree: sum((x for x, use in zip(tree, used, strict=True) if use), 0.0), leaves
     )
     assert unread == [not use for use in used]
+
+
+def test_a_scan_reads_what_its_steps_hand_on():
+    """`a` and `b` make the second carry, which the next step adds to the first; `c` is in the third alone."""
+
+    def function(tree, result):
+        def step(carry, x):
+            first, second, third = carry
+            return (first + second, second * tree["b"], third + x), first + x
+
+        (total, _, left), each = jax.lax.scan(step, (0.0, tree["a"], tree["c"]), jnp.ones(3))
+        return {"total": total, "left": left, "each": each}[result]
+
+    expected = {"total": [False, False, True], "each": [False, False, True], "left": [True, True, False]}
+    for result, unread in expected.items():
+        assert unread_leaves(lambda tree, result=result: function(tree, result), TREE) == unread

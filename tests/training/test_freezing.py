@@ -1,5 +1,7 @@
 """Labels, regimes and the parameter table."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 from jax.tree_util import tree_leaves_with_path
@@ -17,7 +19,7 @@ from behrt_jax.training.freezing import (
 )
 from behrt_jax.training.parameter_report import count_parameters, report_rows
 from behrt_jax.training.state import set_up
-from experiments.configs import LARGE, MEDIUM, PAPER, SMALL
+from experiments.configs import BASE, LARGE, LONG, MEDIUM, PAPER, SMALL, XL
 
 ATTENTION = ("query", "key", "value", "out")
 OUT = LoRAConfig(16, targets=("out",))
@@ -39,6 +41,11 @@ def report(model, adapters, freezing):
         (SMALL, LoRAConfig(8, targets=ATTENTION), FreezingConfig("lora"), 668_776, 271_976, 40.7),
         (SMALL, None, FreezingConfig("full"), 652_392, 652_392, 100.0),
         (MEDIUM, None, FreezingConfig("full"), 3_725_288, 3_725_288, 100.0),
+        (BASE, None, FreezingConfig("full"), 87_989_992, 87_989_992, 100.0),
+        (LONG, None, FreezingConfig("full"), 5_219_816, 5_219_816, 100.0),
+        (XL, None, FreezingConfig("full"), 307_009_512, 307_009_512, 100.0),
+        (XL, LoRAConfig(16), FreezingConfig("lora"), 310_155_240, 7_843_816, 2.5),
+        (replace(XL, scan_layers=False), LoRAConfig(16), FreezingConfig("lora"), 310_155_240, 7_843_816, 2.5),
     ],
 )  # fmt: skip
 def test_parameter_table(model, adapters, freezing, total, trainable, percent):
