@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from behrt_jax.adapters import lora
 from behrt_jax.config import LoRAConfig, MaskingConfig
@@ -18,6 +19,7 @@ from behrt_jax.models.dropout import batch_rows
 from behrt_jax.training.freezing import stop_frozen, trainable_leaves
 from behrt_jax.training.objectives import MaskedCodes, mask_codes
 from behrt_jax.training.optimizer import clip_factor
+from behrt_jax.training.sharding import gather
 
 Variables = dict[str, Any]
 Totals = dict[str, jax.Array]
@@ -39,6 +41,8 @@ class Predictor(NamedTuple):
     model: BEHRTForMLM
     lora: LoRAConfig | None = None
     product: Literal["activations", "merged"] = "activations"
+    whole: NamedSharding | None = None
+    """Where parameters are split over devices: what each is brought to for its use, see `sharding.gather`."""
 
     def adapters(self, deterministic: bool, rows: jax.Array | None = None) -> AbstractContextManager[None]:
         """Context in which the model is applied."""
@@ -64,7 +68,7 @@ class Predictor(NamedTuple):
         """
         with self.adapters(key is None, rows):
             return self.model.apply(
-                variables,
+                gather(variables, self.whole),
                 masked.codes,
                 batch.ages,
                 batch.visits,

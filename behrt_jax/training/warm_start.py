@@ -15,6 +15,8 @@ from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.tracking.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE, read_json
 from behrt_jax.training.checkpoints import open_checkpoints
+from behrt_jax.training.mesh import replicated
+from behrt_jax.training.sharding import shardings_of
 from behrt_jax.training.step import TrainState
 
 FREE = ("dropout", "attention_dropout", "compute_dtype", "rematerialise")
@@ -97,7 +99,8 @@ def start_from(init: InitConfig, state: TrainState) -> tuple[TrainState, int]:
             found = checkpoints.restore(step, params=params).params
         else:
             restored = checkpoints.restore(step, params=params, lora=_adapter_shapes(params, adapters))
-            found = lora.merge(restored.params, restored.lora, adapters)
+            merged = lora.merge(restored.params, restored.lora, adapters)
+            found = jax.device_put(merged, shardings_of(params))
     return state._replace(variables={**state.variables, "params": _take(init.groups, params, found)}), step
 
 
@@ -111,9 +114,9 @@ def _take(groups: Sequence[str], own: Any, found: Any) -> Any:
 
 
 def _adapter_shapes(params: Any, config: LoRAConfig) -> Any:
-    """The adapters that a model with these parameters has, as shapes with the parameters' sharding."""
+    """The adapters that a model with these parameters has, as shapes, whole on each of their devices."""
     shapes = jax.eval_shape(lambda key, tree: lora.init(key, tree, config), jax.random.key(0), params)
-    sharding = jax.tree.leaves(params)[0].sharding
+    sharding = replicated(jax.tree.leaves(params)[0].sharding.mesh)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 

@@ -1,0 +1,96 @@
+"""Which part of a train state each device holds: FSDP (Zhao et al. 2023, arXiv 2304.11277).
+
+Large leaves are split over the mesh axis `fsdp`; what is small is not worth a message and is held whole,
+and so are adapters. A parameter's moments lie where the parameter lies. The batch is split over
+all devices, so every device needs every parameter: it is gathered just before its use.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import tree_leaves_with_path, tree_map_with_path
+
+from behrt_jax.training.mesh import replicated
+
+if TYPE_CHECKING:
+    from behrt_jax.training.step import TrainState
+
+LARGE = 2**16
+"""Elements from which on a leaf is split."""
+
+
+def state_shardings(state: "TrainState", mesh: Mesh, large: int = LARGE) -> "TrainState":
+    """Sharding of each leaf of a train state.
+
+    Args:
+        state: arrays, or ``jax.ShapeDtypeStruct``.
+        mesh: with the axis `fsdp`; where that is 1, every leaf is replicated.
+        large: elements from which on a leaf is split, along its largest axis that `fsdp` divides.
+
+    Returns:
+        The same tree with a ``NamedSharding`` for each leaf.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        adapter = _names(path)[0] == "lora"
+        return replicated(mesh) if adapter else _split(leaf.shape, mesh, large)
+
+    variables = tree_map_with_path(sharding, state.variables)
+    leaves = {_names(path): leaf for path, leaf in tree_leaves_with_path(state.variables)}
+    shardings = {_names(path): leaf for path, leaf in tree_leaves_with_path(variables)}
+
+    def like_its_parameter(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        """A moment has the path of its parameter at the end of its own, and the same shape."""
+        names = _names(path)
+        for start in range(len(names)):
+            own = names[start:]
+            if own in leaves and leaves[own].shape == leaf.shape:
+                return shardings[own]
+        return replicated(mesh)
+
+    opt_state = tree_map_with_path(like_its_parameter, state.opt_state)
+    return state._replace(step=replicated(mesh), variables=variables, opt_state=opt_state)
+
+
+def shardings_of(tree: Any) -> Any:
+    """Sharding of each array in a tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def whole_sharding(mesh: Mesh) -> NamedSharding | None:
+    """What :func:`gather` brings parameters to; None where they are whole already."""
+    return replicated(mesh) if mesh.shape["fsdp"] > 1 else None
+
+
+def gather(variables: Any, whole: NamedSharding | None) -> Any:
+    """All parameters whole on each device, for a computation on this device's rows.
+
+    Left to itself, the compiler would look a split table or output layer up in pieces, for which it
+    gathers the whole batch on each device. The gradients are left free to be split again.
+    """
+    return variables if whole is None else jax.tree.map(lambda leaf: _gather(leaf, whole), variables)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(leaf: jax.Array, whole: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf, whole)
+
+
+# A constraint's own derivative has the same constraint: each device would get the whole gradient.
+_gather.defvjp(lambda leaf, whole: (_gather(leaf, whole), None), lambda whole, _, gradient: (gradient,))
+
+
+def _split(shape: tuple[int, ...], mesh: Mesh, large: int) -> NamedSharding:
+    parts = mesh.shape["fsdp"]
+    axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or np.prod(shape) < large or not axes:
+        return replicated(mesh)
+    axis = max(axes, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
