@@ -57,5 +57,12 @@ def split_rows(mesh: Mesh) -> NamedSharding:
 
 
 def put_rows(batch: Any, mesh: Mesh) -> Any:
-    """Copy a batch of host arrays to the devices, rows split; returns before the copy is done."""
-    return jax.device_put(batch, split_rows(mesh))
+    """Copy a batch of host arrays to the devices, rows split; returns before the copy is done.
+
+    Where several processes share the mesh, each gives the same batch and copies the rows of its own devices.
+    """
+    sharding = split_rows(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    # device_put would first compare the batches of all processes.
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)

@@ -5,7 +5,6 @@ and so are adapters. A parameter's moments lie where the parameter lies. The bat
 all devices, so every device needs every parameter: it is gathered just before its use.
 """
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -68,19 +67,11 @@ def whole_sharding(mesh: Mesh) -> NamedSharding | None:
 def gather(variables: Any, whole: NamedSharding | None) -> Any:
     """All parameters whole on each device, for a computation on this device's rows.
 
-    Left to itself, the compiler would look a split table or output layer up in pieces, for which it
-    gathers the whole batch on each device. The gradients are left free to be split again.
+    Left to itself, the compiler would use a split table or output layer in pieces, for which it gathers the
+    whole batch on each device. The constraint holds for the gradients too: each device makes that of the
+    whole leaf from its own rows, and only the sum over devices is split.
     """
-    return variables if whole is None else jax.tree.map(lambda leaf: _gather(leaf, whole), variables)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(leaf: jax.Array, whole: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(leaf, whole)
-
-
-# A constraint's own derivative has the same constraint: each device would get the whole gradient.
-_gather.defvjp(lambda leaf, whole: (_gather(leaf, whole), None), lambda whole, _, gradient: (gradient,))
+    return variables if whole is None else jax.lax.with_sharding_constraint(variables, whole)
 
 
 def _split(shape: tuple[int, ...], mesh: Mesh, large: int) -> NamedSharding:

@@ -12,7 +12,7 @@ from behrt_jax.config import PretrainConfig
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.training.freezing import adapted_kernels_frozen, optimizer_labels, regime, trainable
 from behrt_jax.training.optimizer import make_optimizer
-from behrt_jax.training.sharding import LARGE, state_shardings, whole_sharding
+from behrt_jax.training.sharding import LARGE, shardings_of, state_shardings, whole_sharding
 from behrt_jax.training.step import Predictor, TrainState, Variables
 
 
@@ -70,7 +70,20 @@ def init_state(
         variables = _init_variables(setup.predictor.model, config, key)
         return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables))
 
-    return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, key), mesh, large))(key)
+    return jax.jit(init, out_shardings=shardings_of(abstract_state(setup, optimizer, mesh, large)))(key)
+
+
+def abstract_state(
+    setup: Setup, optimizer: optax.GradientTransformation, mesh: Mesh, large: int = LARGE
+) -> TrainState:
+    """What :func:`init_state` returns, as ``jax.ShapeDtypeStruct`` with shardings: no arrays are made."""
+    opt_state = jax.eval_shape(optimizer.init, setup.shapes)
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), setup.shapes, opt_state)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(shapes, mesh, large),
+    )
 
 
 def _init_variables(model: BEHRTForMLM, config: PretrainConfig, key: jax.Array) -> Variables:
