@@ -58,7 +58,8 @@ def mask_codes(
     def mask_row(codes: jax.Array, row_id: jax.Array) -> MaskedCodes:
         place_key, count_key, kind_key, code_key = jax.random.split(jax.random.fold_in(key, row_id), 4)
         is_code = codes >= FIRST_CODE  # [L]
-        columns = _random_columns(place_key, is_code)[:budget]
+        scores = jnp.where(is_code, jax.random.uniform(place_key, (length,)), -1.0)
+        _, columns = jax.lax.top_k(scores, budget)  # [T]
         expected = config.probability * is_code.sum().astype(jnp.float32)
         count = jnp.floor(expected + jax.random.uniform(count_key)).astype(jnp.int32)
         weights = (jnp.arange(budget) < count) & is_code[columns]
@@ -75,17 +76,3 @@ def mask_codes(
         return MaskedCodes(shown, columns, jnp.where(weights, originals, PAD), weights)
 
     return jax.vmap(mask_row)(jnp.asarray(codes), jnp.asarray(row_ids))
-
-
-def _random_columns(key: jax.Array, is_code: jax.Array) -> jax.Array:
-    """Columns in random order, those of codes first: bool `[length]` -> int32 `[length]`.
-
-    Sorts single words, which hold kind, random bits and column from the highest bit down: as quick as
-    ``top_k``, which XLA cannot split over devices, and quicker than a sort by scores.
-    """
-    length = is_code.shape[0]
-    column_bits = max(1, (length - 1).bit_length())
-    random = jax.random.bits(key, (length,), jnp.uint32) >> 1 >> column_bits << column_bits
-    kind = jnp.where(is_code, jnp.uint32(0), jnp.uint32(1 << 31))
-    words = jax.lax.sort(kind | random | jnp.arange(length, dtype=jnp.uint32), is_stable=False)
-    return (words & jnp.uint32((1 << column_bits) - 1)).astype(jnp.int32)

@@ -5,6 +5,7 @@ and so are adapters. A parameter's moments lie where the parameter lies. The bat
 all devices, so every device needs every parameter: it is gathered just before its use.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
-from behrt_jax.training.mesh import replicated
+from behrt_jax.training.mesh import AXES, replicated
 
 if TYPE_CHECKING:
     from behrt_jax.training.step import TrainState
@@ -59,19 +60,40 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def whole_sharding(mesh: Mesh) -> NamedSharding | None:
-    """What :func:`gather` brings parameters to; None where they are whole already."""
-    return replicated(mesh) if mesh.shape["fsdp"] > 1 else None
-
-
-def gather(variables: Any, whole: NamedSharding | None) -> Any:
+def gather(variables: Any, mesh: Mesh | None) -> Any:
     """All parameters whole on each device, for a computation on this device's rows.
 
     Left to itself, the compiler would use a split table or output layer in pieces, for which it gathers the
-    whole batch on each device. The constraint holds for the gradients too: each device makes that of the
-    whole leaf from its own rows, and only the sum over devices is split.
+    whole batch on each device.
     """
-    return variables if whole is None else jax.lax.with_sharding_constraint(variables, whole)
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return variables
+    return jax.lax.with_sharding_constraint(variables, replicated(mesh))
+
+
+def sum_over_devices(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`function` on each device's own rows, and its results summed over devices in one go.
+
+    Left to itself, the compiler would sum the gradient of each micro-batch over devices, and gather
+    whatever it cannot split, such as ``top_k``. Here nothing is sent but parameters that are split, before,
+    and the sums, after.
+
+    Args:
+        function: from (variables, keys, rows) to a tree of sums over the rows; `rows` is a tree of arrays
+            `[batch, ...]`.
+        mesh: the devices; where there is one, or none is given, `function` comes back as it is.
+    """
+    if mesh is None or mesh.size == 1:
+        return function
+    whole, split = PartitionSpec(), PartitionSpec(AXES)
+    return jax.shard_map(
+        lambda *arguments: jax.lax.psum(function(*arguments), AXES),
+        mesh=mesh,
+        in_specs=(whole, whole, split),
+        out_specs=whole,
+        # The check would sum each gradient of a whole parameter by itself, in each micro-batch.
+        check_vma=False,
+    )
 
 
 def _split(shape: tuple[int, ...], mesh: Mesh, large: int) -> NamedSharding:

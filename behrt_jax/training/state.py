@@ -12,7 +12,7 @@ from behrt_jax.config import PretrainConfig
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.training.freezing import adapted_kernels_frozen, optimizer_labels, regime, trainable
 from behrt_jax.training.optimizer import make_optimizer
-from behrt_jax.training.sharding import LARGE, shardings_of, state_shardings, whole_sharding
+from behrt_jax.training.sharding import LARGE, shardings_of, state_shardings
 from behrt_jax.training.step import Predictor, TrainState, Variables
 
 
@@ -31,7 +31,7 @@ class Setup(NamedTuple):
 def set_up(config: PretrainConfig, vocabulary_size: int, mesh: Mesh | None = None) -> Setup:
     """Work out model, adapters and what trains, without computing anything.
 
-    Without a mesh, the parameters must be whole on each device.
+    Without a mesh, all is on one device.
 
     Raises:
         InputError: adapters that match nothing, a regime that trains nothing, and the like.
@@ -39,13 +39,12 @@ def set_up(config: PretrainConfig, vocabulary_size: int, mesh: Mesh | None = Non
     model = BEHRTForMLM(config.model, vocabulary_size)
     shapes = jax.eval_shape(lambda key: _init_variables(model, config, key), jax.random.key(0))
     mask = trainable(shapes, regime(config.freezing))
-    whole = None if mesh is None else whole_sharding(mesh)
     if config.lora is None:
-        return Setup(Predictor(model, whole=whole), shapes, mask, [])
+        return Setup(Predictor(model, mesh=mesh), shapes, mask, [])
     frozen = adapted_kernels_frozen(shapes, mask)
     product = lora.resolve_product(config.lora, config.model.compute_dtype, frozen)
     layers = lora.adapted_layers(shapes["params"], config.lora)
-    return Setup(Predictor(model, config.lora, product, whole), shapes, mask, layers)
+    return Setup(Predictor(model, config.lora, product, mesh), shapes, mask, layers)
 
 
 def optimizer_for(config: PretrainConfig, setup: Setup, total_steps: int) -> optax.GradientTransformation:
