@@ -228,6 +228,17 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How the devices share the work: data * fsdp is their number."""
+
+    data: int | None = None
+    """Groups of devices that each hold all parameters; all that `fsdp` leaves where not given."""
+    fsdp: int = 1
+    """Devices over which large parameters and their optimizer moments are split, each gathered when it is
+    used (FSDP: Zhao et al. 2023, arXiv 2304.11277). The batch is split over all devices in any case."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Masked-code pretraining of BEHRT."""
 
@@ -241,6 +252,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     output: Path | None = None
     """Run folder; runs/<name>-<time> where not given."""
     resume: bool = False

@@ -1,15 +1,24 @@
-"""Benchmarks: ``python experiments/benchmark.py NAME``, such as ``prepare --events 20000000``."""
+"""Benchmarks: ``python experiments/benchmark.py NAME``, such as ``train --sizes large``."""
 
 import importlib
+import inspect
 import sys
 from collections.abc import Sequence
 
 from behrt_jax.cli import exit_status
 from behrt_jax.errors import InputError
 
+if __package__:
+    from experiments.configs import PRETRAIN
+else:  # started as a script, whose folder is where Python looks first
+    from configs import PRETRAIN
+
 BENCHMARKS = {
+    "ablation": ("AblationBenchmark", "benchmark_ablation"),
     "attention": ("AttentionBenchmark", "benchmark_attention"),
     "prepare": ("PrepareBenchmark", "benchmark_prepare"),
+    "scaling": ("ScalingBenchmark", "benchmark_scaling"),
+    "train": ("TrainBenchmark", "benchmark_train"),
 }
 """Name -> dataclass of its options and function that runs it, both in ``workflows.benchmark_NAME``."""
 
@@ -29,7 +38,8 @@ def main(arguments: Sequence[str]) -> int:
         config = tyro.cli(
             options, prog=f"benchmark.py {name}", args=list(arguments[1:]), use_underscores=True
         )
-        benchmark(config)
+        named = "configurations" in inspect.signature(benchmark).parameters
+        benchmark(config, **({"configurations": PRETRAIN} if named else {}))
         return 0
 
     return exit_status(run)

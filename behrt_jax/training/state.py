@@ -11,8 +11,8 @@ from behrt_jax.adapters import lora
 from behrt_jax.config import PretrainConfig
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.training.freezing import adapted_kernels_frozen, optimizer_labels, regime, trainable
-from behrt_jax.training.mesh import replicated
 from behrt_jax.training.optimizer import make_optimizer
+from behrt_jax.training.sharding import LARGE, shardings_of, state_shardings
 from behrt_jax.training.step import Predictor, TrainState, Variables
 
 
@@ -28,8 +28,10 @@ class Setup(NamedTuple):
     """Adapted layers; empty without LoRA."""
 
 
-def set_up(config: PretrainConfig, vocabulary_size: int) -> Setup:
+def set_up(config: PretrainConfig, vocabulary_size: int, mesh: Mesh | None = None) -> Setup:
     """Work out model, adapters and what trains, without computing anything.
+
+    Without a mesh, all is on one device.
 
     Raises:
         InputError: adapters that match nothing, a regime that trains nothing, and the like.
@@ -38,11 +40,11 @@ def set_up(config: PretrainConfig, vocabulary_size: int) -> Setup:
     shapes = jax.eval_shape(lambda key: _init_variables(model, config, key), jax.random.key(0))
     mask = trainable(shapes, regime(config.freezing))
     if config.lora is None:
-        return Setup(Predictor(model), shapes, mask, [])
+        return Setup(Predictor(model, mesh=mesh), shapes, mask, [])
     frozen = adapted_kernels_frozen(shapes, mask)
     product = lora.resolve_product(config.lora, config.model.compute_dtype, frozen)
     layers = lora.adapted_layers(shapes["params"], config.lora)
-    return Setup(Predictor(model, config.lora, product), shapes, mask, layers)
+    return Setup(Predictor(model, config.lora, product, mesh), shapes, mask, layers)
 
 
 def optimizer_for(config: PretrainConfig, setup: Setup, total_steps: int) -> optax.GradientTransformation:
@@ -56,8 +58,9 @@ def init_state(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     mesh: Mesh,
+    large: int = LARGE,
 ) -> TrainState:
-    """Initialise everything in one jitted call, replicated over the mesh.
+    """Initialise everything in one jitted call, spread over the mesh as `sharding.state_shardings` says.
 
     Leaf by leaf it would take seconds, and an uncommitted first state would compile the step twice.
     """
@@ -66,7 +69,20 @@ def init_state(
         variables = _init_variables(setup.predictor.model, config, key)
         return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables))
 
-    return jax.jit(init, out_shardings=replicated(mesh))(key)
+    return jax.jit(init, out_shardings=shardings_of(abstract_state(setup, optimizer, mesh, large)))(key)
+
+
+def abstract_state(
+    setup: Setup, optimizer: optax.GradientTransformation, mesh: Mesh, large: int = LARGE
+) -> TrainState:
+    """What :func:`init_state` returns, as ``jax.ShapeDtypeStruct`` with shardings: no arrays are made."""
+    opt_state = jax.eval_shape(optimizer.init, setup.shapes)
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), setup.shapes, opt_state)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(shapes, mesh, large),
+    )
 
 
 def _init_variables(model: BEHRTForMLM, config: PretrainConfig, key: jax.Array) -> Variables:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
 from behrt_jax.config import LoRAConfig, MaskingConfig
@@ -18,6 +19,7 @@ from behrt_jax.models.dropout import batch_rows
 from behrt_jax.training.freezing import stop_frozen, trainable_leaves
 from behrt_jax.training.objectives import MaskedCodes, mask_codes
 from behrt_jax.training.optimizer import clip_factor
+from behrt_jax.training.sharding import gather, sum_over_devices
 
 Variables = dict[str, Any]
 Totals = dict[str, jax.Array]
@@ -39,6 +41,8 @@ class Predictor(NamedTuple):
     model: BEHRTForMLM
     lora: LoRAConfig | None = None
     product: Literal["activations", "merged"] = "activations"
+    mesh: Mesh | None = None
+    """Devices that share the rows of a batch; a single one where not given."""
 
     def adapters(self, deterministic: bool, rows: jax.Array | None = None) -> AbstractContextManager[None]:
         """Context in which the model is applied."""
@@ -64,7 +68,7 @@ class Predictor(NamedTuple):
         """
         with self.adapters(key is None, rows):
             return self.model.apply(
-                variables,
+                gather(variables, self.mesh),
                 masked.codes,
                 batch.ages,
                 batch.visits,
@@ -114,10 +118,11 @@ def make_train_step(
         ``gradient_squares``, the sum of squares of each trainable leaf's, float32 `[leaves]`.
     """
     mask_key, dropout_key = jax.random.split(key)
+    local = predictor._replace(mesh=None)
 
     def loss_of(variables: Variables, merged: Any, batch: Batch, masked: MaskedCodes, rows, key):
         variables = {**stop_frozen(variables, mask), "merged": merged}
-        logits = predictor.logits(variables, batch, masked, key, rows)
+        logits = local.logits(variables, batch, masked, key, rows)
         totals = prediction_totals(logits, masked.labels, masked.weights)
         return totals["loss"], totals
 
@@ -127,12 +132,18 @@ def make_train_step(
         gradient, totals = jax.grad(loss_of, has_aux=True)(variables, merged, batch, masked, rows, key)
         return trainable_leaves(gradient, mask), totals
 
+    def sums_of(variables: tuple[Variables, Any], keys: tuple[jax.Array, jax.Array], rows: tuple[Batch, Any]):
+        batch, numbers = rows
+        masked = mask_codes(keys[0], batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
+        return _accumulate(partial(gradient_of, *variables), batch, masked, numbers, keys[1], micro_batches)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Totals]:
-        key = mask_key if static_masks else jax.random.fold_in(mask_key, state.step)
-        masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
-        key = jax.random.fold_in(dropout_key, state.step)
+        step_mask_key = mask_key if static_masks else jax.random.fold_in(mask_key, state.step)
+        keys = step_mask_key, jax.random.fold_in(dropout_key, state.step)
         variables = state.variables, predictor.merged(state.variables)
-        gradient, totals = _accumulate(partial(gradient_of, *variables), batch, masked, key, micro_batches)
+        # Dropout goes by the row, whatever device and part it is on.
+        rows = batch, batch_rows(batch.codes)
+        gradient, totals = sum_over_devices(sums_of, predictor.mesh)(variables, keys, rows)
 
         gradient = [leaf / jnp.maximum(totals["targets"], 1.0) for leaf in gradient]
         norm = optax.tree.norm(gradient)
@@ -169,12 +180,11 @@ def make_validation_step(
     return validation_step
 
 
-def _accumulate(gradient_of, batch, masked, key, parts):
+def _accumulate(gradient_of, batch, masked, rows, key, parts):
     """Sums of gradients and totals over parts of the batch, one part in memory at a time."""
-    rows = batch_rows(masked.codes)  # dropout goes by the row, whatever part it is in
     if parts == 1:
         return gradient_of(batch, masked, rows, key)
-    # Part p takes the rows p, p + parts, ...: each device keeps the rows that it holds.
+    # Part p takes the rows p, p + parts, ...
     split = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0),
         (batch, masked, rows),

@@ -18,6 +18,7 @@ from behrt_jax.models.stacked_layers import count_stacked_layers, with_layout_of
 from behrt_jax.tracking.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE, read_json
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.mesh import replicated
+from behrt_jax.training.sharding import shardings_of
 from behrt_jax.training.step import TrainState
 
 FREE = ("dropout", "attention_dropout", "compute_dtype", "rematerialise", "scan_layers")
@@ -116,11 +117,12 @@ def _in_layout(scan_layers: bool, params: Any) -> Any:
 
 
 def _like(params: Any, found: Any) -> Any:
-    """`found` in the layout of `params` and, where that is another, with their shardings."""
+    """`found` in the layout of `params` and with their shardings."""
+    shardings = shardings_of(params)
     if jax.tree.structure(found) == jax.tree.structure(params):
-        return found
+        return jax.device_put(found, shardings)
     convert = partial(with_layout_of, count_stacked_layers(params) > 0)
-    return jax.jit(convert, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params))(found)
+    return jax.jit(convert, out_shardings=shardings)(found)
 
 
 def _take(groups: Sequence[str], own: Any, found: Any) -> Any:
@@ -133,9 +135,9 @@ def _take(groups: Sequence[str], own: Any, found: Any) -> Any:
 
 
 def _adapter_shapes(params: Any, config: LoRAConfig) -> Any:
-    """The adapters that a model with these parameters has, as shapes with the parameters' sharding."""
+    """The adapters that a model with these parameters has, as shapes, whole on each of their devices."""
     shapes = jax.eval_shape(lambda key, tree: lora.init(key, tree, config), jax.random.key(0), params)
-    sharding = jax.tree.leaves(params)[0].sharding
+    sharding = replicated(jax.tree.leaves(params)[0].sharding.mesh)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 

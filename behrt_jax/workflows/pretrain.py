@@ -32,6 +32,7 @@ from behrt_jax.training.mesh import make_mesh, put_rows, replicated
 from behrt_jax.training.objectives import FIRST_CODE
 from behrt_jax.training.optimizer import group_schedules
 from behrt_jax.training.parameter_report import count_parameters
+from behrt_jax.training.sharding import shardings_of
 from behrt_jax.training.state import Setup, init_state, optimizer_for, set_up
 from behrt_jax.training.step import TrainState, make_train_step, make_validation_step
 from behrt_jax.training.telemetry import (
@@ -78,6 +79,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
     started = time.perf_counter()
     keep_freed_memory()
     check(config)
+    mesh = make_mesh(devices, config.mesh)
     if not config.resume:
         check_source(config.init, config.model)
     with open_console() as console, catching_signals() as interruption:
@@ -90,11 +92,10 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
         if config.resume:
             check_same_run(folder, config, data.fingerprint)
 
-        setup = set_up(config, len(data.vocabulary))
+        setup = set_up(config, len(data.vocabulary), mesh)
         parameters = _parameter_report(config, setup)
         announce.parameters(console, parameters, setup.predictor.product)
 
-        mesh = make_mesh(devices)
         batches, tuning = _batches(config, data, mesh.size)
         total_steps = config.train.epochs * batches.steps_per_epoch
         total_steps = min(total_steps, config.train.max_steps or total_steps)
@@ -116,6 +117,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
 
         optimizer = optimizer_for(config, setup, total_steps)
         schedules = group_schedules(config.optimizer, total_steps)
+        state = init_state(config, setup, optimizer, init_key, mesh)
         train_step = jax.jit(
             make_train_step(
                 setup.predictor,
@@ -128,12 +130,12 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
                 static_masks=config.train.static_masks,
             ),
             donate_argnums=0,
-            out_shardings=replicated(mesh),
+            out_shardings=(shardings_of(state), replicated(mesh)),
         )
         validation_step = jax.jit(make_validation_step(setup.predictor, config.masking, validation_key))
 
         with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
-            state, cursor = init_state(config, setup, optimizer, init_key, mesh), Cursor()
+            cursor = Cursor()
             counts, static = data.vocabulary.counts, config.train.static_masks
             probe = make_probe(state.variables["lora"], counts, batches.steps_per_epoch, static)
             names = trainable_names(setup.mask)

@@ -13,6 +13,7 @@ from behrt_jax.data.batches import training_batches
 from behrt_jax.data.load import load_sequences
 from behrt_jax.training.mesh import make_mesh, put_rows, replicated
 from behrt_jax.training.parameter_report import count_parameters
+from behrt_jax.training.sharding import shardings_of
 from behrt_jax.training.state import init_state, optimizer_for, set_up
 from behrt_jax.training.step import make_train_step
 
@@ -36,8 +37,8 @@ def measure_costs(
         where the compiler does not tell), ``step_seconds`` (median), and both as multiples of those of
         ``full`` (``flops_of_full``, ``time_of_full``; None without it).
     """
-    mesh = make_mesh(devices)
     first = next(iter(configs.values()))
+    mesh = make_mesh(devices, first.mesh)
     data = load_sequences(replace(first.data, source="uniform"), first.model.sep_token)
     batches = training_batches(
         data.splits["train"],
@@ -54,9 +55,10 @@ def measure_costs(
     costs: dict[str, dict[str, Any]] = {}
     steps, states = {}, {}
     for name, config in configs.items():
-        setup = set_up(config, len(data.vocabulary))
+        setup = set_up(config, len(data.vocabulary), mesh)
         optimizer = optimizer_for(config, setup, total_steps=1000)
         init_key, step_key = jax.random.split(jax.random.key(0))
+        states[name] = init_state(config, setup, optimizer, init_key, mesh)
         step = jax.jit(
             make_train_step(
                 setup.predictor,
@@ -68,9 +70,8 @@ def measure_costs(
                 micro_batches=config.train.micro_batches,
             ),
             donate_argnums=0,
-            out_shardings=replicated(mesh),
+            out_shardings=(shardings_of(states[name]), replicated(mesh)),
         )
-        states[name] = init_state(config, setup, optimizer, init_key, mesh)
         steps[name] = step.lower(states[name], batch).compile()
         analysis = steps[name].cost_analysis() or {}
         report = count_parameters(setup.shapes, setup.mask)

@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+from behrt_jax.config import MeshConfig
+from behrt_jax.errors import InputError
 from behrt_jax.training.mesh import make_mesh, put_rows, replicated
 from tests.models.rows import random_batch
 from tests.training.test_step import TINY, start
@@ -27,6 +29,32 @@ def test_a_device_of_eight_computes_about_an_eighth():
     assert flops[1] / flops[0] == pytest.approx(1 / 8, abs=0.1)
 
 
-def test_mesh_axes():
-    mesh = make_mesh(jax.devices())
-    assert dict(mesh.shape) == {"data": 8, "fsdp": 1}
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(), (8, 1)),
+        (MeshConfig(fsdp=4), (2, 4)),
+        (MeshConfig(data=1, fsdp=8), (1, 8)),
+        (MeshConfig(data=8), (8, 1)),
+    ],
+)
+def test_mesh_axes(config, shape):
+    mesh = make_mesh(jax.devices(), config)
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp"), shape, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(fsdp=3), "mesh.fsdp is 3, which does not divide the 8 devices"),
+        (MeshConfig(fsdp=16), "mesh.fsdp is 16"),
+        (MeshConfig(data=2), "mesh.data is 2 and mesh.fsdp 1: together 2 devices, but there are 8"),
+        (MeshConfig(data=2, fsdp=2), "Give mesh.data 4"),
+        (MeshConfig(data=0), "mesh.data is 0"),
+        (MeshConfig(fsdp=0), "mesh.fsdp is 0"),
+        (MeshConfig(fsdp=-2), "mesh.fsdp is -2"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_names_the_option(config, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(jax.devices(), config)

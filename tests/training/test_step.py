@@ -16,6 +16,8 @@ from behrt_jax.models.behrt import example_inputs
 from behrt_jax.training.freezing import trainable_leaves
 from behrt_jax.training.mesh import make_mesh, put_rows, replicated
 from behrt_jax.training.objectives import mask_codes
+from behrt_jax.training.sharding import LARGE as LARGE_LEAF
+from behrt_jax.training.sharding import shardings_of
 from behrt_jax.training.state import init_state, optimizer_for, set_up
 from behrt_jax.training.step import make_train_step, make_validation_step
 from experiments.configs import LARGE
@@ -30,20 +32,20 @@ TINY = PretrainConfig(
 )
 
 
-def start(config, devices=None, micro_batches=1, optimizer=None, **options):
+def start(config, devices=None, micro_batches=1, optimizer=None, mesh=None, large=LARGE_LEAF, **options):
     """Setup, first state and jitted step of a configuration."""
-    mesh = make_mesh(devices or jax.devices()[:1])
-    setup = set_up(config, VOCABULARY)
+    mesh = mesh or make_mesh(devices or jax.devices()[:1])
+    setup = set_up(config, VOCABULARY, mesh)
     optimizer = optimizer or optimizer_for(config, setup, total_steps=100)
     init_key, step_key = jax.random.split(jax.random.key(0))
-    state = init_state(config, setup, optimizer, init_key, mesh)
+    state = init_state(config, setup, optimizer, init_key, mesh, large)
     step = jax.jit(
         make_train_step(
             setup.predictor, optimizer, setup.mask, config.masking, step_key,
             clip_norm=config.optimizer.clip_norm, micro_batches=micro_batches, **options,
         ),
         donate_argnums=0,
-        out_shardings=replicated(mesh),
+        out_shardings=(shardings_of(state), replicated(mesh)),
     )  # fmt: skip
     return setup, state, step, mesh
 

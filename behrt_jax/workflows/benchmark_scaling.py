@@ -1,0 +1,177 @@
+"""What a training step costs each device as devices are added, each with the same number of rows.
+
+Nothing is trained or timed: a step is compiled for so many devices, made up on the CPU, and what it
+computes, sends and keeps is read from the compiled program.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from behrt_jax.config import FreezingConfig, MeshConfig, PretrainConfig
+from behrt_jax.data.rows import Batch
+from behrt_jax.errors import InputError
+from behrt_jax.models.behrt import example_inputs
+from behrt_jax.training.collectives import KINDS, bytes_by_kind, collectives
+from behrt_jax.training.mesh import make_mesh, replicated, split_rows
+from behrt_jax.training.sharding import shardings_of
+from behrt_jax.training.state import abstract_state, optimizer_for, set_up
+from behrt_jax.training.step import make_train_step
+
+
+@dataclass(frozen=True)
+class ScalingBenchmark:
+    """Compile a training step for growing numbers of devices: what each computes, sends and keeps."""
+
+    sizes: tuple[Literal["small", "medium", "large"], ...] = ("small",)
+    """Models, by the names of their configurations."""
+    regimes: tuple[Literal["full", "lora"], ...] = ("full", "lora")
+    """Train everything, or adapters, embeddings and head."""
+    devices: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of devices."""
+    split: tuple[Literal["data", "fsdp"], ...] = ("data", "fsdp")
+    """data: each device holds all parameters. fsdp: large ones are split over all devices."""
+    rows: int = 16
+    """Rows of each device."""
+    vocabulary: int = 1000
+    """Rows of the vocabulary."""
+    output: Path | None = None
+    """File for the figures as JSON."""
+
+
+def benchmark_scaling(
+    config: ScalingBenchmark, configurations: Mapping[str, PretrainConfig]
+) -> dict[str, Any]:
+    """Compile every step, print the figures side by side, and return them.
+
+    Args:
+        config: what to compile.
+        configurations: by name; for each size there is ``<size>_lora``.
+
+    Returns:
+        ``settings`` and ``runs``, each with ``size``, ``regime``, ``split``, ``devices``, and the figures of
+        :func:`step_cost`.
+
+    Raises:
+        InputError: numbers below 1.
+    """
+    for name, values in (
+        ("devices", config.devices),
+        ("rows", (config.rows,)),
+        ("vocabulary", (config.vocabulary,)),
+    ):
+        if min(values, default=0) < 1:
+            raise InputError(f"--{name} is {' '.join(map(str, values)) or 'empty'}: give 1 or more.")
+    runs = []
+    for size in config.sizes:
+        for regime in config.regimes:
+            chosen = _of_regime(configurations[f"{size}_lora"], regime)
+            for split in config.split:
+                for devices in config.devices:
+                    if split == "fsdp" and devices == 1 and "data" in config.split:
+                        continue  # the same program
+                    mesh = MeshConfig(fsdp=devices if split == "fsdp" else 1)
+                    task = replace(chosen, mesh=mesh), devices, config.rows, config.vocabulary
+                    # The number of devices is fixed once a process has asked for them.
+                    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                        cost = process.submit(_step_cost_on_cpu, *task).result()
+                    runs.append({"size": size, "regime": regime, "split": split, "devices": devices, **cost})
+    settings = {key: value for key, value in asdict(config).items() if key != "output"}
+    report = {"settings": settings, "runs": runs}
+    print(as_table(report))
+    if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        config.output.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def step_cost(config: PretrainConfig, rows: int, vocabulary: int) -> dict[str, Any]:
+    """What one training step costs each of this process's devices.
+
+    Args:
+        config: model, adapters, regime, mesh, micro-batches.
+        rows: rows of each device.
+        vocabulary: rows of the vocabulary.
+
+    Returns:
+        ``flops`` (None where the compiler does not tell), ``instructions`` and ``bytes`` of collectives by
+        kind (of their results, see `training.collectives`), and the bytes that a device keeps:
+        ``parameter_bytes``, ``optimizer_bytes``, ``temporary_bytes``.
+    """
+    mesh = make_mesh(config=config.mesh)
+    setup = set_up(config, vocabulary, mesh)
+    optimizer = optimizer_for(config, setup, total_steps=1000)
+    state = abstract_state(setup, optimizer, mesh)
+    step = make_train_step(
+        setup.predictor,
+        optimizer,
+        setup.mask,
+        config.masking,
+        jax.random.key(0),
+        clip_norm=config.optimizer.clip_norm,
+        micro_batches=config.train.micro_batches,
+    )
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
+    inputs = [(x.shape[1:], x.dtype) for x in example_inputs(config.model)]
+    batch = Batch(*(
+        jax.ShapeDtypeStruct((rows * mesh.size, *shape), dtype, sharding=split_rows(mesh))
+        for shape, dtype in [*inputs, ((), jnp.int32)]
+    ))  # fmt: skip
+    compiled = jitted.lower(state, batch).compile()
+    found = collectives(compiled.as_text())
+    memory = compiled.memory_analysis()
+    return {
+        "flops": (compiled.cost_analysis() or {}).get("flops"),
+        "instructions": {kind: sum(one.kind == kind for one in found) for kind in KINDS},
+        "bytes": bytes_by_kind(found),
+        "parameter_bytes": _bytes_per_device(state.variables),
+        "optimizer_bytes": _bytes_per_device(state.opt_state),
+        "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
+    }
+
+
+def as_table(report: Mapping[str, Any]) -> str:
+    """The figures of :func:`benchmark_scaling` as aligned text."""
+    columns = ("all-reduce", "all-gather", "other")
+    lines = [
+        f"{'':<25} {'':>9} {'MB a step and device':^32} {'sends':>5} {'MB a device':^29}",
+        f"{'size':<7} {'regime':<6} {'split':<5} {'on':>4} {'GFLOP':>9} "
+        + " ".join(f"{name:>10}" for name in columns)
+        + f" {'':>5} {'parameters':>10} {'moments':>9} {'rest':>8}",
+    ]
+    for run in report["runs"]:
+        sent = run["bytes"]
+        other = sum(sent.values()) - sent["all-reduce"] - sent["all-gather"]
+        lines.append(
+            f"{run['size']:<7} {run['regime']:<6} {run['split']:<5} {run['devices']:>4} "
+            f"{(run['flops'] or math.nan) / 1e9:>9.3f} "
+            + " ".join(f"{value / 1e6:>10.3f}" for value in (sent["all-reduce"], sent["all-gather"], other))
+            + f" {sum(run['instructions'].values()):>5} {run['parameter_bytes'] / 1e6:>10.3f} "
+            f"{run['optimizer_bytes'] / 1e6:>9.3f} {(run['temporary_bytes'] or math.nan) / 1e6:>8.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _step_cost_on_cpu(config: PretrainConfig, devices: int, rows: int, vocabulary: int) -> dict[str, Any]:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    return step_cost(config, rows, vocabulary)
+
+
+def _of_regime(config: PretrainConfig, regime: str) -> PretrainConfig:
+    return config if regime == "lora" else replace(config, lora=None, freezing=FreezingConfig("full"))
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,69 @@
+"""Two processes with four devices each compute what one process with eight does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from behrt_jax.config import MeshConfig
+from behrt_jax.training.mesh import make_mesh, put_rows
+from tests.models.rows import random_batch
+from tests.training.test_step import TINY, start
+
+ROOT = Path(__file__).parents[2]
+
+
+class Losses(NamedTuple):
+    losses: list[float]
+    mesh: Mesh
+
+
+def losses(fsdp: int) -> Losses:
+    """Losses and gradient norms of some steps on all devices of all processes."""
+    mesh = make_mesh(None, MeshConfig(fsdp=fsdp))
+    _, state, step, _ = start(TINY, mesh=mesh, large=128, optimizer=optax.sgd(0.5))
+    found = []
+    for index in range(3):
+        state, totals = step(state, put_rows(random_batch(index, rows=16), mesh))
+        found += [float(totals["loss"] / totals["targets"]), float(totals["gradient_norm"])]
+    return Losses(found, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_two_processes_equal_one(fsdp):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "tests.training.two_processes"]
+    processes = [
+        subprocess.Popen(
+            [*command, *map(str, (port, 2, process, 4, fsdp))],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    assert first["rows"] == list(range(8))
+    assert second["rows"] == list(range(8, 16))
+    assert first["losses"] == second["losses"]
+    np.testing.assert_allclose(first["losses"], losses(fsdp).losses, rtol=1e-5)

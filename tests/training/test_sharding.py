@@ -1,0 +1,142 @@
+"""FSDP: who holds what, and results that do not depend on it."""
+
+from dataclasses import replace
+from functools import cache
+
+import chex
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+
+from behrt_jax.config import FreezingConfig, LoRAConfig, MeshConfig, PretrainConfig
+from behrt_jax.training.checkpoints import open_checkpoints
+from behrt_jax.training.mesh import make_mesh, put_rows, replicated
+from behrt_jax.training.sharding import shardings_of, state_shardings
+from behrt_jax.training.state import init_state, optimizer_for, set_up
+from behrt_jax.training.step import TrainState
+from tests.models.rows import VOCABULARY, random_batch, tiny_model
+from tests.training.test_step import ALL_LINEARS, TINY, sgd, start
+
+MESHES = {"1": None, "8x1": 1, "2x4": 4, "1x8": 8}
+SPLIT_FROM = 128
+CONFIGS = {
+    "full": PretrainConfig(model=tiny_model(), optimizer=TINY.optimizer),
+    **{
+        product: replace(TINY, lora=LoRAConfig(rank=2, targets=ALL_LINEARS, product=product))
+        for product in ("merged", "activations")
+    },
+}
+
+
+def mesh_of(name):
+    fsdp = MESHES[name]
+    return make_mesh(jax.devices()[:1]) if fsdp is None else make_mesh(None, MeshConfig(fsdp=fsdp))
+
+
+def fresh(config, mesh, large=SPLIT_FROM):
+    setup = set_up(config, VOCABULARY, mesh)
+    optimizer = optimizer_for(config, setup, total_steps=100)
+    return init_state(config, setup, optimizer, jax.random.key(0), mesh, large)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fsdp", "spec"),
+    [
+        ((16, 64), 8, PartitionSpec(None, "fsdp")),
+        ((64, 16), 8, PartitionSpec("fsdp")),
+        ((16, 16), 8, PartitionSpec("fsdp")),
+        ((20, 16), 8, PartitionSpec(None, "fsdp")),  # the larger axis is not divisible
+        ((20, 12), 8, PartitionSpec()),
+        ((16, 4), 8, PartitionSpec()),  # small
+        ((16, 64), 1, PartitionSpec()),
+        ((128,), 4, PartitionSpec("fsdp")),
+    ],
+)
+def test_a_large_leaf_is_split_along_its_largest_divisible_axis(shape, fsdp, spec):
+    mesh, leaf = make_mesh(None, MeshConfig(fsdp=fsdp)), jax.ShapeDtypeStruct(shape, np.float32)
+    moments = {"mu": {"params": {"w": leaf}}, "count": jax.ShapeDtypeStruct((), np.int32)}
+    state = TrainState(leaf, {"params": {"w": leaf}, "lora": {"w": {"a": leaf}}}, moments)
+    found = state_shardings(state, mesh, SPLIT_FROM)
+    expected = NamedSharding(mesh, spec)
+    assert found.variables == {"params": {"w": expected}, "lora": {"w": {"a": replicated(mesh)}}}
+    assert found.opt_state == {"mu": {"params": {"w": expected}}, "count": replicated(mesh)}
+    assert found.step == replicated(mesh)
+
+
+def test_moments_of_the_real_optimizer_lie_with_their_parameters():
+    state = fresh(CONFIGS["full"], mesh_of("1x8"))
+    leaves = flatten_dict(state.variables)
+    seen = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+        names = tuple(str(getattr(key, "key", key)) for key in path)
+        if "params" in names:
+            own = names[names.index("params") :]
+            assert leaf.sharding == leaves[own].sharding, own
+            seen.add(own)
+    assert seen == leaves.keys()
+    share = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert share < 0.35 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def test_initialisation_does_not_depend_on_the_mesh():
+    one, split = (jax.device_get(fresh(TINY, mesh_of(name))) for name in ("1", "1x8"))
+    chex.assert_trees_all_equal(one, split)
+
+
+@cache
+def one_device(name):
+    return sgd(CONFIGS[name], 3)
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "2x4", "1x8"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_mesh_gives_the_results_of_one_device(name, mesh):
+    one, one_metrics = one_device(name)
+    many, many_metrics = sgd(CONFIGS[name], 3, mesh=mesh_of(mesh), large=SPLIT_FROM)
+    chex.assert_trees_all_close(one_metrics, many_metrics, rtol=1e-5)
+    chex.assert_trees_all_close(one.variables, many.variables, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_micro_batches_of_a_split_model_equal_one_batch_of_one_device(name):
+    batches = [random_batch(seed, rows=16) for seed in range(2)]
+    one, one_metrics = sgd(CONFIGS[name], 2, batches)
+    many, many_metrics = sgd(
+        CONFIGS[name], 2, batches, mesh=mesh_of("2x4"), large=SPLIT_FROM, micro_batches=2
+    )
+    chex.assert_trees_all_close(one_metrics, many_metrics, rtol=1e-5)
+    chex.assert_trees_all_close(one.variables, many.variables, atol=1e-6, rtol=1e-5)
+
+
+def test_the_state_stays_split_and_the_step_compiles_once():
+    _, state, step, mesh = start(TINY, mesh=mesh_of("2x4"), large=SPLIT_FROM)
+    shardings = shardings_of(state)
+    kernel = state.variables["params"]["behrt"]["encoder"]["layer_0"]["intermediate"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(16, 16)}
+    for index in range(3):
+        state, _ = step(state, put_rows(random_batch(index, rows=8), mesh))
+        assert shardings_of(state) == shardings
+    assert step._cache_size() == 1
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
+    config = replace(TINY, freezing=FreezingConfig("full"))
+    _, state, step, mesh = start(config, mesh=mesh_of("1x8"), large=SPLIT_FROM)
+    for index in range(2):
+        state, _ = step(state, put_rows(random_batch(index, rows=8), mesh))
+    with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(2, *_trees(state), {}, {}, {"loss": 1.0})
+    saved = jax.device_get(state)
+    for name in MESHES:
+        template = fresh(config, mesh_of(name))
+        with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
+            params, lora, opt_state = _trees(template)
+            restored = checkpoints.restore(2, params=params, lora=lora, opt_state=opt_state)
+        chex.assert_trees_all_equal(tuple(restored), _trees(saved))
+        assert shardings_of(tuple(restored)) == shardings_of(_trees(template)), name
+
+
+def _trees(state):
+    return state.variables["params"], state.variables["lora"], state.opt_state
