@@ -49,6 +49,9 @@ class ModelConfig:
     """Precision of matrix products; parameters, softmax, LayerNorm and loss stay float32."""
     rematerialise: bool = False
     """Recompute each block's activations in the backward pass: less memory, more time."""
+    head_chunk: int | None = None
+    """Codes of the vocabulary whose logits are held at once, for all masked codes. Where not given: the
+    whole vocabulary while its logits take little memory, else parts of it. Equal results."""
 
 
 @dataclass(frozen=True)

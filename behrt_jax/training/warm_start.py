@@ -17,7 +17,7 @@ from behrt_jax.tracking.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMA
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.step import TrainState
 
-FREE = ("dropout", "attention_dropout", "compute_dtype", "rematerialise")
+FREE = ("dropout", "attention_dropout", "compute_dtype", "rematerialise", "head_chunk")
 """Settings of the model that may differ: parameters mean the same under any value of them."""
 
 
