@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from behrt_jax.cli import exit_status
 from behrt_jax.errors import InputError
 from behrt_jax.workflows.benchmark_prepare import PrepareBenchmark, benchmark_prepare
+from behrt_jax.workflows.benchmark_vocabulary import VocabularyBenchmark, benchmark_vocabulary
+
+BENCHMARKS = {
+    "prepare": (PrepareBenchmark, benchmark_prepare),
+    "vocabulary": (VocabularyBenchmark, benchmark_vocabulary),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -14,12 +20,12 @@ def main(arguments: Sequence[str]) -> int:
     def run() -> int:
         import tyro
 
-        if not arguments or arguments[0] != "prepare":
-            raise InputError("Name a benchmark: benchmark.py prepare (--help shows its options).")
-        config = tyro.cli(
-            PrepareBenchmark, prog="benchmark.py prepare", args=list(arguments[1:]), use_underscores=True
-        )
-        benchmark_prepare(config)
+        if not arguments or arguments[0] not in BENCHMARKS:
+            names = ", ".join(f"benchmark.py {name}" for name in BENCHMARKS)
+            raise InputError(f"Name a benchmark: {names} (--help shows its options).")
+        name, *options = arguments
+        settings, benchmark = BENCHMARKS[name]
+        benchmark(tyro.cli(settings, prog=f"benchmark.py {name}", args=options, use_underscores=True))
         return 0
 
     return exit_status(run)
