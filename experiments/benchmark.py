@@ -18,7 +18,9 @@ BENCHMARKS = {
     "attention": ("AttentionBenchmark", "benchmark_attention"),
     "prepare": ("PrepareBenchmark", "benchmark_prepare"),
     "scaling": ("ScalingBenchmark", "benchmark_scaling"),
+    "startup": ("StartupBenchmark", "benchmark_startup"),
     "train": ("TrainBenchmark", "benchmark_train"),
+    "vocabulary": ("VocabularyBenchmark", "benchmark_vocabulary"),
 }
 """Name -> dataclass of its options and function that runs it, both in ``workflows.benchmark_NAME``."""
 
