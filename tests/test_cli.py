@@ -112,9 +112,11 @@ MISTAKES = {
     "path of a generated source": (["--data.path", "{meds}/healthy"], "add --data.source meds"),
     "length over positions": (["--data.max_length", "51"], "the model has 50 positions"),
     "hidden not divisible by heads": (["--model.heads", "5"], "not divisible by model.heads 5"),
-    "cudnn in float32": (["--model.attention", "cudnn"], "needs bfloat16, but model.compute_dtype is float32"),
+    "cudnn in float32": (
+        ["--model.attention", "cudnn"], "needs bfloat16, but model.compute_dtype is float32"),
     "cudnn with dropout": (
-        ["--model.attention", "cudnn", "--model.compute_dtype", "bfloat16"], "set model.attention_dropout to 0"),
+        ["--model.attention", "cudnn", "--model.compute_dtype", "bfloat16"],
+        "set model.attention_dropout to 0"),
     "cudnn with odd heads": (
         [*CUDNN, "--model.heads", "32"], "model.hidden_size / model.heads is 4: change one of them"),
     "cudnn without a GPU": (CUDNN, "needs an NVIDIA GPU, but JAX runs on cpu"),
