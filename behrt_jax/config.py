@@ -260,6 +260,9 @@ class PretrainConfig:
     """Run folder; runs/<name>-<time> where not given."""
     resume: bool = False
     """Go on with the run in `output` where it stopped."""
+    compilation_cache: Literal["off"] | Path | None = None
+    """Folder in which compiled programs are kept for the next start; behrt_jax/compiled in the user's cache
+    folder where not given, off for none. JAX_COMPILATION_CACHE_DIR, where set, is used instead."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from dataclasses import fields
 from behrt_jax.config import DataConfig
 from behrt_jax.data.events import EventSet
 from behrt_jax.data.sequences import SequenceSet, build_sequences
-from behrt_jax.data.sources.meds import read_meds
 from behrt_jax.data.store import read_prepared
 from behrt_jax.data.synthetic.clinical import generate_clinical
 from behrt_jax.data.synthetic.latent import generate_latent
@@ -50,6 +49,8 @@ def load_events(config: DataConfig) -> EventSet:
     if config.source == "meds":
         if config.path is None:
             raise InputError("data.path is missing: give the folder of the MEDS data set.")
+        from behrt_jax.data.sources.meds import read_meds  # slow to import, and few runs need it
+
         return read_meds(config.path, config.visit_column)
     if config.path is not None:
         raise InputError(

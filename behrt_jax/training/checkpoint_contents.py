@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import tensorstore
 
 from behrt_jax.errors import InputError
 
@@ -148,6 +147,8 @@ def _read_through(item: Path, leaves: int) -> None:
     """Read every stored value of a tree once; a file that is missing or cut is an error here."""
     if not leaves:
         return
+    import tensorstore
+
     base = {"driver": "file", "path": f"{item}/"}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     keys = store.list().result()

@@ -12,11 +12,11 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 
 from behrt_jax.errors import InputError
 from behrt_jax.training.checkpoint_contents import (
@@ -30,6 +30,9 @@ from behrt_jax.training.checkpoint_contents import (
     leaf_table,
     quiet_orbax,
 )
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 TREES = ("params", "lora", "opt_state")
 
@@ -68,14 +71,21 @@ class Checkpoints:
         self._folder = folder
         self._on_disk = ContentsOnDisk(folder, self._read_json)
         self._prepared = False
+        self._keep_best = keep_best
+
+    @cached_property
+    def _manager(self) -> "ocp.CheckpointManager":
+        """Orbax is slow to import: it is when there is something to read or to save."""
+        import orbax.checkpoint as ocp
+
         options = ocp.CheckpointManagerOptions(
             create=False,
-            preservation_policy=LatestAndBest(self._on_disk.best_of if keep_best else None),
+            preservation_policy=LatestAndBest(self._on_disk.best_of if self._keep_best else None),
             # Where a folder cannot be made in the background, threads wait for it for minutes and keep
             # the process from ending.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        return ocp.CheckpointManager(self._folder, options=options)
 
     def save(
         self,
@@ -98,6 +108,8 @@ class Checkpoints:
         Raises:
             TypeError: cursor or config is not fit for JSON.
         """
+        import orbax.checkpoint as ocp
+
         self.wait()
         exists = step in self._manager.all_steps()
         if (
@@ -127,7 +139,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait, and free threads and files."""
-        self._manager.close()
+        if "_manager" in self.__dict__:
+            self._manager.close()
 
     def latest_step(self) -> int | None:
         """Highest step with a whole checkpoint; None without any."""
@@ -149,6 +162,8 @@ class Checkpoints:
             InputError: there is no such checkpoint, it cannot be read, or a template's leaves differ
                 from what was saved in path, shape or dtype: the first such leaf is named.
         """
+        import orbax.checkpoint as ocp
+
         templates = Restored(params, lora, opt_state)._asdict()
         wanted = {name: jax.tree.map(abstract, tree) for name, tree in templates.items() if tree is not None}
         with self._reading(step):
@@ -177,6 +192,8 @@ class Checkpoints:
         """Before the first save: the folder exists, without half-written leftovers."""
         if self._prepared:
             return
+        import orbax.checkpoint as ocp
+
         self._folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             for leftover in self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
@@ -196,4 +213,6 @@ class Checkpoints:
             raise InputError(f"{path} is damaged ({reason}); use a checkpoint of another step") from error
 
     def _read_json(self, step: int, name: str) -> dict[str, Any]:
+        import orbax.checkpoint as ocp
+
         return self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore()}))[name]

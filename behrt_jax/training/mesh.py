@@ -56,6 +56,11 @@ def split_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
+def shapes_of(tree: Any) -> Any:
+    """Shape, dtype and sharding of each array of a tree, for compiling ahead."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
 def put_rows(batch: Any, mesh: Mesh) -> Any:
     """Copy a batch of host arrays to the devices, rows split; returns before the copy is done.
 

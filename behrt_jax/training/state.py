@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from behrt_jax.adapters import lora
 from behrt_jax.config import PretrainConfig
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.training.compilation import RUN_ONCE
 from behrt_jax.training.freezing import adapted_kernels_frozen, optimizer_labels, regime, trainable
 from behrt_jax.training.optimizer import make_optimizer
 from behrt_jax.training.sharding import LARGE, shardings_of, state_shardings
@@ -37,7 +38,7 @@ def set_up(config: PretrainConfig, vocabulary_size: int, mesh: Mesh | None = Non
         InputError: adapters that match nothing, a regime that trains nothing, and the like.
     """
     model = BEHRTForMLM(config.model, vocabulary_size)
-    shapes = jax.eval_shape(lambda key: _init_variables(model, config, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: _init_variables(model, config, jax.random.key(0)))
     mask = trainable(shapes, regime(config.freezing))
     if config.lora is None:
         return Setup(Predictor(model, mesh=mesh), shapes, mask, [])
@@ -69,7 +70,8 @@ def init_state(
         variables = _init_variables(setup.predictor.model, config, key)
         return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables))
 
-    return jax.jit(init, out_shardings=shardings_of(abstract_state(setup, optimizer, mesh, large)))(key)
+    shardings = shardings_of(abstract_state(setup, optimizer, mesh, large))
+    return jax.jit(init, out_shardings=shardings, compiler_options=RUN_ONCE)(key)
 
 
 def abstract_state(
@@ -83,6 +85,14 @@ def abstract_state(
         shapes,
         state_shardings(shapes, mesh, large),
     )
+
+
+def run_keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Typed keys of a run: of initialisation, of the training steps and of validation."""
+    # One program: key by key, each operation would be compiled or read from disk by itself.
+    keys = jax.jit(lambda: tuple(jax.random.split(jax.random.key(seed), 3)))
+    init_key, step_key, validation_key = keys()
+    return init_key, step_key, validation_key
 
 
 def _init_variables(model: BEHRTForMLM, config: PretrainConfig, key: jax.Array) -> Variables:

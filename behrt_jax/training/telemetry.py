@@ -11,6 +11,7 @@ from jax.tree_util import tree_leaves_with_path
 
 from behrt_jax.adapters.groups import label, path_names
 from behrt_jax.models.stacked_layers import unstack_layers
+from behrt_jax.training.compilation import RUN_ONCE
 from behrt_jax.training.step import TrainState
 
 CODE_TABLE = ("embeddings", "code", "embedding")
@@ -53,7 +54,9 @@ def gradient_metrics(names: Sequence[str], squares: np.ndarray) -> dict[str, Any
 
 def leaves_not_finite(variables: Mapping[str, Any]) -> list[str]:
     """Names of the leaves that hold a value that is not finite."""
-    finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
+    finite = jax.jit(
+        lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), compiler_options=RUN_ONCE
+    )
     flags = np.asarray(finite(jax.tree.leaves(variables)))
     return [name for name, good in zip(leaf_names(variables), flags, strict=True) if not good]
 
@@ -100,7 +103,8 @@ def make_probe(
         codes should have been shown by now (``expected``), and how many of those never had a gradient
         (``untouched``).
     """
-    start = jax.tree.map(jnp.copy, start)  # the state that it comes from is donated to the first step
+    if jax.tree.leaves(start):  # the state that they come from is donated to the first step
+        start = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), compiler_options=RUN_ONCE)(start)
     start = unstack_layers(start)
     layers = [name.removesuffix("/a") for name in leaf_names(start) if name.endswith("/a")]
     movement = jax.jit(lambda start, now: _movement(start, unstack_layers(now)))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ from behrt_jax.tracking.run_folder import (
     truncate_metrics,
     write_json,
 )
+from behrt_jax.tracking.startup import Startup
 from behrt_jax.training.checkpoints import Checkpoints, open_checkpoints
+from behrt_jax.training.compilation import use_compilation_cache
 from behrt_jax.training.host_memory import keep_freed_memory
 from behrt_jax.training.interruption import catching_signals
 from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
-from behrt_jax.training.mesh import make_mesh, put_rows, replicated
+from behrt_jax.training.mesh import make_mesh, put_rows, replicated, shapes_of
 from behrt_jax.training.objectives import FIRST_CODE
 from behrt_jax.training.optimizer import group_schedules
 from behrt_jax.training.parameter_report import count_parameters
 from behrt_jax.training.sharding import shardings_of
-from behrt_jax.training.state import Setup, init_state, optimizer_for, set_up
+from behrt_jax.training.state import Setup, abstract_state, init_state, optimizer_for, run_keys, set_up
 from behrt_jax.training.step import TrainState, make_train_step, make_validation_step
 from behrt_jax.training.telemetry import (
     compilations,
@@ -76,13 +79,16 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
         InputError: something in the configuration or the data is wrong; raised before training.
         DivergenceError: the loss is not finite any more; the last good checkpoint is in the folder.
     """
-    started = time.perf_counter()
+    started, startup = time.perf_counter(), Startup()
+    startup.mark("imported")
     keep_freed_memory()
     check(config)
     mesh = make_mesh(devices, config.mesh)
     if not config.resume:
         check_source(config.init, config.model)
-    with open_console() as console, catching_signals() as interruption:
+    with open_console() as console, catching_signals() as interruption, ThreadPoolExecutor(1) as beside:
+        if reason := use_compilation_cache(config.compilation_cache):
+            console.log(reason)
         folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
         data = load_sequences(config.data, config.model.sep_token)
         description = describe(data)
@@ -100,24 +106,11 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
         total_steps = config.train.epochs * batches.steps_per_epoch
         total_steps = min(total_steps, config.train.max_steps or total_steps)
         announce.batches(console, batches, mesh, total_steps)
+        startup.mark("data read")
 
-        init_key, step_key, validation_key = jax.random.split(jax.random.key(config.train.seed), 3)
-        masked = mask_split(tuning, config.masking, validation_key, len(data.vocabulary))
-        baselines = predict_baselines(config, data, masked)
-        baseline_metrics = {name: results.metrics() for name, results in baselines.items()}
-        announce.baselines(console, baselines)
-        facts = gather_facts(config, data, setup, batches, total_steps)
-        run = RunRecord(settings(config), parameters, facts, baseline_metrics)
-        examination = Examination(console, run, folder / METRICS_FILE)
-        examination.before()
-
-        data.vocabulary.write(folder / "vocabulary.parquet")
-        write_json(folder / PARAMETERS_FILE, parameters)
-        write_json(folder / CONFIG_FILE, run_record(config, description, facts, baseline_metrics))
-
+        init_key, step_key, validation_key = run_keys(config.train.seed)
         optimizer = optimizer_for(config, setup, total_steps)
-        schedules = group_schedules(config.optimizer, total_steps)
-        state = init_state(config, setup, optimizer, init_key, mesh)
+        state_shapes = abstract_state(setup, optimizer, mesh)
         train_step = jax.jit(
             make_train_step(
                 setup.predictor,
@@ -130,12 +123,38 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
                 static_masks=config.train.static_masks,
             ),
             donate_argnums=0,
-            out_shardings=(shardings_of(state), replicated(mesh)),
+            out_shardings=(shardings_of(state_shapes), replicated(mesh)),
         )
+
+        def prepare_step() -> TrainState:
+            state = init_state(config, setup, optimizer, init_key, mesh)
+            train_step.lower(state_shapes, shapes_of(put_rows(batches.batch(0), mesh))).compile()
+            startup.mark("compiled")
+            return state
+
+        compiling = beside.submit(prepare_step)  # the processor has time for it while the host counts
+        if jax.process_count() > 1:
+            compiling.result()  # processes must start their programs in the same order
+        masked = mask_split(tuning, config.masking, validation_key, len(data.vocabulary))
+        baselines = predict_baselines(config, data, masked)
+        baseline_metrics = {name: results.metrics() for name, results in baselines.items()}
+        announce.baselines(console, baselines)
+        facts = gather_facts(config, data, setup, batches, total_steps)
+        run = RunRecord(settings(config), parameters, facts, baseline_metrics)
+        examination = Examination(console, run, folder / METRICS_FILE)
+        examination.before()
+        startup.mark("baselines counted")
+
+        data.vocabulary.write(folder / "vocabulary.parquet")
+        write_json(folder / PARAMETERS_FILE, parameters)
+        write_json(folder / CONFIG_FILE, run_record(config, description, facts, baseline_metrics))
+
+        schedules = group_schedules(config.optimizer, total_steps)
         validation_step = jax.jit(make_validation_step(setup.predictor, config.masking, validation_key))
 
         with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
-            cursor = Cursor()
+            state, cursor = compiling.result(), Cursor()
+            del compiling  # or it would hold this state's arrays beside those of a restored one
             counts, static = data.vocabulary.counts, config.train.static_masks
             probe = make_probe(state.variables["lora"], counts, batches.steps_per_epoch, static)
             names = trainable_names(setup.mask)
@@ -157,6 +176,13 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
                 trees = state.variables["params"], state.variables["lora"], state.opt_state
                 checkpoints.save(cursor.step, *trees, cursor.to_json(), settings(config), metrics)
 
+            def step_and_note(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+                results = train_step(state, batch)
+                if "first step" not in startup.marks:
+                    jax.block_until_ready(results)
+                    startup.mark("first step")
+                return results
+
             console.start(total_steps, cursor.step, batches.steps_per_epoch)
             divergence = None
             try:
@@ -172,7 +198,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
                     ),
                     Actions(
                         next_batch,
-                        train_step,
+                        step_and_note,
                         validate=lambda variables: validate(validation_step, variables, tuning, mesh),
                         learning_rates=lambda step: {
                             group: float(schedule(step))
@@ -220,6 +246,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
             examination=examination,
             data=description,
             parameters=parameters,
+            startup=startup.marks,
         )
         announce.end(console, folder, summary)
     if divergence:

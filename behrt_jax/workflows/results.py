@@ -56,13 +56,19 @@ def write_summary(
     examination: Examination,
     data: Mapping[str, Any],
     parameters: Mapping[str, Any],
+    startup: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Write summary.json, SUMMARY.txt, plots and report.html; returns the summary."""
+    """Write summary.json, SUMMARY.txt, plots and report.html; returns the summary.
+
+    `startup` has the marks of :class:`behrt_jax.tracking.startup.Startup`.
+    """
     metrics = read_metrics(folder / METRICS_FILE)
     summary = summarise(
         metrics, dict(baselines), best_step, stop_reason, seconds, dict(data), dict(parameters)
     )
     summary |= assessment
+    if "first step" in startup:
+        summary |= {"first_step_seconds": startup["first step"], "startup_seconds": dict(startup)}
     summary["findings"] = examination.after(summary)
     write_json(folder / SUMMARY_FILE, summary)
     write_text(folder / SUMMARY_TEXT_FILE, summary_text(summary, config.name))

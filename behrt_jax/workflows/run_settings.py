@@ -27,6 +27,7 @@ FREE = (
     "mesh.data",
     "mesh.fsdp",
     "data.path",
+    "compilation_cache",
 )
 
 
