@@ -69,8 +69,8 @@ class Cooccurrence:
             both = (owner[step:] == owner[:-step]) & is_code[step:] & is_code[:-step]
             first, second = codes[:-step][both].astype(np.int64), codes[step:][both].astype(np.int64)
             keys += [first * size + second, second * size + first]
-        pairs, counts = np.unique(np.concatenate(keys), return_counts=True)
-        row, self.columns = np.divmod(pairs, size)
+        self.pairs, counts = _distinct(np.concatenate(keys), size * size)
+        row, self.columns = np.divmod(self.pairs, size)
         self.offsets = np.searchsorted(row, np.arange(size + 1))  # [V + 1]
         totals = np.bincount(row, counts, size)
         self.weights = counts / totals[row]  # P(column | row near)
@@ -87,31 +87,50 @@ class Cooccurrence:
     def _mean_conditional(self, near: np.ndarray) -> np.ndarray:
         """Mean of P(. | w near) over the codes w near each place, float64 ``[places, V]``."""
         size = len(self.unigram)
-        place, slot = np.nonzero(near >= 0)
-        context = near[place, slot]
-        # A code that no train code stands near says nothing.
-        known = self.offsets[context + 1] > self.offsets[context]
-        place, context = place[known], context[known]
+        place, context = self._known(near)
         lengths = self.offsets[context + 1] - self.offsets[context]
         entries = ragged_indices(self.offsets[context], lengths)
         cells = np.repeat(place, lengths) * size + self.columns[entries]
         sums = np.bincount(cells, self.weights[entries], len(near) * size).reshape(len(near), size)
         return sums / np.maximum(np.bincount(place, minlength=len(near)), 1)[:, None]
 
+    def _conditional_of(self, near: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """What :meth:`_mean_conditional` says of one code for each place, float64 ``[places]``."""
+        if not len(self.pairs):
+            return np.zeros(len(near))
+        place, context = self._known(near)
+        wanted = context.astype(np.int64) * len(self.unigram) + codes[place]
+        found = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
+        weights = np.where(self.pairs[found] == wanted, self.weights[found], 0.0)
+        sums = np.bincount(place, weights, len(near))
+        return sums / np.maximum(np.bincount(place, minlength=len(near)), 1)
+
+    def _known(self, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Place and code of each near code; one that no train code stands near says nothing."""
+        place, slot = np.nonzero(near >= 0)
+        context = near[place, slot]
+        known = self.offsets[context + 1] > self.offsets[context]
+        return place[known], context[known]
+
     def _best_share(self, codes: np.ndarray, owner: np.ndarray, places: np.ndarray) -> float:
         """The share with the least loss at some places; 0 where there are none."""
         places = places[:_TUNING_PLACES]
         if not len(places):
             return 0.0
-        context = []
-        for start in range(0, len(places), self._at_once):
-            chunk = places[start : start + self._at_once]
-            conditional = self._mean_conditional(self._near(codes, owner, chunk))
-            context.append(conditional[np.arange(len(chunk)), codes[chunk]])
-        unigram, near = self.unigram[codes[places]], np.concatenate(context)
+        near = self._conditional_of(self._near(codes, owner, places), codes[places])
+        unigram = self.unigram[codes[places]]
         losses = [-np.log((1 - share) * unigram + share * near).mean() for share in _SHARES]
         return float(_SHARES[int(np.argmin(losses))])
 
     @property
     def _at_once(self) -> int:
         return max(1, _CELLS // len(self.unigram))
+
+
+def _distinct(keys: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """As ``np.unique`` with counts, for int64 keys from 0 up to `limit`."""
+    if limit > _CELLS:
+        return np.unique(keys, return_counts=True)
+    counts = np.bincount(keys, minlength=limit)  # a table of all keys is quicker than sorting
+    pairs = np.flatnonzero(counts)
+    return pairs, counts[pairs]

@@ -12,7 +12,11 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from behrt_jax.training import compilation
 from behrt_jax.training.compilation import default_folder, host_fingerprint, use_compilation_cache
 
-OPTIONS = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")  # fmt: skip
+OPTIONS = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 
 
 @pytest.fixture
