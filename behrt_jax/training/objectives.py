@@ -56,17 +56,21 @@ def mask_codes(
     budget = masking_budget(length, config.probability)
 
     def mask_row(codes: jax.Array, row_id: jax.Array) -> MaskedCodes:
-        place_key, count_key, kind_key, code_key = jax.random.split(jax.random.fold_in(key, row_id), 4)
+        # All that is random comes from one draw: each further one would be compiled anew.
+        bits = jax.random.bits(jax.random.fold_in(key, row_id), (length + 1 + 2 * budget,))
+        uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24  # [L + 1 + 2T], in [0, 1)
         is_code = codes >= FIRST_CODE  # [L]
-        scores = jnp.where(is_code, jax.random.uniform(place_key, (length,)), -1.0)
+        scores = jnp.where(is_code, uniform[:length], -1.0)
         _, columns = jax.lax.top_k(scores, budget)  # [T]
         expected = config.probability * is_code.sum().astype(jnp.float32)
-        count = jnp.floor(expected + jax.random.uniform(count_key)).astype(jnp.int32)
+        count = jnp.floor(expected + uniform[length]).astype(jnp.int32)
         weights = (jnp.arange(budget) < count) & is_code[columns]
 
         originals = codes[columns]
-        kind = jax.random.uniform(kind_key, (budget,))
-        random_codes = jax.random.randint(code_key, (budget,), FIRST_CODE, vocabulary_size)
+        kind = uniform[length + 1 : length + 1 + budget]
+        # The remainder favours low codes by less than vocabulary / 2**32.
+        drawn = bits[length + 1 + budget :] % jnp.uint32(vocabulary_size - FIRST_CODE)
+        random_codes = FIRST_CODE + drawn.astype(jnp.int32)
         replacement = jnp.where(
             kind < config.mask_share,
             MASK,
