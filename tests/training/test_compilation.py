@@ -60,6 +60,7 @@ def test_moved(no_cache_of_the_user, tmp_path):
 
 
 def test_off_keeps_nothing_and_can_be_turned_on_again(no_cache_of_the_user, tmp_path):
+    use_compilation_cache()
     assert use_compilation_cache("off") is None
     compile_something(6.25)
     assert not entries(tmp_path)
