@@ -17,7 +17,6 @@ BENCHMARKS = {
     "ablation": ("AblationBenchmark", "benchmark_ablation"),
     "attention": ("AttentionBenchmark", "benchmark_attention"),
     "prepare": ("PrepareBenchmark", "benchmark_prepare"),
-    "startup": ("StartupBenchmark", "benchmark_startup"),
     "scaling": ("ScalingBenchmark", "benchmark_scaling"),
     "startup": ("StartupBenchmark", "benchmark_startup"),
     "train": ("TrainBenchmark", "benchmark_train"),
