@@ -202,6 +202,13 @@ class TrainConfig:
     """Stop after this many validations without a better validation loss."""
     log_every: int = 20
     """Steps between lines in metrics.jsonl."""
+    data_on_device: Literal["auto", "yes", "no"] = "auto"
+    """The train split lies in the memory of the accelerator, whole on each, and batches are gathered
+    there; many steps are then one call. auto: on an accelerator, where it fits. Otherwise the host reads
+    batches ahead. Same batches."""
+    steps_per_call: int | None = None
+    """With data on the device: most steps in one call, after which a signal is answered; log_every where
+    not given."""
     static_masks: bool = False
     """Draw the masks once and reuse them each epoch (a historic mistake, for study)."""
     seed: int = 0

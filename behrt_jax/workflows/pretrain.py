@@ -3,11 +3,13 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from behrt_jax.adapters.groups import GROUPS
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import TrainingBatches, ValidationBatches, training_batches, validation_batches
 from behrt_jax.data.load import load_sequences
@@ -25,17 +27,17 @@ from behrt_jax.tracking.run_folder import (
     write_json,
 )
 from behrt_jax.training.checkpoints import Checkpoints, open_checkpoints
+from behrt_jax.training.feeding import PlacedBatches, open_feed
 from behrt_jax.training.host_memory import keep_freed_memory
 from behrt_jax.training.interruption import catching_signals
 from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
-from behrt_jax.training.mesh import make_mesh, put_rows, replicated
+from behrt_jax.training.mesh import make_mesh, replicated
 from behrt_jax.training.objectives import FIRST_CODE
-from behrt_jax.training.optimizer import group_schedules
+from behrt_jax.training.optimizer import rates_on_host
 from behrt_jax.training.parameter_report import count_parameters
 from behrt_jax.training.state import Setup, init_state, optimizer_for, set_up
 from behrt_jax.training.step import TrainState, make_train_step, make_validation_step
 from behrt_jax.training.telemetry import (
-    compilations,
     gradient_metrics,
     leaves_not_finite,
     make_probe,
@@ -115,21 +117,19 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
         write_json(folder / CONFIG_FILE, run_record(config, description, facts, baseline_metrics))
 
         optimizer = optimizer_for(config, setup, total_steps)
-        schedules = group_schedules(config.optimizer, total_steps)
-        train_step = jax.jit(
-            make_train_step(
-                setup.predictor,
-                optimizer,
-                setup.mask,
-                config.masking,
-                step_key,
-                clip_norm=config.optimizer.clip_norm,
-                micro_batches=config.train.micro_batches,
-                static_masks=config.train.static_masks,
-            ),
-            donate_argnums=0,
-            out_shardings=replicated(mesh),
+        trains = [group for group in GROUPS if parameters[group]["trainable"]]
+        learning_rates = rates_on_host(config.optimizer, total_steps, trains)
+        train_step = make_train_step(
+            setup.predictor,
+            optimizer,
+            setup.mask,
+            config.masking,
+            step_key,
+            clip_norm=config.optimizer.clip_norm,
+            micro_batches=config.train.micro_batches,
+            static_masks=config.train.static_masks,
         )
+        jit_step = partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
         validation_step = jax.jit(make_validation_step(setup.predictor, config.masking, validation_key))
 
         with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
@@ -146,51 +146,48 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
             truncate_metrics(folder / METRICS_FILE, cursor.step)
             earlier_seconds = cursor.seconds
 
-            def next_batch(step: int) -> tuple[Any, int]:
-                batch = batches.batch(step)
-                return put_rows(batch, mesh), int((batch.segment_ids > 0).sum())
-
             def save(state: TrainState, cursor: Cursor, metrics: dict[str, Any] | None) -> None:
                 cursor.seconds = earlier_seconds + time.perf_counter() - started
                 trees = state.variables["params"], state.variables["lora"], state.opt_state
                 checkpoints.save(cursor.step, *trees, cursor.to_json(), settings(config), metrics)
 
+            schedule = Schedule(
+                total_steps,
+                batches.steps_per_epoch,
+                config.train.validate_every or batches.steps_per_epoch,
+                config.train.log_every,
+                config.train.patience,
+            )
+            placed = PlacedBatches(tuning, mesh)
             console.start(total_steps, cursor.step, batches.steps_per_epoch)
             divergence = None
             try:
-                state, stop_reason = train(
-                    state,
-                    cursor,
-                    Schedule(
-                        total_steps,
-                        batches.steps_per_epoch,
-                        config.train.validate_every or batches.steps_per_epoch,
-                        config.train.log_every,
-                        config.train.patience,
-                    ),
-                    Actions(
-                        next_batch,
-                        train_step,
-                        validate=lambda variables: validate(validation_step, variables, tuning, mesh),
-                        learning_rates=lambda step: {
-                            group: float(schedule(step))
-                            for group, schedule in schedules.items()
-                            if parameters[group]["trainable"]
-                        },
-                        save=save,
-                        interrupted=lambda: bool(interruption),
-                        probe=probe,
-                        gradients=lambda squares: gradient_metrics(names, squares),
-                        offender=lambda squares: offending_leaf(names, squares, at_start),
-                        compilations=lambda: compilations(train_step),
-                    ),
-                    announce.LoopReporter(
-                        console,
-                        folder / METRICS_FILE,
-                        baseline_metrics,
-                        examination.during,
-                    ),
-                )
+                with open_feed(
+                    config.train, train_step, jit_step, batches, mesh, cursor.step, schedule
+                ) as feed:
+                    state, stop_reason = train(
+                        state,
+                        cursor,
+                        schedule,
+                        Actions(
+                            feed.next_inputs,
+                            feed.train_step,
+                            validate=lambda variables: validate(validation_step, variables, placed),
+                            learning_rates=learning_rates,
+                            save=save,
+                            interrupted=lambda: bool(interruption),
+                            probe=probe,
+                            gradients=lambda squares: gradient_metrics(names, squares),
+                            offender=lambda squares: offending_leaf(names, squares, at_start),
+                            compilations=feed.compilations,
+                        ),
+                        announce.LoopReporter(
+                            console,
+                            folder / METRICS_FILE,
+                            baseline_metrics,
+                            examination.during,
+                        ),
+                    )
             except DivergenceError as error:
                 divergence, stop_reason = error, f"diverged: {error}"
             console.close()

@@ -18,7 +18,16 @@ from behrt_jax.tracking.run_folder import CONFIG_FILE, read_json
 from behrt_jax.tracking.summary import flat
 
 # A resumed run may differ in these: they say how long to train and where, not how.
-FREE = ("output", "resume", "train.epochs", "train.max_steps", "train.patience", "data.path")
+FREE = (
+    "output",
+    "resume",
+    "train.epochs",
+    "train.max_steps",
+    "train.patience",
+    "train.data_on_device",
+    "train.steps_per_call",
+    "data.path",
+)
 
 
 def default_folder(name: str) -> Path:

@@ -27,7 +27,7 @@ class Stage:
         self.done = cursor.step
         state = TrainState(np.int32(cursor.step), {}, ())
         actions = Actions(
-            next_batch=lambda step: (step, 10),
+            next_inputs=lambda step, limit: (step, [10]),
             train_step=self.train_step,
             validate=lambda variables: {"loss": next(self.validation_losses)},
             learning_rates=lambda step: {"lora": 0.1 * (step + 1)},
@@ -41,7 +41,8 @@ class Stage:
         self.done += 1
         loss = self.train_losses[batch]
         sums = {"loss": np.float32(2 * loss), "top1": 1.0, "top5": 1.0, "top10": 2.0, "targets": 2.0}
-        return state._replace(step=state.step + 1), {**sums, "gradient_norm": np.float32(0.5)}
+        metrics = {**sums, "gradient_norm": np.float32(0.5)}
+        return state._replace(step=state.step + 1), {name: np.array([x]) for name, x in metrics.items()}
 
     def step(self, step, tokens, loss):
         assert (step, tokens) == (self.done, 10)
