@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from behrt_jax.config import TrainConfig
@@ -115,7 +116,9 @@ def _on_device(config: TrainConfig, batches: TrainingBatches, mesh: Mesh) -> boo
     if config.data_on_device == "auto":
         # On a CPU nothing is won: tokens lie in the same memory either way, and a loop of steps is slower
         # there than the steps one by one.
-        return possible and fits(device_bytes(batches), mesh)
+        fitting = possible and fits(device_bytes(batches), mesh)
+        # All processes run the same program.
+        return bool(np.all(multihost_utils.process_allgather(np.array(fitting))))
     if not possible:
         raise InputError(
             f"train.data_on_device is yes, but the train split has {len(batches.sequences.codes):,} tokens, "
@@ -146,8 +149,8 @@ def _from_host(
 def _from_device(
     step: Step, jit: Callable[..., Any], batches: TrainingBatches, mesh: Mesh, steps: range, length: int
 ) -> Iterator[Feed]:
-    everywhere, per_epoch = replicated(mesh), batches.steps_per_epoch
-    tokens = jax.device_put(tokens_of(batches.sequences), everywhere)
+    per_epoch = batches.steps_per_epoch
+    tokens = _put_on_each(tokens_of(batches.sequences), mesh)
 
     def next_step(state: TrainState, data: Any) -> tuple[TrainState, Totals]:
         tokens, epoch = data
@@ -167,7 +170,7 @@ def _from_device(
 
     def read(epoch: int) -> tuple[int, Any, list[int]]:
         rows, counts = batches.epoch_rows(epoch)
-        return epoch, jax.device_put(rows, everywhere), counts.tolist()
+        return epoch, _put_on_each(rows, mesh), counts.tolist()
 
     epochs = range(steps.start // per_epoch, -(-steps.stop // per_epoch))
     with reading_ahead(map(read, epochs), 1) as ahead:
@@ -186,6 +189,17 @@ def _from_device(
             return (one if count == 1 else many)(state, data)
 
         yield Feed(next_inputs, train_step, (one, many))
+
+
+def _put_on_each(tree: Any, mesh: Mesh) -> Any:
+    """Copy host arrays to every device, whole; returns before the copy is done."""
+    sharding = replicated(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    # device_put would first compare what the processes have, and wait for all of them.
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: np.asarray(x[i])), tree
+    )
 
 
 def _stacked(result: tuple[TrainState, Totals]) -> tuple[TrainState, Totals]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from behrt_jax.config import TrainConfig
 from behrt_jax.data.batches import training_batches, validation_batches
 from behrt_jax.errors import InputError
-from behrt_jax.training import feeding, loop
+from behrt_jax.training import feeding
 from behrt_jax.training.feeding import PlacedBatches, call_length, fits, open_feed
 from behrt_jax.training.loop import Actions, Cursor, Schedule, train
 from behrt_jax.training.mesh import make_mesh, replicated, split_rows
@@ -139,7 +139,7 @@ def test_the_host_says_nothing_between_two_lines():
                 return original(tree)
 
             with pytest.MonkeyPatch.context() as patch, jax.transfer_guard("disallow"):
-                patch.setattr(loop.jax, "device_get", counting)
+                patch.setattr(jax, "device_get", counting)
                 actions = Actions(
                     feed.next_inputs,
                     feed.train_step,
