@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.data.batches import TrainingBatches, training_batches
@@ -34,6 +34,7 @@ def assert_device_gathers_the_same(batches: TrainingBatches, epochs) -> None:
     assert gather._cache_size() == 1  # the shapes of an epoch never change
 
 
+@settings(max_examples=8)  # each has shapes of its own, and so a compilation
 @given(
     history_lengths,
     st.integers(2, 30),
