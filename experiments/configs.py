@@ -84,7 +84,7 @@ _SMALL_LATENT = PretrainConfig(
     ),
     optimizer=OptimizerConfig(learning_rate=4e-3),
     # Many subjects seen a few times: what is left to the optimum is then not memorising.
-    train=TrainConfig(epochs=6, batch_size=256, micro_batches=4, log_every=50),
+    train=TrainConfig(epochs=6, batch_size=256, log_every=50),
 )
 _MEDIUM = PretrainConfig(
     name="medium",
@@ -105,21 +105,21 @@ _BASE = PretrainConfig(
     model=BASE,
     data=DataConfig(subjects=20_000, events_mean=100.0),
     optimizer=OptimizerConfig(learning_rate=3e-4),
-    train=TrainConfig(epochs=20, batch_tokens=65_536, micro_batches=4, patience=5),
+    train=TrainConfig(epochs=20, batch_tokens=65_536, patience=5),
 )
 _XL = PretrainConfig(
     name="xl",
     model=XL,
     data=DataConfig(subjects=20_000, events_mean=200.0),
     optimizer=OptimizerConfig(learning_rate=2e-4),
-    train=TrainConfig(epochs=20, batch_tokens=65_536, micro_batches=4, patience=5),
+    train=TrainConfig(epochs=20, batch_tokens=65_536, patience=5),
 )
 _LONG = PretrainConfig(
     name="long",
     model=LONG,
     data=DataConfig(subjects=4000, events_mean=1500.0),
     optimizer=OptimizerConfig(learning_rate=1e-3),
-    train=TrainConfig(epochs=20, batch_tokens=65_536, micro_batches=4, patience=5),
+    train=TrainConfig(epochs=20, batch_tokens=65_536, patience=5),
 )
 _PAPER = PretrainConfig(
     name="paper",

@@ -1,7 +1,8 @@
 """Batches of rows as numpy arrays: a pure function of (seed, step), so a run resumes from two integers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,21 @@ from behrt_jax.data.rows import Batch, gather_rows
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.windows import WindowChoice, Windows, choose_windows
 from behrt_jax.errors import InputError
+
+
+class EpochRows(NamedTuple):
+    """The rows of an epoch and the order in which its steps take them, as host or device arrays."""
+
+    starts: Any
+    """First token of each segment in the flat arrays, one row after the other, int32 ``[segments]``."""
+    lengths: Any
+    """Tokens of each segment without [CLS], int32 ``[segments]``."""
+    offsets: Any
+    """Row ``i`` holds the segments from ``offsets[i]`` up to ``offsets[i + 1]``, int32 ``[rows + 1]``."""
+    rows: Any
+    """Rows of each step, -1 for an empty one, int32 ``[steps, batch_rows]``."""
+    first_step: Any
+    """Step of the run with which the epoch begins, int32 scalar."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +47,8 @@ class TrainingBatches:
     """Rows of a batch with those: the first axis of its arrays."""
     windows_per_epoch: int
     """Windows of an epoch: one a subject, or more where ``window`` is ``all``."""
+    most_segments: int
+    """Segments of the fullest row, the same in each epoch."""
     tokens_per_epoch: int
     """Tokens of an epoch without padding, [CLS] included."""
     window: WindowChoice
@@ -66,6 +84,29 @@ class TrainingBatches:
         windows, plan, order = self._epoch(epoch)
         rows = _padded(order, index, self.rows_per_batch, self.batch_rows)
         return gather_rows(self.sequences, windows, plan, rows, self.row_length, self.cls_token)
+
+    def epoch_rows(self, epoch: int) -> tuple[EpochRows, np.ndarray]:
+        """All rows of an epoch, from which its batches can be gathered elsewhere.
+
+        Its arrays have the same shapes in each epoch.
+
+        Returns:
+            The rows as numpy arrays, and the tokens of each step's batch without padding, int64 ``[steps]``.
+        """
+        windows, plan, order = self._epoch(epoch)
+        steps = range(self.steps_per_epoch)
+        rows = np.stack([_padded(order, i, self.rows_per_batch, self.batch_rows) for i in steps])
+        lengths = windows.lengths[plan.windows]
+        ends = np.concatenate([[0], np.cumsum(lengths + self.cls_token, dtype=np.int64)])
+        row_tokens = np.append(np.diff(ends[plan.row_offsets]), 0)  # an empty row, -1, has none
+        found = EpochRows(
+            starts=windows.starts[plan.windows].astype(np.int32),
+            lengths=lengths.astype(np.int32),
+            offsets=plan.row_offsets.astype(np.int32),
+            rows=rows.astype(np.int32),
+            first_step=np.int32(epoch * self.steps_per_epoch),
+        )
+        return found, row_tokens[rows].sum(axis=1)
 
     def _epoch(self, epoch: int) -> tuple[Windows, RowPlan, np.ndarray]:
         """Windows and plan of an epoch, and the order in which its batches take the rows."""
@@ -151,7 +192,10 @@ def training_batches(
     # Only the lengths count here, and those are the same in every draw.
     windows = choose_windows(sequences, row_length - cls_token, window, np.random.default_rng(seed))
     lengths = windows.lengths + cls_token
-    rows = pack_lengths(lengths, row_length).rows if packed else len(lengths)
+    rows, most_segments = len(lengths), 1
+    if packed:
+        packing = pack_lengths(lengths, row_length)
+        rows, most_segments = packing.rows, int(np.diff(packing.offsets).max())
     if batch_tokens is None:
         rows_per_batch = -(-rows // -(-len(windows) // batch_size))
     else:
@@ -163,6 +207,7 @@ def training_batches(
         rows_per_batch=rows_per_batch,
         batch_rows=_rounded_up(rows_per_batch, multiple_of),
         windows_per_epoch=len(windows),
+        most_segments=most_segments,
         tokens_per_epoch=int(lengths.sum(dtype=np.int64)),
         window=window,
         packed=packed,
@@ -170,6 +215,15 @@ def training_batches(
         seed=seed,
         static=static,
     )
+
+
+def with_rows_a_multiple_of(batches: TrainingBatches, multiple_of: int) -> TrainingBatches:
+    """The same batches, with as many empty rows as bring the number of rows to a multiple.
+
+    Raises:
+        InputError: the number is below 1.
+    """
+    return replace(batches, batch_rows=_rounded_up(batches.rows_per_batch, multiple_of))
 
 
 def validation_batches(

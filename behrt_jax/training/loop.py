@@ -2,21 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
-from behrt_jax.evaluation.metrics import add_totals, mean_metrics
+from behrt_jax.training.metrics_window import Call, DivergenceError, Metrics, Window
 from behrt_jax.training.step import TrainState, Variables
 
-Metrics = dict[str, Any]
-
-
-class DivergenceError(RuntimeError):
-    """The training loss or gradient is no longer finite."""
+__all__ = ["Actions", "Cursor", "DivergenceError", "Reporter", "Schedule", "train"]
 
 
 @dataclass
@@ -52,12 +47,16 @@ class Schedule:
     log_every: int
     patience: int | None
 
+    def next_validation(self, step: int) -> int:
+        """The first step after `step` that is followed by a validation."""
+        return min(self.total_steps, (step // self.validate_every + 1) * self.validate_every)
+
 
 class Reporter(Protocol):
     """Where the loop reports to."""
 
     def step(self, step: int, tokens: int, loss: float | None) -> None:
-        """A step was dispatched; `loss` is the latest that is known."""
+        """Steps up to `step` were dispatched, with `tokens` in them; `loss` is the latest that is known."""
         ...
 
     def record(self, metrics: Metrics) -> None:
@@ -69,9 +68,11 @@ class Reporter(Protocol):
 class Actions:
     """What the loop calls; everything about data, devices and files is behind these."""
 
-    next_batch: Callable[[int], tuple[Any, int]]
-    """Step -> batch on the devices, and its number of real tokens."""
+    next_inputs: Callable[[int, int], tuple[Any, Sequence[int]]]
+    """(step, limit) -> what `train_step` takes for that step and maybe some after it, at most `limit`, and
+    the number of real tokens of each."""
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    """(state, inputs) -> state after these steps, and each one's metrics, stacked: `[steps, ...]`."""
     validate: Callable[[Variables], Metrics]
     learning_rates: Callable[[int], dict[str, float]]
     save: Callable[[TrainState, Cursor, Metrics | None], None]
@@ -92,8 +93,9 @@ def train(
 ) -> tuple[TrainState, str]:
     """Train from `cursor.step` until a reason to stop.
 
-    The host never waits for a step, except where a line is logged or a validation is due: until
-    then metrics stay on the device.
+    The devices never wait for the host, except where a validation is due: metrics stay on them until a line
+    of the log is full, and are fetched when the call after that is already under way. Nor does the host run
+    far ahead of them, see `metrics_window.IN_FLIGHT`.
 
     Returns:
         The last state and why it stopped: ``finished``, ``early stopping`` or ``interrupted``.
@@ -103,28 +105,25 @@ def train(
         DivergenceError: loss or gradient is not finite; names step, learning rates and the leaf where
             it began. Nothing of the failed stretch is saved.
     """
-    window = _Window(cursor, actions)
+    window = Window(cursor, schedule, actions, reporter)
     if schedule.patience is not None and cursor.validations_without_gain >= schedule.patience:
         return state, "early stopping"
     while cursor.step < schedule.total_steps:
         if actions.interrupted():
-            window.collect()
+            window.settle()
             actions.save(state, cursor, None)
             return state, "interrupted"
+        window.let_devices_catch_up()
         asked = time.perf_counter()
-        batch, tokens = actions.next_batch(cursor.step)
-        window.data_seconds += time.perf_counter() - asked
-        state, metrics = actions.train_step(state, batch)
-        cursor.step += 1
-        window.add(metrics, tokens)
-        reporter.step(cursor.step, tokens, window.latest_loss)
+        inputs, tokens = actions.next_inputs(cursor.step, schedule.next_validation(cursor.step) - cursor.step)
+        data_seconds = time.perf_counter() - asked
+        state, metrics = actions.train_step(state, inputs)
+        cursor.step += len(tokens)
+        window.add(Call(metrics, tokens, data_seconds))
+        reporter.step(cursor.step, sum(tokens), window.latest_loss)
 
-        last = cursor.step == schedule.total_steps
-        validate = last or cursor.step % schedule.validate_every == 0
-        if validate or cursor.step % schedule.log_every == 0:
-            epoch = cursor.step / schedule.steps_per_epoch
-            reporter.record({"step": cursor.step, "epoch": epoch, "split": "train", **window.close()})
-        if validate:
+        if cursor.step == schedule.next_validation(cursor.step - 1):
+            window.settle()
             validation = actions.validate(state.variables)
             _note_validation(cursor, validation["loss"])
             # Metrics first: a run killed in between drops the lines past its checkpoint when resumed,
@@ -136,7 +135,7 @@ def train(
             actions.save(state, cursor, validation)
             window.restart_clock()
             waited = schedule.patience is not None and cursor.validations_without_gain >= schedule.patience
-            if waited and not last:
+            if waited and cursor.step < schedule.total_steps:
                 return state, "early stopping"
     return state, "finished"
 
@@ -146,68 +145,3 @@ def _note_validation(cursor: Cursor, loss: float) -> None:
         cursor.best_loss, cursor.best_step, cursor.validations_without_gain = loss, cursor.step, 0
     else:
         cursor.validations_without_gain += 1
-
-
-class _Window:
-    """Training totals since the last logged line, left on the device until they are needed."""
-
-    def __init__(self, cursor: Cursor, actions: Actions):
-        self.cursor = cursor
-        self.actions = actions
-        self.pending: list[Metrics] = []
-        self.latest_loss: float | None = None
-        self.gradient_norm = math.nan
-        self.squares: np.ndarray | None = None
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        self.started, self.steps, self.tokens = time.perf_counter(), 0, 0
-        self.data_seconds = 0.0
-
-    def add(self, metrics: Metrics, tokens: int) -> None:
-        self.pending.append(metrics)
-        self.steps += 1
-        self.tokens += tokens
-
-    def collect(self) -> None:
-        """Fetch what is pending and add it to the cursor's totals."""
-        fetched = jax.device_get(self.pending)
-        first = self.cursor.step - len(fetched) + 1
-        for step, metrics in enumerate(fetched, start=first):
-            norm = float(metrics.pop("gradient_norm"))
-            squares = metrics.pop("gradient_squares", None)
-            if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
-                rates = self.actions.learning_rates(step - 1)
-                raise DivergenceError(
-                    f"Loss {metrics['loss']:.4g} and gradient norm {norm:.4g} at step {step}, learning rates "
-                    f"{ {group: float(f'{rate:.3g}') for group, rate in rates.items()} }. First not finite: "
-                    f"{self.actions.offender(squares)}. The last good checkpoint is kept. "
-                    "Lower optimizer.learning_rate or optimizer.clip_norm."
-                )
-            self.cursor.totals = add_totals(self.cursor.totals, {k: float(v) for k, v in metrics.items()})
-            self.gradient_norm, self.squares = norm, squares
-            self.latest_loss = float(metrics["loss"]) / max(float(metrics["targets"]), 1.0)
-        self.pending = []
-
-    def close(self) -> Metrics:
-        """Metrics of the window, which starts anew."""
-        waited = time.perf_counter()
-        self.collect()
-        now = time.perf_counter()
-        seconds = max(now - self.started, 1e-9)
-        metrics = {
-            **mean_metrics(self.cursor.totals),
-            "learning_rate": self.actions.learning_rates(self.cursor.step - 1),
-            "gradient_norm": self.gradient_norm,
-            "steps_per_second": self.steps / seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "data_share": self.data_seconds / seconds,
-            "device_share": (now - waited) / seconds,
-        }
-        if (compilations := self.actions.compilations()) is not None:
-            metrics["compilations"] = compilations
-        if self.squares is not None:
-            metrics |= self.actions.gradients(self.squares)
-        self.cursor.totals = {}
-        self.restart_clock()
-        return metrics

@@ -1,6 +1,6 @@
 """AdamW for each trainable group, nothing for frozen leaves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -36,6 +36,23 @@ def group_schedules(config: OptimizerConfig, total_steps: int) -> dict[str, Call
         )
         for group in GROUPS
     }
+
+
+def rates_on_host(
+    config: OptimizerConfig, total_steps: int, groups: Iterable[str]
+) -> Callable[[int], dict[str, float]]:
+    """Step -> learning rate of each of the groups, worked out beside an accelerator and not in its queue."""
+    schedules = group_schedules(config, total_steps)
+    try:
+        beside = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to use the accelerator alone
+        beside = None
+
+    def rates(step: int) -> dict[str, float]:
+        with jax.default_device(beside):
+            return {group: float(schedules[group](step)) for group in groups}
+
+    return rates
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int, labels: Any) -> optax.GradientTransformation:

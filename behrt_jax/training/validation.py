@@ -24,10 +24,17 @@ def validate(
     validation_step: Callable[[Variables, Batch], Totals],
     variables: Variables,
     batches: Iterable[Batch],
-    mesh: Mesh,
 ) -> dict[str, float]:
-    """Metrics of `evaluation.metrics.mean_metrics` over all batches, each target counted once."""
-    return _mean([validation_step(variables, put_rows(batch, mesh)) for batch in batches])
+    """Metrics of `evaluation.metrics.mean_metrics` over all batches, each target counted once.
+
+    The host waits for the devices once, at the end.
+
+    Args:
+        validation_step: a jitted `step.make_validation_step`.
+        variables: of the model.
+        batches: on the devices, see `feeding.PlacedBatches`.
+    """
+    return _mean([validation_step(variables, batch) for batch in batches])
 
 
 def make_scoring_step(predictor: Predictor, masking: MaskingConfig, key: jax.Array) -> Callable[..., Any]:

@@ -1,9 +1,11 @@
 """Mistakes in a configuration that can be told before any data is read."""
 
+from typing import get_args
+
 import jax
 
 from behrt_jax.adapters.groups import GROUPS
-from behrt_jax.config import ModelConfig, PretrainConfig
+from behrt_jax.config import ModelConfig, PretrainConfig, TrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.training.freezing import REGIMES
 from behrt_jax.training.state import set_up
@@ -48,11 +50,16 @@ def check(config: PretrainConfig) -> None:
         rate = getattr(optimizer.learning_rates, group)
         _require(rate is None or rate > 0, f"optimizer.learning_rates.{group} is {rate}: give more than 0.")
 
-    for name in ("epochs", "batch_size", "micro_batches", "log_every"):
+    for name in ("epochs", "batch_size", "log_every"):
         _positive(f"train.{name}", getattr(train, name))
-    for name in ("max_steps", "batch_tokens", "validate_every", "patience"):
+    for name in ("max_steps", "batch_tokens", "micro_batches", "validate_every", "patience", "steps_per_call"):
         value = getattr(train, name)
         _require(value is None or value > 0, f"train.{name} is {value}: give more than 0.")
+    choices = get_args(TrainConfig.__annotations__["data_on_device"])
+    _require(
+        train.data_on_device in choices,
+        f"train.data_on_device is {train.data_on_device!r}: choose one of {', '.join(choices)}.",
+    )
 
     _require(
         config.freezing.regime in REGIMES,

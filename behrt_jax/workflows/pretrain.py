@@ -4,13 +4,21 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from behrt_jax.adapters.groups import GROUPS
 from behrt_jax.config import PretrainConfig
-from behrt_jax.data.batches import TrainingBatches, ValidationBatches, training_batches, validation_batches
+from behrt_jax.data.batches import (
+    TrainingBatches,
+    ValidationBatches,
+    training_batches,
+    validation_batches,
+    with_rows_a_multiple_of,
+)
 from behrt_jax.data.load import load_sequences
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.doctor import RunRecord
@@ -28,18 +36,19 @@ from behrt_jax.tracking.run_folder import (
 from behrt_jax.tracking.startup import Startup
 from behrt_jax.training.checkpoints import Checkpoints, open_checkpoints
 from behrt_jax.training.compilation import use_compilation_cache
+from behrt_jax.training.compiler_options import step_options
+from behrt_jax.training.feeding import PlacedBatches, on_device, one_step, open_feed
 from behrt_jax.training.host_memory import keep_freed_memory
 from behrt_jax.training.interruption import catching_signals
 from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
 from behrt_jax.training.mesh import make_mesh, put_rows, replicated, shapes_of
 from behrt_jax.training.objectives import FIRST_CODE
-from behrt_jax.training.optimizer import group_schedules
+from behrt_jax.training.optimizer import rates_on_host
 from behrt_jax.training.parameter_report import count_parameters
 from behrt_jax.training.sharding import shardings_of
 from behrt_jax.training.state import Setup, abstract_state, init_state, optimizer_for, run_keys, set_up
 from behrt_jax.training.step import TrainState, make_train_step, make_validation_step
 from behrt_jax.training.telemetry import (
-    compilations,
     gradient_metrics,
     leaves_not_finite,
     make_probe,
@@ -53,6 +62,7 @@ from behrt_jax.workflows.baselines import predict_baselines
 from behrt_jax.workflows.checks import check
 from behrt_jax.workflows.examination import Examination
 from behrt_jax.workflows.facts import gather_facts
+from behrt_jax.workflows.micro_batches import choose_micro_batches
 from behrt_jax.workflows.results import try_write_adapter, write_summary
 from behrt_jax.workflows.run_settings import check_same_run, default_folder, run_record, settings
 
@@ -111,24 +121,41 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
         init_key, step_key, validation_key = run_keys(config.train.seed)
         optimizer = optimizer_for(config, setup, total_steps)
         state_shapes = abstract_state(setup, optimizer, mesh)
-        train_step = jax.jit(
-            make_train_step(
-                setup.predictor,
-                optimizer,
-                setup.mask,
-                config.masking,
-                step_key,
-                clip_norm=config.optimizer.clip_norm,
-                micro_batches=config.train.micro_batches,
-                static_masks=config.train.static_masks,
-            ),
+        jit_step = partial(
+            jax.jit,
             donate_argnums=0,
             out_shardings=(shardings_of(state_shapes), replicated(mesh)),
+            compiler_options=step_options(mesh.devices.flat[0].platform),
         )
+        step_in_parts = partial(
+            make_train_step,
+            setup.predictor,
+            optimizer,
+            setup.mask,
+            config.masking,
+            step_key,
+            clip_norm=config.optimizer.clip_norm,
+            static_masks=config.train.static_masks,
+        )
+        micro_batches = choose_micro_batches(
+            config,
+            folder,
+            batches,
+            mesh,
+            total_steps,
+            len(data.vocabulary),
+            lambda parts: one_step(step_in_parts(micro_batches=parts), jit_step),
+            lambda: init_state(config, setup, optimizer, init_key, mesh),
+            console.log,
+        )
+        batches = with_rows_a_multiple_of(batches, mesh.size * micro_batches)
+        train_step = step_in_parts(micro_batches=micro_batches)
+        program = one_step(train_step, jit_step)
 
         def prepare_step() -> TrainState:
             state = init_state(config, setup, optimizer, init_key, mesh)
-            train_step.lower(state_shapes, shapes_of(put_rows(batches.batch(0), mesh))).compile()
+            if not on_device(config.train, batches, mesh):
+                program.lower(state_shapes, shapes_of(put_rows(batches.batch(0), mesh))).compile()
             startup.mark("compiled")
             return state
 
@@ -140,6 +167,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
         baseline_metrics = {name: results.metrics() for name, results in baselines.items()}
         announce.baselines(console, baselines)
         facts = gather_facts(config, data, setup, batches, total_steps)
+        facts["micro_batches"] = micro_batches
         run = RunRecord(settings(config), parameters, facts, baseline_metrics)
         examination = Examination(console, run, folder / METRICS_FILE)
         examination.before()
@@ -149,7 +177,8 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
         write_json(folder / PARAMETERS_FILE, parameters)
         write_json(folder / CONFIG_FILE, run_record(config, description, facts, baseline_metrics))
 
-        schedules = group_schedules(config.optimizer, total_steps)
+        trains = [group for group in GROUPS if parameters[group]["trainable"]]
+        learning_rates = rates_on_host(config.optimizer, total_steps, trains)
         validation_step = jax.jit(make_validation_step(setup.predictor, config.masking, validation_key))
 
         with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
@@ -167,58 +196,56 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
             truncate_metrics(folder / METRICS_FILE, cursor.step)
             earlier_seconds = cursor.seconds
 
-            def next_batch(step: int) -> tuple[Any, int]:
-                batch = batches.batch(step)
-                return put_rows(batch, mesh), int((batch.segment_ids > 0).sum())
-
             def save(state: TrainState, cursor: Cursor, metrics: dict[str, Any] | None) -> None:
                 cursor.seconds = earlier_seconds + time.perf_counter() - started
                 trees = state.variables["params"], state.variables["lora"], state.opt_state
                 checkpoints.save(cursor.step, *trees, cursor.to_json(), settings(config), metrics)
 
-            def step_and_note(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-                results = train_step(state, batch)
-                if "first step" not in startup.marks:
-                    jax.block_until_ready(results)
-                    startup.mark("first step")
-                return results
-
+            schedule = Schedule(
+                total_steps,
+                batches.steps_per_epoch,
+                config.train.validate_every or batches.steps_per_epoch,
+                config.train.log_every,
+                config.train.patience,
+            )
+            placed = PlacedBatches(tuning, mesh)
             console.start(total_steps, cursor.step, batches.steps_per_epoch)
             divergence = None
             try:
-                state, stop_reason = train(
-                    state,
-                    cursor,
-                    Schedule(
-                        total_steps,
-                        batches.steps_per_epoch,
-                        config.train.validate_every or batches.steps_per_epoch,
-                        config.train.log_every,
-                        config.train.patience,
-                    ),
-                    Actions(
-                        next_batch,
-                        step_and_note,
-                        validate=lambda variables: validate(validation_step, variables, tuning, mesh),
-                        learning_rates=lambda step: {
-                            group: float(schedule(step))
-                            for group, schedule in schedules.items()
-                            if parameters[group]["trainable"]
-                        },
-                        save=save,
-                        interrupted=lambda: bool(interruption),
-                        probe=probe,
-                        gradients=lambda squares: gradient_metrics(names, squares),
-                        offender=lambda squares: offending_leaf(names, squares, at_start),
-                        compilations=lambda: compilations(train_step),
-                    ),
-                    announce.LoopReporter(
-                        console,
-                        folder / METRICS_FILE,
-                        baseline_metrics,
-                        examination.during,
-                    ),
-                )
+                with open_feed(
+                    config.train, train_step, program, jit_step, batches, mesh, cursor.step, schedule
+                ) as feed:
+
+                    def step_and_note(state: TrainState, inputs: Any) -> tuple[TrainState, Any]:
+                        results = feed.train_step(state, inputs)
+                        if "first step" not in startup.marks:
+                            jax.block_until_ready(results)
+                            startup.mark("first step")
+                        return results
+
+                    state, stop_reason = train(
+                        state,
+                        cursor,
+                        schedule,
+                        Actions(
+                            feed.next_inputs,
+                            step_and_note,
+                            validate=lambda variables: validate(validation_step, variables, placed),
+                            learning_rates=learning_rates,
+                            save=save,
+                            interrupted=lambda: bool(interruption),
+                            probe=probe,
+                            gradients=lambda squares: gradient_metrics(names, squares),
+                            offender=lambda squares: offending_leaf(names, squares, at_start),
+                            compilations=feed.compilations,
+                        ),
+                        announce.LoopReporter(
+                            console,
+                            folder / METRICS_FILE,
+                            baseline_metrics,
+                            examination.during,
+                        ),
+                    )
             except DivergenceError as error:
                 divergence, stop_reason = error, f"diverged: {error}"
             console.close()
@@ -270,7 +297,7 @@ def _batches(
         batch_tokens=config.train.batch_tokens,
         seed=config.train.seed,
         static=config.train.static_masks,
-        multiple_of=devices * config.train.micro_batches,
+        multiple_of=devices,
     )
     tuning = validation_batches(
         data.splits["tuning"], **common, rows_per_batch=batches.rows_per_batch, multiple_of=devices

@@ -24,6 +24,8 @@ FREE = (
     "train.epochs",
     "train.max_steps",
     "train.patience",
+    "train.data_on_device",
+    "train.steps_per_call",
     "mesh.data",
     "mesh.fsdp",
     "data.path",

@@ -11,6 +11,7 @@ import jax
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import training_batches
 from behrt_jax.data.load import load_sequences
+from behrt_jax.training.compiler_options import step_options
 from behrt_jax.training.mesh import make_mesh, put_rows, replicated
 from behrt_jax.training.parameter_report import count_parameters
 from behrt_jax.training.sharding import shardings_of
@@ -48,7 +49,7 @@ def measure_costs(
         window=first.data.window,
         packed=first.data.packed,
         cls_token=first.model.cls_token,
-        multiple_of=mesh.size * first.train.micro_batches,
+        multiple_of=mesh.size * (first.train.micro_batches or 1),
     )
     batch = put_rows(batches.batch(0), mesh)
 
@@ -67,10 +68,11 @@ def measure_costs(
                 config.masking,
                 step_key,
                 clip_norm=config.optimizer.clip_norm,
-                micro_batches=config.train.micro_batches,
+                micro_batches=first.train.micro_batches or 1,
             ),
             donate_argnums=0,
             out_shardings=(shardings_of(states[name]), replicated(mesh)),
+            compiler_options=step_options(mesh.devices.flat[0].platform),
         )
         steps[name] = step.lower(states[name], batch).compile()
         analysis = steps[name].cost_analysis() or {}

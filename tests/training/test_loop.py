@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
+from behrt_jax.training.metrics_window import IN_FLIGHT
 from behrt_jax.training.step import TrainState
 
 SCHEDULE = Schedule(total_steps=12, steps_per_epoch=4, validate_every=4, log_every=3, patience=None)
@@ -27,7 +28,7 @@ class Stage:
         self.done = cursor.step
         state = TrainState(np.int32(cursor.step), {}, ())
         actions = Actions(
-            next_batch=lambda step: (step, 10),
+            next_inputs=self.next_inputs,
             train_step=self.train_step,
             validate=lambda variables: {"loss": next(self.validation_losses)},
             learning_rates=lambda step: {"lora": 0.1 * (step + 1)},
@@ -36,12 +37,16 @@ class Stage:
         )
         return train(state, cursor, schedule, actions, self)[1]
 
+    def next_inputs(self, step, limit):
+        return step, [10]
+
     def train_step(self, state, batch):
         assert batch == self.done
         self.done += 1
         loss = self.train_losses[batch]
         sums = {"loss": np.float32(2 * loss), "top1": 1.0, "top5": 1.0, "top10": 2.0, "targets": 2.0}
-        return state._replace(step=state.step + 1), {**sums, "gradient_norm": np.float32(0.5)}
+        metrics = {**sums, "gradient_norm": np.float32(0.5)}
+        return state._replace(step=state.step + 1), {name: np.array([x]) for name, x in metrics.items()}
 
     def step(self, step, tokens, loss):
         assert (step, tokens) == (self.done, 10)
@@ -113,3 +118,94 @@ def test_an_interruption_saves_at_once_and_resuming_writes_the_same_lines():
 def test_the_cursor_survives_json_before_any_validation():
     cursor = Cursor(step=2, totals={"loss": 1.5})
     assert Cursor.from_json(json.loads(json.dumps(cursor.to_json(), allow_nan=False))) == cursor
+
+
+class Pending:
+    """A metric on a device that tells when it is fetched."""
+
+    def __init__(self, values, log, step):
+        self.values, self.log, self.step = values, log, step
+
+    def __array__(self, *_, **__):
+        self.log.append(("fetched", self.step))
+        return self.values
+
+    def block_until_ready(self):
+        self.log.append(("waited for", self.step))
+        return self
+
+
+def test_a_line_is_fetched_when_the_next_call_is_under_way(monkeypatch):
+    log = []
+    stage = Stage()
+    original = stage.train_step
+
+    def train_step(state, batch):
+        state, metrics = original(state, batch)
+        log.append(("dispatched", stage.done))
+        return state, {**metrics, "loss": Pending(metrics["loss"], log, stage.done)}
+
+    monkeypatch.setattr(stage, "train_step", train_step)
+    stage.run(replace(SCHEDULE, total_steps=8, validate_every=8))
+    fetched = [(what, step) for what, step in log if what != "waited for"]
+    assert fetched == [
+        *(("dispatched", step) for step in (1, 2, 3, 4)),
+        *(("fetched", step) for step in (1, 2, 3)),
+        *(("dispatched", step) for step in (5, 6, 7)),
+        *(("fetched", step) for step in (4, 5, 6)),
+        ("dispatched", 8),
+        *(("fetched", step) for step in (7, 8)),
+    ]
+
+
+def test_the_host_is_never_more_than_a_few_calls_ahead(monkeypatch):
+    log = []
+    stage = Stage()
+    original = stage.train_step
+
+    def train_step(state, batch):
+        state, metrics = original(state, batch)
+        log.append(("dispatched", stage.done))
+        return state, {**metrics, "loss": Pending(metrics["loss"], log, stage.done)}
+
+    monkeypatch.setattr(stage, "train_step", train_step)
+    stage.run(replace(SCHEDULE, total_steps=9, validate_every=9, log_every=100))
+    for step in range(IN_FLIGHT + 1, 10):
+        assert log.index(("waited for", step - IN_FLIGHT)) < log.index(("dispatched", step))
+
+
+def test_calls_of_several_steps_give_the_lines_of_single_ones():
+    """Lines that end in the middle of a call, too."""
+    losses = list(range(1, 13))
+    single, several = Stage(train_losses=losses), Stage(train_losses=losses)
+    single.run()
+    one_step = several.train_step
+
+    def train_step(state, steps):
+        found = []
+        for step in steps:
+            state, metrics = one_step(state, step)
+            found.append(metrics)
+        return state, {name: np.concatenate([m[name] for m in found]) for name in found[0]}
+
+    several.train_step = train_step
+    several.next_inputs = lambda step, limit: (range(step, step + limit), [10] * limit)
+    several.step = lambda step, tokens, loss: None
+    several.run(cursor=Cursor())
+    rates = ("steps_per_second", "tokens_per_second", "data_share", "device_share")
+    lines = [
+        [{key: value for key, value in r.items() if key not in rates} for r in stage.records]
+        for stage in (single, several)
+    ]
+    assert lines[0] == lines[1]
+    for line in several.records:
+        if line["split"] == "train":
+            assert line["tokens_per_second"] == pytest.approx(10 * line["steps_per_second"])
+
+
+def test_a_failure_that_is_known_late_is_saved_nowhere():
+    """Step 3 fails; that is seen only after step 4 is under way, or, here, when the run is interrupted."""
+    stage = Stage(train_losses=[1.0, 1.0, math.inf] + [1.0] * 10, interrupt_at=3)
+    with pytest.raises(DivergenceError, match="at step 3"):
+        stage.run()
+    assert stage.saved == []

@@ -9,6 +9,7 @@ from behrt_jax.data.batches import validation_batches
 from behrt_jax.data.vocabulary import MASK, PAD
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.training.feeding import PlacedBatches
 from behrt_jax.training.mesh import make_mesh
 from behrt_jax.training.step import Predictor, make_validation_step
 from behrt_jax.training.validation import make_scoring_step, mask_split, score_masked_codes, validate
@@ -40,7 +41,9 @@ def test_sums_over_single_codes_equal_the_validation_step(cls_token, packed):
     params = jax.jit(model.init)(jax.random.key(0), *example_inputs(model.config))["params"]
     variables, predictor, key = {"params": params, "lora": {}}, Predictor(model), jax.random.key(3)
     batches, mesh = batches_of(cls_token=cls_token, packed=packed), make_mesh()
-    sums = validate(jax.jit(make_validation_step(predictor, MASKING, key)), variables, batches, mesh)
+    sums = validate(
+        jax.jit(make_validation_step(predictor, MASKING, key)), variables, PlacedBatches(batches, mesh)
+    )
     split = mask_split(batches, MASKING, key, VOCABULARY)
     step = jax.jit(make_scoring_step(predictor, MASKING, key))
     results = score_masked_codes(step, variables, batches, split, mesh)

@@ -1,0 +1,244 @@
+"""How steps get their batches: rows gathered on the device, or read ahead by the host.
+
+Both give the same batches, a pure function of the step. Where the tokens lie on the device, many steps are
+one call of a compiled program, and the host hands over nothing but the rows of each epoch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from behrt_jax.config import TrainConfig
+from behrt_jax.data.batches import TrainingBatches, ValidationBatches
+from behrt_jax.data.device_rows import MOST_TOKENS, device_bytes, gather_on_device, tokens_of
+from behrt_jax.data.read_ahead import reading_ahead
+from behrt_jax.data.rows import Batch
+from behrt_jax.errors import InputError
+from behrt_jax.training.loop import Schedule
+from behrt_jax.training.mesh import put_rows, replicated, split_rows
+from behrt_jax.training.step import Totals, TrainState
+from behrt_jax.training.telemetry import compilations
+
+AHEAD = 2
+"""Batches that are copied to the devices before they are asked for."""
+DATA_SHARE = 0.25
+"""Of a device's free memory, how much data may take: the rest is for the model and its activations."""
+KEPT_IN_HOST_MEMORY = 256 * 2**20
+"""Bytes of batches that are kept where the device is the host."""
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Totals]]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What the training loop calls for the next steps."""
+
+    next_inputs: Callable[[int, int], tuple[Any, Sequence[int]]]
+    """(step, limit) -> inputs of that step and maybe those after it, at most `limit`, and the real tokens of
+    each. Steps are asked for in order, without gaps."""
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Totals]]
+    """(state, inputs) -> state after these steps, and the metrics of each, stacked: `[steps, ...]`."""
+    programs: tuple[Any, ...]
+    """The jitted functions behind `train_step`."""
+
+    def compilations(self) -> int | None:
+        """How often the program that was compiled most often was; None where JAX does not tell."""
+        counts = [compilations(program) for program in self.programs]
+        return max((count for count in counts if count is not None), default=None)
+
+
+def one_step(step: Step, jit: Callable[..., Any]) -> Any:
+    """The program of one step on a batch that the host has put on the devices; see :func:`open_feed`."""
+    return jit(lambda state, batch: _stacked(step(state, batch)))
+
+
+def open_feed(
+    config: TrainConfig,
+    step: Step,
+    program: Any,
+    jit: Callable[..., Any],
+    batches: TrainingBatches,
+    mesh: Mesh,
+    first_step: int,
+    schedule: Schedule,
+) -> AbstractContextManager[Feed]:
+    """Choose how the steps are fed. What was begun in the background ends with the context.
+
+    Args:
+        config: `data_on_device` and `steps_per_call`.
+        step: a train step, not jitted, see `step.make_train_step`.
+        program: of :func:`one_step`, used where the host reads the batches.
+        jit: `jax.jit` with the options of a function from (state, ...) to (state, metrics).
+        batches: of the train split.
+        mesh: the devices; a batch is split over them by rows, tokens are on each.
+        first_step: where the run begins or goes on.
+        schedule: of the run; no call goes past a validation.
+
+    Raises:
+        InputError: the data cannot be on the device, although it should.
+    """
+    steps = range(first_step, schedule.total_steps)
+    if not on_device(config, batches, mesh):
+        return _from_host(program, batches, mesh, steps)
+    length = call_length(_stretches(steps, schedule), config.steps_per_call or config.log_every)
+    return _from_device(step, jit, batches, mesh, steps, length)
+
+
+def _stretches(steps: range, schedule: Schedule) -> np.ndarray:
+    """How many steps follow each other without a validation or a new epoch, int64 `[stretches]`."""
+    every = (schedule.validate_every, schedule.steps_per_epoch)
+    stops = [stop for n in every for stop in range(n * (steps.start // n + 1), steps.stop, n)]
+    return np.diff(np.unique([steps.start, *stops, max(steps.start, steps.stop)]))
+
+
+def call_length(stretches: np.ndarray, most: int) -> int:
+    """Steps of a call, 1 to `most`, with which the stretches of a run take the fewest calls.
+
+    Args:
+        stretches: integers `[stretches]`, steps that follow each other without a stop. A rest that is shorter
+            than a call is done in calls of one step.
+        most: largest answer.
+    """
+    lengths, counts = np.unique(stretches, return_counts=True)
+    calls = [((lengths // n + lengths % n) * counts).sum() for n in range(1, most + 1)]
+    return 1 + int(np.argmin(calls))
+
+
+def fits(needed: int, mesh: Mesh) -> bool:
+    """Whether so many bytes on each device leave enough of its memory free; False where that is unknown."""
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    return all(s and needed <= DATA_SHARE * (s["bytes_limit"] - s["bytes_in_use"]) for s in stats)
+
+
+def on_device(config: TrainConfig, batches: TrainingBatches, mesh: Mesh) -> bool:
+    """Whether batches are gathered on the device.
+
+    Raises:
+        InputError: the data cannot be on the device, although it should.
+    """
+    if config.data_on_device == "no":
+        return False
+    possible = len(batches.sequences.codes) <= MOST_TOKENS
+    if config.data_on_device == "auto":
+        # On a CPU nothing is won: tokens lie in the same memory either way, and a loop of steps is slower
+        # there than the steps one by one.
+        fitting = possible and fits(device_bytes(batches), mesh)
+        # All processes run the same program.
+        return bool(np.all(multihost_utils.process_allgather(np.array(fitting))))
+    if not possible:
+        raise InputError(
+            f"train.data_on_device is yes, but the train split has {len(batches.sequences.codes):,} tokens, "
+            f"more than the {MOST_TOKENS:,} that a device can number: give auto or no."
+        )
+    return True
+
+
+@contextmanager
+def _from_host(program: Any, batches: TrainingBatches, mesh: Mesh, steps: range) -> Iterator[Feed]:
+    def read(number: int) -> tuple[Batch, int]:
+        batch = batches.batch(number)
+        return put_rows(batch, mesh), int((batch.segment_ids > 0).sum())
+
+    with reading_ahead(map(read, steps), AHEAD) as ahead:
+
+        def next_inputs(number: int, limit: int) -> tuple[Batch, Sequence[int]]:
+            batch, tokens = next(ahead)
+            return batch, [tokens]
+
+        yield Feed(next_inputs, program, (program,))
+
+
+@contextmanager
+def _from_device(
+    step: Step, jit: Callable[..., Any], batches: TrainingBatches, mesh: Mesh, steps: range, length: int
+) -> Iterator[Feed]:
+    per_epoch = batches.steps_per_epoch
+    tokens = _put_on_each(tokens_of(batches.sequences), mesh)
+
+    def next_step(state: TrainState, data: Any) -> tuple[TrainState, Totals]:
+        tokens, epoch = data
+        rows = jax.lax.with_sharding_constraint(epoch.rows[state.step - epoch.first_step], split_rows(mesh))
+        batch = gather_on_device(
+            tokens,
+            epoch,
+            rows,
+            row_length=batches.row_length,
+            cls_token=batches.cls_token,
+            most_segments=batches.most_segments,
+        )
+        return step(state, jax.lax.with_sharding_constraint(batch, split_rows(mesh)))
+
+    one = jit(lambda state, data: _stacked(next_step(state, data)))
+    many = jit(lambda state, data: jax.lax.scan(lambda s, _: next_step(s, data), state, length=length))
+
+    def read(epoch: int) -> tuple[int, Any, list[int]]:
+        rows, counts = batches.epoch_rows(epoch)
+        return epoch, _put_on_each(rows, mesh), counts.tolist()
+
+    epochs = range(steps.start // per_epoch, -(-steps.stop // per_epoch))
+    with reading_ahead(map(read, epochs), 1) as ahead:
+        current = None
+
+        def next_inputs(number: int, limit: int) -> tuple[Any, Sequence[int]]:
+            nonlocal current
+            epoch, index = divmod(number, per_epoch)
+            while current is None or current[0] < epoch:
+                current = next(ahead)
+            count = length if length <= min(limit, per_epoch - index) else 1
+            return (count, (tokens, current[1])), current[2][index : index + count]
+
+        def train_step(state: TrainState, inputs: Any) -> tuple[TrainState, Totals]:
+            count, data = inputs
+            return (one if count == 1 else many)(state, data)
+
+        yield Feed(next_inputs, train_step, (one, many))
+
+
+def _put_on_each(tree: Any, mesh: Mesh) -> Any:
+    """Copy host arrays to every device, whole; returns before the copy is done."""
+    sharding = replicated(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    # device_put would first compare what the processes have, and wait for all of them.
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: np.asarray(x[i])), tree
+    )
+
+
+def _stacked(result: tuple[TrainState, Totals]) -> tuple[TrainState, Totals]:
+    """The result of one step as that of a scan over one."""
+    state, metrics = result
+    return state, jax.tree.map(lambda x: x[None], metrics)
+
+
+class PlacedBatches:
+    """Validation batches on the devices; those that fit stay there from the first pass on."""
+
+    def __init__(self, batches: ValidationBatches, mesh: Mesh):
+        """Nothing is read yet."""
+        self._batches, self._mesh = batches, mesh
+        self._kept: list[Batch] | None = None
+        needed = len(batches) * batches.batch_rows * (5 * batches.row_length + 1) * 4
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._keep = needed <= KEPT_IN_HOST_MEMORY if on_cpu else fits(needed, mesh)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches in order, rows split over the devices."""
+        return iter(self._kept) if self._kept is not None else self._read()
+
+    def _read(self) -> Iterator[Batch]:
+        placed = []
+        put: Iterable[Batch] = (put_rows(batch, self._mesh) for batch in self._batches)
+        with reading_ahead(put, AHEAD) as ahead:
+            for batch in ahead:
+                if self._keep:
+                    placed.append(batch)
+                yield batch
+        if self._keep:
+            self._kept = placed

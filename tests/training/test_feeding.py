@@ -1,0 +1,233 @@
+"""Ways to feed the steps: the same batches, the same results, and no word from the host in between."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from behrt_jax.config import FreezingConfig, TrainConfig
+from behrt_jax.data.batches import training_batches, validation_batches
+from behrt_jax.errors import InputError
+from behrt_jax.training import feeding
+from behrt_jax.training.feeding import PlacedBatches, call_length, fits, open_feed
+from behrt_jax.training.loop import Actions, Cursor, Schedule, train
+from behrt_jax.training.mesh import make_mesh, replicated, split_rows
+from behrt_jax.training.state import init_state, optimizer_for, set_up
+from behrt_jax.training.step import make_train_step
+from tests.data.test_batches import assert_equal, histories
+from tests.data.test_read_ahead import readers
+from tests.models.rows import VOCABULARY, tiny_model
+from tests.training.test_step import TINY
+
+# One layer without adapters: what is fed does not depend on the model, and it compiles quickly.
+PLAIN = replace(TINY, model=tiny_model(layers=1), lora=None, freezing=FreezingConfig("full"))
+HOST = TrainConfig(data_on_device="no")
+SCAN = TrainConfig(data_on_device="yes", steps_per_call=3)
+
+
+def sequences(subjects=60):
+    found = histories(np.random.default_rng(1).integers(1, 24, subjects))
+    found.codes[:] = 5 + found.codes % (VOCABULARY - 5)
+    return found
+
+
+def make_batches(static=False, devices=1):
+    return training_batches(
+        sequences(), row_length=24, batch_size=12, cls_token=True, static=static, multiple_of=devices
+    )
+
+
+class Lines:
+    """A reporter that remembers the lines of metrics.jsonl."""
+
+    def __init__(self):
+        self.lines = []
+
+    def step(self, step, tokens, loss):
+        """Nothing is shown."""
+
+    def record(self, metrics):
+        self.lines.append(metrics)
+
+
+@contextmanager
+def fed(config, first_step=0, total_steps=8, devices=1, static=False, state=None):
+    """A feed of the tiny model, the state to begin with and the mesh."""
+    mesh = make_mesh(jax.devices()[:devices])
+    setup = set_up(PLAIN, VOCABULARY)
+    optimizer = optimizer_for(PLAIN, setup, total_steps=100)
+    init_key, step_key = jax.random.split(jax.random.key(0))
+    step = make_train_step(
+        setup.predictor, optimizer, setup.mask, PLAIN.masking, step_key, clip_norm=1.0, static_masks=static
+    )
+    jit = partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
+    batches = make_batches(static, devices)
+    schedule = Schedule(total_steps, batches.steps_per_epoch, 4, 3, None)
+    if state is None:
+        state = init_state(PLAIN, setup, optimizer, init_key, mesh)
+    with open_feed(config, step, jit, batches, mesh, first_step, schedule) as feed:
+        yield feed, state, schedule
+
+
+def run(feed, state, schedule, first_step=0):
+    """State at the end, and the metrics of each step."""
+    step, metrics, tokens = first_step, [], []
+    while step < schedule.total_steps:
+        inputs, counts = feed.next_inputs(step, schedule.next_validation(step) - step)
+        state, found = feed.train_step(state, inputs)
+        found = jax.device_get(found)
+        metrics += [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(counts))]
+        tokens += counts
+        step += len(counts)
+    return jax.device_get(state), metrics, tokens
+
+
+def assert_same(one, other):
+    for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_read_ahead_and_scanned_are_bit_identical(static):
+    results = []
+    for config in (HOST, SCAN):
+        with fed(config, static=static) as (feed, state, schedule):
+            assert schedule.steps_per_epoch < 8  # an epoch ends on the way
+            results.append(run(feed, state, schedule))
+            assert feed.compilations() == 1
+    assert_same(*results)
+
+
+def test_going_on_in_the_middle_of_an_epoch_is_bit_identical():
+    with fed(SCAN) as (feed, state, schedule):
+        whole = run(feed, state, schedule)
+    with fed(SCAN, total_steps=2) as (feed, state, schedule):
+        half, first, _ = run(feed, state, schedule)
+    mesh = make_mesh(jax.devices()[:1])
+    with fed(SCAN, first_step=2, state=jax.device_put(half, replicated(mesh))) as (feed, state, schedule):
+        end, second, _ = run(feed, state, schedule, first_step=2)
+    assert_same(whole[:2], (end, first + second))
+
+
+def test_eight_devices_hold_the_tokens_and_gather_their_own_rows():
+    with fed(SCAN) as (feed, state, schedule):
+        _, alone, _ = run(feed, state, schedule)
+    with fed(SCAN, devices=8) as (feed, state, schedule):
+        (_, (tokens, _)), _ = feed.next_inputs(0, 1)
+        assert tokens.codes.sharding.is_fully_replicated and len(tokens.codes.devices()) == 8
+        text = feed.programs[0].lower(state, (tokens, feed.next_inputs(0, 1)[0][1][1])).compile().as_text()
+        _, split, _ = run(feed, state, schedule)
+    # The program of one device knows its own row alone: the batch is never whole.
+    assert "s32[1,24]" in text and "s32[8,24]" not in text
+    np.testing.assert_allclose([step["loss"] for step in alone], [step["loss"] for step in split], rtol=1e-4)
+
+
+def test_the_host_says_nothing_between_two_lines():
+    """No implicit copy to or from a device in any call, and one fetch a line."""
+    for config in (HOST, SCAN):
+        with fed(config, total_steps=24) as (feed, state, _):
+            schedule = Schedule(24, make_batches().steps_per_epoch, 24, 6, None)
+            fetched, reporter, original = [], Lines(), jax.device_get
+
+            def counting(tree, fetched=fetched, original=original):
+                fetched.append(tree)
+                return original(tree)
+
+            with pytest.MonkeyPatch.context() as patch, jax.transfer_guard("disallow"):
+                patch.setattr(jax, "device_get", counting)
+                actions = Actions(
+                    feed.next_inputs,
+                    feed.train_step,
+                    validate=lambda variables: {"loss": 1.0},
+                    learning_rates=lambda step: {},
+                    save=lambda *_: None,
+                    interrupted=lambda: False,
+                    compilations=feed.compilations,
+                )
+                train(state, Cursor(), schedule, actions, reporter)
+            assert [line["step"] for line in reporter.lines] == [6, 12, 18, 24, 24]
+            assert len(fetched) == 4
+            assert {line["compilations"] for line in reporter.lines[:-1]} == {1}
+
+
+def test_a_copy_that_nobody_asked_for_would_be_noticed():
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device"):
+        jax.jit(lambda x: x + 1)(np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize("config", [HOST, SCAN])
+def test_an_error_in_reading_comes_to_the_loop_and_ends_the_thread(config, monkeypatch):
+    def broken(self, number):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(feeding.TrainingBatches, "batch", broken)
+    monkeypatch.setattr(feeding.TrainingBatches, "epoch_rows", broken)
+    with fed(config) as (feed, _, _), pytest.raises(OSError, match="the disk is gone"):
+        feed.next_inputs(0, 1)
+    assert not readers()
+
+
+def test_memory_decides_and_a_cpu_reads_ahead():
+    class Device:
+        def __init__(self, stats):
+            self.stats = stats
+
+        def memory_stats(self):
+            return self.stats
+
+    def mesh(*stats):
+        return type("Mesh", (), {"local_devices": [Device(one) for one in stats]})()
+
+    free = {"bytes_limit": 1000, "bytes_in_use": 600}
+    assert fits(100, mesh(free)) and not fits(101, mesh(free))
+    assert not fits(100, mesh(free, {**free, "bytes_in_use": 700}))
+    assert not fits(1, mesh(None))
+    with fed(TrainConfig()) as (feed, _, _):
+        assert len(feed.programs) == 1
+
+
+def test_more_tokens_than_int32_counts_are_refused(monkeypatch):
+    monkeypatch.setattr(feeding, "MOST_TOKENS", 10)
+    with pytest.raises(InputError, match=r"train\.data_on_device is yes.*give auto or no"), fed(SCAN):
+        pass
+    with fed(TrainConfig(data_on_device="auto")):
+        pass
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.integers(1, 25))
+def test_no_other_length_takes_fewer_calls(stretches, most):
+    def calls(length):
+        return sum(n // length + n % length for n in stretches)
+
+    found = call_length(np.array(stretches), most)
+    assert 1 <= found <= most
+    assert calls(found) == min(calls(length) for length in range(1, most + 1))
+
+
+@pytest.mark.parametrize("kept", [0, 2**20])
+def test_validation_batches_stay_where_they_fit(kept, monkeypatch):
+    monkeypatch.setattr(feeding, "KEPT_IN_HOST_MEMORY", kept)
+    batches = validation_batches(sequences(), row_length=24, rows_per_batch=8, multiple_of=8)
+    mesh = make_mesh()
+    placed = PlacedBatches(batches, mesh)
+    next(iter(placed))  # a pass that is broken off is no whole pass
+    first, second = list(placed), list(placed)
+    for ours, again, theirs in zip(first, second, batches, strict=True):
+        assert (ours is again) == (kept > 0)
+        assert ours.codes.sharding == split_rows(mesh)
+        assert_equal(type(theirs)(*map(np.asarray, ours)), theirs)
+    del ours, again
+    assert not readers()
+
+
+def test_a_feed_that_is_left_early_ends_its_thread():
+    for config in (HOST, SCAN):
+        with fed(config, total_steps=1000) as (feed, _, _):
+            feed.next_inputs(0, 1)
+            assert readers()
+        assert not readers()
