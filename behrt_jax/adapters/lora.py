@@ -141,7 +141,7 @@ def merged_kernels(params: Tree, lora: Tree, config: LoRAConfig) -> dict[str, An
             (*path, "kernel"): merged_kernel(
                 kernels[(*path, "kernel")], adapters[(*path, "a")], adapters[(*path, "b")], scale(config)
             )
-            for path in {path[:-1] for path in adapters}
+            for path in dict.fromkeys(path[:-1] for path in adapters)
         }
     )
 
@@ -228,7 +228,7 @@ def _flatten(tree: Tree) -> dict[Path, Any]:
 def _add(params: Tree, lora: Tree, factor: float) -> dict[str, Any]:
     leaves = _flatten(params)
     adapters = _flatten(lora)
-    for path in {path[:-1] for path in adapters}:
+    for path in dict.fromkeys(path[:-1] for path in adapters):
         kernel = leaves[(*path, "kernel")]
         update = factor * jnp.matmul(adapters[(*path, "a")], adapters[(*path, "b")], precision="highest")
         leaves[(*path, "kernel")] = (kernel + update).astype(kernel.dtype)
