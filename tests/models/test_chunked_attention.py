@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from behrt_jax.adapters import lora
 from behrt_jax.config import LoRAConfig
@@ -111,11 +112,11 @@ def compiled(form, length, segments=None):
 
 
 def largest_array(jaxpr):
-    """Elements of the largest array that any equation makes, in loops and branches as well."""
+    """Elements of the largest array that any equation makes, in loops and calls as well."""
     sizes = [0]
     for equation in jaxpr.eqns:
         sizes += [variable.aval.size for variable in equation.outvars if hasattr(variable.aval, "size")]
-        sizes += [largest_array(inner) for inner in jax.core.jaxprs_in_params(equation.params)]
+        sizes += [largest_array(inner) for inner in jaxprs_in_params(equation.params)]
     return max(sizes)
 
 
