@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import chex
 import jax
+import numpy as np
 import pytest
 
 from behrt_jax.adapters import lora
@@ -63,7 +64,8 @@ def test_a_run_names_each_layer_and_learns(stacked):
     validations = [line for line in lines if line["split"] == "tuning"]
     assert validations[-1]["loss"] < validations[0]["loss"]
     assert "behrt/encoder/layer_" in validations[-1]["adapters"]["b"]["layer"]
-    assert not [found for found in summary["findings"] if found["severity"] == "error"]
+    found = {finding["id"] for finding in summary["findings"]}
+    assert not found & {"adapters-not-reached", "adapters-still", "zero-gradient", "recompilations"}
 
 
 def test_the_adapter_alone_on_its_base_gives_the_best_model_in_either_layout(stacked):
@@ -89,7 +91,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(stacked, tmp_path, monkeypatch
     assert pretrain(config, ONE).exit_status == 128 + signal.SIGTERM
     monkeypatch.setattr(announce.LoopReporter, "step", original)
     assert pretrain(replace(config, resume=True), ONE).exit_status == 0
-    chex.assert_trees_all_equal(stored(config.output, STACKED, False), stored(stacked, STACKED, False))
+    (step, parts), (last, whole) = (stored(run, STACKED, best=False) for run in (config.output, stacked))
+    assert step == last
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapters"])
