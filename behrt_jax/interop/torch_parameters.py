@@ -67,7 +67,7 @@ def gradients_as_params(module: TorchBEHRTForMLM, collection: str = "params") ->
     """
     return unflatten_dict(
         {
-            path[1:]: np.array(place.view(place.parameter.grad).cpu())
+            path[1:]: place.view(place.parameter.grad).cpu().numpy().copy()
             for path, place in _places(module)
             if path[0] == collection and place.parameter.grad is not None
         }

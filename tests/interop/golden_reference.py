@@ -38,7 +38,7 @@ def summary(results: Results) -> dict[str, np.ndarray]:
     """What a golden file holds of `results`: every leaf's norm and projections, some of the logits."""
     leaves = {"/".join(path): leaf for path, leaf in sorted(results.gradients.items())}
     return {
-        "loss": np.float64(results.loss),
+        "loss": np.array(results.loss),
         "logits": results.logits[:, :, ::25],
         "paths": np.array(list(leaves)),
         "norms": np.array([np.linalg.norm(leaf.astype(np.float64)) for leaf in leaves.values()]),
