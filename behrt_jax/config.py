@@ -58,6 +58,9 @@ class ModelConfig:
     scan_layers: bool = False
     """Compile one block and run it once a layer, its parameters stacked over layers. Deep models compile
     faster by it, shallow ones run slower."""
+    head_chunk: int | None = None
+    """Codes of the vocabulary whose logits are held at once, for all masked codes. Where not given: the
+    whole vocabulary while its logits take little memory, else parts of it. Equal results."""
 
 
 @dataclass(frozen=True)

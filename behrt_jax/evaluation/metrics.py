@@ -7,7 +7,6 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 TOP = (1, 5, 10)
 
@@ -28,31 +27,20 @@ def target_ranks(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return ahead.sum(axis=-1, dtype=jnp.int32)
 
 
-def prediction_totals(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+def totals(loss: jax.Array, ranks: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
     """Sums over the predicted codes of a batch, each a float32 scalar.
 
     Args:
-        logits: float32 `[batch, targets, vocabulary]`.
-        labels: int32 `[batch, targets]`.
-        weights: bool `[batch, targets]`, False for slots that hold no target.
+        loss: sum of the losses where `weights` is True, float32 scalar.
+        ranks: of :func:`target_ranks`, int32 `[...]`.
+        weights: bool `[...]`, False for slots that hold no target.
 
     Returns:
         ``loss`` (nats), ``top1``, ``top5``, ``top10`` (hits) and ``targets`` (how many).
     """
-    chex.assert_rank(logits, 3)
-    chex.assert_equal_shape([labels, weights, logits[..., 0]])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return totals(losses, target_ranks(logits, labels), weights)
-
-
-def totals(losses: jax.Array, ranks: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-    """Sums of losses and hits where `weights` is True; all three of the same shape."""
+    chex.assert_equal_shape([ranks, weights])
     hits = {f"top{k}": jnp.where(weights, ranks < k, False).sum(dtype=jnp.float32) for k in TOP}
-    return {
-        "loss": jnp.where(weights, losses, 0.0).sum(),
-        **hits,
-        "targets": weights.sum(dtype=jnp.float32),
-    }
+    return {"loss": loss, **hits, "targets": weights.sum(dtype=jnp.float32)}
 
 
 def add_totals(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class BEHRTForMLM(nn.Module):
         targets: jax.Array | None = None,
         deterministic: bool = True,
         rows: jax.Array | None = None,
+        decode: bool = True,
     ) -> jax.Array:
         """Logits over the vocabulary.
 
@@ -81,9 +82,10 @@ class BEHRTForMLM(nn.Module):
                 where not given. The head is the widest layer: evaluate it only where it is asked.
             deterministic: no dropout.
             rows: see :class:`BEHRT`.
+            decode: False for the input of the head's last layer in place of its logits.
 
         Returns:
-            float32 `[batch, targets or length, vocabulary]`.
+            float32 `[batch, targets or length, vocabulary]`, or `[batch, targets or length, hidden]`.
         """
         hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(
             codes, ages, visits, positions, segment_ids, deterministic, rows
@@ -91,7 +93,8 @@ class BEHRTForMLM(nn.Module):
         if targets is not None:
             chex.assert_shape(targets, (codes.shape[0], None))
             hidden = jnp.take_along_axis(hidden, targets[:, :, None], axis=1)  # [B, T, D]
-        return MLMHead(self.vocabulary_size, jnp.dtype(self.config.compute_dtype), name="mlm_head")(hidden)
+        head = MLMHead(self.vocabulary_size, jnp.dtype(self.config.compute_dtype), name="mlm_head")
+        return head(hidden, decode)
 
 
 class PatientEmbedding(nn.Module):

@@ -18,11 +18,17 @@ class MLMHead(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Map `hidden` `[..., hidden]` to float32 logits `[..., vocabulary]`."""
+    def __call__(self, hidden: jax.Array, decode: bool = True) -> jax.Array:
+        """Map `hidden` `[..., hidden]` to float32 logits `[..., vocabulary]`.
+
+        Without `decode`, to the decoder's input `[..., hidden]`: a loss over a large vocabulary takes it
+        from there in parts (`evaluation.code_losses`).
+        """
         x = nn.Dense(hidden.shape[-1], dtype=self.dtype, name="dense")(hidden)
         x = gelu(x)
         x = LayerNorm(name="norm")(x)
+        if not decode:
+            return x
         # Small initial logits: training starts at ln(vocabulary), not above it. In bfloat16 the sum
         # over the hidden axis still comes out in float32: the softmax needs its digits.
         return nn.Dense(

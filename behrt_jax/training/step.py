@@ -12,7 +12,8 @@ import optax
 from behrt_jax.adapters import lora
 from behrt_jax.config import LoRAConfig, MaskingConfig
 from behrt_jax.data.rows import Batch
-from behrt_jax.evaluation.metrics import add_totals, prediction_totals
+from behrt_jax.evaluation.code_losses import CodeLosses, decoder_losses, logit_losses, vocabulary_chunk
+from behrt_jax.evaluation.metrics import add_totals, totals
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.models.dropout import batch_rows
 from behrt_jax.training.freezing import stop_frozen, trainable_leaves
@@ -57,10 +58,12 @@ class Predictor(NamedTuple):
         masked: MaskedCodes,
         key: jax.Array | None,
         rows: jax.Array | None = None,
+        decode: bool = True,
     ) -> Any:
         """Logits at the masked columns, float32 `[batch, budget, vocabulary]`; no key, no dropout.
 
-        `rows` numbers the examples, int32 `[batch]`, where they are not 0, 1, ...
+        `rows` numbers the examples, int32 `[batch]`, where they are not 0, 1, ... Without `decode`, the
+        input of the head's last layer in place of logits, float32 `[batch, budget, hidden]`.
         """
         with self.adapters(key is None, rows):
             return self.model.apply(
@@ -73,8 +76,38 @@ class Predictor(NamedTuple):
                 masked.columns,
                 deterministic=key is None,
                 rows=rows,
+                decode=decode,
                 rngs=None if key is None else {"dropout": key},
             )
+
+    def losses(
+        self,
+        variables: Variables,
+        batch: Batch,
+        masked: MaskedCodes,
+        key: jax.Array | None,
+        rows: jax.Array | None = None,
+    ) -> CodeLosses:
+        """Losses and ranks of the masked codes, `[batch, budget]`; arguments as in :meth:`logits`."""
+        config, shape = self.model.config, masked.labels.shape
+        chunk = vocabulary_chunk(config.head_chunk, masked.labels.size, self.model.vocabulary_size)
+        # An adapter on the last layer is added to its output: all logits are needed.
+        adapted = "decoder" in variables.get("lora", {}).get("mlm_head", {})
+        if chunk is None or adapted:
+            logits = self.logits(variables, batch, masked, key, rows)
+            return logit_losses(logits, masked.labels, masked.weights)
+        features = self.logits(variables, batch, masked, key, rows, decode=False)  # [B, T, D]
+        decoder = variables["params"]["mlm_head"]["decoder"]
+        loss, losses, ranks = decoder_losses(
+            features.reshape(-1, features.shape[-1]),
+            decoder["kernel"],
+            decoder["bias"],
+            masked.labels.reshape(-1),
+            masked.weights.reshape(-1),
+            chunk=chunk,
+            dtype=jnp.dtype(config.compute_dtype),
+        )
+        return CodeLosses(loss, losses.reshape(shape), ranks.reshape(shape))
 
 
 def example_logits(predictor: Predictor, variables: Variables) -> jax.Array:
@@ -110,31 +143,30 @@ def make_train_step(
 
     Returns:
         A function from (state, batch) to the new state and the totals of
-        `metrics.prediction_totals`, with ``gradient_norm`` (before clipping, trainable leaves only) and
+        `metrics.totals`, with ``gradient_norm`` (before clipping, trainable leaves only) and
         ``gradient_squares``, the sum of squares of each trainable leaf's, float32 `[leaves]`.
     """
     mask_key, dropout_key = jax.random.split(key)
 
     def loss_of(variables: Variables, merged: Any, batch: Batch, masked: MaskedCodes, rows, key):
         variables = {**stop_frozen(variables, mask), "merged": merged}
-        logits = predictor.logits(variables, batch, masked, key, rows)
-        totals = prediction_totals(logits, masked.labels, masked.weights)
-        return totals["loss"], totals
+        found = predictor.losses(variables, batch, masked, key, rows)
+        return found.loss, totals(found.loss, found.ranks, masked.weights)
 
     def gradient_of(
         variables: Variables, merged: Any, batch: Batch, masked: MaskedCodes, rows, key: jax.Array
     ):
-        gradient, totals = jax.grad(loss_of, has_aux=True)(variables, merged, batch, masked, rows, key)
-        return trainable_leaves(gradient, mask), totals
+        gradient, sums = jax.grad(loss_of, has_aux=True)(variables, merged, batch, masked, rows, key)
+        return trainable_leaves(gradient, mask), sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Totals]:
         key = mask_key if static_masks else jax.random.fold_in(mask_key, state.step)
         masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
         key = jax.random.fold_in(dropout_key, state.step)
         variables = state.variables, predictor.merged(state.variables)
-        gradient, totals = _accumulate(partial(gradient_of, *variables), batch, masked, key, micro_batches)
+        gradient, sums = _accumulate(partial(gradient_of, *variables), batch, masked, key, micro_batches)
 
-        gradient = [leaf / jnp.maximum(totals["targets"], 1.0) for leaf in gradient]
+        gradient = [leaf / jnp.maximum(sums["targets"], 1.0) for leaf in gradient]
         norm = optax.tree.norm(gradient)
         telemetry = {
             "gradient_norm": norm,
@@ -150,7 +182,7 @@ def make_train_step(
         variables = jax.tree.map(
             lambda leaf, update, trains: leaf + update if trains else leaf, state.variables, updates, mask
         )
-        return TrainState(state.step + 1, variables, opt_state), {**totals, **telemetry}
+        return TrainState(state.step + 1, variables, opt_state), {**sums, **telemetry}
 
     return train_step
 
@@ -162,9 +194,8 @@ def make_validation_step(
 
     def validation_step(variables: Variables, batch: Batch) -> Totals:
         masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
-        return prediction_totals(
-            predictor.logits(variables, batch, masked, None), masked.labels, masked.weights
-        )
+        found = predictor.losses(variables, batch, masked, None)
+        return totals(found.loss, found.ranks, masked.weights)
 
     return validation_step
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from behrt_jax.config import MaskingConfig
@@ -15,7 +14,7 @@ from behrt_jax.data.rows import Batch
 from behrt_jax.data.vocabulary import CLS, PAD
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, results_of
-from behrt_jax.evaluation.metrics import add_totals, mean_metrics, target_ranks
+from behrt_jax.evaluation.metrics import add_totals, mean_metrics
 from behrt_jax.training.mesh import put_rows
 from behrt_jax.training.objectives import mask_codes
 from behrt_jax.training.step import Predictor, Totals, Variables
@@ -36,9 +35,8 @@ def make_scoring_step(predictor: Predictor, masking: MaskingConfig, key: jax.Arr
 
     def scoring_step(variables: Variables, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
-        logits = predictor.logits(variables, batch, masked, None)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, masked.labels)
-        return losses, target_ranks(logits, masked.labels), masked.weights
+        found = predictor.losses(variables, batch, masked, None)
+        return found.losses, found.ranks, masked.weights
 
     return scoring_step
 

@@ -20,7 +20,7 @@ from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.mesh import replicated
 from behrt_jax.training.step import TrainState
 
-FREE = ("dropout", "attention_dropout", "compute_dtype", "rematerialise", "scan_layers")
+FREE = ("dropout", "attention_dropout", "compute_dtype", "rematerialise", "scan_layers", "head_chunk")
 """Settings of the model that may differ: parameters mean the same under any value of them."""
 
 

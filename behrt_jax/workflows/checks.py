@@ -72,6 +72,8 @@ def _check_model(model: ModelConfig) -> None:
     for name in ("embedding_size", "hidden_size", "layers", "heads", "positions", "age_rows", "visit_rows"):
         _positive(f"model.{name}", getattr(model, name))
     _positive("model.age_bin_years", model.age_bin_years)
+    if model.head_chunk is not None:
+        _positive("model.head_chunk", model.head_chunk)
     _require(
         model.hidden_size % model.heads == 0,
         f"model.hidden_size {model.hidden_size} is not divisible by model.heads {model.heads}: change one.",

@@ -9,9 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.evaluation.metrics import add_totals, mean_metrics, prediction_totals, target_ranks
+from behrt_jax.evaluation.code_losses import logit_losses
+from behrt_jax.evaluation.metrics import add_totals, mean_metrics, target_ranks, totals
 
-sums = jax.jit(prediction_totals)
+
+@jax.jit
+def sums(logits, labels, weights):
+    found = logit_losses(logits, labels, weights)
+    return totals(found.loss, found.ranks, weights)
 
 
 @given(st.integers(0, 10_000), st.booleans())
