@@ -10,6 +10,7 @@ from behrt_jax.errors import InputError
 BENCHMARKS = {
     "attention": ("AttentionBenchmark", "benchmark_attention"),
     "prepare": ("PrepareBenchmark", "benchmark_prepare"),
+    "vocabulary": ("VocabularyBenchmark", "benchmark_vocabulary"),
 }
 """Name -> dataclass of its options and function that runs it, both in ``workflows.benchmark_NAME``."""
 
