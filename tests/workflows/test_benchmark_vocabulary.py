@@ -5,11 +5,21 @@ import pytest
 from experiments.benchmark import main
 
 TINY = "--model.embedding-size 8 --model.hidden-size 8 --model.layers 1 --model.heads 2 --model.positions 10"
+SIZES = "--vocabularies 40 30000 --tokens 640 --repeats 1 --model.head-chunk 2000"
 
 
 def test_the_command_measures_each_vocabulary_with_all_logits_and_in_parts(tmp_path, capsys):
     file = tmp_path / "figures.json"
-    sizes = "--vocabularies 40 30000 --tokens 640 --repeats 1 --model.head-chunk 2000".split()
+    assert main(["vocabulary", *TINY.split(), *SIZES.split(), "--output", str(file)]) == 0
+        "40",
+        "30000",
+        "--tokens",
+        "640",
+        "--repeats",
+        "1",
+        "--model.head-chunk",
+        "2000",
+    ]
     assert main(["vocabulary", *TINY.split(), *sizes, "--output", str(file)]) == 0
     runs = json.loads(file.read_text())["runs"]
     assert [(run["vocabulary"], run["head"], run["chunk"]) for run in runs] == [
