@@ -9,7 +9,7 @@ where the plain way takes three.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -94,7 +94,8 @@ def decoder_losses(
     chex.assert_rank([features, kernel, bias, labels, weights], [2, 2, 1, 1, 1])
     chex.assert_equal_shape([labels, weights, features[:, 0]])
     chex.assert_equal_shape([bias, kernel[0]])
-    loss, losses, ranks = _losses(chunk, jnp.dtype(dtype), features, kernel, bias, labels, weights)
+    found: Any = _losses(chunk, jnp.dtype(dtype), features, kernel, bias, labels, weights)
+    loss, losses, ranks = found
     return CodeLosses(loss, jax.lax.stop_gradient(losses), ranks)
 
 
@@ -194,8 +195,8 @@ def _losses(chunk, dtype, features, kernel, bias, labels, weights):
 
 def _forward(chunk, dtype, features, kernel, bias, labels, weights):
     trains = (features.perturbed, kernel.perturbed, bias.perturbed)
-    values = (x.value for x in (features, kernel, bias, labels, weights))
-    results, gradients = _both_passes(chunk, dtype, *values, trains)
+    values: list[Any] = [x.value for x in (features, kernel, bias, labels, weights)]
+    results, gradients = _both_passes(chunk, dtype, *values, trains=trains)
     return results, tuple(
         None if gradient is None else gradient.astype(x.value.dtype)
         for gradient, x in zip(gradients, (features, kernel, bias), strict=True)

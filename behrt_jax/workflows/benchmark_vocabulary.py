@@ -129,7 +129,7 @@ def _time_step(run: PretrainConfig, vocabulary: int, rows: int, repeats: int) ->
     batch = put_rows(_batch(run.model, vocabulary, rows), mesh)
     step = make_train_step(setup.predictor, optimizer, setup.mask, run.masking, step_key, clip_norm=1.0)
     program = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh)).lower(state, batch).compile()
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
 
     def once() -> Any:
         nonlocal state

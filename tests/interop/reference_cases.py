@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from behrt_jax.adapters import lora as adapters
 from behrt_jax.config import LoRAConfig, ModelConfig
 from behrt_jax.data.vocabulary import MASK, SPECIAL_TOKENS
-from behrt_jax.evaluation.metrics import prediction_totals
+from behrt_jax.evaluation.code_losses import logit_losses
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.training.step import Predictor
 from experiments.configs import LARGE, MEDIUM, SMALL
@@ -118,8 +118,8 @@ def ours(
         def loss_of(variables):
             with predictor.adapters(deterministic=True):
                 logits: Any = predictor.model.apply(variables, *case[:6])
-            totals = prediction_totals(logits, jnp.asarray(case.targets), jnp.ones(case.targets.shape, bool))
-            return totals["loss"] / totals["targets"], logits
+            found = logit_losses(logits, jnp.asarray(case.targets), jnp.ones(case.targets.shape, bool))
+            return found.loss / found.losses.size, logits
 
         return jax.value_and_grad(loss_of, has_aux=True)(variables)
 
