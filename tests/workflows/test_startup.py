@@ -17,10 +17,10 @@ SCRIPT = textwrap.dedent("""
     from behrt_jax.workflows.pretrain import pretrain
     from tests.workflows.small_run import SMALL_RUN, changed
 
-    config = changed(SMALL_RUN, "train", epochs=1)
+    config = changed(changed(SMALL_RUN, "data", subjects=300), "train", epochs=1)
     folder, resume, cache = pathlib.Path(sys.argv[1]), sys.argv[2] == "resume", sys.argv[3]
     if sys.argv[2] == "begin":
-        config = changed(config, "train", max_steps=7)
+        config = changed(config, "train", max_steps=4)
     cache = "off" if cache == "off" else pathlib.Path(cache)
     pretrain(dataclasses.replace(config, output=folder, resume=resume, compilation_cache=cache))
 """)
@@ -47,6 +47,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_second_start_compiles_nothing_anew_and_computes_the_same(tmp_path):
     cache = tmp_path / "compiled"
 
