@@ -23,7 +23,7 @@ from tests.models.rows import VOCABULARY, random_batch, tiny_model
 SPLIT_FROM = 128
 SCALARS = 400
 """Bytes: losses and hits, and the sum of squares of each leaf's gradient."""
-FULL = PretrainConfig(model=tiny_model())
+FULL = PretrainConfig(model=tiny_model(layers=1))
 CONFIGS = {
     "full": FULL,
     **{

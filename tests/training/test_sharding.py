@@ -21,10 +21,11 @@ from tests.training.test_step import ALL_LINEARS, TINY, sgd, start
 
 MESHES = {"1": None, "8x1": 1, "2x4": 4, "1x8": 8}
 SPLIT_FROM = 128
+SHALLOW = tiny_model(layers=1)
 CONFIGS = {
-    "full": PretrainConfig(model=tiny_model(), optimizer=TINY.optimizer),
+    "full": PretrainConfig(model=SHALLOW, optimizer=TINY.optimizer),
     **{
-        product: replace(TINY, lora=LoRAConfig(rank=2, targets=ALL_LINEARS, product=product))
+        product: replace(TINY, model=SHALLOW, lora=LoRAConfig(rank=2, targets=ALL_LINEARS, product=product))
         for product in ("merged", "activations")
     },
 }
