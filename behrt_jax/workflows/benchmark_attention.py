@@ -58,7 +58,8 @@ def benchmark_attention(config: AttentionBenchmark) -> dict[str, Any]:
     Returns:
         ``settings``, ``machine`` and ``runs``: for each length and form ``length``, ``form``,
         ``milliseconds``, ``speed_by_dense``, ``temporary_mib`` as the compiler plans it, and
-        ``growth_mib``, by how much the largest resident size grew while a fresh process ran it.
+        ``growth_mib``, by how much the largest resident size grew while a fresh process ran it: 0 where that
+        fits in what compiling it had taken.
 
     Raises:
         InputError: settings that make no rows.
