@@ -80,7 +80,8 @@ def chunked_attention(
     fill = -length % math.lcm(query_chunk, key_chunk)
     queries, keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, fill), (0, 0))) for x in (queries, keys, values))
     segments = jnp.pad(segments, ((0, 0), (0, fill)), constant_values=_OUTSIDE)
-    return _attend(tiling, (queries, keys, values, segments, words))[:, :, :length]
+    mixed: jax.Array = _attend(tiling, (queries, keys, values, segments, words))  # pyright: ignore[reportAssignmentType]
+    return mixed[:, :, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -164,7 +165,8 @@ def _backward(tiling: Tiling, saved, gradient: jax.Array):
             return query_sum, key_sums, value_sums
 
         start = jnp.zeros((batch, heads, size, tiling.query_chunk), jnp.float32)
-        query_sum, *sums = lax.fori_loop(*ends, of_key_tile, (start, *sums))
+        first, last = ends
+        query_sum, *sums = lax.fori_loop(first, last, of_key_tile, (start, *sums))
         return sums, query_sum
 
     tiles = (

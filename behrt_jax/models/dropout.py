@@ -7,10 +7,11 @@ batch is cut into micro-batches or split over devices.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 
-def batch_rows(x: jax.Array) -> jax.Array:
+def batch_rows(x: jax.Array | np.ndarray) -> jax.Array:
     """Numbers of the rows of a whole batch, int32 `[batch]`, for `x` `[batch, ...]`."""
     return jnp.arange(x.shape[0], dtype=jnp.int32)
 

@@ -77,7 +77,7 @@ def collectives(text: str) -> list[Collective]:
 
 def bytes_by_kind(found: Iterable[Collective]) -> dict[str, int]:
     """Bytes of the results of all collectives of a kind, on one device; every kind of `KINDS` is there."""
-    sums = dict.fromkeys(KINDS, 0)
+    sums: dict[str, int] = dict.fromkeys(KINDS, 0)
     for collective in found:
         sums[collective.kind] += collective.bytes
     return sums

@@ -45,7 +45,7 @@ def use_compilation_cache(folder: Path | Literal["off"] | None = None) -> str | 
     # JAX leaves out what compiles in less than a second: most of what a start waits for.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    chosen = jax.config.jax_compilation_cache_dir
+    chosen = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009 (types do not know it)
     if chosen is not None and chosen != _ours:
         return None
     root = default_folder() if folder is None else folder.expanduser().absolute()

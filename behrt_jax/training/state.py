@@ -79,7 +79,8 @@ def abstract_state(
 ) -> TrainState:
     """What :func:`init_state` returns, as ``jax.ShapeDtypeStruct`` with shardings: no arrays are made."""
     opt_state = jax.eval_shape(optimizer.init, setup.shapes)
-    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), setup.shapes, opt_state)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = TrainState(step, setup.shapes, opt_state)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,

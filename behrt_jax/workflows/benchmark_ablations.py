@@ -63,8 +63,8 @@ def _head_everywhere() -> dict[str, Any]:
         """Logits at every column, of which the targets are taken afterwards."""
 
         def __call__(self, *inputs: Any, **options: Any) -> jax.Array:
-            *inputs, targets = inputs
-            logits = super().__call__(*inputs, **options)
+            *others, targets = inputs
+            logits = super().__call__(*others, **options)
             return jnp.take_along_axis(logits, targets[:, :, None], axis=1)
 
     return {"training.state.BEHRTForMLM": Everywhere}

@@ -181,7 +181,8 @@ def torch_contender(task: Mapping[str, Any]) -> tuple[Turn, dict[str, Any]]:
     started = time.perf_counter()
     turn(1)
     rows, length = placed[0].codes.shape
-    real = float(np.mean([float((~batch.padding).sum()) for batch in placed]))
+    padding = [0.0 if batch.padding is None else float(batch.padding.sum()) for batch in placed]
+    real = rows * length - float(np.mean(padding))
     return turn, {
         "compile_seconds": max(0.0, seconds - (time.perf_counter() - started)) if task["compiled"] else 0.0,
         "flops": None,

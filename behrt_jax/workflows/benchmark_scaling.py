@@ -117,16 +117,17 @@ def step_cost(config: PretrainConfig, rows: int, vocabulary: int) -> dict[str, A
         config.masking,
         jax.random.key(0),
         clip_norm=config.optimizer.clip_norm,
-        micro_batches=config.train.micro_batches,
+        micro_batches=config.train.micro_batches or 1,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
     inputs = [(x.shape[1:], x.dtype) for x in example_inputs(config.model)]
-    batch = Batch(*(
+    fields: list[Any] = [
         jax.ShapeDtypeStruct((rows * mesh.size, *shape), dtype, sharding=split_rows(mesh))
         for shape, dtype in [*inputs, ((), jnp.int32)]
-    ))  # fmt: skip
+    ]
+    batch = Batch(*fields)
     compiled = jitted.lower(state, batch).compile()
-    found = collectives(compiled.as_text())
+    found = collectives(compiled.as_text() or "")
     memory = compiled.memory_analysis()
     return {
         "flops": (compiled.cost_analysis() or {}).get("flops"),

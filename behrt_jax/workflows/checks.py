@@ -52,7 +52,14 @@ def check(config: PretrainConfig) -> None:
 
     for name in ("epochs", "batch_size", "log_every"):
         _positive(f"train.{name}", getattr(train, name))
-    for name in ("max_steps", "batch_tokens", "micro_batches", "validate_every", "patience", "steps_per_call"):
+    for name in (
+        "max_steps",
+        "batch_tokens",
+        "micro_batches",
+        "validate_every",
+        "patience",
+        "steps_per_call",
+    ):
         value = getattr(train, name)
         _require(value is None or value > 0, f"train.{name} is {value}: give more than 0.")
     choices = get_args(TrainConfig.__annotations__["data_on_device"])

@@ -221,7 +221,6 @@ def test_validation_batches_stay_where_they_fit(kept, monkeypatch):
         assert (ours is again) == (kept > 0)
         assert ours.codes.sharding == split_rows(mesh)
         assert_equal(type(theirs)(*map(np.asarray, ours)), theirs)
-    del ours, again
     assert not readers()
 
 
