@@ -31,8 +31,7 @@ class CodeLosses(NamedTuple):
 
 
 # As long as all logits fit 64 MiB, holding them is as fast or up to 1.3 times faster on a CPU (N = 300 and
-# 1,200, V = 10,000); at N = 300, V = 100,000 parts of 4,096 are 1.1 times (D = 512) to 2.4 times (D = 128)
-# faster than the whole.
+# 1,200, V = 10,000); at N = 300, D = 512, V = 100,000 parts of 4,096 are 1.1 times as fast as the whole.
 _HELD_LOGITS = 2**24
 _CHUNK = 4096
 

@@ -126,8 +126,8 @@ def on_device(config: TrainConfig, batches: TrainingBatches, mesh: Mesh) -> bool
         return False
     possible = len(batches.sequences.codes) <= MOST_TOKENS
     if config.data_on_device == "auto":
-        # On a CPU nothing is won: tokens lie in the same memory either way, and a loop of steps is slower
-        # there than the steps one by one.
+        # On a CPU nothing is won: tokens lie in the same memory either way, and steps one by one took no
+        # longer than the same steps in a loop.
         fitting = possible and fits(device_bytes(batches), mesh)
         # All processes run the same program.
         return bool(np.all(multihost_utils.process_allgather(np.array(fitting))))

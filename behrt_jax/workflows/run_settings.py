@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from behrt_jax import __version__
-from behrt_jax.config import PretrainConfig
+from behrt_jax.config import LoRAConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.tracking.run_folder import CONFIG_FILE, read_json
 from behrt_jax.tracking.summary import flat
@@ -80,7 +80,7 @@ def check_same_run(folder: Path, config: PretrainConfig, fingerprint: str) -> No
         InputError: names the first setting that differs, with both values.
     """
     record = read_json(folder / CONFIG_FILE)
-    stored, given = (_comparable(value) for value in (record["settings"], settings(config)))
+    stored, given = (_comparable(value) for value in (_completed(record["settings"]), settings(config)))
     for name in sorted(stored.keys() | given.keys()):
         if stored.get(name) != given.get(name):
             raise InputError(
@@ -92,6 +92,15 @@ def check_same_run(folder: Path, config: PretrainConfig, fingerprint: str) -> No
             f"--resume: the data differs from that of the run in {folder}: give the same data, or start "
             "a new run with another --output."
         )
+
+
+def _completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run, with the defaults of those that its version of behrt_jax did not have."""
+    defaults = settings(PretrainConfig(lora=LoRAConfig()))
+    return {
+        name: {**default, **stored[name]} if isinstance(stored.get(name), dict) else stored.get(name, default)
+        for name, default in defaults.items()
+    }
 
 
 def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""The benchmarks of training: what is compared with what, figures from seconds, and real contests."""
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import pytest
+
+from behrt_jax.errors import InputError
+from behrt_jax.workflows import benchmark_ablation, benchmark_train
+from behrt_jax.workflows.benchmark_ablation import AblationBenchmark
+from behrt_jax.workflows.benchmark_ablations import ABLATIONS, LORA_ONLY
+from behrt_jax.workflows.benchmark_train import TrainBenchmark, as_table, figures, tasks_of
+from tests.models.rows import tiny_model
+from tests.workflows.small_run import SMALL_RUN
+
+CONFIGURATIONS = {"tiny": replace(SMALL_RUN, model=tiny_model())}
+TINY = TrainBenchmark(sizes=("tiny",), regimes=("lora",), patients=24, rank=2, vocabulary_size=60, rounds=2)
+
+
+class Fake:
+    """A contender that has taken its turns."""
+
+    def __init__(self, name, seconds, patients, tokens, flops=None):
+        self.name, self.seconds, self.peak_bytes = name, seconds, 100 * patients
+        self.facts = {
+            "patients_per_turn": patients, "patients_in_flight": patients, "tokens_per_turn": tokens,
+            "flops": flops, "row_length": 24, "compile_seconds": 1.0, "micro_batches": 1, "fill": 0.5,
+        }  # fmt: skip
+
+
+def test_padded_rows_have_the_shapes_of_pytorch_and_without_it_ours_run_alone():
+    config = replace(TINY, torch_patients=(8, 16), baselines=("eager-float32", "compiled-bfloat16"))
+    tasks = tasks_of(config, CONFIGURATIONS["tiny"], "tiny", "lora", with_torch=True)
+    assert list(tasks) == [
+        "ours packed", "ours padded", "torch eager float32 8", "torch eager float32 16",
+        "torch compiled bfloat16 8", "torch compiled bfloat16 16",
+    ]  # fmt: skip
+    assert tasks["ours padded"]["patients"] == tasks["torch eager float32 8"]["patients"] == 8
+    assert tasks["ours packed"]["patients"] == 24
+    assert tasks["torch compiled bfloat16 8"]["compiled"]
+    assert all(json.loads(json.dumps(task)) for task in tasks.values())
+    alone = tasks_of(config, CONFIGURATIONS["tiny"], "tiny", "lora", with_torch=False)
+    assert list(alone) == ["ours packed", "ours padded"]
+
+
+def test_ratios_are_of_patients_a_second_round_by_round():
+    ours = Fake("ours packed", [1.0, 2.0, 1.0], 100, 1500, flops=5e9)
+    theirs = Fake("torch eager float32 10", [2.0, 1.0, 2.0], 10, 150)
+    result = figures("tiny", "lora", ours, [ours, theirs], ceiling=1e10)
+    # By round: 100 / 1 against 10 / 2, 100 / 2 against 10 / 1, 100 / 1 against 10 / 2.
+    assert result["ratios"]["torch eager float32 10"] == (12.5, 20.0, 20.0)
+    assert result["step_seconds"] == 1.0 and result["tokens_per_second"] == 1500
+    assert result["mfu"] == 0.5 and result["peak_bytes_per_patient"] == 100
+    other = figures("tiny", "lora", theirs, [ours, theirs], ceiling=1e10)
+    assert other["mfu"] is None and other["tokens_per_second"] == 75
+    assert "ours packed / torch eager float32 10: 20.00 x" in as_table([result, other])
+
+
+def test_unknown_names_are_refused_before_anything_starts():
+    with pytest.raises(InputError, match="--sizes: 'huge' is unknown, choose from tiny"):
+        benchmark_train.benchmark_train(replace(TINY, sizes=("huge",)), CONFIGURATIONS)
+    with pytest.raises(InputError, match="--size: 'huge' is unknown"):
+        benchmark_ablation.benchmark_ablation(AblationBenchmark(size="huge"), CONFIGURATIONS)
+    with pytest.raises(InputError, match="--without: 'sleep' is unknown"):
+        benchmark_ablation.benchmark_ablation(AblationBenchmark("tiny", without=("sleep",)), CONFIGURATIONS)
+
+
+@pytest.mark.slow
+def test_a_contest_from_end_to_end(tmp_path, capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name)
+    )
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    report = benchmark_train.benchmark_train(replace(TINY, output=tmp_path), CONFIGURATIONS)
+    said = capsys.readouterr().out
+    assert "PyTorch is not installed" in said and "train.png" in said
+    packed, padded = report["results"]
+    assert packed["fill"] > 0.9 > padded["fill"]
+    assert packed["flops"] > 0 and len(packed["all_seconds"]) == 2
+    assert json.loads((tmp_path / "train.json").read_text())["results"][0]["contender"] == "ours packed"
+    assert (tmp_path / "train.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", ["full", "lora"])
+def test_each_optimisation_can_be_undone(regime, tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    config = AblationBenchmark("tiny", regime, patients=24, rank=2, vocabulary_size=60, at_once=6, rounds=1)
+    report = benchmark_ablation.benchmark_ablation(
+        replace(config, output=tmp_path / "ablation.json"), CONFIGURATIONS
+    )
+    expected = {name for name in ABLATIONS if regime == "lora" or name not in LORA_ONLY}
+    assert set(report["results"]) == expected
+    assert json.loads((tmp_path / "ablation.json").read_text())["results"].keys() == expected
+
+
+def test_a_contender_that_fails_says_why():
+    from behrt_jax.workflows.benchmark_turns import contest
+
+    wrong = {"wrong": {"kind": "nonsense"}}
+    with (
+        pytest.raises(InputError, match="The contender wrong failed: KeyError: 'nonsense'"),
+        contest(wrong, 1),
+    ):
+        pass
