@@ -157,7 +157,7 @@ def torch_contender(task: Mapping[str, Any]) -> tuple[Turn, dict[str, Any]]:
     make_batches = full_batches if task["layout"] == "full" else padded_batches
     stream = make_batches(data.splits["train"], model.positions, task["patients"])
     placed = [batch.to(device) for batch, _ in zip(stream, range(DISTINCT_BATCHES), strict=False)]
-    regime = "full" if task["regime"] == "full" else task["torch_lora"]
+    regime = task["torch_regime"]
     adapters = None
     if regime == "lora":
         adapters = LoRAConfig(**{**task["lora"], "targets": tuple(task["lora"]["targets"])})

@@ -38,9 +38,10 @@ class TrainBenchmark:
     without padding."""
     baselines: tuple[Baseline, ...] = ("eager-float32",)
     """PyTorch: eager or compiled, float32 or under bfloat16 autocast."""
-    torch_lora: Literal["frozen", "lora"] = "frozen"
-    """What PyTorch does where ours trains adapters. frozen: nothing in their place, the base is frozen, as
-    in an implementation whose adapters are outside of the graph. lora: adapters on the same layers."""
+    torch_lora: tuple[Literal["frozen", "lora"], ...] = ("frozen", "lora")
+    """What PyTorch does where ours trains adapters, each tried. frozen: nothing in their place, the base is
+    frozen, as in an implementation whose adapters are outside of the graph. lora: adapters on the same
+    layers."""
     patients: int = 128
     """Patients a step of ours (rows, for full rows)."""
     torch_patients: tuple[int, ...] = ()
@@ -114,7 +115,6 @@ def tasks_of(
         "learning_rate": pretrain.optimizer.learning_rate,
         "regime": regime,
         "vocabulary_size": config.vocabulary_size,
-        "torch_lora": config.torch_lora,
         "precision": config.precision,
         "count_flops": config.count_flops,
         "micro_batches": config.micro_batches,
@@ -129,9 +129,10 @@ def tasks_of(
     for baseline in config.baselines if with_torch else ():
         mode, precision = baseline.split("-")
         for patients in torch_patients:
-            own = {"kind": "torch", "layout": layout, "patients": patients, "precision": precision}
-            name = f"torch {mode} {precision} {patients}"
-            tasks[name] = {**common, **own, "compiled": mode == "compiled"}
+            for torch_regime in ("full",) if regime == "full" else config.torch_lora:
+                own = {"kind": "torch", "layout": layout, "patients": patients, "precision": precision}
+                own |= {"compiled": mode == "compiled", "torch_regime": torch_regime}
+                tasks[f"torch {torch_regime} {mode} {precision} {patients}"] = {**common, **own}
     return tasks
 
 

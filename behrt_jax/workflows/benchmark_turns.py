@@ -37,7 +37,11 @@ class Contender:
                 stderr=error_file,
                 text=True,
             )
-        self.facts: dict[str, Any] = self._answer()
+        try:
+            self.facts: dict[str, Any] = self._answer()
+        except BaseException:
+            self.kill()
+            raise
 
     def take_turn(self) -> None:
         """Run once and note the seconds."""
@@ -51,12 +55,13 @@ class Contender:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self.peak_bytes = self._answer()["peak_bytes"]
-        self._process.wait()
+        self.kill()
 
     def kill(self) -> None:
         """Stop it, whatever it does."""
         self._process.kill()
-        self._process.wait()
+        with self._process:  # closes its pipes and waits for it
+            pass
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None

@@ -30,15 +30,17 @@ class Fake:
 
 
 def test_padded_rows_have_the_shapes_of_pytorch_and_without_it_ours_run_alone():
-    config = replace(TINY, torch_patients=(8, 16), baselines=("eager-float32", "compiled-bfloat16"))
+    config = replace(
+        TINY, torch_patients=(8, 16), baselines=("eager-float32", "compiled-bfloat16"), torch_lora=("lora",)
+    )
     tasks = tasks_of(config, CONFIGURATIONS["tiny"], "tiny", "lora", with_torch=True)
     assert list(tasks) == [
-        "ours packed", "ours padded", "torch eager float32 8", "torch eager float32 16",
-        "torch compiled bfloat16 8", "torch compiled bfloat16 16",
+        "ours packed", "ours padded", "torch lora eager float32 8", "torch lora eager float32 16",
+        "torch lora compiled bfloat16 8", "torch lora compiled bfloat16 16",
     ]  # fmt: skip
-    assert tasks["ours padded"]["patients"] == tasks["torch eager float32 8"]["patients"] == 8
+    assert tasks["ours padded"]["patients"] == tasks["torch lora eager float32 8"]["patients"] == 8
     assert tasks["ours packed"]["patients"] == 24
-    assert tasks["torch compiled bfloat16 8"]["compiled"]
+    assert tasks["torch lora compiled bfloat16 8"]["compiled"]
     assert all(json.loads(json.dumps(task)) for task in tasks.values())
     alone = tasks_of(config, CONFIGURATIONS["tiny"], "tiny", "lora", with_torch=False)
     assert list(alone) == ["ours packed", "ours padded"]
