@@ -54,7 +54,8 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products; parameters, softmax, LayerNorm and loss stay float32."""
     rematerialise: bool = False
-    """Recompute each block's activations in the backward pass: less memory, more time."""
+    """Recompute each block's activations in the backward pass: less memory, more time. On a CPU memory is
+    saved with scan_layers alone."""
     scan_layers: bool = False
     """Compile one block and run it once a layer, its parameters stacked over layers. Deep models compile
     faster by it, shallow ones run slower."""

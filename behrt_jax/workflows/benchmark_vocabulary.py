@@ -141,9 +141,9 @@ def _time_step(run: PretrainConfig, vocabulary: int, rows: int, repeats: int) ->
 
 def _time_head(model: ModelConfig, vocabulary: int, slots: int, repeats: int) -> float:
     chunk, dtype = model.head_chunk or vocabulary, jnp.dtype(model.compute_dtype)
-    key = jax.random.key(0)
-    features = jax.random.normal(key, (slots, model.hidden_size))
-    kernel = 0.02 * jax.random.normal(key, (model.hidden_size, vocabulary))
+    features_key, kernel_key = jax.random.split(jax.random.key(0))
+    features = jax.random.normal(features_key, (slots, model.hidden_size))
+    kernel = 0.02 * jax.random.normal(kernel_key, (model.hidden_size, vocabulary))
     labels, weights = jnp.arange(slots, dtype=jnp.int32) % vocabulary, jnp.ones(slots, bool)
 
     def loss(features: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:

@@ -13,7 +13,10 @@ from tests.data.test_batches import assert_equal, histories, history_lengths, lo
 
 def assert_device_gathers_the_same(batches: TrainingBatches, epochs) -> None:
     tokens = jax.device_put(tokens_of(batches.sequences))
-    gather = jax.jit(gather_on_device, static_argnames=("row_length", "cls_token", "most_segments"))
+    gather = jax.jit(  # a function of its own: programs are counted by function
+        lambda *arrays, **settings: gather_on_device(*arrays, **settings),
+        static_argnames=("row_length", "cls_token", "most_segments"),
+    )
     for number in epochs:
         epoch, counts = batches.epoch_rows(number)
         assert epoch.first_step == number * batches.steps_per_epoch

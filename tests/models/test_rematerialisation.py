@@ -27,18 +27,18 @@ def compiled(scan_layers, rematerialise, dropout=0.1):
             ** 2
         ).mean()
 
-    # Left to itself, XLA's CPU backend orders operations for concurrency, and recomputes all blocks at once.
-    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-    return params, jax.jit(jax.value_and_grad(loss)).lower(params).compile(compiler_options=options)
+    return params, jax.jit(jax.value_and_grad(loss)).lower(params).compile()
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_equal_gradients_from_less_memory_for_another_forward_pass(scan_layers):
+def test_equal_gradients_for_another_forward_pass_and_from_less_memory_in_a_loop(scan_layers):
     params, kept = compiled(scan_layers, False)
     _, again = compiled(scan_layers, True)
     chex.assert_trees_all_close(again(params), kept(params), rtol=1e-4, atol=1e-7)
-    bytes_kept, bytes_again = (run.memory_analysis().temp_size_in_bytes for run in (kept, again))
-    assert bytes_again < 0.5 * bytes_kept
-    if not scan_layers:  # of a scan the body is counted once, however many layers there are
+    if scan_layers:
+        # XLA's CPU backend recomputes blocks that are not in a loop all at once, and saves nothing by it.
+        bytes_kept, bytes_again = (run.memory_analysis().temp_size_in_bytes for run in (kept, again))
+        assert bytes_again < 0.5 * bytes_kept
+    else:  # of a loop the body is counted once, however many layers there are
         flops = again.cost_analysis()["flops"] / kept.cost_analysis()["flops"]
         assert 1.2 < flops < 1.4

@@ -109,7 +109,12 @@ def test_a_gradient_that_is_not_stopped_is_found(monkeypatch):
     from behrt_jax.training import step as module
 
     monkeypatch.setattr(module, "stop_frozen", lambda variables, mask: variables)
-    monkeypatch.setattr(module, "trainable_leaves", lambda tree, mask: jax.tree.leaves(tree))
+    honest = module.trainable_leaves
+
+    def all_leaves(tree, mask):
+        return honest(tree, mask) + honest(tree, jax.tree.map(lambda trains: not trains, mask))
+
+    monkeypatch.setattr(module, "trainable_leaves", all_leaves)
     compiled.cache_clear()
     try:
         step = compiled("activations", fsdp=1)

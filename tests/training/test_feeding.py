@@ -14,7 +14,7 @@ from behrt_jax.config import FreezingConfig, TrainConfig
 from behrt_jax.data.batches import training_batches, validation_batches
 from behrt_jax.errors import InputError
 from behrt_jax.training import feeding
-from behrt_jax.training.feeding import PlacedBatches, call_length, fits, open_feed
+from behrt_jax.training.feeding import PlacedBatches, call_length, fits, one_step, open_feed
 from behrt_jax.training.loop import Actions, Cursor, Schedule, train
 from behrt_jax.training.mesh import make_mesh, replicated, split_rows
 from behrt_jax.training.state import init_state, optimizer_for, set_up
@@ -70,7 +70,7 @@ def fed(config, first_step=0, total_steps=8, devices=1, static=False, state=None
     schedule = Schedule(total_steps, batches.steps_per_epoch, 4, 3, None)
     if state is None:
         state = init_state(PLAIN, setup, optimizer, init_key, mesh)
-    with open_feed(config, step, jit, batches, mesh, first_step, schedule) as feed:
+    with open_feed(config, step, one_step(step, jit), jit, batches, mesh, first_step, schedule) as feed:
         yield feed, state, schedule
 
 

@@ -18,7 +18,7 @@ from behrt_jax.training.mesh import make_mesh, put_rows, replicated
 from behrt_jax.training.objectives import mask_codes
 from behrt_jax.training.sharding import LARGE as LARGE_LEAF
 from behrt_jax.training.sharding import shardings_of
-from behrt_jax.training.state import init_state, optimizer_for, set_up
+from behrt_jax.training.state import abstract_state, init_state, optimizer_for, set_up
 from behrt_jax.training.step import make_train_step, make_validation_step
 from experiments.configs import LARGE
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
@@ -214,18 +214,34 @@ def test_a_group_has_its_own_learning_rate_and_weight_decay():
     assert np.abs(scales - 1.0).max() < 1.01e-2
 
 
-def compiled_flops(config):
-    """FLOPs of the compiled train step, with clipping on and the gradient norm returned."""
+def compiled_flops(config, rows=4, forward_alone=False):
+    """FLOPs of the compiled train step, with clipping on and the gradient norm returned; or of its loss."""
     setup = set_up(config, 1000)
     optimizer = optimizer_for(config, setup, total_steps=100)
     step = make_train_step(
         setup.predictor, optimizer, setup.mask, config.masking, jax.random.key(0), clip_norm=1.0
     )
     mesh = make_mesh(jax.devices()[:1])
-    state = jax.eval_shape(lambda key: init_state(config, setup, optimizer, key, mesh), jax.random.key(0))
-    rows = [jax.ShapeDtypeStruct((4, *x.shape[1:]), x.dtype) for x in example_inputs(config.model)]
-    batch = Batch(*rows, row_ids=jax.ShapeDtypeStruct((4,), jnp.int32))
-    return jax.jit(step, donate_argnums=0).lower(state, batch).compile().cost_analysis()["flops"]
+    state = abstract_state(setup, optimizer, mesh)
+    shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in example_inputs(config.model)]
+    batch = Batch(*shapes, row_ids=jax.ShapeDtypeStruct((rows,), jnp.int32))
+
+    def loss(state, batch):
+        masked = mask_codes(jax.random.key(0), batch.codes, batch.row_ids, config.masking, 1000)
+        return setup.predictor.losses(state.variables, batch, masked, jax.random.key(1)).loss
+
+    function = jax.jit(loss) if forward_alone else jax.jit(step, donate_argnums=0)
+    return function.lower(state, batch).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.slow
+def test_a_step_with_adapters_takes_little_more_than_twice_the_forward_pass():
+    adapters = LoRAConfig(rank=16, targets=ALL_LINEARS)
+    config = PretrainConfig(model=LARGE, lora=adapters, freezing=FreezingConfig("lora"))
+    forward = compiled_flops(config, rows=128, forward_alone=True)
+    assert 1.9 < compiled_flops(config, rows=128) / forward <= 2.10
+    full = PretrainConfig(model=LARGE)
+    assert compiled_flops(full, rows=128) / compiled_flops(full, rows=128, forward_alone=True) > 2.5
 
 
 def test_compiled_flops_of_the_lora_step_of_large():

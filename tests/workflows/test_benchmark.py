@@ -145,7 +145,7 @@ def test_a_stage_that_fails_is_named(tmp_path):
     ("arguments", "message"),
     [
         ([], "benchmark.py prepare"),
-        (["train"], "benchmark.py prepare"),
+        (["speed"], "benchmark.py prepare"),
         (["prepare", "--events", "10", "--subjects", "6"], "two events for each subject"),
         (["prepare", "--codes", "0"], "at least one code"),
     ],

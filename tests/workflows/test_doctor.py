@@ -14,6 +14,7 @@ from behrt_jax.adapters import lora
 from behrt_jax.cli import doctor_command
 from behrt_jax.config import DataConfig, OptimizerConfig, PretrainConfig, TrainConfig
 from behrt_jax.diagnosis.doctor import examine, read_run
+from behrt_jax.training import feeding
 from behrt_jax.training.loop import DivergenceError
 from behrt_jax.workflows import pretrain as module
 from behrt_jax.workflows.pretrain import pretrain
@@ -100,7 +101,7 @@ def test_adapters_outside_the_graph(tmp_path, monkeypatch):
 
 def test_cut_histories_stalls_and_recompilations(tmp_path, monkeypatch, capsys):
     """Codes that a window never shows, slow batches, and batches of two shapes."""
-    original, calls = module.put_rows, []
+    original, calls = feeding.put_rows, []
 
     def slow_rows_of_two_shapes(batch, mesh):
         calls.append(1)
@@ -109,7 +110,7 @@ def test_cut_histories_stalls_and_recompilations(tmp_path, monkeypatch, capsys):
             batch = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), batch)
         return original(batch, mesh)
 
-    monkeypatch.setattr(module, "put_rows", slow_rows_of_two_shapes)
+    monkeypatch.setattr(feeding, "put_rows", slow_rows_of_two_shapes)
     config = changed(replace(TINY_LORA, output=tmp_path / "run"), "data", window="first", max_length=2)
     found = by_id(pretrain(changed(config, "train", epochs=1), ONE).folder)
     assert "never read" in found["cut-histories"]["seen"]
@@ -168,7 +169,7 @@ def check_before(config, folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("name", ["small", "small_lora"])
 def test_no_alarm_in_a_whole_run_of_a_shipped_configuration(name, tmp_path):
     done = run_command("pretrain.py", "--config", name, "--output", tmp_path / "run")

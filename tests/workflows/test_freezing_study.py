@@ -204,7 +204,7 @@ def test_the_command_reads_its_options(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_the_quick_study_shows_what_it_must(tmp_path):
     done = run_command("freezing_study.py", "--quick", "--output", tmp_path / "study")
     assert done.returncode == 0, done.stderr

@@ -56,8 +56,8 @@ def test_the_optimum_is_in_metrics_summary_text_and_pictures(run):
 def test_a_leak_of_what_is_masked_takes_the_loss_below_the_optimum_and_is_an_error(tmp_path, monkeypatch):
     honest = Predictor.logits
 
-    def leaking(self, variables, batch, masked, key):
-        return honest(self, variables, batch, masked._replace(codes=batch.codes), key)
+    def leaking(self, variables, batch, masked, *others, **options):
+        return honest(self, variables, batch, masked._replace(codes=batch.codes), *others, **options)
 
     monkeypatch.setattr(Predictor, "logits", leaking)
     summary = pretrain(replace(LATENT, output=tmp_path / "run"), ONE).summary

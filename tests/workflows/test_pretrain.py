@@ -228,7 +228,7 @@ def test_meds_data_of_a_folder(tmp_path):
 
 @pytest.mark.skipif("EHR_TEST_DATA" not in os.environ, reason="needs the MIMIC-IV demo in MEDS")
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_mimic_demo_learns_more_than_the_unigram_baseline(tmp_path):
     from experiments.configs import PRETRAIN
 
