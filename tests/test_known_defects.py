@@ -83,7 +83,7 @@ from tests.workflows.small_run import SMALL_RUN, changed
 
 ONE = jax.devices()[:1]
 HISTORIES = history_rows(subjects=60, days=6)
-EPOCHS = 5
+EPOCHS = 9
 TESTS = Path(__file__).parent
 BY_THE_CLOCK = {"steps_per_second", "tokens_per_second", "data_share", "device_share"}
 

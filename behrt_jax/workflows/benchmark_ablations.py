@@ -27,7 +27,6 @@ class Ablation:
     """Dotted names in this package -> what is put in their place."""
     micro_batches: int | None = None
     donate: bool = True
-    compiler_options: bool = True
 
     @contextmanager
     def patched(self) -> Iterator[None]:
@@ -112,7 +111,6 @@ ABLATIONS: dict[str, Ablation] = {
     "donation": Ablation("a new state beside the old one", donate=False),
     "layer_norm": Ablation("flax.linen.LayerNorm", patches=_norms),
     "gelu": Ablation("jax.nn.gelu, by erfc", patches=_gelus),
-    "compiler_options": Ablation("XLA's own choice of options", compiler_options=False),
 }
 """By name of the optimisation that is undone."""
 LORA_ONLY = ("frozen_gradients", "merged_product", "low_rank_backward")

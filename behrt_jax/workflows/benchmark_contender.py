@@ -49,7 +49,6 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Turn, dict[str, Any]]:
 
     from behrt_jax.config import OptimizerConfig, PretrainConfig
     from behrt_jax.data.batches import training_batches
-    from behrt_jax.training.compiler_options import step_options
     from behrt_jax.training.host_memory import keep_freed_memory
     from behrt_jax.training.mesh import make_mesh, put_rows
     from behrt_jax.training.micro_batches import likely_parts
@@ -103,11 +102,8 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Turn, dict[str, Any]]:
                 clip_norm=config.optimizer.clip_norm,
                 micro_batches=parts,
             )
-            options = step_options(platform) if ablation.compiler_options else None
             donated = (0,) if ablation.donate else ()
-            return (
-                jax.jit(step, donate_argnums=donated, compiler_options=options).lower(state, batch).compile()
-            )
+            return jax.jit(step, donate_argnums=donated).lower(state, batch).compile()
 
         state = init_state(config, setup, optimizer, init_key, mesh)
         started = time.perf_counter()

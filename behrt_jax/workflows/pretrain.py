@@ -36,7 +36,6 @@ from behrt_jax.tracking.run_folder import (
 from behrt_jax.tracking.startup import Startup
 from behrt_jax.training.checkpoints import Checkpoints, open_checkpoints
 from behrt_jax.training.compilation import use_compilation_cache
-from behrt_jax.training.compiler_options import step_options
 from behrt_jax.training.feeding import PlacedBatches, on_device, one_step, open_feed
 from behrt_jax.training.host_memory import keep_freed_memory
 from behrt_jax.training.interruption import catching_signals
@@ -125,7 +124,6 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
             jax.jit,
             donate_argnums=0,
             out_shardings=(shardings_of(state_shapes), replicated(mesh)),
-            compiler_options=step_options(mesh.devices.flat[0].platform),
         )
         step_in_parts = partial(
             make_train_step,

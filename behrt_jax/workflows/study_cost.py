@@ -11,7 +11,6 @@ import jax
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import training_batches
 from behrt_jax.data.load import load_sequences
-from behrt_jax.training.compiler_options import step_options
 from behrt_jax.training.mesh import make_mesh, put_rows, replicated
 from behrt_jax.training.parameter_report import count_parameters
 from behrt_jax.training.sharding import shardings_of
@@ -72,7 +71,6 @@ def measure_costs(
             ),
             donate_argnums=0,
             out_shardings=(shardings_of(states[name]), replicated(mesh)),
-            compiler_options=step_options(mesh.devices.flat[0].platform),
         )
         steps[name] = step.lower(states[name], batch).compile()
         analysis = steps[name].cost_analysis() or {}
