@@ -83,7 +83,7 @@ from tests.workflows.small_run import SMALL_RUN, changed
 
 ONE = jax.devices()[:1]
 HISTORIES = history_rows(subjects=60, days=6)
-EPOCHS = 9
+EPOCHS = 5
 TESTS = Path(__file__).parent
 BY_THE_CLOCK = {"steps_per_second", "tokens_per_second", "data_share", "device_share"}
 
@@ -125,6 +125,7 @@ def run(tmp_path_factory):
             model = tiny_model(positions=32, layers=1)
             config = replace(SMALL_RUN, model=model, data=data, output=folder / "run")
             config = changed(config, "train", **{"epochs": EPOCHS, "batch_size": 8, **train})
+            config = changed(config, "optimizer", learning_rate=3e-2)  # it overfits within the epochs
             shown, original = {}, TrainingBatches.batch
 
             def batch(self, step):

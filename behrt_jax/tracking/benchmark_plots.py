@@ -25,8 +25,9 @@ def plot_speeds(results: Sequence[Mapping[str, Any]], file: Path) -> None:
         return
     groups = list(dict.fromkeys((r["size"], r["regime"]) for r in results))
     names = list(dict.fromkeys(r["contender"] for r in results))
-    ours = [name for name in names if name.startswith("ours")]
-    theirs = [name for name in names if name not in ours]
+    kinds = list(dict.fromkeys(map(_kind, names)))
+    ours = [kind for kind in kinds if kind.startswith("ours")]
+    theirs = [kind for kind in kinds if kind not in ours]
     colours = dict(zip(ours, OURS * len(ours), strict=False)) | dict(
         zip(theirs, THEIRS * len(theirs), strict=False)
     )
@@ -40,8 +41,9 @@ def plot_speeds(results: Sequence[Mapping[str, Any]], file: Path) -> None:
         ticks.append(place + (len(present) - 1) / 2)
         for name in present:
             value = speeds[(*group, name)]
-            label = name if name not in axes.get_legend_handles_labels()[1] else None
-            axes.bar(place, value, width=0.9, color=colours[name], label=label)
+            kind = _kind(name)
+            label = kind if kind not in axes.get_legend_handles_labels()[1] else None
+            axes.bar(place, value, width=0.9, color=colours[kind], label=label)
             axes.annotate(f"{value:,.0f}", (place, value), ha="center", va="bottom", fontsize=7, rotation=45)
             place += 1
         place += 0.8
@@ -52,3 +54,8 @@ def plot_speeds(results: Sequence[Mapping[str, Any]], file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(file)
+
+
+def _kind(name: str) -> str:
+    """Name of a contender without the size of its batch."""
+    return name.rstrip("0123456789").rstrip()

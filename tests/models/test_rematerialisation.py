@@ -39,6 +39,6 @@ def test_equal_gradients_for_another_forward_pass_and_from_less_memory_in_a_loop
         # XLA's CPU backend recomputes blocks that are not in a loop all at once, and saves nothing by it.
         bytes_kept, bytes_again = (run.memory_analysis().temp_size_in_bytes for run in (kept, again))
         assert bytes_again < 0.5 * bytes_kept
-    else:  # of a loop the body is counted once, however many layers there are
+    else:  # not the whole of a forward pass again: XLA finds some of it twice. (A loop is counted once.)
         flops = again.cost_analysis()["flops"] / kept.cost_analysis()["flops"]
-        assert 1.2 < flops < 1.4
+        assert 1.05 < flops < 1.4
