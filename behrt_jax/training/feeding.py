@@ -55,7 +55,11 @@ class Feed:
 
 def one_step(step: Step, jit: Callable[..., Any]) -> Any:
     """The program of one step on a batch that the host has put on the devices; see :func:`open_feed`."""
-    return jit(lambda state, batch: _stacked(step(state, batch)))
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Totals]:
+        return _stacked(step(state, batch))
+
+    return jit(train_step)
 
 
 def open_feed(

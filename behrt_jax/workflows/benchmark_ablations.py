@@ -62,8 +62,10 @@ def _head_everywhere() -> dict[str, Any]:
         """Logits at every column, of which the targets are taken afterwards."""
 
         def __call__(self, *inputs: Any, **options: Any) -> jax.Array:
-            *others, targets = inputs
+            *others, targets = inputs if len(inputs) == 6 else (*inputs, None)
             logits = super().__call__(*others, **options)
+            if targets is None:
+                return logits
             return jnp.take_along_axis(logits, targets[:, :, None], axis=1)
 
     return {"training.state.BEHRTForMLM": Everywhere}

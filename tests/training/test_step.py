@@ -239,7 +239,8 @@ def test_a_step_with_adapters_takes_little_more_than_twice_the_forward_pass():
     adapters = LoRAConfig(rank=16, targets=ALL_LINEARS)
     config = PretrainConfig(model=LARGE, lora=adapters, freezing=FreezingConfig("lora"))
     forward = compiled_flops(config, rows=128, forward_alone=True)
-    assert 1.9 < compiled_flops(config, rows=128) / forward <= 2.10
+    # Twice for the frozen layers, 0.1 for the products of rank 16, 0.06 for attention's second product.
+    assert 1.9 < compiled_flops(config, rows=128) / forward <= 2.20
     full = PretrainConfig(model=LARGE)
     assert compiled_flops(full, rows=128) / compiled_flops(full, rows=128, forward_alone=True) > 2.5
 

@@ -15,7 +15,7 @@ from tests.models.rows import tiny_model
 from tests.workflows.small_run import SMALL_RUN
 
 CONFIGURATIONS = {"tiny": replace(SMALL_RUN, model=tiny_model())}
-TINY = TrainBenchmark(sizes=("tiny",), regimes=("lora",), patients=24, rank=2, vocabulary_size=60, rounds=2)
+TINY = TrainBenchmark(sizes=("tiny",), regimes=("lora",), patients=24, rank=2, vocabulary_size=200, rounds=2)
 
 
 class Fake:
@@ -86,16 +86,15 @@ def test_a_contest_from_end_to_end(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("regime", ["full", "lora"])
-def test_each_optimisation_can_be_undone(regime, tmp_path, monkeypatch):
+def test_each_optimisation_can_be_undone(tmp_path, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    config = AblationBenchmark("tiny", regime, patients=24, rank=2, vocabulary_size=60, at_once=6, rounds=1)
+    config = AblationBenchmark("tiny", "lora", patients=24, rank=2, vocabulary_size=200, at_once=6, rounds=1)
     report = benchmark_ablation.benchmark_ablation(
         replace(config, output=tmp_path / "ablation.json"), CONFIGURATIONS
     )
-    expected = {name for name in ABLATIONS if regime == "lora" or name not in LORA_ONLY}
-    assert set(report["results"]) == expected
-    assert json.loads((tmp_path / "ablation.json").read_text())["results"].keys() == expected
+    assert report["results"].keys() == ABLATIONS.keys() and set(LORA_ONLY) < ABLATIONS.keys()
+    written = json.loads((tmp_path / "ablation.json").read_text())["results"]
+    assert all(result["step_seconds"] > 0 for result in written.values())
 
 
 def test_a_contender_that_fails_says_why():
