@@ -73,4 +73,6 @@ def test_a_second_start_compiles_nothing_anew_and_computes_the_same(tmp_path):
     summary = json.loads((tmp_path / "warm" / "summary.json").read_text())
     marks = summary["startup_seconds"]
     assert 0 < marks["imported"] <= marks["data read"] <= marks["compiled"] <= marks["first step"]
-    assert summary["first_step_seconds"] == marks["first step"] < summary["wall_seconds"] + marks["imported"] + 1
+    assert (
+        summary["first_step_seconds"] == marks["first step"] < summary["wall_seconds"] + marks["imported"] + 1
+    )
