@@ -71,7 +71,7 @@ def init_state(
         return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables))
 
     shardings = shardings_of(abstract_state(setup, optimizer, mesh, large))
-    return jax.jit(init, out_shardings=shardings, compiler_options=RUN_ONCE)(key)
+    return jax.jit(init, out_shardings=shardings, compiler_options=RUN_ONCE)(jax.random.clone(key))
 
 
 def abstract_state(

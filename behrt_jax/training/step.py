@@ -150,7 +150,8 @@ def make_train_step(
         `metrics.totals`, with ``gradient_norm`` (before clipping, trainable leaves only) and
         ``gradient_squares``, the sum of squares of each trainable leaf's, float32 `[leaves]`.
     """
-    mask_key, dropout_key = jax.random.split(key)
+    # Steps built from one key (to compare their speed, say) draw the same.
+    mask_key, dropout_key = jax.random.split(jax.random.clone(key))
     local = predictor._replace(mesh=None)
 
     def loss_of(variables: Variables, merged: Any, batch: Batch, masked: MaskedCodes, rows, key):
