@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 Attention = Literal["auto", "dense", "chunked", "cudnn"]
+TaskKind = Literal["binary", "multiclass", "multilabel", "regression", "survival"]
 
 
 @dataclass(frozen=True)

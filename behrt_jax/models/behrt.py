@@ -8,7 +8,7 @@ from flax import linen as nn
 from behrt_jax.config import ModelConfig
 from behrt_jax.models.embeddings import Embeddings
 from behrt_jax.models.encoder import Encoder
-from behrt_jax.models.heads import MLMHead
+from behrt_jax.models.heads import MLMHead, TaskHead
 from behrt_jax.models.pooling import Pooling, pool_segments
 
 
@@ -127,6 +127,41 @@ class PatientEmbedding(nn.Module):
             codes, ages, visits, positions, segment_ids, deterministic, rows
         )
         return pool_segments(hidden, segment_ids, self.pooling, segments)
+
+
+class BEHRTForTask(nn.Module):
+    """BEHRT, a pooling over each subject's events, and one linear layer on the pooled vector.
+
+    Raises:
+        ValueError: `cls` pooling for a model whose sequences carry no [CLS] token.
+    """
+
+    config: ModelConfig
+    vocabulary_size: int
+    outputs: int
+    """Numbers that the task needs for an example, such as a logit a class."""
+    pooling: Pooling = "mean"
+
+    @nn.compact
+    def __call__(
+        self,
+        codes: jax.Array,
+        ages: jax.Array,
+        visits: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        segments: int,
+        deterministic: bool = True,
+        rows: jax.Array | None = None,
+    ) -> jax.Array:
+        """Return float32 `[batch, segments, outputs]`; inputs as in :class:`BEHRT`."""
+        if self.pooling == "cls" and not self.config.cls_token:
+            raise ValueError("cls pooling needs sequences with a [CLS] token: set model.cls_token")
+        hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(
+            codes, ages, visits, positions, segment_ids, deterministic, rows
+        )
+        pooled = pool_segments(hidden, segment_ids, self.pooling, segments)  # [B, S, D]
+        return TaskHead(self.outputs, name="task_head")(pooled)
 
 
 def example_inputs(config: ModelConfig, rows: int = 1) -> tuple[jax.Array, ...]:

@@ -38,3 +38,16 @@ class MLMHead(nn.Module):
             dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
             name="decoder",
         )(x).astype(jnp.float32)
+
+
+class TaskHead(nn.Module):
+    """One linear layer, in float32: few numbers, and all that the task adds to the encoder."""
+
+    outputs: int
+
+    @nn.compact
+    def __call__(self, pooled: jax.Array) -> jax.Array:
+        """Map `pooled` `[..., hidden]` to float32 `[..., outputs]`."""
+        # Small at first, so that training starts at the loss of an even guess.
+        kernel_init = nn.initializers.normal(EMBEDDING_STDDEV)
+        return nn.Dense(self.outputs, kernel_init=kernel_init, name="dense")(pooled.astype(jnp.float32))

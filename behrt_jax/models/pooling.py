@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-Pooling = Literal["cls", "mean", "max"]
+Pooling = Literal["cls", "mean", "max", "last"]
 
 
 def pool_segments(hidden: jax.Array, segment_ids: jax.Array, how: Pooling, segments: int) -> jax.Array:
@@ -15,8 +15,8 @@ def pool_segments(hidden: jax.Array, segment_ids: jax.Array, how: Pooling, segme
     Args:
         hidden: `[batch, length, hidden]`.
         segment_ids: int32 `[batch, length]`, 0 for padding, subjects from 1 up.
-        how: `cls` takes the vector of the first token (which must be [CLS]), `mean` and `max` go
-            over all tokens of the segment.
+        how: `cls` takes the vector of the first token (which must be [CLS]), `last` that of the last, `mean`
+            and `max` go over all tokens of the segment.
         segments: how many segments to return a row, at least the largest id.
 
     Returns:
@@ -30,6 +30,9 @@ def pool_segments(hidden: jax.Array, segment_ids: jax.Array, how: Pooling, segme
     if how == "cls":
         first = jnp.argmax(member, axis=-1)  # [B, S]
         pooled = jnp.take_along_axis(hidden, first[:, :, None], axis=1)  # [B, S, D]
+    elif how == "last":
+        last = member.shape[-1] - 1 - jnp.argmax(member[:, :, ::-1], axis=-1)  # [B, S]
+        pooled = jnp.take_along_axis(hidden, last[:, :, None], axis=1)  # [B, S, D]
     elif how == "mean":
         total = jnp.einsum("bsl,bld->bsd", member.astype(hidden.dtype), hidden)
         pooled = total / jnp.maximum(member.sum(axis=-1, keepdims=True), 1)
@@ -38,5 +41,5 @@ def pool_segments(hidden: jax.Array, segment_ids: jax.Array, how: Pooling, segme
             hidden, segment_ids
         )
     else:
-        raise ValueError(f"pooling must be cls, mean or max, not {how!r}")
+        raise ValueError(f"pooling must be cls, mean, max or last, not {how!r}")
     return jnp.where(present, pooled, 0.0)

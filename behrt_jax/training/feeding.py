@@ -22,8 +22,8 @@ from behrt_jax.data.rows import Batch
 from behrt_jax.errors import InputError
 from behrt_jax.training.loop import Schedule
 from behrt_jax.training.mesh import put_rows, replicated, split_rows
-from behrt_jax.training.step import Totals, TrainState
 from behrt_jax.training.telemetry import compilations
+from behrt_jax.training.update import Totals, TrainState
 
 AHEAD = 2
 """Batches that are copied to the devices before they are asked for."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from behrt_jax.training.metrics_window import Call, DivergenceError, Metrics, Window
-from behrt_jax.training.step import TrainState, Variables
+from behrt_jax.training.update import TrainState, Variables
 
 __all__ = ["Actions", "Cursor", "DivergenceError", "Reporter", "Schedule", "train"]
 

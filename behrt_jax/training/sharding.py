@@ -16,7 +16,7 @@ from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 from behrt_jax.training.mesh import AXES, replicated
 
 if TYPE_CHECKING:
-    from behrt_jax.training.step import TrainState
+    from behrt_jax.training.update import TrainState
 
 LARGE = 2**16
 """Elements from which on a leaf is split."""

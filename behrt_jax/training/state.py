@@ -14,7 +14,8 @@ from behrt_jax.training.compilation import RUN_ONCE
 from behrt_jax.training.freezing import adapted_kernels_frozen, optimizer_labels, regime, trainable
 from behrt_jax.training.optimizer import make_optimizer
 from behrt_jax.training.sharding import LARGE, shardings_of, state_shardings
-from behrt_jax.training.step import Predictor, TrainState, Variables
+from behrt_jax.training.step import Predictor
+from behrt_jax.training.update import TrainState, Variables
 
 
 class Setup(NamedTuple):

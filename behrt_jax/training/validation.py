@@ -17,7 +17,8 @@ from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, re
 from behrt_jax.evaluation.metrics import add_totals, mean_metrics
 from behrt_jax.training.mesh import put_rows
 from behrt_jax.training.objectives import mask_codes
-from behrt_jax.training.step import Predictor, Totals, Variables
+from behrt_jax.training.step import Predictor
+from behrt_jax.training.update import Totals, Variables
 
 
 def validate(

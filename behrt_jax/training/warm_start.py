@@ -19,7 +19,7 @@ from behrt_jax.tracking.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMA
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.mesh import replicated
 from behrt_jax.training.sharding import shardings_of
-from behrt_jax.training.step import TrainState
+from behrt_jax.training.update import TrainState
 
 FREE = (
     "dropout",

@@ -14,7 +14,7 @@ from behrt_jax.tracking.run_folder import CONFIG_FILE, read_json
 from behrt_jax.training.compilation import default_folder, host_fingerprint
 from behrt_jax.training.mesh import put_rows
 from behrt_jax.training.micro_batches import candidates, fastest, likely_parts, remembered
-from behrt_jax.training.step import TrainState
+from behrt_jax.training.update import TrainState
 
 SEARCH_FROM = 2000
 """Steps of a run from which on a search pays: it compiles and times up to four programs."""

@@ -46,7 +46,7 @@ from behrt_jax.training.optimizer import rates_on_host
 from behrt_jax.training.parameter_report import count_parameters
 from behrt_jax.training.sharding import shardings_of
 from behrt_jax.training.state import Setup, abstract_state, init_state, optimizer_for, run_keys, set_up
-from behrt_jax.training.step import TrainState, make_train_step, make_validation_step
+from behrt_jax.training.step import make_train_step, make_validation_step
 from behrt_jax.training.telemetry import (
     gradient_metrics,
     leaves_not_finite,
@@ -54,6 +54,7 @@ from behrt_jax.training.telemetry import (
     offending_leaf,
     trainable_names,
 )
+from behrt_jax.training.update import TrainState
 from behrt_jax.training.validation import make_scoring_step, mask_split, score_masked_codes, validate
 from behrt_jax.training.warm_start import check_source, check_vocabulary, start_from
 from behrt_jax.workflows import announce

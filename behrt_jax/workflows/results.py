@@ -21,7 +21,7 @@ from behrt_jax.tracking.run_folder import (
 )
 from behrt_jax.tracking.summary import summarise, summary_text
 from behrt_jax.training.state import Setup
-from behrt_jax.training.step import Variables
+from behrt_jax.training.update import Variables
 from behrt_jax.workflows.examination import Examination
 from behrt_jax.workflows.run_settings import settings
 

@@ -9,7 +9,7 @@ import pytest
 
 from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
 from behrt_jax.training.metrics_window import IN_FLIGHT
-from behrt_jax.training.step import TrainState
+from behrt_jax.training.update import TrainState
 
 SCHEDULE = Schedule(total_steps=12, steps_per_epoch=4, validate_every=4, log_every=3, patience=None)
 

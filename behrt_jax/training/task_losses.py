@@ -1,0 +1,75 @@
+"""Losses of labelled tasks, and how outputs become predictions."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from behrt_jax.config import TaskKind
+
+TARGETS: dict[TaskKind, str] = {
+    "binary": "0 or 1",
+    "multiclass": "number of the class",
+    "multilabel": "0 or 1 for each code",
+    "regression": "the value, standardised",
+    "survival": "number of the interval of the event or of censoring, and 1 for an event",
+}
+"""What the targets of a task are, float32 `[..., targets]`."""
+
+
+def task_losses(kind: TaskKind, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Loss of each example.
+
+    Binary and multi-label: cross-entropy of independent yes or no, in nats, the mean over the codes.
+    Multi-class: cross-entropy. Regression: half the squared error. Survival: negative log-likelihood of
+    discrete hazards (Gensheimer and Narasimhan 2019, doi 10.7717/peerj.6257), where whoever is censored in
+    an interval is known to have survived those before it.
+
+    Args:
+        kind: of the task.
+        outputs: of `models.behrt.BEHRTForTask`, float32 `[..., outputs]`.
+        targets: float32 `[..., targets]`, see `TARGETS`.
+
+    Returns:
+        float32 `[...]`.
+    """
+    chex.assert_equal_shape_prefix([outputs, targets], outputs.ndim - 1)
+    if kind in ("binary", "multilabel"):
+        chex.assert_equal_shape([outputs, targets])
+        return optax.losses.sigmoid_binary_cross_entropy(outputs, targets).mean(axis=-1)
+    if kind == "multiclass":
+        return optax.losses.softmax_cross_entropy_with_integer_labels(
+            outputs, targets[..., 0].astype(jnp.int32)
+        )
+    if kind == "regression":
+        return optax.losses.l2_loss(outputs, targets).sum(axis=-1)
+    return _survival_losses(outputs, targets)
+
+
+def _survival_losses(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    interval, event = targets[..., :1], targets[..., 1:]
+    numbers = jnp.arange(outputs.shape[-1], dtype=jnp.float32).reshape((1,) * (outputs.ndim - 1) + (-1,))
+    survived = -jax.nn.log_sigmoid(-outputs) * (numbers < interval)
+    died = -jax.nn.log_sigmoid(outputs) * ((numbers == interval) & (event > 0))
+    return (survived + died).sum(axis=-1)
+
+
+def predictions(kind: TaskKind, outputs: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """What the outputs say, float32 `[..., outputs]`.
+
+    Binary and multi-label: probabilities; multi-class: of each class; regression: the standardised value;
+    survival: probability of no event up to the end of each interval.
+
+    Args:
+        kind: of the task.
+        outputs: float32 `[..., outputs]`.
+        temperature: divides the outputs, but for regression (Guo et al. 2017, arXiv 1706.04599).
+    """
+    if kind == "regression":
+        return outputs
+    scaled = outputs / temperature
+    if kind == "multiclass":
+        return jax.nn.softmax(scaled, axis=-1)
+    if kind == "survival":
+        return jnp.exp(jnp.cumsum(jax.nn.log_sigmoid(-scaled), axis=-1))
+    return jax.nn.sigmoid(scaled)
