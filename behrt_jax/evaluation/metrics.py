@@ -49,16 +49,18 @@ def add_totals(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
 
 
 def mean_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Loss (nats), perplexity and top-1/5/10 accuracy from totals; NaN where there was no target."""
+    """Mean loss (nats) from totals and, where they have hits, perplexity and top-1/5/10 accuracy.
+
+    NaN where there was no target.
+    """
     targets = float(sums["targets"])
-    loss, *accuracies = (
-        float(sums[key]) / targets if targets else math.nan for key in ("loss", "top1", "top5", "top10")
-    )
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)) if not math.isnan(loss) else math.nan,
-        "accuracy": accuracies[0],
-        "accuracy_top5": accuracies[1],
-        "accuracy_top10": accuracies[2],
-        "targets": int(targets),
-    }
+
+    def mean(name: str) -> float:
+        return float(sums[name]) / targets if targets else math.nan
+
+    found = {"loss": mean("loss"), "targets": int(targets)}
+    if "top1" in sums:
+        loss = found["loss"]
+        found["perplexity"] = math.exp(min(loss, 700.0)) if not math.isnan(loss) else math.nan
+        found |= {"accuracy": mean("top1"), "accuracy_top5": mean("top5"), "accuracy_top10": mean("top10")}
+    return found

@@ -105,11 +105,11 @@ def start_from(init: InitConfig, state: TrainState) -> tuple[TrainState, int]:
         if step is None:
             raise InputError(f"init.run: {init.run} has no checkpoint to start from: give another run.")
         templates = _in_layout(_settings(init.run)["model"].get("scan_layers", False), params)
-        adapters = _lora_config(init.run)
+        adapters = lora_config(init.run)
         if adapters is None:
             found = checkpoints.restore(step, params=templates).params
         else:
-            restored = checkpoints.restore(step, params=templates, lora=_adapter_shapes(templates, adapters))
+            restored = checkpoints.restore(step, params=templates, lora=adapter_shapes(templates, adapters))
             found = lora.merge(restored.params, restored.lora, adapters)
     found = _like(params, found)
     return state._replace(variables={**state.variables, "params": _take(init.groups, params, found)}), step
@@ -142,14 +142,15 @@ def _take(groups: Sequence[str], own: Any, found: Any) -> Any:
     )
 
 
-def _adapter_shapes(params: Any, config: LoRAConfig) -> Any:
+def adapter_shapes(params: Any, config: LoRAConfig) -> Any:
     """The adapters that a model with these parameters has, as shapes, whole on each of their devices."""
     shapes = jax.eval_shape(lambda key, tree: lora.init(key, tree, config), jax.random.key(0), params)
     sharding = replicated(jax.tree.leaves(params)[0].sharding.mesh)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
-def _lora_config(run: Path) -> LoRAConfig | None:
+def lora_config(run: Path) -> LoRAConfig | None:
+    """Adapters of a run; None where it has none."""
     stored = _settings(run)["lora"]
     if stored is None:
         return None

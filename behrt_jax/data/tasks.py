@@ -1,0 +1,135 @@
+"""What a table of labels asks for: the kind of task, its classes or intervals, and targets as numbers."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from behrt_jax.config import TaskKind
+from behrt_jax.data.labels import LabelKind, Labels
+from behrt_jax.errors import InputError
+
+OF_LABELS: dict[LabelKind, TaskKind] = {
+    "boolean": "binary",
+    "integer": "multiclass",
+    "categorical": "multiclass",
+    "float": "regression",
+    "codes": "multilabel",
+    "survival": "survival",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, as the labels of the train split define it."""
+
+    kind: TaskKind
+    classes: tuple[str, ...] = ()
+    """Multi-class: the values, as text. Multi-label: the codes."""
+    edges_days: tuple[float, ...] = ()
+    """Survival: where the intervals end, in days from the prediction time, ascending."""
+    mean: float = 0.0
+    """Regression: of the train labels."""
+    deviation: float = 1.0
+    """Regression: standard deviation of the train labels."""
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a model gives for an example."""
+        return len(self.classes or self.edges_days) or 1
+
+    def targets(self, labels: Labels, rows: np.ndarray) -> np.ndarray:
+        """Targets of some labels, float32 ``[rows, targets]``, as `training.task_losses.TARGETS` says.
+
+        Raises:
+            InputError: labels of another kind, or a class that no label of the train split has.
+        """
+        if OF_LABELS[labels.kind] != self.kind and not (
+            self.kind == "binary" and labels.positive() is not None
+        ):
+            raise InputError(f"The labels are of the kind {labels.kind}, which is no {self.kind} task.")
+        values = labels.values[rows]
+        if self.kind == "binary":
+            positive = labels.positive()
+            assert positive is not None
+            return positive[rows].astype(np.float32)[:, None]
+        if self.kind == "regression":
+            return ((values - self.mean) / self.deviation).astype(np.float32)[:, None]
+        if self.kind == "survival":
+            days, event = values[:, 0], values[:, 1]
+            interval = np.searchsorted(self.edges_days, days, side="left")
+            seen = (event > 0) & (interval < len(self.edges_days))
+            return np.stack([interval, seen], axis=1).astype(np.float32)
+        places = {name: place for place, name in enumerate(self.classes)}
+        if self.kind == "multiclass":
+            found = np.array([places.get(str(value), -1) for value in values], np.int64)
+            if unknown := int(np.count_nonzero(found < 0)):
+                raise InputError(
+                    f"{unknown} of {len(found)} labels have a class that no label of the train split has: "
+                    "merge rare classes, or leave these labels out."
+                )
+            return found.astype(np.float32)[:, None]
+        targets = np.zeros((len(rows), len(self.classes)), np.float32)
+        pairs = [(row, places[code]) for row, codes in enumerate(values) for code in codes if code in places]
+        if pairs:
+            targets[tuple(np.array(pairs).T)] = 1.0
+        return targets
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Task":
+        """Inverse of :meth:`to_json`."""
+        return cls(**{**value, "classes": tuple(value["classes"]), "edges_days": tuple(value["edges_days"])})
+
+
+def fit_task(labels: Labels, rows: np.ndarray, intervals: int = 10) -> Task:
+    """The task that labels define, whose classes, scale and intervals come from the train split alone.
+
+    Args:
+        labels: of all splits.
+        rows: those of the train split, int64 ``[n]``.
+        intervals: survival: how many, each with about as many events as the others.
+
+    Raises:
+        InputError: there is nothing to learn, such as one class alone.
+    """
+    values = labels.values[rows]
+    if labels.positive() is not None:
+        return Task("binary")
+    kind = OF_LABELS[labels.kind]
+    if kind == "multiclass":
+        found, counts = np.unique(values, return_counts=True)
+        if len(found) > 1000 or len(found) * 2 > counts.sum():
+            raise InputError(
+                f"{len(found):,} classes in {counts.sum():,} train labels are too many to learn: give numbers as "
+                "float_value, or merge classes."
+            )
+        classes = tuple(str(value) for value in found)
+        if len(classes) < 2:
+            raise InputError("All train labels have the same class: there is nothing to learn.")
+        return Task(kind, classes=classes)
+    if kind == "multilabel":
+        codes = sorted({code for row in values for code in row})
+        if not codes:
+            raise InputError("No train label names a code: there is nothing to learn.")
+        return Task(kind, classes=tuple(codes))
+    if kind == "regression":
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"{int((~np.isfinite(values)).sum())} train labels are not finite: leave them out, or mend them."
+            )
+        deviation = float(values.std())
+        if deviation == 0.0:
+            raise InputError("All train labels have the same value: there is nothing to learn.")
+        return Task(kind, mean=float(values.mean()), deviation=deviation)
+    events = values[values[:, 1] > 0, 0]
+    if not len(events):
+        raise InputError("No train label has an event: there is nothing to learn.")
+    edges = np.unique(np.quantile(events, np.linspace(0, 1, intervals + 1)[1:], method="higher"))
+    return Task(kind, edges_days=tuple(float(edge) for edge in edges))
