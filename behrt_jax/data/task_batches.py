@@ -75,11 +75,10 @@ class TaskBatches:
         if epoch not in self._drawn:
             rng = np.random.default_rng((self.seed or 0, epoch))
             lengths = self.examples.windows.lengths + self.cls_token
-            packed = (
-                plan_rows(lengths, self.row_length, rng) if self.packed else one_per_row(len(lengths), rng)
-            )
+            packed = self.packed
+            plan = plan_rows(lengths, self.row_length, rng) if packed else one_per_row(len(lengths), rng)
             self._drawn.clear()
-            self._drawn[epoch] = packed
+            self._drawn[epoch] = plan
         return self._drawn[epoch]
 
 

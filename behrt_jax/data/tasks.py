@@ -45,9 +45,8 @@ class Task:
         Raises:
             InputError: labels of another kind, or a class that no label of the train split has.
         """
-        if OF_LABELS[labels.kind] != self.kind and not (
-            self.kind == "binary" and labels.positive() is not None
-        ):
+        fits = labels.positive() is not None if self.kind == "binary" else OF_LABELS[labels.kind] == self.kind
+        if not fits:
             raise InputError(f"The labels are of the kind {labels.kind}, which is no {self.kind} task.")
         values = labels.values[rows]
         if self.kind == "binary":
@@ -107,8 +106,8 @@ def fit_task(labels: Labels, rows: np.ndarray, intervals: int = 10) -> Task:
         found, counts = np.unique(values, return_counts=True)
         if len(found) > 1000 or len(found) * 2 > counts.sum():
             raise InputError(
-                f"{len(found):,} classes in {counts.sum():,} train labels are too many to learn: give numbers as "
-                "float_value, or merge classes."
+                f"{len(found):,} classes in {counts.sum():,} train labels are too many to learn: give numbers "
+                "as float_value, or merge classes."
             )
         classes = tuple(str(value) for value in found)
         if len(classes) < 2:
@@ -120,10 +119,8 @@ def fit_task(labels: Labels, rows: np.ndarray, intervals: int = 10) -> Task:
             raise InputError("No train label names a code: there is nothing to learn.")
         return Task(kind, classes=tuple(codes))
     if kind == "regression":
-        if not np.isfinite(values).all():
-            raise InputError(
-                f"{int((~np.isfinite(values)).sum())} train labels are not finite: leave them out, or mend them."
-            )
+        if wrong := int((~np.isfinite(values)).sum()):
+            raise InputError(f"{wrong} train labels are not finite: leave them out, or mend them.")
         deviation = float(values.std())
         if deviation == 0.0:
             raise InputError("All train labels have the same value: there is nothing to learn.")

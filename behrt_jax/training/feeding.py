@@ -89,7 +89,7 @@ def open_feed(
     """
     steps = range(first_step, schedule.total_steps)
     if not on_device(config, batches, mesh):
-        return _from_host(program, batches, mesh, steps)
+        return from_host(program, batches, mesh, steps)
     length = call_length(_stretches(steps, schedule), config.steps_per_call or config.log_every)
     return _from_device(step, jit, batches, mesh, steps, length)
 
@@ -144,14 +144,19 @@ def on_device(config: TrainConfig, batches: TrainingBatches, mesh: Mesh) -> bool
 
 
 @contextmanager
-def _from_host(program: Any, batches: TrainingBatches, mesh: Mesh, steps: range) -> Iterator[Feed]:
-    def read(number: int) -> tuple[Batch, int]:
+def from_host(program: Any, batches: Any, mesh: Mesh, steps: range) -> Iterator[Feed]:
+    """The host reads the batches ahead of their steps; arguments as in :func:`open_feed`.
+
+    `batches` gives the batch of a step, which has ``segment_ids``, by ``batch(step)``.
+    """
+
+    def read(number: int) -> tuple[Any, int]:
         batch = batches.batch(number)
         return put_rows(batch, mesh), int((batch.segment_ids > 0).sum())
 
     with reading_ahead(map(read, steps), AHEAD) as ahead:
 
-        def next_inputs(number: int, limit: int) -> tuple[Batch, Sequence[int]]:
+        def next_inputs(number: int, limit: int) -> tuple[Any, Sequence[int]]:
             batch, tokens = next(ahead)
             return batch, [tokens]
 
