@@ -504,7 +504,7 @@ class PredictConfig:
     """Predict with a fine-tuned model, or write embeddings of subjects."""
 
     model: Path | None = None
-    """Folder of a fine-tuning run (with embeddings: or of a pretraining run), or of an adapter (with base)."""
+    """Folder of a fine-tuning run or of an adapter; with embeddings also of a pretraining run."""
     base: Path | None = None
     """Folder of the pretraining run that an adapter belongs to; the run that the adapter names where not
     given."""

@@ -106,8 +106,8 @@ def fit_task(labels: Labels, rows: np.ndarray, intervals: int = 10) -> Task:
         found, counts = np.unique(values, return_counts=True)
         if len(found) > 1000 or len(found) * 2 > counts.sum():
             raise InputError(
-                f"{len(found):,} classes in {counts.sum():,} train labels are too many to learn: give numbers "
-                "as float_value, or merge classes."
+                f"{len(found):,} classes in {counts.sum():,} train labels are too many to learn: "
+                "give numbers as float_value, or merge classes."
             )
         classes = tuple(str(value) for value in found)
         if len(classes) < 2:

@@ -1,6 +1,7 @@
 """The first train state, and what follows from model, adapters and regime alone."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import PretrainConfig
+from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.training.compilation import RUN_ONCE
 from behrt_jax.training.freezing import adapted_kernels_frozen, optimizer_labels, regime, trainable
@@ -40,13 +41,32 @@ def set_up(config: PretrainConfig, vocabulary_size: int, mesh: Mesh | None = Non
     """
     model = BEHRTForMLM(config.model, vocabulary_size)
     shapes = jax.eval_shape(lambda: _init_variables(model, config, jax.random.key(0)))
-    mask = trainable(shapes, regime(config.freezing))
-    if config.lora is None:
-        return Setup(Predictor(model, mesh=mesh), shapes, mask, [])
-    frozen = adapted_kernels_frozen(shapes, mask)
-    product = lora.resolve_product(config.lora, config.model.compute_dtype, frozen)
-    layers = lora.adapted_layers(shapes["params"], config.lora)
-    return Setup(Predictor(model, config.lora, product, mesh), shapes, mask, layers)
+    trains = what_trains(shapes, config.freezing, config.lora, config.model.compute_dtype)
+    return Setup(Predictor(model, config.lora, trains.product, mesh), shapes, trains.mask, trains.layers)
+
+
+class Trains(NamedTuple):
+    """What trains of a model, and how its adapters are computed."""
+
+    mask: Any
+    """As in :class:`Setup`."""
+    product: Literal["activations", "merged"]
+    layers: list[lora.AdaptedLayer]
+
+
+def what_trains(
+    shapes: Any, freezing: FreezingConfig, adapters: LoRAConfig | None, compute_dtype: str
+) -> Trains:
+    """What trains of variables with these shapes.
+
+    Raises:
+        InputError: as in :func:`set_up`.
+    """
+    mask = trainable(shapes, regime(freezing))
+    if adapters is None:
+        return Trains(mask, "activations", [])
+    product = lora.resolve_product(adapters, compute_dtype, adapted_kernels_frozen(shapes, mask))
+    return Trains(mask, product, lora.adapted_layers(shapes["params"], adapters))
 
 
 def optimizer_for(config: PretrainConfig, setup: Setup, total_steps: int) -> optax.GradientTransformation:
@@ -62,26 +82,49 @@ def init_state(
     mesh: Mesh,
     large: int = LARGE,
 ) -> TrainState:
+    """Initialise the model of `config`, see :func:`first_state`."""
+    model = setup.predictor.model
+    return first_state(
+        lambda key: _init_variables(model, config, key), setup.shapes, optimizer, key, mesh, large
+    )
+
+
+def first_state(
+    init_variables: Callable[[jax.Array], Variables],
+    shapes: Any,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+    large: int = LARGE,
+) -> TrainState:
     """Initialise everything in one jitted call, spread over the mesh as `sharding.state_shardings` says.
 
     Leaf by leaf it would take seconds, and an uncommitted first state would compile the step twice.
+
+    Args:
+        init_variables: from a key to the variables.
+        shapes: of these variables.
+        optimizer: whose state is initialised.
+        key: typed PRNG key.
+        mesh: the devices.
+        large: see `sharding.state_shardings`.
     """
 
     def init(key: jax.Array) -> TrainState:
-        variables = _init_variables(setup.predictor.model, config, key)
+        variables = init_variables(key)
         return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables))
 
-    shardings = shardings_of(abstract_state(setup, optimizer, mesh, large))
+    shardings = shardings_of(abstract_state(shapes, optimizer, mesh, large))
     return jax.jit(init, out_shardings=shardings, compiler_options=RUN_ONCE)(jax.random.clone(key))
 
 
 def abstract_state(
-    setup: Setup, optimizer: optax.GradientTransformation, mesh: Mesh, large: int = LARGE
+    shapes: Any, optimizer: optax.GradientTransformation, mesh: Mesh, large: int = LARGE
 ) -> TrainState:
-    """What :func:`init_state` returns, as ``jax.ShapeDtypeStruct`` with shardings: no arrays are made."""
-    opt_state = jax.eval_shape(optimizer.init, setup.shapes)
+    """What :func:`first_state` returns, as ``jax.ShapeDtypeStruct`` with shardings: no arrays are made."""
+    opt_state = jax.eval_shape(optimizer.init, shapes)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    shapes = TrainState(step, setup.shapes, opt_state)
+    shapes = TrainState(step, shapes, opt_state)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,

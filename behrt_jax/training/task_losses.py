@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from behrt_jax.config import TaskKind
@@ -73,3 +74,29 @@ def predictions(kind: TaskKind, outputs: jax.Array, temperature: float = 1.0) ->
     if kind == "survival":
         return jnp.exp(jnp.cumsum(jax.nn.log_sigmoid(-scaled), axis=-1))
     return jax.nn.sigmoid(scaled)
+
+
+def base_outputs(kind: TaskKind, targets: np.ndarray, outputs: int) -> np.ndarray:
+    """Outputs that tell of each example what is true on average, float32 `[outputs]`: where training begins.
+
+    Each count is raised by a half, so that no output is infinite.
+
+    Args:
+        kind: of the task.
+        targets: of the train examples, float32 `[examples, targets]`.
+        outputs: of the model.
+    """
+    if kind == "regression":
+        return np.zeros(outputs, np.float32)
+    if kind == "multiclass":
+        counts = np.bincount(targets[:, 0].astype(int), minlength=outputs) + 0.5
+        return np.log(counts / counts.sum()).astype(np.float32)
+    if kind == "survival":
+        interval, event = targets[:, 0].astype(int), targets[:, 1] > 0
+        yes = np.bincount(interval[event], minlength=outputs)[:outputs] + 0.5
+        at_risk = (interval[:, None] > np.arange(outputs)).sum(axis=0) + yes + 0.5
+        no = at_risk - yes
+    else:
+        yes = targets.sum(axis=0) + 0.5
+        no = len(targets) + 1.0 - yes
+    return (np.log(yes) - np.log(no)).astype(np.float32)

@@ -109,7 +109,7 @@ def step_cost(config: PretrainConfig, rows: int, vocabulary: int) -> dict[str, A
     mesh = make_mesh(config=config.mesh)
     setup = set_up(config, vocabulary, mesh)
     optimizer = optimizer_for(config, setup, total_steps=1000)
-    state = abstract_state(setup, optimizer, mesh)
+    state = abstract_state(setup.shapes, optimizer, mesh)
     step = make_train_step(
         setup.predictor,
         optimizer,

@@ -3,9 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +21,7 @@ from behrt_jax.data.load import load_sequences
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.doctor import RunRecord
 from behrt_jax.evaluation.assessment import assess
-from behrt_jax.tracking.console import Console, open_console
+from behrt_jax.tracking.console import open_console
 from behrt_jax.tracking.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -34,7 +32,7 @@ from behrt_jax.tracking.run_folder import (
     write_json,
 )
 from behrt_jax.tracking.startup import Startup
-from behrt_jax.training.checkpoints import Checkpoints, open_checkpoints
+from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.compilation import use_compilation_cache
 from behrt_jax.training.feeding import PlacedBatches, on_device, one_step, open_feed
 from behrt_jax.training.host_memory import keep_freed_memory
@@ -43,9 +41,8 @@ from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, 
 from behrt_jax.training.mesh import make_mesh, put_rows, replicated, shapes_of
 from behrt_jax.training.objectives import FIRST_CODE
 from behrt_jax.training.optimizer import rates_on_host
-from behrt_jax.training.parameter_report import count_parameters
 from behrt_jax.training.sharding import shardings_of
-from behrt_jax.training.state import Setup, abstract_state, init_state, optimizer_for, run_keys, set_up
+from behrt_jax.training.state import abstract_state, init_state, optimizer_for, run_keys, set_up
 from behrt_jax.training.step import make_train_step, make_validation_step
 from behrt_jax.training.telemetry import (
     gradient_metrics,
@@ -63,22 +60,12 @@ from behrt_jax.workflows.checks import check
 from behrt_jax.workflows.examination import Examination
 from behrt_jax.workflows.facts import gather_facts
 from behrt_jax.workflows.micro_batches import choose_micro_batches
-from behrt_jax.workflows.results import try_write_adapter, write_summary
+from behrt_jax.workflows.restoring import restore_latest
+from behrt_jax.workflows.results import RunResult, parameter_report, try_write_adapter, write_summary
 from behrt_jax.workflows.run_settings import check_same_run, default_folder, run_record, settings
 
 
-@dataclass(frozen=True)
-class PretrainResult:
-    """Where the run is and how it ended."""
-
-    folder: Path
-    summary: dict[str, Any]
-    """Content of summary.json."""
-    exit_status: int = 0
-    """0, or 128 plus the number of the signal that stopped the run."""
-
-
-def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> PretrainResult:
+def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> RunResult:
     """Pretrain BEHRT by masked-code prediction and leave a run folder behind.
 
     Args:
@@ -109,7 +96,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
             check_same_run(folder, config, data.fingerprint)
 
         setup = set_up(config, len(data.vocabulary), mesh)
-        parameters = _parameter_report(config, setup)
+        parameters = parameter_report(config.freezing, setup)
         announce.parameters(console, parameters, setup.predictor.product)
 
         batches, tuning = _batches(config, data, mesh.size)
@@ -120,7 +107,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
 
         init_key, step_key, validation_key = run_keys(config.train.seed)
         optimizer = optimizer_for(config, setup, total_steps)
-        state_shapes = abstract_state(setup, optimizer, mesh)
+        state_shapes = abstract_state(setup.shapes, optimizer, mesh)
         jit_step = partial(
             jax.jit,
             donate_argnums=0,
@@ -187,7 +174,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
             probe = make_probe(state.variables["lora"], counts, batches.steps_per_epoch, static)
             names = trainable_names(setup.mask)
             if config.resume:
-                state, cursor = _restore(checkpoints, state, console)
+                state, cursor = restore_latest(checkpoints, state, console)
             if config.init.run is not None and cursor.step == 0:
                 state, source_step = start_from(config.init, state)
                 announce.started_from(console, config.init, source_step)
@@ -277,7 +264,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Pr
         announce.end(console, folder, summary)
     if divergence:
         raise divergence
-    return PretrainResult(folder, summary, 128 + interruption.number if stop_reason == "interrupted" else 0)
+    return RunResult(folder, summary, 128 + interruption.number if stop_reason == "interrupted" else 0)
 
 
 def _batches(
@@ -302,31 +289,3 @@ def _batches(
         data.splits["tuning"], **common, rows_per_batch=batches.rows_per_batch, multiple_of=devices
     )
     return batches, tuning
-
-
-def _parameter_report(config: PretrainConfig, setup: Setup) -> dict[str, Any]:
-    return {
-        **count_parameters(setup.shapes, setup.mask),
-        "regime": "+".join(config.freezing.groups) or config.freezing.regime,
-        "adapters": [
-            {"name": layer.name, "in": layer.inputs, "out": layer.outputs, "rank": layer.rank}
-            for layer in setup.layers
-        ],
-    }
-
-
-def _restore(checkpoints: Checkpoints, state: TrainState, console: Console) -> tuple[TrainState, Cursor]:
-    """State and cursor of the latest checkpoint; the fresh ones where there is none yet."""
-    step = checkpoints.latest_step()
-    if step is None:
-        console.log("No checkpoint was written yet: the run starts from its beginning.")
-        return state, Cursor()
-    params, lora, opt_state = checkpoints.restore(
-        step, params=state.variables["params"], lora=state.variables["lora"], opt_state=state.opt_state
-    )
-    console.log(f"Resuming after step {step:,}.")
-    step_array = jax.device_put(state.step.dtype.type(step), state.step.sharding)
-    return (
-        TrainState(step_array, {"params": params, "lora": lora}, opt_state),
-        Cursor.from_json(checkpoints.read_cursor(step)),
-    )

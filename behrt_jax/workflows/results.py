@@ -1,11 +1,12 @@
 """What is written when a training run ends, however it ended."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from behrt_jax.adapters.files import save_adapter
-from behrt_jax.config import PretrainConfig
+from behrt_jax.config import FreezingConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.plots import plot_curves
@@ -20,10 +21,35 @@ from behrt_jax.tracking.run_folder import (
     write_text,
 )
 from behrt_jax.tracking.summary import summarise, summary_text
+from behrt_jax.training.parameter_report import count_parameters
 from behrt_jax.training.state import Setup
+from behrt_jax.training.task_state import TaskSetup
 from behrt_jax.training.update import Variables
 from behrt_jax.workflows.examination import Examination
 from behrt_jax.workflows.run_settings import settings
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run is and how it ended."""
+
+    folder: Path
+    summary: dict[str, Any]
+    """Content of summary.json."""
+    exit_status: int = 0
+    """0, or 128 plus the number of the signal that stopped the run."""
+
+
+def parameter_report(freezing: FreezingConfig, setup: Setup | TaskSetup) -> dict[str, Any]:
+    """Content of parameters.json: counts by group, the regime, and the adapted layers."""
+    return {
+        **count_parameters(setup.shapes, setup.mask),
+        "regime": "+".join(freezing.groups) or freezing.regime,
+        "adapters": [
+            {"name": layer.name, "in": layer.inputs, "out": layer.outputs, "rank": layer.rank}
+            for layer in setup.layers
+        ],
+    }
 
 
 def write_adapter(

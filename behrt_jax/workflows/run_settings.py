@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from behrt_jax import __version__
-from behrt_jax.config import LoRAConfig, PretrainConfig
+from behrt_jax.config import FinetuneConfig, LoRAConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.tracking.run_folder import CONFIG_FILE, read_json
 from behrt_jax.tracking.summary import flat
@@ -29,6 +29,9 @@ FREE = (
     "mesh.data",
     "mesh.fsdp",
     "data.path",
+    "data",
+    "labels",
+    "init",
     "compilation_cache",
 )
 
@@ -39,7 +42,10 @@ def default_folder(name: str) -> Path:
 
 
 def run_record(
-    config: PretrainConfig, data: Mapping[str, Any], facts: Mapping[str, Any], baselines: Mapping[str, Any]
+    config: PretrainConfig | FinetuneConfig,
+    data: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    baselines: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Content of config.json: settings, versions, devices, what the data is (no events), and what the
     doctor goes by.
@@ -60,8 +66,8 @@ def run_record(
     }
 
 
-def settings(config: PretrainConfig) -> dict[str, Any]:
-    """The whole configuration as nested dicts, ready for JSON."""
+def settings(config: Any) -> dict[str, Any]:
+    """A configuration (a dataclass) as nested dicts, ready for JSON."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -73,14 +79,15 @@ def settings(config: PretrainConfig) -> dict[str, Any]:
     return plain(asdict(config))
 
 
-def check_same_run(folder: Path, config: PretrainConfig, fingerprint: str) -> None:
+def check_same_run(folder: Path, config: PretrainConfig | FinetuneConfig, fingerprint: str) -> None:
     """Refuse to resume a run with settings or data other than its own.
 
     Raises:
         InputError: names the first setting that differs, with both values.
     """
     record = read_json(folder / CONFIG_FILE)
-    stored, given = (_comparable(value) for value in (_completed(record["settings"]), settings(config)))
+    completed = _completed(record["settings"], type(config))
+    stored, given = (_comparable(value) for value in (completed, settings(config)))
     for name in sorted(stored.keys() | given.keys()):
         if stored.get(name) != given.get(name):
             raise InputError(
@@ -94,9 +101,9 @@ def check_same_run(folder: Path, config: PretrainConfig, fingerprint: str) -> No
         )
 
 
-def _completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(stored: Mapping[str, Any], kind: type[PretrainConfig | FinetuneConfig]) -> dict[str, Any]:
     """Settings of a run, with the defaults of those that its version of behrt_jax did not have."""
-    defaults = settings(PretrainConfig(lora=LoRAConfig()))
+    defaults = settings(kind(lora=LoRAConfig()))
     return {
         name: {**default, **stored[name]} if isinstance(stored.get(name), dict) else stored.get(name, default)
         for name, default in defaults.items()

@@ -48,7 +48,7 @@ def compiled(name: str, fsdp: int, micro_batches: int = 1) -> Compiled:
     config, mesh = CONFIGS[name], make_mesh(None, MeshConfig(fsdp=fsdp))
     setup = set_up(config, VOCABULARY, mesh)
     optimizer = optimizer_for(config, setup, total_steps=100)
-    state = abstract_state(setup, optimizer, mesh, SPLIT_FROM)
+    state = abstract_state(setup.shapes, optimizer, mesh, SPLIT_FROM)
     step = make_train_step(
         setup.predictor, optimizer, setup.mask, config.masking, jax.random.key(0),
         clip_norm=1.0, micro_batches=micro_batches,

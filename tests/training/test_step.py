@@ -222,7 +222,7 @@ def compiled_flops(config, rows=4, forward_alone=False):
         setup.predictor, optimizer, setup.mask, config.masking, jax.random.key(0), clip_norm=1.0
     )
     mesh = make_mesh(jax.devices()[:1])
-    state = abstract_state(setup, optimizer, mesh)
+    state = abstract_state(setup.shapes, optimizer, mesh)
     shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in example_inputs(config.model)]
     batch = Batch(*shapes, row_ids=jax.ShapeDtypeStruct((rows,), jnp.int32))
 

@@ -13,7 +13,7 @@ from behrt_jax.training.parameter_report import count_parameters
 from behrt_jax.training.state import set_up
 from behrt_jax.workflows import freezing_study as workflow
 from behrt_jax.workflows.freezing_study import freezing_study
-from behrt_jax.workflows.pretrain import PretrainResult
+from behrt_jax.workflows.results import RunResult
 from behrt_jax.workflows.study_runs import Cell, cells_of, config_of, regime_config
 from experiments.configs import FREEZING_STUDIES, PRETRAIN
 from tests.commands import run_command
@@ -106,7 +106,7 @@ def test_a_stopped_study_goes_on_with_the_run_that_was_stopped(tmp_path, monkeyp
         stopped = len(asked) == 2
         reason = "interrupted by SIGTERM" if stopped else "finished"
         (run.output / "summary.json").write_text(json.dumps({"stop_reason": reason}))
-        return PretrainResult(run.output, {}, 143 if stopped else 0)
+        return RunResult(run.output, {}, 143 if stopped else 0)
 
     monkeypatch.setattr(workflow, "pretrain", stop_second)
     monkeypatch.setattr(workflow, "measure_costs", lambda *_: {})

@@ -1,0 +1,76 @@
+"""What is chosen on the tuning split once a model is trained: its temperature, and a threshold."""
+
+from typing import Literal
+
+import numpy as np
+
+from behrt_jax.config import TaskKind
+
+
+def fit_temperature(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> float:
+    """Temperature that makes the outputs' log loss least (Guo et al. 2017, arXiv 1706.04599).
+
+    Args:
+        kind: of the task; of regression and survival it is 1.
+        outputs: float ``[examples, outputs]``.
+        targets: ``[examples, targets]``, see `training.task_losses.TARGETS`.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
+
+    def loss(log_temperature: float) -> float:
+        scaled = outputs.astype(np.float64) * np.exp(-log_temperature)
+        if kind == "multiclass":
+            chosen = scaled[np.arange(len(scaled)), targets[:, 0].astype(int)]
+            return float((logsumexp(scaled, axis=1) - chosen).mean())
+        return float((np.logaddexp(0.0, scaled) - targets * scaled).mean())
+
+    if kind in ("regression", "survival"):
+        return 1.0
+    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
+    # Where classes are told apart without an error, sharper is always better: nothing can be learnt.
+    return float(np.exp(found.x))
+
+
+def fit_threshold(
+    probabilities: np.ndarray, labels: np.ndarray, how: Literal["f1", "youden"] | float
+) -> float:
+    """Probability from which on a prediction is positive.
+
+    Args:
+        probabilities: float64 ``[examples]``.
+        labels: bool ``[examples]``.
+        how: ``f1`` for the largest F1, ``youden`` for the largest sensitivity + specificity, or the
+            threshold itself. 0.5 where there is one class alone.
+    """
+    if not isinstance(how, str):
+        return float(how)
+    positives = np.count_nonzero(labels)
+    if positives in (0, len(labels)):
+        return 0.5
+    order = np.argsort(-probabilities, kind="stable")
+    ranked, true = probabilities[order], np.cumsum(labels[order])  # [N]
+    last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)  # of each run of equal ones
+    true, false = true[last], last + 1 - true[last]
+    if how == "f1":
+        score = 2 * true / (true + false + positives)
+    else:
+        score = true / positives - false / (len(labels) - positives)
+    return float(ranked[last[np.argmax(score)]])
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """Area under the ROC curve from ranks (Mann and Whitney 1947); None where there is one class alone.
+
+    Args:
+        scores: float ``[examples]``.
+        labels: bool ``[examples]``.
+    """
+    from scipy.stats import rankdata
+
+    positives = int(np.count_nonzero(labels))
+    negatives = len(labels) - positives
+    if not positives or not negatives:
+        return None
+    ranks = rankdata(scores)
+    return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))

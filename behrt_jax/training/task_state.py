@@ -1,0 +1,91 @@
+"""Model, adapters and first state of a fine-tuning run."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from behrt_jax.adapters import lora
+from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, OptimizerConfig
+from behrt_jax.data.tasks import Task
+from behrt_jax.models.behrt import BEHRTForTask, example_inputs
+from behrt_jax.models.pooling import Pooling
+from behrt_jax.training.freezing import optimizer_labels
+from behrt_jax.training.optimizer import make_optimizer
+from behrt_jax.training.sharding import shardings_of
+from behrt_jax.training.state import what_trains
+from behrt_jax.training.task_step import TaskPredictor
+from behrt_jax.training.update import TrainState, Variables
+
+
+class TaskSetup(NamedTuple):
+    """What a fine-tuning run trains and how."""
+
+    predictor: TaskPredictor
+    init: Callable[[jax.Array], Variables]
+    """From a key to random variables."""
+    shapes: Any
+    """The variables as ``jax.ShapeDtypeStruct``."""
+    mask: Any
+    """Tree of booleans with the structure of the variables: does this leaf train?"""
+    layers: list[lora.AdaptedLayer]
+    """Adapted layers; empty without LoRA."""
+
+
+def set_up_task(
+    model: ModelConfig,
+    vocabulary_size: int,
+    task: Task,
+    pooling: Pooling,
+    adapters: LoRAConfig | None,
+    freezing: FreezingConfig,
+    mesh: Mesh | None = None,
+    first_outputs: np.ndarray | None = None,
+) -> TaskSetup:
+    """Work out model, adapters and what trains, without computing anything.
+
+    Args:
+        model: of the encoder.
+        vocabulary_size: rows of its embedding table.
+        task: what the head is for.
+        pooling: see `models.pooling`.
+        adapters: LoRA, or None.
+        freezing: what trains.
+        mesh: the devices; one where not given.
+        first_outputs: bias of the head before training, float32 `[outputs]`, see
+            :func:`behrt_jax.training.task_losses.base_outputs`; zero where not given.
+
+    Raises:
+        InputError: adapters that match nothing, a regime that trains nothing, and the like.
+    """
+    network = BEHRTForTask(model, vocabulary_size, task.outputs, pooling)
+
+    def init(key: jax.Array) -> Variables:
+        params_key, lora_key = jax.random.split(key)
+        params: Any = network.init(params_key, *example_inputs(model), segments=1)["params"]
+        if first_outputs is not None:
+            params["task_head"]["dense"]["bias"] = jnp.asarray(first_outputs, jnp.float32)
+        return {"params": params, "lora": lora.init(lora_key, params, adapters) if adapters else {}}
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    trains = what_trains(shapes, freezing, adapters, model.compute_dtype)
+    predictor = TaskPredictor(network, task.kind, adapters, trains.product, mesh)
+    return TaskSetup(predictor, init, shapes, trains.mask, trains.layers)
+
+
+def task_optimizer(
+    config: OptimizerConfig, setup: TaskSetup, total_steps: int
+) -> optax.GradientTransformation:
+    """AdamW for what trains in `setup`, nothing for the rest."""
+    return make_optimizer(config, total_steps, optimizer_labels(setup.shapes, setup.mask))
+
+
+def with_encoder(state: TrainState, encoder: Any) -> TrainState:
+    """The state with the parameters of `encoder` in place of its own, spread over the devices as these."""
+    params = state.variables["params"]
+    behrt = jax.device_put(encoder, shardings_of(params["behrt"]))
+    return state._replace(variables={**state.variables, "params": {**params, "behrt": behrt}})

@@ -1,0 +1,60 @@
+"""Mistakes in the configuration of a fine-tuning run that can be told before any data is read."""
+
+from dataclasses import replace
+
+from behrt_jax.config import FinetuneConfig, ModelConfig
+from behrt_jax.errors import InputError
+from behrt_jax.training.freezing import regime
+from behrt_jax.workflows.checks import check_freezing, check_optimizer, positive, require, share
+
+
+def check_finetune(config: FinetuneConfig) -> None:
+    """Raise one :class:`InputError` for the first setting that cannot work; it names the option."""
+    require(config.init is not None, "--init is missing: give the folder of a pretraining run.")
+    task, train = config.task, config.train
+    share("task.label_fraction", task.label_fraction)
+    require(task.label_fraction > 0, "task.label_fraction is 0: there would be nothing to learn from.")
+    positive("task.intervals", task.intervals)
+    if not isinstance(task.threshold, str):
+        share("task.threshold", task.threshold)
+    check_optimizer(config.optimizer)
+    check_freezing(config.freezing, config.lora)
+    for name in ("epochs", "batch_size", "log_every"):
+        positive(f"train.{name}", getattr(train, name))
+    for name in ("max_steps", "micro_batches", "validate_every", "patience"):
+        value = getattr(train, name)
+        require(value is None or value > 0, f"train.{name} is {value}: give more than 0.")
+    require(train.seed >= 0, f"train.seed is {train.seed}: give 0 or more.")
+    rate = config.dropout
+    require(rate is None or 0 <= rate < 1, f"dropout is {rate}: give a rate from 0 up to, but not, 1.")
+    if config.from_scratch:
+        trained = regime(config.freezing).groups
+        require(
+            {"base", "embedding"} <= trained,
+            "--from_scratch leaves encoder and embeddings at random values, which this regime would never "
+            "train: add --config scratch or --freezing.regime full.",
+        )
+
+
+def model_of(config: FinetuneConfig, pretrained: ModelConfig) -> ModelConfig:
+    """The pretrained model, with the numerics that `config` gives.
+
+    Raises:
+        InputError: an option that does not go with it.
+    """
+    if config.task.pooling == "cls" and not pretrained.cls_token:
+        raise InputError(
+            "task.pooling is cls, but the pretrained model reads no [CLS] token: give mean, max or last."
+        )
+    length = config.task.max_length
+    if length is not None and not 2 <= length <= pretrained.positions:
+        raise InputError(
+            f"task.max_length is {length}, but the model has {pretrained.positions} positions: give 2 to "
+            f"{pretrained.positions}."
+        )
+    model = pretrained
+    if config.dropout is not None:
+        model = replace(model, dropout=config.dropout, attention_dropout=config.dropout)
+    if config.compute_dtype is not None:
+        model = replace(model, compute_dtype=config.compute_dtype)
+    return model
