@@ -19,7 +19,8 @@ from behrt_jax.errors import InputError
 
 MEDS_CODES = ("DIAGNOSIS//", "PROCEDURE//", "MEDICATION//")
 """Patterns for MEDS data where ``data.codes`` gives none."""
-_YEAR = 365.25 * DAY
+YEAR = 365.25 * DAY
+"""Microseconds in a year."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +157,7 @@ def _fit(selected: Selected, train: np.ndarray, event_set: EventSet, data: DataC
 def ages_in_years(selected: Selected) -> np.ndarray:
     """Years of 365.25 days from the subject's birth to each event, float32 ``[events]``."""
     births = np.repeat(selected.births, np.diff(selected.offsets))  # [N]
-    return ((selected.times - births) / _YEAR).astype(np.float32)
+    return ((selected.times - births) / YEAR).astype(np.float32)
 
 
 def _sequences(selected: Selected, ids: np.ndarray) -> Sequences:

@@ -8,6 +8,7 @@ import numpy as np
 
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.labels import Labels
+from behrt_jax.data.places import find_subjects, place_in
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.windows import ragged_indices
 
@@ -26,7 +27,7 @@ class PlacedLabels:
     times: np.ndarray
     """int64 ``[labels]``, prediction times in microseconds since 1970."""
     values: np.ndarray
-    """int64 ``[labels]``: 0 and 1 where the labels are binary, else the rank of the value."""
+    """int64 ``[labels]``: 0 and 1 where the labels are binary, else a number of the value."""
 
     def __len__(self) -> int:
         return len(self.subjects)
@@ -53,46 +54,17 @@ class PlacedLabels:
 def place_labels(labels: Labels, data: SequenceSet) -> dict[str, PlacedLabels]:
     """Split name -> its labels; those of subjects without a sequence are left out."""
     positive = labels.positive()
-    ranks = np.unique(labels.values, return_inverse=True)[1] if positive is None else positive
+    ids = labels.value_ids() if positive is None else positive
     placed = {}
     for name in SPLITS:
         part = data.splits[name]
-        order = np.argsort(part.subject_ids, kind="stable")
-        row = np.searchsorted(part.subject_ids[order], labels.subject_ids).clip(max=max(len(part) - 1, 0))
-        known = np.zeros(len(labels), bool)
-        if len(part):
-            known = part.subject_ids[order][row] == labels.subject_ids
-        subjects = order[row[known]] if len(part) else np.zeros(0, np.int64)
-        times, values = labels.times[known], ranks[known].astype(np.int64)
+        place = find_subjects(part.subject_ids, labels.subject_ids)
+        known = place >= 0
+        subjects = place[known]
+        times, values = labels.times[known], ids[known].astype(np.int64)
         by_time = np.lexsort([values, times, subjects])
         placed[name] = PlacedLabels(part, subjects[by_time], times[by_time], values[by_time])
     return placed
-
-
-def place_in(
-    ascending: np.ndarray, starts: np.ndarray, stops: np.ndarray, at: np.ndarray, inclusive: bool
-) -> np.ndarray:
-    """Binary search in many runs of one array side by side.
-
-    Args:
-        ascending: int64 ``[n]``, ascending within each run.
-        starts: first place of each run, int64 ``[runs]``.
-        stops: one after the last, int64 ``[runs]``.
-        at: what to look for, int64 ``[runs]``.
-        inclusive: whether equal ones count as before.
-
-    Returns:
-        One after the last place of the run whose value is below ``at`` (or equal), int64 ``[runs]``.
-    """
-    low, high = starts.astype(np.int64), stops.astype(np.int64)
-    while (low < high).any():
-        searching = low < high
-        middle = (low + high) // 2
-        value = ascending[np.where(searching, middle, 0)]
-        before = (value <= at) if inclusive else (value < at)
-        low = np.where(searching & before, middle + 1, low)
-        high = np.where(searching & ~before, middle, high)
-    return low
 
 
 @dataclass(frozen=True, eq=False)

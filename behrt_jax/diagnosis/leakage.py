@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from behrt_jax.config import DoctorConfig
+from behrt_jax.data.delays import parse_delay
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.diagnosis.finding import Finding
 from behrt_jax.diagnosis.label_inputs import place_labels
 from behrt_jax.diagnosis.leakage_codes import check_codes
 from behrt_jax.diagnosis.leakage_data import check_quantiles, check_splits, check_vocabulary
-from behrt_jax.diagnosis.leakage_delays import check_delays, parse_delay
+from behrt_jax.diagnosis.leakage_delays import check_delays
 from behrt_jax.diagnosis.leakage_labels import (
     check_classes,
     check_histories,

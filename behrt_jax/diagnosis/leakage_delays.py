@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from behrt_jax.data.delays import parse_delay
+from behrt_jax.data.places import place_in
 from behrt_jax.data.selection import matches
 from behrt_jax.data.visits import DAY
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.diagnosis.finding import Finding
-from behrt_jax.diagnosis.label_inputs import PlacedLabels, place_in
+from behrt_jax.diagnosis.label_inputs import PlacedLabels
 from behrt_jax.diagnosis.leakage_data import FIRST_CODE
 from behrt_jax.errors import InputError
 
@@ -39,22 +41,6 @@ def check_delays(
                 "In use the model will not have them.",
                 "Predict later, or shift the times of these codes by their delay before preparing.",
             )
-
-
-def parse_delay(option: str) -> tuple[str, float | None]:
-    """Pattern and days of ``REGEX=DAYS``; None for ``REGEX=visit``.
-
-    Raises:
-        InputError: it has another form, or the days are negative or no number.
-    """
-    pattern, _, delay = option.rpartition("=")
-    try:
-        days = None if delay == "visit" else float(delay)
-    except ValueError:
-        days = -1.0
-    if not pattern or (days is not None and not 0 <= days < 1e6):
-        raise InputError(f"--delays has {option!r}: write REGEX=DAYS, such as DIAGNOSIS//=2, or REGEX=visit.")
-    return pattern, days
 
 
 def _known(labels: PlacedLabels, chosen: np.ndarray, days: float | None) -> tuple[np.ndarray, np.ndarray]:

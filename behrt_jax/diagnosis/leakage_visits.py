@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from behrt_jax.data.places import place_in
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.visits import DAY
 from behrt_jax.diagnosis.finding import Finding
-from behrt_jax.diagnosis.label_inputs import place_in
 from behrt_jax.diagnosis.leakage_data import FIRST_CODE
 
 _LEAST_VISITS = 20

@@ -21,7 +21,7 @@ def audit_data(config: DoctorConfig) -> list[Finding]:
     if config.data is None:
         raise InputError("--data is missing: give the folder that prepare wrote.")
     data, manifest = read_prepared(config.data), read_manifest(config.data)
-    labels = None if config.labels is None else read_labels(config.labels)
+    labels = None if config.labels is None else read_labels(config.labels, as_written=True)
     findings = by_severity(audit(data, manifest, labels, config))
     subjects = sum(len(part) for part in data.splits.values())
     about = "" if labels is None else f" and {len(labels):,} labels"

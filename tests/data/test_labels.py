@@ -64,9 +64,10 @@ def test_which_labels_are_positive(tmp_path):
 
 def test_a_folder_is_read_as_one_table(tmp_path):
     write(tmp_path / "task" / "train" / "0.parquet", **labels())
-    write(tmp_path / "task" / "tuning" / "0.parquet", **labels())
+    others = pa.array([1, 2, 3], pa.int64())
+    write(tmp_path / "task" / "tuning" / "0.parquet", **labels(subject_id=others))
     write(tmp_path / "task" / ".hidden.parquet", **labels())
-    assert read_labels(tmp_path / "task").subject_ids.tolist() == IDS.to_pylist() * 2
+    assert read_labels(tmp_path / "task").subject_ids.tolist() == [*IDS.to_pylist(), 1, 2, 3]
 
 
 @given(shift=st.integers(-(10**9), 10**9), unit=st.sampled_from(["s", "ms", "us", "ns"]))
@@ -77,13 +78,77 @@ def test_times_of_any_unit_are_microseconds(tmp_path_factory, shift, unit):
     assert set(read_labels(file).times.tolist()) == {shift * 10**6}
 
 
+WITHOUT = {"subject_id": IDS, "prediction_time": TIMES}
+SETS = pa.array([["b", "a", "b"], [], ["c"]], pa.list_(pa.string()))
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.large_string())])
+def test_sets_of_codes(tmp_path, kind):
+    file = write(tmp_path / "labels.parquet", **WITHOUT, categorical_values=SETS.cast(kind))
+    read = read_labels(file)
+    assert (read.kind, read.values.dtype, read.positive()) == ("codes", object, None)
+    assert read.values.tolist() == [("a", "b"), (), ("c",)]
+    none = pa.array([[], [], []], pa.list_(pa.null()))
+    read = read_labels(write(tmp_path / "none.parquet", **WITHOUT, categorical_values=none))
+    assert read.values.tolist() == [(), (), ()]
+
+
+def test_survival_has_an_event_and_days_in_every_row(tmp_path):
+    read = read_labels(write(tmp_path / "labels.parquet", **labels(float_value=pa.array([3.5, 0.0, 10.0]))))
+    assert (read.kind, read.values.dtype, read.positive()) == ("survival", np.float64, None)
+    assert read.values.tolist() == [[3.5, 1.0], [0.0, 0.0], [10.0, 1.0]]
+
+
+REPEATED = {
+    "boolean_value": ([True, False, True, True, False], [True, False, True, False, False]),
+    "integer_value": ([1, 2, 1, 1, 2], [1, 2, 1, 3, 2]),
+    "float_value": ([0.5, 2.0, 0.5, 0.5, 2.0], [0.5, 2.0, 0.5, 0.25, 2.0]),
+    "categorical_value": (["a", "b", "a", "a", "b"], ["a", "b", "a", "c", "b"]),
+    "categorical_values": ([["a", "b"], [], ["b", "a"], ["a", "b"], []], [["a"], [], ["a"], [], []]),
+}
+
+
+@pytest.mark.parametrize("column", REPEATED)
+def test_repeats_are_left_out_and_contradictions_refused(tmp_path, column):
+    keys = {
+        "subject_id": pa.array([7, 1, 7, 7, 1]),
+        "prediction_time": pa.array([5, 5, 5, 5, 6], pa.timestamp("us")),
+    }
+    equal, contradictory = REPEATED[column]
+    file = write(tmp_path / "equal.parquet", **keys, **{column: pa.array(equal)})
+    read = read_labels(file)
+    assert (read.subject_ids.tolist(), read.times.tolist()) == ([7, 1, 1], [5, 5, 6])
+    assert read.duplicates == 2
+    whole = read_labels(file, as_written=True)
+    assert (len(whole), whole.duplicates) == (5, 0)
+    assert read.value_ids().tolist() == whole.value_ids()[[0, 1, 4]].tolist()
+    file = write(tmp_path / "differ.parquet", **keys, **{column: pa.array(contradictory)})
+    with pytest.raises(InputError, match=r"differ\.parquet has 1 pairs of subject and prediction time"):
+        read_labels(file)
+    assert len(read_labels(file, as_written=True)) == 5
+
+
+def test_repeats_of_survival(tmp_path):
+    keys = {"subject_id": pa.array([7, 7, 8]), "prediction_time": pa.array([5, 5, 5], pa.timestamp("us"))}
+    seen = {"boolean_value": pa.array([True, True, False])}
+    read = read_labels(write(tmp_path / "a.parquet", **keys, **seen, float_value=pa.array([2.0, 2.0, 2.0])))
+    assert (read.values.tolist(), read.duplicates) == ([[2.0, 1.0], [2.0, 0.0]], 1)
+    with pytest.raises(InputError, match="1 pairs of subject"):
+        read_labels(write(tmp_path / "b.parquet", **keys, **seen, float_value=pa.array([2.0, 3.0, 2.0])))
+
+
+def test_some_rows_of_labels(tmp_path):
+    read = read_labels(write(tmp_path / "labels.parquet", **labels()))
+    assert read.take([2, 0]).subject_ids.tolist() == [7, -(2**63)]
+    assert read.take(read.values).times.tolist() == [-5, 10**15]
+
+
 def test_subjects_that_the_data_do_not_know_are_counted(tmp_path):
     read = read_labels(write(tmp_path / "labels.parquet", **labels()))
     assert read.unknown_to(np.array([7, 8])) == 2
     assert read.unknown_to(np.array([7, 2**53 + 1, -(2**63)])) == 0
 
 
-WITHOUT = {"subject_id": IDS, "prediction_time": TIMES}
 MISTAKES = {
     "no subject": (dict(list(labels().items())[1:]), "has no column subject_id"),
     "no time": ({"subject_id": IDS, "boolean_value": VALUES["boolean"]}, "has no column prediction_time"),
@@ -103,6 +168,24 @@ MISTAKES = {
             boolean_value=pa.array([True, None, None]), float_value=pa.array([None, 1.0, 2.0], pa.float32())
         ),
         r"1 in boolean_value and 2 in float_value \(of 3 rows\)",
+    ),
+    "days in some rows": (
+        labels(float_value=pa.array([None, 1.0, 2.0])),
+        r"3 in boolean_value and 2 in float_value \(of 3 rows\)",
+    ),
+    "no number": (
+        {**WITHOUT, "float_value": pa.array([1.0, float("nan"), float("inf")])},
+        "float_value that is not a finite number in 2 of 3 rows",
+    ),
+    "negative days": (labels(float_value=pa.array([1.0, 0.0, -1.0])), "of days, 0 or more, in 1 of 3 rows"),
+    "sets of numbers": ({**WITHOUT, "categorical_values": pa.array([[1], [], []])}, "write it as list<"),
+    "null codes": (
+        {**WITHOUT, "categorical_values": pa.array([["a", None], [], [None]])},
+        "has 2 null codes within categorical_values",
+    ),
+    "null sets": (
+        {**WITHOUT, "categorical_values": pa.array([["a"], None, []])},
+        "has no value in 1 of 3 rows: fill in categorical_values",
     ),
     "empty": ({name: column[:0] for name, column in labels().items()}, r"has no labels \(0 rows\)"),
     "ids too large": (labels(subject_id=pa.array([2**63, 1, 2], pa.uint64())), "do not fit into int64"),

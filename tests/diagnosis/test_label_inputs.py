@@ -7,7 +7,7 @@ from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.diagnosis import label_inputs
-from behrt_jax.diagnosis.label_inputs import count_codes, place_in, place_labels
+from behrt_jax.diagnosis.label_inputs import count_codes, place_labels
 from behrt_jax.diagnosis.leakage_codes import revealing_codes, suspected_codes
 
 CODES = 4
@@ -81,18 +81,6 @@ def test_counts_are_those_of_brute_force(drawn, piece):
         assert total == len(subjects)
         np.testing.assert_array_equal(own, expected)
         np.testing.assert_array_equal(recent, expected_recent)
-
-
-@given(histories(), st.integers(-2, 11), st.booleans())
-def test_places_are_those_of_searchsorted(drawn, at, inclusive):
-    times, codes, _ = drawn
-    train = sequence_set(times, codes).splits["train"]
-    found = place_in(train.times, train.offsets[:-1], train.offsets[1:], np.full(4, at), inclusive)
-    side = "right" if inclusive else "left"
-    expected = [
-        start + np.searchsorted(own, at, side) for start, own in zip(train.offsets, times[:4], strict=False)
-    ]
-    assert found.tolist() == expected
 
 
 def counts(positive, negative, positives, negatives):

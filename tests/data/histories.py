@@ -1,0 +1,73 @@
+"""Histories by hand or drawn at random, as sequences; and what is known of them, by slow loops."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from behrt_jax.data.delays import parse_delay
+from behrt_jax.data.events import SPLITS, EventCounts
+from behrt_jax.data.labels import Labels
+from behrt_jax.data.sequences import YEAR, Sequences, SequenceSet
+from behrt_jax.data.visits import DAY
+from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, Vocabulary
+
+CODES = ("A//1", "A//2", "B//1", "B//2")
+
+
+class Event(NamedTuple):
+    """``time`` in microseconds; the code's name, [UNK] too; visits are told apart by any number."""
+
+    time: int
+    code: str
+    visit: int
+
+
+def sequence_set(
+    splits: Mapping[str, Mapping[int, Iterable[Event]]],
+    births: Mapping[int, int] | None = None,
+    codes: Sequence[str] = CODES,
+) -> SequenceSet:
+    """Split -> subject -> events in any order; born at 0 where not said."""
+    names = (*SPECIAL_TOKENS, *codes)
+    vocabulary = Vocabulary(names, np.zeros(len(names), np.int64), (None,) * len(names))
+    parts = {name: _part(splits.get(name, {}), births or {}, names) for name in SPLITS}
+    return SequenceSet(vocabulary, parts, EventCounts(), "")
+
+
+def _part(
+    subjects: Mapping[int, Iterable[Event]], births: Mapping[int, int], names: Sequence[str]
+) -> Sequences:
+    rows, ages, lengths = [], [], []
+    for subject, events in sorted(subjects.items()):
+        events = sorted(events)
+        number: dict[int, int] = {}
+        for event in events:
+            rows.append((event.time, names.index(event.code), number.setdefault(event.visit, len(number))))
+            ages.append((event.time - births.get(subject, 0)) / YEAR)
+        lengths.append(len(events))
+    columns = np.array(rows, np.int64).reshape(-1, 3).T
+    return Sequences(
+        subject_ids=np.array(sorted(subjects), np.int64),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        codes=columns[1].astype(np.int32),
+        ages=np.array(ages, np.float32),
+        visits=columns[2].astype(np.int32),
+        times=columns[0].copy(),
+    )
+
+
+def labels_at(pairs: Sequence[tuple[int, int]]) -> Labels:
+    """Labels that are all true, of (subject, time)."""
+    columns = np.array(pairs, np.int64).reshape(-1, 2).T
+    return Labels(columns[0].copy(), columns[1].copy(), np.ones(len(pairs), bool), "boolean")
+
+
+def known_at(event: Event, events: Iterable[Event], delays: Sequence[str]) -> int:
+    """When it is known; patterns are beginnings of codes here."""
+    known = event.time
+    for pattern, days in map(parse_delay, delays):
+        if event.code.startswith(pattern) or event.code == SPECIAL_TOKENS[UNK]:
+            visit = [other.time for other in events if other.visit == event.visit]
+            known = max(known, max(visit) if days is None else event.time + int(days * DAY))
+    return known
