@@ -2,14 +2,22 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
-from behrt_jax.config import DoctorConfig, FreezingStudyConfig, PrepareConfig, PretrainConfig
+from behrt_jax.config import (
+    DoctorConfig,
+    FinetuneConfig,
+    FreezingStudyConfig,
+    PredictConfig,
+    PrepareConfig,
+    PretrainConfig,
+)
 from behrt_jax.errors import InputError
 
+C = TypeVar("C", PretrainConfig, FinetuneConfig, FreezingStudyConfig)
 
-def parse(
-    arguments: Sequence[str], configurations: Mapping[str, PretrainConfig], default: str, prog: str
-) -> PretrainConfig:
+
+def parse(arguments: Sequence[str], configurations: Mapping[str, C], default: str, prog: str) -> C:
     """Take ``--config NAME`` from the arguments, and the rest as overrides of that configuration.
 
     ``--help`` prints every option and leaves by ``SystemExit``.
@@ -20,23 +28,26 @@ def parse(
     """
     import tyro
 
-    name, rest = _take_name(_spell_out_data(list(arguments)), default)
+    name, rest = _take_name(list(arguments), default)
     if name not in configurations:
         raise InputError(f"--config {name!r} is unknown: choose one of {', '.join(configurations)}.")
+    config = configurations[name]
     adapter_options = [argument for argument in rest if argument.startswith("--lora.")]
-    if configurations[name].lora is None and adapter_options:
-        with_adapters = ", ".join(key for key, config in configurations.items() if config.lora)
-        raise InputError(f"{adapter_options[0]}: {name} has no adapters, choose one of {with_adapters}.")
+    if getattr(config, "lora", None) is None and adapter_options:
+        with_adapters = [key for key, other in configurations.items() if getattr(other, "lora", None)]
+        raise InputError(
+            f"{adapter_options[0]}: {name} has no adapters, choose one of {', '.join(with_adapters)}."
+        )
     description = (
-        f"{PretrainConfig.__doc__} Start from a named configuration with --config NAME "
+        f"{type(config).__doc__} Start from a named configuration with --config NAME "
         f"({', '.join(configurations)}; {default} where not given) and override single settings. "
         f"Shown are the values of {name}."
     )
     return tyro.cli(
-        PretrainConfig,
+        type(config),
         prog=prog,
         description=description,
-        default=configurations[name],
+        default=config,
         args=rest,
         config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
@@ -49,10 +60,45 @@ def pretrain_command(
     """Run the pretraining command; returns the exit status of :func:`exit_status`."""
 
     def run() -> int:
-        config = parse(arguments, configurations, default, prog="pretrain.py")
+        config = parse(_spell_out_data(list(arguments)), configurations, default, "pretrain.py")
         from behrt_jax.workflows.pretrain import pretrain
 
         return pretrain(config).exit_status
+
+    return exit_status(run)
+
+
+def finetune_command(
+    arguments: Sequence[str], configurations: Mapping[str, FinetuneConfig], default: str
+) -> int:
+    """Run the fine-tuning command; as :func:`pretrain_command`."""
+
+    def run() -> int:
+        config = parse(arguments, configurations, default, "finetune.py")
+        from behrt_jax.workflows.finetune import finetune
+
+        return finetune(config).exit_status
+
+    return exit_status(run)
+
+
+def predict_command(arguments: Sequence[str]) -> int:
+    """Run the prediction command; returns the exit status of :func:`exit_status`."""
+    import tyro
+
+    config = tyro.cli(
+        PredictConfig,
+        prog="predict.py",
+        description=PredictConfig.__doc__,
+        args=list(arguments),
+        use_underscores=True,
+    )
+
+    def run() -> int:
+        from behrt_jax.workflows.predict import predict
+
+        predict(config)
+        return 0
 
     return exit_status(run)
 
@@ -111,26 +157,8 @@ def freezing_study_command(
     """Run the freezing study; ``--quick`` is short for ``--config quick``. As :func:`pretrain_command`."""
 
     def run() -> int:
-        import tyro
-
         spelt_out = [part for a in arguments for part in (("--config", "quick") if a == "--quick" else (a,))]
-        name, rest = _take_name(spelt_out, default)
-        if name not in configurations:
-            raise InputError(f"--config {name!r} is unknown: choose one of {', '.join(configurations)}.")
-        description = (
-            f"{FreezingStudyConfig.__doc__} Start from a named study with --config NAME "
-            f"({', '.join(configurations)}; {default} where not given; --quick is --config quick) and "
-            f"override single settings. Shown are the values of {name}."
-        )
-        config = tyro.cli(
-            FreezingStudyConfig,
-            prog="freezing_study.py",
-            description=description,
-            default=configurations[name],
-            args=rest,
-            config=(tyro.conf.AvoidSubcommands,),
-            use_underscores=True,
-        )
+        config = parse(spelt_out, configurations, default, "freezing_study.py")
         from behrt_jax.workflows.freezing_study import freezing_study
 
         return freezing_study(config)[1]

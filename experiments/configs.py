@@ -6,6 +6,7 @@ from typing import Any
 
 from behrt_jax.config import (
     DataConfig,
+    FinetuneConfig,
     FreezingConfig,
     FreezingStudyConfig,
     LoRAConfig,
@@ -173,3 +174,23 @@ FREEZING_STUDIES: dict[str, FreezingStudyConfig] = {
         train={"epochs": 10, "batch_size": 32},
     ),
 }
+
+FINETUNE = {
+    config.name: config
+    for config in (
+        FinetuneConfig(
+            name="lora",
+            lora=LoRAConfig(rank=8, targets=("query", "key", "value", "out", "intermediate", "output")),
+            freezing=FreezingConfig(regime="lora_pretrained"),
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+        ),
+        FinetuneConfig(name="full", optimizer=OptimizerConfig(learning_rate=1e-4)),
+        FinetuneConfig(
+            name="probe",
+            freezing=FreezingConfig(groups=("head",)),
+            optimizer=OptimizerConfig(learning_rate=1e-2),
+        ),
+        FinetuneConfig(name="scratch", from_scratch=True, optimizer=OptimizerConfig(learning_rate=3e-4)),
+    )
+}
+"""Fine-tuning: adapters and head; everything; the head alone; everything from random parameters."""

@@ -18,7 +18,9 @@ TARGETS: dict[TaskKind, str] = {
 """What the targets of a task are, float32 `[..., targets]`."""
 
 
-def task_losses(kind: TaskKind, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+def task_losses(
+    kind: TaskKind, outputs: jax.Array | np.ndarray, targets: jax.Array | np.ndarray
+) -> jax.Array:
     """Loss of each example.
 
     Binary and multi-label: cross-entropy of independent yes or no, in nats, the mean over the codes.
@@ -34,6 +36,7 @@ def task_losses(kind: TaskKind, outputs: jax.Array, targets: jax.Array) -> jax.A
     Returns:
         float32 `[...]`.
     """
+    outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
     chex.assert_equal_shape_prefix([outputs, targets], outputs.ndim - 1)
     if kind in ("binary", "multilabel"):
         chex.assert_equal_shape([outputs, targets])

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -62,14 +61,10 @@ def task_metrics(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> di
         outputs: float32 ``[examples, outputs]``.
         targets: float32 ``[examples, targets]``.
     """
-    losses = np.asarray(_losses(kind, outputs, targets), np.float64)
+    losses = np.asarray(task_losses(kind, outputs, targets), np.float64)
     metrics: dict[str, Any] = {"loss": float(losses.mean()), "targets": len(losses)}
     if kind == "binary":
         metrics["auroc"] = auroc(outputs[:, 0], targets[:, 0] > 0.5)
     if kind == "multiclass":
         metrics["accuracy"] = float((outputs.argmax(axis=1) == targets[:, 0]).mean())
     return metrics
-
-
-def _losses(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> jax.Array:
-    return task_losses(kind, jnp.asarray(outputs), jnp.asarray(targets))

@@ -1,0 +1,10 @@
+"""Fine-tune a pretrained BEHRT on labels: ``finetune.py --data DIR --labels FILE --init RUN --output OUT``."""
+
+import sys
+
+from configs import FINETUNE
+
+from behrt_jax.cli import finetune_command
+
+if __name__ == "__main__":
+    sys.exit(finetune_command(sys.argv[1:], FINETUNE, default="lora"))
