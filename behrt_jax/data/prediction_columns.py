@@ -94,8 +94,10 @@ def read_label(
     if lists.null_count:
         raise InputError(f"{path} has no categorical_values in {lists.null_count} of {table.num_rows} rows.")
     place = {value: index for index, value in enumerate(classes)}
-    rows = np.repeat(np.arange(table.num_rows), pc.list_value_length(lists).to_numpy())
-    places = np.array([place.get(code, -1) for code in pc.list_flatten(lists).to_pylist()], np.int64)
+    rows = np.repeat(np.arange(table.num_rows), pc.call_function("list_value_length", [lists]).to_numpy())
+    places = np.array(
+        [place.get(code, -1) for code in pc.call_function("list_flatten", [lists]).to_pylist()], np.int64
+    )
     labels = np.zeros((table.num_rows, len(classes)), bool)
     labels[rows[places >= 0], places[places >= 0]] = True
     return labels, classes
@@ -135,10 +137,10 @@ def _lists(path: Path, table: pa.Table, name: str, length: int, numbers: type) -
             f"{path} has no column {name}: predict again; it has {', '.join(table.column_names)}."
         )
     column = table[name]
-    lengths = pc.list_value_length(column)
+    lengths = pc.call_function("list_value_length", [column])
     if column.null_count or (lengths.to_numpy() != length).any():
         raise InputError(f"{path} needs {length} values in each row of {name}: predict again.")
-    values = pc.list_flatten(column)
+    values = pc.call_function("list_flatten", [column])
     if values.null_count:
         raise InputError(f"{path} has {values.null_count} nulls within {name}: predict again.")
     return values.to_numpy().astype(numbers, copy=False).reshape(-1, length)
