@@ -71,7 +71,9 @@ def figures_of_rows(
         Two float64 ``[rows]``, NaN where a row has no positive, or (both) no negative to tell it from.
     """
     found = np.full((2, len(labels)), np.nan)
-    step = max(1, _PIECE // max(labels.shape[1], 1))
+    if not labels.shape[1]:
+        return found[0], found[1]
+    step = max(1, _PIECE // labels.shape[1])
     for start in range(0, len(labels), step):
         piece = slice(start, start + step)
         order, first, last = ranked(scores[piece])

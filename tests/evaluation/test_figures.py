@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.evaluation.binary import binary_scorer, curves, decision_curve
@@ -181,6 +181,7 @@ def test_a_class_that_is_absent_is_left_out_of_the_mean():
     np.testing.assert_array_equal(found["weighted_auroc"], [1.0, np.nan])
 
 
+@settings(max_examples=10)
 @given(seeds, st.integers(2, 12), st.integers(3, 8))
 def test_multilabel_figures_are_means_over_samples_of_those_of_scikit_learn(seed, examples, codes):
     rng = np.random.default_rng(seed)
