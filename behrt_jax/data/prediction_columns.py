@@ -12,7 +12,7 @@ from behrt_jax.config import TaskKind
 from behrt_jax.errors import InputError
 
 LABEL_COLUMNS: dict[TaskKind, tuple[tuple[str, ...], ...]] = {
-    "binary": (("boolean_value",),),
+    "binary": (("boolean_value",), ("integer_value",)),
     "multiclass": (("integer_value",), ("categorical_value",)),
     "multilabel": (("categorical_values",),),
     "regression": (("float_value",),),
@@ -73,7 +73,12 @@ def read_label(
 ) -> tuple[np.ndarray, tuple[Any, ...]]:
     """Labels as `PredictionFile` has them, and the classes with those that labels alone have."""
     if kind == "binary":
-        return take_column(path, table, "boolean_value", pa.bool_()), ()
+        if columns == ("boolean_value",):
+            return take_column(path, table, "boolean_value", pa.bool_()), ()
+        numbers = take_column(path, table, "integer_value", pa.int64())
+        if not np.isin(numbers, (0, 1)).all():
+            raise InputError(f"{path} has labels other than 0 and 1 in integer_value: predict again.")
+        return numbers == 1, ()
     if kind == "regression":
         return _finite(path, "float_value", take_column(path, table, "float_value", pa.float64())), ()
     if kind == "survival":
@@ -85,7 +90,7 @@ def read_label(
         raise InputError(f"{path} names no classes in its metadata: predict again.")
     if kind == "multiclass":
         target = pa.int64() if columns[0] == "integer_value" else pa.string()
-        values = take_column(path, table, columns[0], target).tolist()
+        values = [str(value) for value in take_column(path, table, columns[0], target).tolist()]
         known = set(classes)
         classes = (*classes, *sorted(set(values) - known))
         place = {value: index for index, value in enumerate(classes)}

@@ -2,8 +2,9 @@
 
 Columns by kind of task, after ``subject_id`` and ``prediction_time``:
 
-- binary: ``boolean_value``; ``predicted_boolean_value``, ``predicted_boolean_probability`` (the schema of
-  meds-evaluation, https://github.com/kamilest/meds-evaluation, which refuses any other column);
+- binary: ``boolean_value`` (or 0 and 1 in ``integer_value``); ``predicted_boolean_value`` and
+  ``predicted_boolean_probability`` (the schema of meds-evaluation, which refuses any other column:
+  https://github.com/kamilest/meds-evaluation);
 - multiclass: ``integer_value`` or ``categorical_value``; the same with ``predicted_``, and
   ``predicted_probabilities`` in the order of the metadata's ``classes``;
 - multilabel: ``categorical_values`` (a list of codes); ``predicted_probabilities``, ``seen_before``;
@@ -39,9 +40,9 @@ class PredictionFile:
     kind: TaskKind
     metadata: dict[str, Any]
     """What the writer said; ``kind`` alone for binary predictions of other tools."""
-    classes: tuple[Any, ...]
-    """K of them (integers or strings), those of multiclass and multilabel; else none. Classes of labels
-    that the model does not know come last (multiclass), with probability 0."""
+    classes: tuple[str, ...]
+    """K of them (integers as text), those of multiclass and multilabel; else none. Classes of labels that
+    the model does not know come last (multiclass), with probability 0."""
     subject_ids: np.ndarray
     """int64 ``[n]``."""
     times: np.ndarray
@@ -134,7 +135,9 @@ def read_predictions(path: Path) -> PredictionFile:
         raise InputError(f"{path} has no predictions (0 rows): predict for subjects of the data.")
     subject_ids = take_column(path, table, "subject_id", pa.int64())
     times = take_column(path, table, "prediction_time", pa.timestamp("us")).astype(np.int64)
-    labels, classes = read_label(path, table, kind, present[0], tuple(metadata.get("classes") or ()))
+    labels, classes = read_label(
+        path, table, kind, present[0], tuple(map(str, metadata.get("classes") or ()))
+    )
     predictions, decisions, seen_before = read_prediction(path, table, kind, metadata, len(classes))
     members = _members(members_path(path), subject_ids, times)
     return PredictionFile(
