@@ -56,7 +56,7 @@ def boosting_baseline(data: BaselineData) -> Baseline:
         )
     if data.kind != "regression" and len(np.unique(data.train_targets)) < 2:
         return Baseline(name, None, "Not fitted: all train labels are the same.")
-    having = np.bincount(data.train.counts.indices, minlength=data.train.counts.shape[1])  # [V] examples
+    having = np.bincount(data.train.counts.indices)  # [V] examples
     frequent = np.argsort(-having, kind="stable")[: min(data.boosting_codes, np.count_nonzero(having))]
     train, tuning, evaluated = (
         np.column_stack([part.counts[:, frequent].toarray(), part.ages])

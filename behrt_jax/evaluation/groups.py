@@ -44,7 +44,7 @@ def sex_groups(
 
 
 def too_small(kind: str, labels: np.ndarray) -> str | None:
-    """Why the examples of a group, with labels as in `PredictionFile`, are too few; None where they suffice."""
+    """Why a group with these labels (as in `PredictionFile`) is too small; None where it is not."""
     counts: Mapping[str, int] = {"examples": len(labels)}
     if kind == "binary":
         counts = {"positives": int(labels.sum()), "negatives": int((~labels).sum())}
