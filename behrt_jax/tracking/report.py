@@ -1,14 +1,13 @@
 """``report.html``: a run folder on one page, with nothing to load from anywhere else."""
 
-import base64
-from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from behrt_jax.errors import InputError
 from behrt_jax.tracking import run_folder
-from behrt_jax.tracking.formats import format_cell, format_duration, is_numeric
+from behrt_jax.tracking.formats import format_duration
+from behrt_jax.tracking.page import html_page, html_picture, html_table
 from behrt_jax.tracking.plots import best_validation
 from behrt_jax.tracking.summary import (
     FIGURES,
@@ -20,19 +19,6 @@ from behrt_jax.tracking.summary import (
     verdict,
 )
 
-# A browser refuses everything but this page's own pictures and style, whatever the data holds.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.note { color: #555; }
-p.verdict { background: #f3f6f9; border-left: 4px solid #0072b2; padding: .7rem 1rem; }
-table { border-collapse: collapse; } th, td { padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd;
-       text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-img { max-width: 100%; height: auto; } details { margin-top: 1rem; } summary { cursor: pointer; }
-"""
 _GROUPS = ("lora", "embedding", "head", "base")
 # More rows than this are thinned out in the page; metrics.jsonl has them all.
 _HISTORY_ROWS = 100
@@ -63,19 +49,9 @@ def write_report(folder: Path) -> Path:
         _history(metrics),
         _settings(config),
     ]
-    page = "\n".join(
-        [
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(name)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-            f'<h1>{escape(name)}</h1>\n<p class="note">{escape(what)}, written by behrt_jax</p>',
-            *sections,
-            "</body>\n</html>\n",
-        ]
-    )
+    note = f"{what}, written by behrt_jax"
     path = folder / run_folder.REPORT_FILE
-    run_folder.write_text(path, page)
+    run_folder.write_text(path, html_page(name, note, sections))
     return path
 
 
@@ -109,16 +85,16 @@ def _outcome(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
     if findings := summary.get("findings"):
         columns = ("severity", "id", "when", "seen", "why", "mend")
         rows = [[str(found.get(column, "")) for column in columns] for found in findings]
-        parts.append("<h2>Findings</h2>\n" + _table(columns, rows))
+        parts.append("<h2>Findings</h2>\n" + html_table(columns, rows))
     if text := attained(summary):
         parts.append(f"<p>{escape(text)}</p>")
     titles = _at("best", summary.get("best")), _at("last", summary.get("last"))
-    parts.append("<h2>Validation</h2>\n" + _table(*figure_table(summary, titles)))
+    parts.append("<h2>Validation</h2>\n" + html_table(*figure_table(summary, titles)))
     columns, rows = band_table(summary)
     if rows:
-        parts.append("<h3>By frequency of the code in the train split</h3>\n" + _table(columns, rows))
+        parts.append("<h3>By frequency of the code in the train split</h3>\n" + html_table(columns, rows))
     if data := summary.get("data"):
-        parts.append("<h2>Data</h2>\n" + _table(("", ""), flat(data)))
+        parts.append("<h2>Data</h2>\n" + html_table(("", ""), flat(data)))
     return "\n".join(parts)
 
 
@@ -130,11 +106,7 @@ def _pictures(folder: Path) -> str:
     pictures = sorted(folder.glob("*.png"), key=lambda path: (path.stem != "loss", path.name))
     if not pictures:
         return '<h2>Curves</h2>\n<p class="note">No pictures were drawn.</p>'
-    images = []
-    for path in pictures:
-        content = base64.b64encode(path.read_bytes()).decode("ascii")
-        label = escape(f"{path.stem} over the epochs", quote=True)
-        images.append(f'<img alt="{label}" src="data:image/png;base64,{content}">')
+    images = [html_picture(path, f"{path.stem} over the epochs") for path in pictures]
     return "<h2>Curves</h2>\n" + "\n".join(images)
 
 
@@ -153,11 +125,11 @@ def _parameters(parameters: dict[str, Any]) -> str:
     parts = [
         "<h2>Parameters</h2>",
         f"<p>{escape(', '.join([*regime, *shares]))}</p>",
-        _table(("group", "total", "trained"), rows),
+        html_table(("group", "total", "trained"), rows),
     ]
     if adapters := parameters.get("adapters"):
         columns = ("name", "in", "out", "rank")
-        table = _table(columns, [[adapter.get(column) for column in columns] for adapter in adapters])
+        table = html_table(columns, [[adapter.get(column) for column in columns] for adapter in adapters])
         parts.append(f"<details><summary>{len(adapters)} adapters</summary>\n{table}</details>")
     return "\n".join(parts)
 
@@ -178,14 +150,14 @@ def _history(metrics: list[dict[str, Any]]) -> str:
         for record in shown
     ]
     note = f", one in {every} shown" if every > 1 else ""
-    table = _table(("step", "epoch", *(title for _, title in FIGURES)), rows)
+    table = html_table(("step", "epoch", *(title for _, title in FIGURES)), rows)
     return f"<details><summary>{len(validations)} validations{note}</summary>\n{table}</details>"
 
 
 def _settings(config: dict[str, Any]) -> str:
     if not config:
         return '<p class="note">The configuration is missing (config.json).</p>'
-    table = _table(("setting", "value"), flat(_as_text(config)))
+    table = html_table(("setting", "value"), flat(_as_text(config)))
     title = "All settings, versions and devices"
     return f"<h2>Configuration</h2>\n<details><summary>{title}</summary>\n{table}</details>"
 
@@ -197,22 +169,3 @@ def _as_text(value: Any) -> Any:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     return "not set" if value is None else str(value)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """An HTML table, escaped; columns of numbers stand flush right."""
-    cells = [[format_cell(value) for value in row] for row in rows]
-    right = [is_numeric(cells, index) for index in range(len(columns))]
-    lines = ["<table>"]
-    if any(columns):
-        lines.append(_row("th", columns, right))
-    lines += [_row("td", row, right) for row in cells]
-    return "\n".join([*lines, "</table>"])
-
-
-def _row(tag: str, cells: Sequence[str], right: Sequence[bool]) -> str:
-    content = "".join(
-        f'<{tag} class="number">{escape(cell)}</{tag}>' if number else f"<{tag}>{escape(cell)}</{tag}>"
-        for cell, number in zip(cells, right, strict=True)
-    )
-    return f"<tr>{content}</tr>"

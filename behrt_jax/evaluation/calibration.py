@@ -1,0 +1,110 @@
+"""How far predicted probabilities agree with how often the event came."""
+
+from typing import Any
+
+import numpy as np
+
+BINS = 10
+_STEPS = 60
+_NEAREST = 1e-7  # to 0 and 1: beyond, float32 cannot tell, and one example would decide the slope
+
+
+def quantile_bins(probabilities: np.ndarray) -> np.ndarray:
+    """Bins of (nearly) equal numbers of examples, equal probabilities together: int64 ``[n]``, from 0."""
+    edges = np.unique(np.quantile(probabilities, np.linspace(0, 1, BINS + 1)[1:-1]))
+    return np.unique(np.searchsorted(edges, probabilities, side="right"), return_inverse=True)[1]
+
+
+def reliability_bins(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, Any]]:
+    """Mean prediction and share of positives in each of :func:`quantile_bins`, ready for JSON.
+
+    ``low`` and ``high`` are the 95 % interval of the share by Wilson (1927), which takes examples for
+    independent.
+    """
+    found = []
+    bins = quantile_bins(probabilities)
+    for index in range(bins.max() + 1):
+        inside = bins == index
+        count, positives = int(inside.sum()), int(labels[inside].sum())
+        share, z = positives / count, 1.96
+        middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+        half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+        found.append(
+            {
+                "examples": count,
+                "predicted": float(probabilities[inside].mean()),
+                "observed": share,
+                "low": max(0.0, float(middle - half)),
+                "high": min(1.0, float(middle + half)),
+            }
+        )
+    return found
+
+
+def calibration_line(
+    labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Calibration slope and intercept (Cox 1958; Van Calster et al. 2019, doi 10.1186/s12916-019-1466-7).
+
+    The slope is that of a logistic regression of the labels on the log odds predicted: 1 is right, below 1
+    the predictions are too extreme. The intercept is that with the slope held at 1 (calibration in the
+    large): 0 is right, above 0 the risk is underestimated. Probabilities are kept 1e-7 away from 0 and 1.
+
+    Args:
+        labels: bool ``[n]``.
+        probabilities: float64 ``[n]``.
+        weights: float64 ``[sets, n]``.
+
+    Returns:
+        Two float64 ``[sets]``; NaN where there is one class only, where the slope has no finite value
+        (labels that the predictions separate) or where all predictions are the same (slope alone).
+    """
+    clipped = np.clip(probabilities, _NEAREST, 1 - _NEAREST)
+    odds = np.log(clipped) - np.log1p(-clipped)  # [n]
+    spread = odds.std()
+    intercept = _fit(np.ones((1, len(odds))), odds, labels, weights)[:, 0]
+    if spread < 1e-9:
+        return np.full(len(weights), np.nan), intercept
+    scaled = (odds - odds.mean()) / spread
+    slope = _fit(np.stack([np.ones_like(scaled), scaled]), np.zeros_like(odds), labels, weights)[:, 1]
+    return slope / spread, intercept
+
+
+def _fit(features: np.ndarray, offsets: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Logistic regressions by Newton's method, one for each set of weights: ``[sets, F]``.
+
+    ``features`` is ``[F, n]`` with F of 1 or 2, the first of them constant.
+    """
+    count, sets = len(features), len(weights)
+    coefficients = np.zeros((sets, count))
+    products = [(i, j) for i in range(count) for j in range(i, count)]
+    squares = np.stack([features[i] * features[j] for i, j in products])  # [pairs, n]
+    target = (weights * labels) @ features.T  # [sets, F]
+    total = weights.sum(axis=1)
+    going = (target[:, 0] > 0) & (target[:, 0] < total)
+    coefficients[~going] = np.nan
+    longest, before = np.full(sets, 4.0), np.zeros((sets, count))
+    for _ in range(_STEPS):
+        rows = np.flatnonzero(going)
+        if not len(rows):
+            break
+        with np.errstate(over="ignore"):
+            risk = 1 / (1 + np.exp(-(coefficients[rows] @ features + offsets)))  # [rows, n]
+        weighted = weights[rows] * risk
+        gradient = target[rows] - weighted @ features.T
+        entries = (weighted * (1 - risk)) @ squares.T  # [rows, pairs]
+        hessian = np.empty((len(rows), count, count))
+        for place, (i, j) in enumerate(products):
+            hessian[:, i, j] = hessian[:, j, i] = entries[:, place]
+        bad = np.linalg.det(hessian) < 1e-12 * total[rows] ** count
+        hessian[bad] = np.eye(count)
+        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        # A step that turns back has gone too far: the next ones are shorter.
+        longest[rows] = np.where((step * before[rows]).sum(axis=1) < 0, longest[rows] / 2, longest[rows])
+        step *= np.minimum(1, longest[rows] / np.maximum(np.abs(step).max(axis=1), 1e-30))[:, None]
+        before[rows] = step
+        coefficients[rows] += step
+        coefficients[rows[bad]] = np.nan
+        going[rows] = ~bad & (np.abs(step).max(axis=1) > 1e-7)
+    coefficients[going] = np.nan
+    return coefficients

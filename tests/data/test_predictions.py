@@ -1,0 +1,169 @@
+"""Predictions come back as they were written, whole or not at all; damaged files are named."""
+
+from datetime import datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from behrt_jax.data.prediction_columns import prediction_schema
+from behrt_jax.data.predictions import PredictionWriter, members_path, read_predictions
+from behrt_jax.errors import InputError
+
+TIMES = [datetime(2020, 1, 1), datetime(2021, 6, 1), datetime(2020, 1, 1)]
+KEYS = {"subject_id": [1, 1, 2], "prediction_time": TIMES}
+COLUMNS = {
+    "binary": {
+        "boolean_value": [True, False, False],
+        "predicted_boolean_value": [True, True, False],
+        "predicted_boolean_probability": [0.9, 0.5, 1e-12],
+    },
+    "multiclass": {
+        "categorical_value": ["b", "a", "c"],
+        "predicted_categorical_value": ["a", "a", "b"],
+        "predicted_probabilities": [[0.75, 0.25], [1.0, 0.0], [0.5, 0.5]],
+    },
+    "multilabel": {
+        "categorical_values": [["x", "z"], [], ["other"]],
+        "predicted_probabilities": [[0.5, 0.25, 0.0], [1.0, 0.0, 0.0], [0.0, 0.5, 0.5]],
+        "seen_before": [[True, False, False], [True, True, False], [False, False, False]],
+    },
+    "regression": {"float_value": [1.0, -2.0, 0.5], "predicted_float_value": [1.5, -1.0, 0.0]},
+    "survival": {
+        "boolean_value": [True, False, True],
+        "float_value": [10.0, 400.0, 0.0],
+        "predicted_survival": [[0.9, 0.5], [1.0, 1.0], [0.5, 0.25]],
+    },
+}
+METADATA = {
+    "multiclass": {"classes": ["a", "b"]},
+    "multilabel": {"classes": ["x", "y", "z"]},
+    "survival": {"edges_days": [30, 365]},
+}
+
+
+def write(path, kind, **changes):
+    schema = prediction_schema(kind, "categorical")
+    table = pa.table({**KEYS, **COLUMNS[kind], **changes}, schema=schema)
+    with PredictionWriter(path, schema, {"kind": kind, **METADATA.get(kind, {})}) as writer:
+        writer.write(table.slice(0, 2))
+        writer.write(table.slice(2).to_batches()[0])
+    return path
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_what_was_written_is_read(tmp_path, kind):
+    read = read_predictions(write(tmp_path / "deep" / "p.parquet", kind))
+    assert read.kind == kind
+    np.testing.assert_array_equal(read.subject_ids, [1, 1, 2])
+    np.testing.assert_array_equal(read.times, np.array(TIMES, "datetime64[us]").astype(np.int64))
+    labels = {
+        "binary": [True, False, False],
+        "multiclass": [1, 0, 2],
+        "multilabel": [[True, False, True], [False] * 3, [False] * 3],
+        "regression": [1.0, -2.0, 0.5],
+        "survival": [[10.0, 1.0], [400.0, 0.0], [0.0, 1.0]],
+    }
+    np.testing.assert_array_equal(read.labels, labels[kind])
+    predicted = {
+        "binary": COLUMNS["binary"]["predicted_boolean_probability"],
+        "multiclass": [[0.75, 0.25, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]],
+        "multilabel": COLUMNS["multilabel"]["predicted_probabilities"],
+        "regression": [1.5, -1.0, 0.0],
+        "survival": COLUMNS["survival"]["predicted_survival"],
+    }
+    np.testing.assert_array_equal(read.predictions, predicted[kind])
+    assert (read.decisions is None, read.seen_before is None) == (kind != "binary", kind != "multilabel")
+    if read.decisions is not None:
+        np.testing.assert_array_equal(read.decisions, [True, True, False])
+    if read.seen_before is not None:
+        np.testing.assert_array_equal(read.seen_before, COLUMNS["multilabel"]["seen_before"])
+    assert read.members is None
+    np.testing.assert_array_equal(read.edges_days, METADATA.get(kind, {}).get("edges_days", []))
+
+
+def test_classes_that_labels_alone_have_come_last(tmp_path):
+    assert read_predictions(write(tmp_path / "p.parquet", "multiclass")).classes == ("a", "b", "c")
+
+
+def test_a_file_that_was_not_finished_does_not_appear_and_none_is_overwritten(tmp_path):
+    path = tmp_path / "p.parquet"
+    schema = prediction_schema("regression")
+    with pytest.raises(KeyboardInterrupt), PredictionWriter(path, schema, {"kind": "regression"}) as writer:
+        writer.write(pa.table({**KEYS, **COLUMNS["regression"]}, schema=schema))
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    write(path, "regression")
+    with pytest.raises(InputError, match="is there already"):
+        PredictionWriter(path, schema, {"kind": "regression"})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_binary_predictions_of_other_tools_are_read(tmp_path):
+    path = tmp_path / "p.parquet"
+    columns = {name: COLUMNS["binary"][name] for name in ("boolean_value", "predicted_boolean_probability")}
+    pq.write_table(pa.table({**KEYS, **columns}), path)
+    read = read_predictions(path)
+    assert (read.kind, read.decisions, read.metadata) == ("binary", None, {"kind": "binary"})
+
+
+def test_members_are_those_of_the_same_examples(tmp_path):
+    path = write(tmp_path / "p.parquet", "binary")
+    assert members_path(path) == tmp_path / "p.members.parquet"
+    members = {"member_0": [0.1, 0.2, 0.3], "member_1": [0.4, 0.5, 0.6]}
+    pq.write_table(pa.table({**KEYS, **members}), members_path(path))
+    np.testing.assert_array_equal(read_predictions(path).members, np.array(list(members.values())).T)
+    pq.write_table(pa.table({**KEYS, "subject_id": [1, 2, 2], **members}), members_path(path))
+    with pytest.raises(InputError, match="the examples of the predictions beside it"):
+        read_predictions(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (
+            "binary",
+            {"predicted_boolean_probability": [0.5, 1.5, float("nan")]},
+            "2 values .* no probabilities",
+        ),
+        ("binary", {"boolean_value": [None, None, True]}, "no boolean_value in 2 of 3"),
+        ("regression", {"predicted_float_value": [float("inf"), 0.0, 0.0]}, "not finite"),
+        (
+            "multilabel",
+            {"seen_before": [[True], [True], [True]]},
+            "needs 3 values in each row of seen_before",
+        ),
+        ("survival", {"float_value": [-1.0, 0.0, 1.0]}, "negative days"),
+        ("multiclass", {"predicted_probabilities": [[0.5, 0.5], None, [0.5, 0.5]]}, "needs 2 values"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(tmp_path, kind, changes, message):
+    with pytest.raises(InputError, match=message):
+        read_predictions(write(tmp_path / "p.parquet", kind, **changes))
+
+
+def test_files_that_hold_no_predictions_are_refused(tmp_path):
+    path = tmp_path / "p.parquet"
+    with pytest.raises(InputError, match="does not exist"):
+        read_predictions(path)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="no readable Parquet"):
+        read_predictions(path)
+    pq.write_table(pa.table(KEYS), path)
+    with pytest.raises(InputError, match="holds no predictions"):
+        read_predictions(path)
+    schema = pa.schema([*prediction_schema("binary")][:2], metadata={b"behrt_jax": b'{"kind": "other"}'})
+    pq.write_table(pa.table(KEYS, schema=schema), path)
+    with pytest.raises(InputError, match="of kind 'other'"):
+        read_predictions(path)
+    schema = schema.with_metadata({b"behrt_jax": b'{"kind": "survival"}'})
+    pq.write_table(pa.table(KEYS, schema=schema), path)
+    with pytest.raises(InputError, match=r"no labels \(boolean_value with float_value"):
+        read_predictions(path)
+    path.unlink()
+    none = {name: [] for name in (*KEYS, *COLUMNS["binary"])}
+    with PredictionWriter(path, prediction_schema("binary"), {"kind": "binary"}) as writer:
+        writer.write(pa.table(none, schema=prediction_schema("binary")))
+    with pytest.raises(InputError, match="0 rows"):
+        read_predictions(path)
