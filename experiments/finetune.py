@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained BEHRT on labels: ``finetune.py --data DIR --labels FILE --init RUN --output OUT``."""
+"""Fine-tune a pretrained BEHRT: ``finetune.py --data DIR --labels FILE --init RUN --output OUT``."""
 
 import sys
 

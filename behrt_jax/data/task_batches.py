@@ -1,6 +1,6 @@
 """Batches of labelled examples: a pure function of (seed, step), as those of pretraining are."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +51,10 @@ class TaskBatches:
     def steps_per_epoch(self) -> int:
         """Batches of an epoch."""
         return -(-self.rows // self.rows_per_batch)
+
+    def of_rows(self, rows: int, multiple_of: int = 1) -> "TaskBatches":
+        """The same rows in batches of a fixed number of rows."""
+        return replace(self, rows_per_batch=rows, batch_rows=-(-rows // multiple_of) * multiple_of)
 
     def batch(self, step: int) -> TaskBatch:
         """Gather the batch of a step, counted from 0 over all epochs."""

@@ -39,14 +39,19 @@ class Task:
         """Numbers that a model gives for an example."""
         return len(self.classes or self.edges_days) or 1
 
+    def fits(self, labels: Labels) -> bool:
+        """Whether labels are of this kind."""
+        if self.kind == "binary":
+            return labels.positive() is not None
+        return OF_LABELS[labels.kind] == self.kind
+
     def targets(self, labels: Labels, rows: np.ndarray) -> np.ndarray:
         """Targets of some labels, float32 ``[rows, targets]``, as `training.task_losses.TARGETS` says.
 
         Raises:
             InputError: labels of another kind, or a class that no label of the train split has.
         """
-        fits = labels.positive() is not None if self.kind == "binary" else OF_LABELS[labels.kind] == self.kind
-        if not fits:
+        if not self.fits(labels):
             raise InputError(f"The labels are of the kind {labels.kind}, which is no {self.kind} task.")
         values = labels.values[rows]
         if self.kind == "binary":

@@ -1,10 +1,33 @@
-"""What is chosen on the tuning split once a model is trained: its temperature, and a threshold."""
+"""From outputs to predictions, with what is chosen on the tuning split: a temperature and a threshold."""
 
 from typing import Literal
 
 import numpy as np
 
 from behrt_jax.config import TaskKind
+
+
+def predictions(kind: TaskKind, outputs: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """What outputs say, float64 ``[examples, outputs]``.
+
+    Binary and multi-label: probabilities; multi-class: of each class; regression: the standardised value;
+    survival: probability of no event up to the end of each interval.
+
+    Args:
+        kind: of the task.
+        outputs: float32 ``[examples, outputs]``.
+        temperature: divides the outputs, but for regression.
+    """
+    from scipy.special import expit, log_expit, softmax
+
+    if kind == "regression":
+        return outputs.astype(np.float64)
+    scaled = outputs.astype(np.float64) / temperature
+    if kind == "multiclass":
+        return softmax(scaled, axis=-1)
+    if kind == "survival":
+        return np.exp(np.cumsum(log_expit(-scaled), axis=-1))
+    return expit(scaled)
 
 
 def fit_temperature(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Losses of labelled tasks, and how outputs become predictions."""
+"""Losses of labelled tasks, and the outputs that training begins with."""
 
 import chex
 import jax
@@ -56,27 +56,6 @@ def _survival_losses(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     survived = -jax.nn.log_sigmoid(-outputs) * (numbers < interval)
     died = -jax.nn.log_sigmoid(outputs) * ((numbers == interval) & (event > 0))
     return (survived + died).sum(axis=-1)
-
-
-def predictions(kind: TaskKind, outputs: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """What the outputs say, float32 `[..., outputs]`.
-
-    Binary and multi-label: probabilities; multi-class: of each class; regression: the standardised value;
-    survival: probability of no event up to the end of each interval.
-
-    Args:
-        kind: of the task.
-        outputs: float32 `[..., outputs]`.
-        temperature: divides the outputs, but for regression (Guo et al. 2017, arXiv 1706.04599).
-    """
-    if kind == "regression":
-        return outputs
-    scaled = outputs / temperature
-    if kind == "multiclass":
-        return jax.nn.softmax(scaled, axis=-1)
-    if kind == "survival":
-        return jnp.exp(jnp.cumsum(jax.nn.log_sigmoid(-scaled), axis=-1))
-    return jax.nn.sigmoid(scaled)
 
 
 def base_outputs(kind: TaskKind, targets: np.ndarray, outputs: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from behrt_jax.adapters.files import save_adapter
 from behrt_jax.config import FinetuneConfig, TaskConfig, TaskKind
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold
+from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold, predictions
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.formats import format_duration
 from behrt_jax.tracking.plots import plot_curves
@@ -56,7 +56,7 @@ def calibrate(config: TaskConfig, kind: TaskKind, outputs: np.ndarray, targets: 
     temperature = fit_temperature(kind, outputs, targets)
     if kind != "binary":
         return Calibration(temperature)
-    probabilities = 1 / (1 + np.exp(-outputs[:, 0].astype(np.float64) / temperature))
+    probabilities = predictions(kind, outputs, temperature)[:, 0]
     return Calibration(temperature, fit_threshold(probabilities, targets[:, 0] > 0.5, config.threshold))
 
 
@@ -113,9 +113,10 @@ def write_results(
         "parameters": {key: value for key, value in parameters.items() if key != "adapters"},
     }
     if variables is not None and calibration is not None:
-        write_json(folder / TASK_FILE, task_record(config, setup, labelled, calibration))
+        record = task_record(config, setup, labelled, calibration, parameters)
+        write_json(folder / TASK_FILE, record)
         if config.lora is not None:
-            _try_write_adapter(console, folder, config, setup, labelled, variables, calibration)
+            _try_write_adapter(console, folder, setup, labelled, variables, record)
     write_json(folder / SUMMARY_FILE, summary)
     write_text(folder / SUMMARY_TEXT_FILE, _text(config, summary))
     plot_curves(metrics, {}, folder / PLOTS_FOLDER)
@@ -126,7 +127,11 @@ def write_results(
 
 
 def task_record(
-    config: FinetuneConfig, setup: TaskSetup, labelled: LabelledData, calibration: Calibration
+    config: FinetuneConfig,
+    setup: TaskSetup,
+    labelled: LabelledData,
+    calibration: Calibration,
+    parameters: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All that prediction needs beside the parameters, ready for JSON."""
     return {
@@ -135,6 +140,8 @@ def task_record(
         "max_length": config.task.max_length,
         "model": settings(setup.predictor.model.config),
         "lora": None if config.lora is None else settings(config.lora),
+        "freezing": settings(config.freezing),
+        "parameters": {"total": parameters["total"], "trainable": parameters["trainable"]},
         "calibration": asdict(calibration),
         "base": str(config.init),
     }
@@ -143,13 +150,11 @@ def task_record(
 def _try_write_adapter(
     console: Console,
     folder: Path,
-    config: FinetuneConfig,
     setup: TaskSetup,
     labelled: LabelledData,
     variables: Variables,
-    calibration: Calibration,
+    record: Mapping[str, Any],
 ) -> None:
-    record = task_record(config, setup, labelled, calibration)
     try:
         save_adapter(
             folder / "adapter",

@@ -1,0 +1,82 @@
+"""Predictions of some examples as rows of a file, see `behrt_jax.data.predictions`."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from behrt_jax.data.examples import Examples
+from behrt_jax.data.labels import Labels
+from behrt_jax.data.tasks import Task
+
+
+def prediction_rows(
+    schema: pa.Schema,
+    task: Task,
+    labels: Labels,
+    predicted: np.ndarray,
+    threshold: float | None,
+    seen_before: np.ndarray | None,
+) -> pa.Table:
+    """Rows of a table of predictions, in the order of the labels.
+
+    Args:
+        schema: of `prediction_columns.prediction_schema`.
+        task: what is predicted.
+        labels: of the examples, one each.
+        predicted: float64 ``[examples, outputs]``, of `evaluation.decisions.predictions`.
+        threshold: binary: from which probability on a prediction is positive.
+        seen_before: multi-label: of :func:`codes_seen`.
+    """
+    columns: dict[str, Any] = {
+        "subject_id": labels.subject_ids,
+        "prediction_time": pa.array(labels.times, pa.timestamp("us")),
+    }
+    values, first = labels.values, predicted[:, 0]
+    if task.kind == "binary":
+        columns["boolean_value"] = labels.positive()
+        columns["predicted_boolean_value"] = first >= threshold
+        columns["predicted_boolean_probability"] = first
+    elif task.kind == "multiclass":
+        name = f"{labels.kind}_value"
+        chosen = np.array(task.classes, object)[predicted.argmax(axis=1)]
+        columns[name] = values
+        columns[f"predicted_{name}"] = chosen.astype(np.int64) if labels.kind == "integer" else chosen
+        columns["predicted_probabilities"] = _lists(predicted, pa.float64())
+    elif task.kind == "multilabel":
+        columns["categorical_values"] = [list(codes) for codes in values]
+        columns["predicted_probabilities"] = _lists(predicted, pa.float32())
+        columns["seen_before"] = _lists(seen_before, pa.bool_())
+    elif task.kind == "regression":
+        columns["float_value"] = values
+        columns["predicted_float_value"] = first * task.deviation + task.mean
+    else:
+        columns["boolean_value"] = values[:, 1] > 0
+        columns["float_value"] = values[:, 0]
+        columns["predicted_survival"] = _lists(predicted, pa.float64())
+    return pa.table([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
+
+
+def codes_seen(histories: Examples, ids: np.ndarray, vocabulary_size: int) -> np.ndarray:
+    """Which codes occur in the histories, bool ``[examples, codes]``.
+
+    Args:
+        histories: whole ones.
+        ids: of the codes, int64 ``[codes]``.
+        vocabulary_size: rows of the vocabulary.
+    """
+    place = np.full(vocabulary_size, -1)
+    place[ids] = np.arange(len(ids))
+    windows = histories.windows
+    seen = np.zeros((len(histories), len(ids)), bool)
+    for row, (start, length) in enumerate(zip(windows.starts, windows.lengths, strict=True)):
+        places = place[histories.sequences.codes[start : start + length]]
+        seen[row, places[places >= 0]] = True
+    return seen
+
+
+def _lists(values: Any, kind: pa.DataType) -> pa.Array:
+    """Rows of a matrix as lists."""
+    rows, columns = values.shape
+    offsets = np.arange(rows + 1, dtype=np.int32) * columns
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1), type=kind))
