@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from behrt_jax.config import (
     DoctorConfig,
+    EvaluateConfig,
     FinetuneConfig,
     FreezingStudyConfig,
     PredictConfig,
@@ -147,6 +148,27 @@ def doctor_command(arguments: Sequence[str]) -> int:
             from behrt_jax.workflows.audit import audit_data as examine
         findings = examine(config)
         return 1 if any(finding.severity == "error" for finding in findings) else 0
+
+    return exit_status(run)
+
+
+def evaluate_command(arguments: Sequence[str]) -> int:
+    """Judge predictions; returns the exit status of :func:`exit_status`."""
+    import tyro
+
+    config = tyro.cli(
+        EvaluateConfig,
+        prog="evaluate.py",
+        description=EvaluateConfig.__doc__,
+        args=list(arguments),
+        use_underscores=True,
+    )
+
+    def run() -> int:
+        from behrt_jax.workflows.evaluate import evaluate
+
+        evaluate(config)
+        return 0
 
     return exit_status(run)
 

@@ -525,3 +525,28 @@ class PredictConfig:
     """Rows that are computed at once."""
     compilation_cache: Literal["off"] | Path | None = None
     """As in finetune."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Judge predictions: figures with intervals, calibration, groups, and simple baselines beside them."""
+
+    predictions: Path | None = None
+    """Parquet file that predict wrote."""
+    output: Path | None = None
+    """Folder to write; made anew, never written into another's files."""
+    data: Path | None = None
+    """Folder of the prepared data, for baselines and groups; the one that the predictions name where not
+    given."""
+    labels: Path | None = None
+    """Label table, for baselines; the one that the predictions name where not given."""
+    baselines: bool = True
+    """Fit prevalence, logistic regression and gradient boosting on counts of codes in the same histories."""
+    max_train_examples: int = 20_000
+    """Most examples of the train split (and of tuning) that baselines are fitted on, drawn at random."""
+    boosting_codes: int = 200
+    """Most frequent codes that gradient boosting sees."""
+    draws: int = 1000
+    """Bootstrap draws of subjects for the intervals."""
+    seed: int = 0
+    """Seed of draws and baselines."""

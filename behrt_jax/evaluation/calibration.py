@@ -41,6 +41,20 @@ def reliability_bins(labels: np.ndarray, probabilities: np.ndarray) -> list[dict
     return found
 
 
+def regression_bins(labels: np.ndarray, predictions: np.ndarray) -> list[dict[str, Any]]:
+    """The same for predicted numbers: mean prediction, and mean label with its 95 % interval."""
+    found = []
+    bins = quantile_bins(predictions)
+    for index in range(bins.max() + 1):
+        of_bin = labels[bins == index]
+        mean, count = float(of_bin.mean()), len(of_bin)
+        half = 1.96 * float(of_bin.std(ddof=1)) / np.sqrt(count) if count > 1 else 0.0
+        predicted = float(predictions[bins == index].mean())
+        ends = {"low": mean - half, "high": mean + half}
+        found.append({"examples": count, "predicted": predicted, "observed": mean, **ends})
+    return found
+
+
 def calibration_line(
     labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """Histories as counts of codes: what simple baselines see of the examples that a model reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,3 +46,14 @@ def count_codes(examples: Examples, vocabulary_rows: int, chosen: np.ndarray | N
         return csr_array((ones, (rows[which], codes[which])), shape=(len(chosen), vocabulary_rows))
 
     return Histories(counted(kept), counted(kept & last), examples.ages[chosen])
+
+
+def join_histories(parts: Sequence[Histories], order: np.ndarray) -> Histories:
+    """All parts end to end, then taken in an order: int ``[n]``."""
+    from scipy.sparse import csr_array, vstack
+
+    counts, last_visit = (
+        csr_array(vstack([getattr(part, name) for part in parts], format="csr"))[order]
+        for name in ("counts", "last_visit")
+    )
+    return Histories(counts, last_visit, np.concatenate([part.ages for part in parts])[order])

@@ -9,7 +9,7 @@ from behrt_jax.data.predictions import PredictionFile
 from behrt_jax.evaluation.baseline import Baseline
 from behrt_jax.evaluation.binary import binary_scorer, curves, decision_curve
 from behrt_jax.evaluation.bootstrap import Figures, Scorer, bootstrap, mean_figures, subject_draws
-from behrt_jax.evaluation.calibration import reliability_bins
+from behrt_jax.evaluation.calibration import regression_bins, reliability_bins
 from behrt_jax.evaluation.groups import too_small
 from behrt_jax.evaluation.measures import COMPARED, LESS_IS_BETTER, scorer_of, why_undefined
 from behrt_jax.evaluation.multilabel import over_codes
@@ -98,6 +98,8 @@ def _details(file: PredictionFile, predictions: np.ndarray) -> dict[str, Any]:
         }
     if file.kind == "multilabel" and file.seen_before is not None:
         return {"over_codes": over_codes(file.labels, predictions, file.seen_before)}
+    if file.kind == "regression":
+        return {"reliability": regression_bins(file.labels, predictions)}
     if file.kind == "survival":
         return {"by_edge": survival_by_edge(file.labels, predictions, file.edges_days)}
     return {}

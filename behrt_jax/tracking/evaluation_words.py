@@ -1,0 +1,175 @@
+"""What an evaluation says, in plain words: how sure, against which baseline, and for whom."""
+
+from collections.abc import Mapping
+from typing import Any
+
+TITLES = {
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "brier": "Brier score",
+    "log_loss": "log loss",
+    "ece": "calibration error",
+    "calibration_slope": "calibration slope",
+    "calibration_intercept": "calibration intercept",
+    "prevalence": "share of positives",
+    "mean_prediction": "mean prediction",
+    "f1": "F1",
+    "precision": "precision",
+    "recall": "recall",
+    "specificity": "specificity",
+    "accuracy": "accuracy",
+    "macro_auroc": "AUROC, mean over classes",
+    "weighted_auroc": "AUROC, mean by class size",
+    "incident_average_precision": "average precision, new codes",
+    "incident_auroc": "AUROC, new codes",
+    "repeat_average_precision": "average precision, repeats",
+    "repeat_auroc": "AUROC, repeats",
+    "mae": "mean absolute error",
+    "rmse": "root mean square error",
+    "r2": "R2",
+    "spearman": "Spearman correlation",
+    "c_index": "time-dependent C-index",
+    "integrated_brier": "integrated Brier score",
+}
+MAIN = {
+    "binary": "auroc",
+    "multiclass": "macro_auroc",
+    "multilabel": "average_precision",
+    "regression": "mae",
+    "survival": "c_index",
+}
+_WANTED = 100
+"""Positives, and negatives, that an evaluation should have at least (Vergouwe et al. 2005, doi
+10.1016/j.jclinepi.2004.06.017)."""
+
+
+def figure_text(entry: Mapping[str, Any] | None) -> str:
+    """``0.812 (0.790 to 0.833)``; what is missing is said."""
+    if entry is None or entry.get("value") is None:
+        return "none"
+    if entry.get("low") is None:
+        return f"{_number(entry['value'])} (no interval)"
+    return f"{_number(entry['value'])} ({_number(entry['low'])} to {_number(entry['high'])})"
+
+
+def plain_words(record: Mapping[str, Any]) -> list[str]:
+    """Sentences on an evaluation, the most important first; `record` is what metrics.json holds."""
+    figures = record["model"]["figures"]
+    main = figures[MAIN[record["kind"]]]
+    title = TITLES[MAIN[record["kind"]]]
+    if main["value"] is None:
+        said = [f"There is no {title}: {main['reason']}."]
+    else:
+        said = [f"The model's {title} is {figure_text(main)}; in brackets the 95 % interval."]
+    said += [*_size(record), *_against_baselines(record), *_calibration(record), *_benefit(record)]
+    return said + _circumstances(record)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _size(record: Mapping[str, Any]) -> list[str]:
+    counts = record["counts"]
+    if record["kind"] == "binary":
+        rest = counts["examples"] - counts["positives"]
+        few, name = counts["positives"], f"positive labels of {counts['positive_subjects']:,} subjects"
+        if rest < few:
+            few, name = rest, "negative labels"
+    elif record["kind"] == "survival":
+        few, name = counts["events"], f"events of {counts['event_subjects']:,} subjects"
+    else:
+        few, name = counts["subjects"], "subjects"
+    if few >= _WANTED:
+        return []
+    return [
+        f"With {few:,} {name} the intervals are wide, and uncertain themselves: an evaluation should have at "
+        f"least {_WANTED}. Take these figures as a check that all works, not as a result."
+    ]
+
+
+def _against_baselines(record: Mapping[str, Any]) -> list[str]:
+    said = []
+    if record.get("without_baselines"):
+        return [f"No baseline was run: {record['without_baselines']}"]
+    for baseline in record["baselines"]:
+        if baseline["figures"] is None:
+            said.append(f"Baseline {baseline['name']}: {baseline['note']}")
+            continue
+        for name, found in baseline["model_less_baseline"].items():
+            both = (
+                f"{TITLES[name]} {_number(record['model']['figures'][name]['value'])} against "
+                f"{_number(baseline['figures'][name]['value'])} of {baseline['name']}, difference "
+                f"{figure_text(found)}"
+            )
+            if found["ahead"] == "baseline":
+                said.append(f"THE BASELINE WINS: {both}.")
+            elif name != MAIN[record["kind"]]:
+                continue
+            elif found["ahead"] == "model":
+                said.append(f"The model is better: {both}.")
+            elif found["low"] is None:
+                said.append(f"There is no interval to tell them apart by: {both}.")
+            else:
+                leads = {"model": "the model leads", "baseline": "the baseline leads", "equal": "equal"}
+                said.append(f"Not told apart ({leads[found['better']]}): {both}.")
+    return said
+
+
+def _calibration(record: Mapping[str, Any]) -> list[str]:
+    figures = record["model"]["figures"]
+    said = []
+    slope, intercept = figures.get("calibration_slope"), figures.get("calibration_intercept")
+    if slope and slope["low"] is not None and (slope["high"] < 1 or slope["low"] > 1):
+        how = "too extreme: risks lie nearer to the mean" if slope["high"] < 1 else "too timid"
+        said.append(f"The predictions are {how} (calibration slope {figure_text(slope)}, right is 1).")
+    if intercept and intercept["low"] is not None and (intercept["high"] < 0 or intercept["low"] > 0):
+        how = "too high" if intercept["high"] < 0 else "too low"
+        shares = (
+            f"{figures['mean_prediction']['value']:.1%} predicted, {figures['prevalence']['value']:.1%} found"
+        )
+        said.append(f"On average the predicted risk is {how}: {shares}.")
+    return said
+
+
+def _benefit(record: Mapping[str, Any]) -> list[str]:
+    curve = record["model"].get("decision_curve")
+    if not curve or record["model"]["curves"] is None:
+        return []
+    useful = [row["threshold"] for row in curve if row["model"] > max(0.0, row["treat_all"]) + 1e-12]
+    if not useful:
+        return ["At no threshold is acting on the model better than treating all or nobody (decision curve)."]
+    return [
+        f"Acting on the model has more net benefit than treating all or nobody at {len(useful)} of the 99 "
+        f"thresholds from 1 % to 99 %, between {useful[0]:.0%} and {useful[-1]:.0%} (decision curve)."
+    ]
+
+
+def _circumstances(record: Mapping[str, Any]) -> list[str]:
+    task, said = record["task"], []
+    split = task.get("split")
+    if split in ("train", "tuning", "all"):
+        said.append(
+            f"These are predictions of the split {split}, which the model was made with: the figures flatter "
+            "it. Judge it by held_out."
+        )
+    if task.get("threshold") is not None and record["kind"] == "binary":
+        said.append(
+            f"F1, precision, recall and specificity are those of the threshold {task['threshold']:.3g}, "
+            "settled before."
+        )
+    counts = task.get("counts") or {}
+    for name, text in (
+        ("unknown_subjects", "labels are of subjects that the data does not have, and were left out"),
+        ("duplicates", "labels came twice and were taken once"),
+        ("empty_histories", "examples had no known event and were predicted from the age alone"),
+    ):
+        if counts.get(name):
+            said.append(f"{counts[name]:,} {text}.")
+    if record["counts"].get("classes_unknown_to_the_model"):
+        unknown = record["counts"]["classes_unknown_to_the_model"]
+        said.append(f"{unknown} classes of the labels are unknown to the model: it is always wrong there.")
+    if record.get("without_groups"):
+        said.append(f"No figures by group: {record['without_groups']}")
+    said.append("The figures hold for subjects and records like these; another hospital needs its own.")
+    return said
