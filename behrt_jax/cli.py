@@ -8,6 +8,7 @@ from behrt_jax.config import (
     DoctorConfig,
     EvaluateConfig,
     FinetuneConfig,
+    ForecastStudyConfig,
     FreezingStudyConfig,
     PredictConfig,
     PrepareConfig,
@@ -184,6 +185,29 @@ def freezing_study_command(
         from behrt_jax.workflows.freezing_study import freezing_study
 
         return freezing_study(config)[1]
+
+    return exit_status(run)
+
+
+def forecast_study_command(
+    arguments: Sequence[str], base: PretrainConfig, finetunes: Sequence[FinetuneConfig]
+) -> int:
+    """Run the study of forecasts; returns the exit status of :func:`exit_status`."""
+    import tyro
+
+    config = tyro.cli(
+        ForecastStudyConfig,
+        prog="forecast_study.py",
+        description=ForecastStudyConfig.__doc__,
+        args=list(arguments),
+        use_underscores=True,
+    )
+
+    def run() -> int:
+        from behrt_jax.workflows.forecast_study import forecast_study
+
+        forecast_study(config, base, finetunes)
+        return 0
 
     return exit_status(run)
 

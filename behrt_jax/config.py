@@ -550,3 +550,17 @@ class EvaluateConfig:
     """Bootstrap draws of subjects for the intervals."""
     seed: int = 0
     """Seed of draws and baselines."""
+
+
+@dataclass(frozen=True)
+class ForecastStudyConfig:
+    """Fine-tune on generated records whose best possible forecasts are known, in several ways and with
+    several shares of the labels, and say how near each comes to them and what pretraining is worth.
+    """
+
+    label_fractions: tuple[float, ...] = (1.0, 0.05)
+    """Shares of the train subjects whose labels are used."""
+    horizon_days: int = 730
+    """In which the condition begins, after a subject's last visit."""
+    output: Path = Path("runs/forecast_study")
+    """Folder of all runs; what is there already is not made again."""

@@ -13,6 +13,7 @@ from behrt_jax.config import (
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
+    TaskTrainConfig,
     TrainConfig,
 )
 
@@ -194,3 +195,30 @@ FINETUNE = {
     )
 }
 """Fine-tuning: adapters and head; everything; the head alone; everything from random parameters."""
+
+_FEW = {"patience": 8, "log_every": 50}
+FORECAST_BASE = replace(
+    _SMALL_LATENT,
+    name="forecast_base",
+    model=replace(SMALL, positions=64, dropout=0.0),
+    data=DataConfig(
+        source="latent",
+        subjects=100_000,
+        vocabulary_size=300,
+        events_spread=0.6,
+        tuning_fraction=0.1,
+        held_out_fraction=0.2,
+    ),
+    train=TrainConfig(epochs=10, batch_size=256, log_every=50),
+)
+FORECASTS = (
+    replace(FINETUNE["full"], train=TaskTrainConfig(epochs=6, **_FEW)),
+    replace(
+        FINETUNE["lora"],
+        lora=LoRAConfig(rank=2, targets=("query", "key", "value", "out", "intermediate", "output")),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        train=TaskTrainConfig(epochs=6, **_FEW),
+    ),
+    replace(FINETUNE["scratch"], train=TaskTrainConfig(epochs=12, **_FEW)),
+)
+"""Study of forecasts: a base for generated records, and ways of fine-tuning it for the onset of a condition."""

@@ -6,7 +6,7 @@ itself is in. Nothing that lies later changes an example, but whether a visit of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,6 +48,21 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def of_some_subjects(self, share: float, seed: int) -> "Examples":
+        """The examples of a share of the subjects, of one at least, drawn by the seed."""
+        subjects = np.unique(self.subject_ids)
+        chosen = np.random.default_rng(seed).permutation(subjects)[: max(1, round(share * len(subjects)))]
+        kept = np.isin(self.subject_ids, chosen)
+        return replace(
+            self,
+            windows=Windows(self.windows.starts[kept], self.windows.lengths[kept]),
+            rows=self.rows[kept],
+            subject_ids=self.subject_ids[kept],
+            times=self.times[kept],
+            ages=self.ages[kept],
+            empty=self.empty[kept],
+        )
 
 
 def find_examples(

@@ -76,7 +76,7 @@ def label_data(
             )
     train, tuning = found.values()
     if config.task.label_fraction < 1.0:
-        train = _some_subjects(train, config.task.label_fraction, config.train.seed)
+        train = train.of_some_subjects(config.task.label_fraction, config.train.seed)
     task = fit_task(labels, train.rows, config.task.intervals)
     targets = task.targets(labels, train.rows), task.targets(labels, tuning.rows)
     counts = {
@@ -154,18 +154,6 @@ def announce_labels(console: Console, labelled: LabelledData) -> None:
         console.log(f"{unknown:,} of {counts['labels']:,} labels are of subjects that the data lacks.")
     if duplicates := counts["duplicate_labels"]:
         console.log(f"{duplicates:,} labels came twice and were taken once.")
-
-
-def _some_subjects(examples: Examples, share: float, seed: int) -> Examples:
-    """The examples of a share of the subjects, at least of one."""
-    subjects = np.unique(examples.subject_ids)
-    chosen = np.random.default_rng(seed).permutation(subjects)[: max(1, round(share * len(subjects)))]
-    kept = np.flatnonzero(np.isin(examples.subject_ids, chosen))
-    windows = replace(
-        examples.windows, starts=examples.windows.starts[kept], lengths=examples.windows.lengths[kept]
-    )
-    by_example = ("rows", "subject_ids", "times", "ages", "empty")
-    return replace(examples, windows=windows, **{name: getattr(examples, name)[kept] for name in by_example})
 
 
 def _describe(examples: Examples, task: Task, targets: np.ndarray) -> Mapping[str, Any]:
