@@ -322,6 +322,13 @@ class PrepareConfig:
     fitted on the train split (LAB//51006//Q3). They are selected in addition to `codes`."""
     value_bins: int = 5
     """How many quantile bins."""
+    static_codes: tuple[str, ...] = ("GENDER//", "SEX//", "RACE//", "ETHNICITY//")
+    """Regular expressions of codes that are kept as facts about the subject (static.parquet) where they have
+    no time, for evaluation by group; no token is made of them."""
+    delays: tuple[str, ...] = ()
+    """REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit where it is known at
+    the end of its visit, as diagnoses that are coded at discharge. Recorded alone: events stay as they are,
+    and fine-tuning, prediction and the doctor keep them from predictions until they are known."""
     visit_column: str | None = None
     """meds: column of visit ids, such as hadm_id; without one a visit is a calendar day."""
     table: TableColumns = field(default_factory=TableColumns)
@@ -369,7 +376,8 @@ class DoctorConfig:
     a code."""
     delays: tuple[str, ...] = ()
     """With `labels`: REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit
-    where it is known at the end of its visit, as diagnoses that are coded at discharge."""
+    where it is known at the end of its visit, as diagnoses that are coded at discharge. Those that the data
+    were prepared with where not given."""
     death_codes: tuple[str, ...] = (r"MEDS_DEATH", r"DOD$", r"DEATH\b", r".*//(DIED|EXPIRED)\b")
     """With `data`: regular expressions of codes that say that the subject died."""
 

@@ -12,8 +12,9 @@ from behrt_jax.data.events import EventCounts
 from behrt_jax.data.ordering import ascending
 from behrt_jax.data.partitions import columns_of
 from behrt_jax.data.routing import CodeNumbers, SubjectSet, select_rows
+from behrt_jax.data.selection import CodeChoice
 from behrt_jax.data.sources.source import Source
-from behrt_jax.data.spill import Reading, read_ahead
+from behrt_jax.data.spill import read_ahead
 from behrt_jax.data.spilled import own_splits, split_by_hash
 from behrt_jax.data.splits import hash_split_index
 
@@ -38,7 +39,7 @@ def ascending_units(source: Source) -> list[int] | None:
 def encode_ascending(
     source: Source,
     units: list[int],
-    reading: Reading,
+    choice: CodeChoice,
     config: PrepareConfig,
     most: int,
     told: Callable[[int, int], None],
@@ -51,7 +52,7 @@ def encode_ascending(
     Args:
         source: what to read.
         units: all of its units, as `ascending_units` gives them.
-        reading: its ``select`` is used.
+        choice: which codes are read, and what for.
         config: the options; ``value_codes`` need spill files.
         most: events of a partition.
         told: called with the units done, and how many there are.
@@ -61,7 +62,7 @@ def encode_ascending(
         OutOfOrder: from the partitions, where a chunk has smaller ids than the one before it.
     """
     counts, unselected = EventCounts(), EventCounts()  # one for each thread
-    codes, seen = CodeNumbers(reading.select), SubjectSet()
+    codes, seen = CodeNumbers(choice.read), SubjectSet()
     splits = own_splits(source)
     fractions = config.tuning_fraction, config.held_out_fraction, config.seed
     split_of: SplitOf = lambda ids: hash_split_index(ids, *fractions)  # noqa: E731
@@ -85,7 +86,7 @@ def encode_ascending(
     def encode(partition: tuple[list[pa.RecordBatch], tuple[str, ...], np.ndarray]) -> Encoded:
         group, names, places = partition
         tables = [(pa.Table.from_batches([batch]), places) for batch in group]
-        return encode_events(*columns_of(tables, names), None, split_of, config.duplicates)
+        return encode_events(*columns_of(tables, names), None, split_of, choice, config.duplicates)
 
     def encoded() -> Iterator[Encoded]:
         yield from encode_all(encode, partitions())

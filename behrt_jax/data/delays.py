@@ -79,11 +79,21 @@ def code_delays(vocabulary: Vocabulary, options: Sequence[str]) -> CodeDelays:
     micros, by_visit = np.zeros(len(vocabulary), np.int64), np.zeros(len(vocabulary), bool)
     for option in options:
         pattern, days = parse_delay(option)
-        chosen = matches(vocabulary.codes, (pattern,), "--delays")
-        chosen[: len(SPECIAL_TOKENS)] = False
+        chosen = matching_codes(vocabulary, (pattern,), "--delays")
         chosen[UNK] = True
         if days is None:
             by_visit |= chosen
         else:
             micros[chosen] = np.maximum(micros[chosen], int(days * DAY))
     return CodeDelays(micros, by_visit)
+
+
+def matching_codes(vocabulary: Vocabulary, patterns: tuple[str, ...], option: str) -> np.ndarray:
+    """Rows of the vocabulary, special tokens aside, that a pattern matches: bool ``[V]``.
+
+    Raises:
+        InputError: a pattern is no regular expression.
+    """
+    found = matches(vocabulary.codes, patterns, option)
+    found[: len(SPECIAL_TOKENS)] = False
+    return found

@@ -1,5 +1,6 @@
 """From the events of one partition to the sequences of its subjects, by split."""
 
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,10 +15,11 @@ from behrt_jax.data.event_columns import EventColumns
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.filtering import Duplicates, apply_rules, count_repeated, select_columns
 from behrt_jax.data.partitions import code_lookups, load_partition
-from behrt_jax.data.selection import matches
+from behrt_jax.data.selection import CodeChoice, matches
 from behrt_jax.data.sequences import ages_in_years
 from behrt_jax.data.spill import Spill
 from behrt_jax.data.splits import split_index
+from behrt_jax.data.subject_facts import SubjectFacts, subject_facts
 from behrt_jax.data.values import ValueBins, ValueSample
 
 ENCODERS = min(4, os.cpu_count() or 1)
@@ -40,6 +42,8 @@ class Encoded:
     events: dict[str, np.ndarray]
     """Split -> events of each code, int64 ``[names]``."""
     counts: EventCounts
+    facts: dict[str, SubjectFacts]
+    """By split."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,7 @@ def encode_events(
     values: np.ndarray | None,
     bins: ValueBins | None,
     split_of: SplitOf,
+    choice: CodeChoice,
     duplicates: Duplicates,
 ) -> Encoded:
     """Apply the rules of `filtering.select_events` to whole subjects, and deal them out to the splits.
@@ -82,13 +87,18 @@ def encode_events(
         values: float32 ``[events]``, NaN where null, where they were kept.
         bins: of numeric values, if they are asked for.
         split_of: gives the subjects' splits.
+        choice: which codes become tokens, and which are static facts.
         duplicates: what becomes of a code that comes again in a visit.
     """
     counts = EventCounts()
+    facts = subject_facts(events, chosen_codes(choice.static, tuple(events.names)), split_of)
+    wanted = chosen_codes(choice.tokens, tuple(events.names))
     is_bin = None
     if bins is not None and values is not None:
+        tokens = {name for name, chosen in zip(events.names, wanted.tolist(), strict=True) if chosen}
         events, is_bin = bins.apply(events, values)
-    selected = select_columns(events, None, duplicates, counts)
+        wanted = is_bin | np.array([name in tokens for name in events.names])
+    selected = select_columns(events, wanted, duplicates, counts)
     ages = ages_in_years(selected)
     split = split_of(selected.subject_ids)  # [S]
     lengths = np.diff(selected.offsets)
@@ -110,7 +120,13 @@ def encode_events(
         binned = np.resize(is_bin, len(selected.names))  # names with a count come in the same order
         changed = sum(int(found[binned].sum()) for found in by_code.values())
         counts.change("value -> quantile bin", changed)
-    return Encoded(parts, selected.names, by_code, counts)
+    return Encoded(parts, selected.names, by_code, counts, facts)
+
+
+@functools.lru_cache(maxsize=4)  # the names are the same in many partitions
+def chosen_codes(choose: Callable[[Sequence[str]], np.ndarray], names: tuple[str, ...]) -> np.ndarray:
+    """Bool ``[names]``, as ``choose`` gives it; to be left as it is."""
+    return choose(names)
 
 
 def encode_all(encode: Callable[[Any], Encoded], partitions: Iterable[Any]) -> Iterator[Encoded]:
@@ -130,6 +146,7 @@ def fit_values(
     partitions: Sequence[range],
     names: Sequence[str],
     train: np.ndarray,
+    choice: CodeChoice,
     config: PrepareConfig,
 ) -> ValueBins:
     """Fit quantile bins on the events of train subjects that the rules keep, duplicates included.
@@ -141,10 +158,11 @@ def fit_values(
         partitions: buckets of each partition.
         names: all codes, ascending.
         train: int64 ids of the train split, ascending.
+        choice: which codes become tokens.
         config: its ``value_codes``, ``value_bins`` and ``min_count`` are read.
     """
     lookups = code_lookups(spills, names)
-    sample = ValueSample(names, matches(names, config.value_codes, "value_codes"))
+    sample = ValueSample(names, choice.tokens(names) & matches(names, config.value_codes, "value_codes"))
     for buckets in partitions:
         events, values = load_partition(spills, buckets, names, lookups)
         if values is None:

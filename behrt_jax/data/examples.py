@@ -158,12 +158,7 @@ def _copied(
     """The tokens of each example; one [UNK] where it has none, whose age is to be filled in."""
     offsets = np.concatenate([[0], np.cumsum(np.maximum(lengths, 1))])
     tokens = np.zeros(offsets[-1], np.int64)  # places in the split
-    plain = lengths > 0
-    for examples, *_ in pieces:
-        plain[examples] = False
-    tokens[ragged_indices(offsets[:-1][plain], lengths[plain])] = ragged_indices(
-        begins[plain], lengths[plain]
-    )
+    tokens[ragged_indices(offsets[:-1], lengths)] = ragged_indices(begins, lengths)
     for examples, kept, place, _ in pieces:
         tokens[ragged_indices(offsets[examples], kept)] = place
     columns = {name: getattr(part, name)[tokens] for name in ("codes", "ages", "visits", "times")}

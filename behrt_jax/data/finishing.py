@@ -18,6 +18,7 @@ from behrt_jax.data.sequences import set_fingerprint
 from behrt_jax.data.sources.source import Source
 from behrt_jax.data.split_writer import SplitWriter
 from behrt_jax.data.store import MANIFEST, VOCABULARY, write_json
+from behrt_jax.data.subject_facts import FactWriter
 from behrt_jax.data.vocabulary import UNK, vocabulary_of_counts
 from behrt_jax.errors import InputError
 
@@ -52,9 +53,11 @@ def finish(
     """
     counts = EventCounts()
     numbers = _Numbers()
+    folder = work / "prepared"
     events = {name: np.zeros(0, np.int64) for name in SPLITS}  # of each number
     with ExitStack() as stack:
         writers = {name: stack.enter_context(SplitWriter(work, name)) for name in SPLITS}
+        facts = {name: stack.enter_context(FactWriter(folder / name)) for name in SPLITS}
         for encoded in encoding.partitions:
             add_counts(counts, encoded.counts)
             number = numbers.of(encoded.names)
@@ -62,6 +65,7 @@ def finish(
                 writers[name].append(subjects, lengths, number[codes], *columns)
                 events[name] = _grown(events[name], len(numbers.names))
                 events[name][number] += encoded.events[name]
+                facts[name].append(encoded.facts[name])
             if sum(writer.held for writer in writers.values()) > HELD_BYTES:
                 for writer in writers.values():
                     writer.flush()
@@ -81,7 +85,6 @@ def finish(
         counts.change("rare or unseen code -> [UNK]", int(everywhere[ids == UNK].sum()))
         top = sorted(zip((-everywhere).tolist(), names, strict=True))[:TOP_CODES]
 
-        folder = work / "prepared"
         writing = {name: background.submit(writers[name].finish, folder, ids) for name in SPLITS}
         sequences = {}
         for done, (name, split) in enumerate(writing.items(), start=1):
@@ -100,6 +103,7 @@ def finish(
         counts,
         {name: len(splits[name]) - len(sequences[name]) for name in SPLITS},
         encoding.bins and dict(zip(encoding.bins.codes, encoding.bins.edges.tolist(), strict=True)),
+        {name: writer.counts() for name, writer in facts.items()},
     )
     vocabulary.write(folder / VOCABULARY)
     write_json(folder / MANIFEST, manifest)

@@ -10,6 +10,7 @@ import numpy as np
 
 from behrt_jax import __version__
 from behrt_jax.config import PrepareConfig
+from behrt_jax.data.delays import matching_codes, parse_delay
 from behrt_jax.data.events import EventCounts
 from behrt_jax.data.packing import pack_lengths
 from behrt_jax.data.sequences import Sequences, describe_split
@@ -24,7 +25,7 @@ TOP_CODES = 20
 
 def content_options(source: Source, config: PrepareConfig, codes: tuple[str, ...]) -> dict[str, Any]:
     """The options that decide what is prepared, with the patterns of codes as they are applied."""
-    names = ["exclude_codes", "min_count", "vocabulary_size", "duplicates"]
+    names = ["exclude_codes", "static_codes", "min_count", "vocabulary_size", "duplicates", "delays"]
     if config.value_codes:
         names += ["value_codes", "value_bins"]
     if source.name == "meds":
@@ -101,6 +102,7 @@ def describe_prepared(
     counts: EventCounts,
     subjects_without_events: Mapping[str, int],
     value_edges: Mapping[str, list[float]] | None,
+    facts: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Any]:
     """The manifest.
 
@@ -116,6 +118,7 @@ def describe_prepared(
         counts: ``read`` is what the splits hold, plus all that was dropped.
         subjects_without_events: by split.
         value_edges: code -> the values that end its quantile bins, where there are bins.
+        facts: split -> what `subject_facts.FactWriter.counts` gives.
     """
     described = {}
     for name, part in splits.items():
@@ -139,6 +142,11 @@ def describe_prepared(
         "vocabulary": {"rows": len(vocabulary), "fingerprint": vocabulary.fingerprint()},
         "events": describe_counts(counts),
         "subjects_without_events": dict(subjects_without_events),
+        "subject_facts": {name: dict(counts) for name, counts in facts.items()},
+        "delayed_codes": {
+            delay: int(matching_codes(vocabulary, (parse_delay(delay)[0],), "--delays").sum())
+            for delay in options["delays"]
+        },
         "splits": described,
         "top_codes": [
             {"code": code, "description": text, "events": events} for code, text, events in top_codes

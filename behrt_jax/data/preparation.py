@@ -21,7 +21,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,11 +31,12 @@ import numpy as np
 
 from behrt_jax.config import PrepareConfig
 from behrt_jax.data.ascending import OutOfOrder, ascending_units, encode_ascending
+from behrt_jax.data.delays import parse_delay
 from behrt_jax.data.encoding import Encoding
 from behrt_jax.data.finishing import finish
 from behrt_jax.data.manifest import content_options, input_fingerprint
 from behrt_jax.data.partitions import PARTITION_EVENTS
-from behrt_jax.data.selection import matches, selects
+from behrt_jax.data.selection import CodeChoice, matches
 from behrt_jax.data.shards import load_shards, read_shard, shards_folder, spill_in_parallel
 from behrt_jax.data.sources.source import Source
 from behrt_jax.data.spill import Reading, choose_boundaries
@@ -82,12 +83,12 @@ def prepare(
         check_fractions(config.tuning_fraction, config.held_out_fraction, options="")
     codes = config.codes or default_codes
     options = content_options(source, config, codes)
-    select = functools.partial(_select, codes, config.exclude_codes, config.value_codes)
-    select([])  # wrong patterns are told before anything is read
+    choice = CodeChoice(codes, config.exclude_codes, config.value_codes, config.static_codes)
+    choice.read([])  # wrong patterns are told before anything is read
 
     def reading() -> Reading:
         cuts = choose_boundaries(source) if boundaries is None else boundaries
-        return Reading(cuts, select, bool(config.value_codes), not source.splits())
+        return Reading(cuts, choice.read, bool(config.value_codes), not source.splits())
 
     if config.shard is not None:
         return read_shard(source, config, reading(), options, functools.partial(progress, "read"))
@@ -110,16 +111,15 @@ def prepare(
         )
         units = None if config.merge or config.workers > 1 or config.value_codes else ascending_units(source)
         if units is not None:
-            now = Reading(np.empty(0, np.int64), select, values=False, subjects=not source.splits())
             with contextlib.suppress(OutOfOrder):
-                manifest = finished(encode_ascending(source, units, now, config, partition_events, both))
+                manifest = finished(encode_ascending(source, units, choice, config, partition_events, both))
         if manifest is None:
             if config.merge:
                 spills = load_shards(source, config, reading(), options)
             else:
                 every = range(source.units())
                 spills = spill_in_parallel(source, every, reading(), work / "spill", config.workers, read)
-            manifest = finished(encode_spilled(source, spills, config, partition_events, encode))
+            manifest = finished(encode_spilled(source, spills, choice, config, partition_events, encode))
         if not config.dry_run and config.output is not None:
             (work / "prepared").replace(config.output)
     if config.merge and not config.dry_run and config.output is not None:
@@ -135,16 +135,6 @@ def _work_folder(config: PrepareConfig) -> AbstractContextManager[Path]:
     return work_folder(config.output.parent, f"preparing-{config.output.name}")
 
 
-def _select(
-    codes: tuple[str, ...], exclude: tuple[str, ...], valued: tuple[str, ...], names: Sequence[str]
-) -> np.ndarray:
-    """Which codes are selected, bool ``[names]``."""
-    wanted = selects(names, codes, exclude, options="")
-    if not valued:
-        return wanted
-    return wanted | (matches(names, valued, "value_codes") & selects(names, (), exclude, options=""))
-
-
 def _check(config: PrepareConfig) -> None:
     if config.workers < 1:
         raise InputError(f"workers is {config.workers}: give 1 or more.")
@@ -156,6 +146,8 @@ def _check(config: PrepareConfig) -> None:
         raise InputError("shard and merge are both given: merge once, after all shards.")
     if config.output is None and not config.dry_run:
         raise InputError("output is missing: give the folder to write, or dry_run.")
+    for option in config.delays:
+        matches([], (parse_delay(option)[0],), "--delays")
 
 
 def _existing(source: Source, config: PrepareConfig, options: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,11 +3,41 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from behrt_jax.data.events import BIRTH_CODE, EventCounts
 from behrt_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class CodeChoice:
+    """Which codes are read, and what for; its methods raise `InputError` where a pattern is wrong."""
+
+    codes: tuple[str, ...] = ()
+    """Patterns of those that become tokens; none: all."""
+    exclude_codes: tuple[str, ...] = ()
+    value_codes: tuple[str, ...] = ()
+    """Tokens too, with the bin of their value."""
+    static_codes: tuple[str, ...] = ()
+    """Kept as facts about the subject where they have no time."""
+
+    def tokens(self, names: Sequence[str]) -> np.ndarray:
+        """Bool ``[names]``."""
+        wanted = selects(names, self.codes, self.exclude_codes, options="")
+        if not self.value_codes:
+            return wanted
+        valued = matches(names, self.value_codes, "value_codes")
+        return wanted | (valued & selects(names, (), self.exclude_codes, options=""))
+
+    def static(self, names: Sequence[str]) -> np.ndarray:
+        """Bool ``[names]``."""
+        return matches(names, self.static_codes, "static_codes")
+
+    def read(self, names: Sequence[str]) -> np.ndarray:
+        """Bool ``[names]``: one or the other."""
+        return self.tokens(names) | self.static(names)
 
 
 def selects(

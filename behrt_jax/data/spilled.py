@@ -20,6 +20,7 @@ from behrt_jax.data.encoding import (
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.ordering import distinct
 from behrt_jax.data.partitions import choose_partitions, code_lookups, load_partition
+from behrt_jax.data.selection import CodeChoice
 from behrt_jax.data.sources.source import Source
 from behrt_jax.data.spill import Spill
 from behrt_jax.data.splits import check_disjoint, hash_splits
@@ -29,6 +30,7 @@ from behrt_jax.data.values import ValueBins
 def encode_spilled(
     source: Source,
     spills: Sequence[Spill],
+    choice: CodeChoice,
     config: PrepareConfig,
     most: int,
     told: Callable[[int, int], None],
@@ -38,6 +40,7 @@ def encode_spilled(
     Args:
         source: its splits are read, and it learns what other processes have read.
         spills: all shards.
+        choice: which codes are read, and what for.
         config: the options.
         most: events of a partition.
         told: called with the partitions done, and how many there are.
@@ -58,7 +61,7 @@ def encode_spilled(
     partitions = choose_partitions(spills, most)
     bins = None
     if config.value_codes:
-        bins = fit_values(spills, partitions, names, splits["train"], config)
+        bins = fit_values(spills, partitions, names, splits["train"], choice, config)
     encode = functools.partial(
         _encode_partition,
         spills,
@@ -66,6 +69,7 @@ def encode_spilled(
         lookups=code_lookups(spills, names),
         bins=bins,
         split_of=split_listed(splits),
+        choice=choice,
         config=config,
     )
 
@@ -102,7 +106,8 @@ def _encode_partition(
     lookups: Sequence[np.ndarray],
     bins: ValueBins | None,
     split_of: SplitOf,
+    choice: CodeChoice,
     config: PrepareConfig,
 ) -> Encoded:
     events, values = load_partition(spills, buckets, names, lookups)
-    return encode_events(events, values, bins, split_of, config.duplicates)
+    return encode_events(events, values, bins, split_of, choice, config.duplicates)

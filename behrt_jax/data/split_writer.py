@@ -80,7 +80,7 @@ class SplitWriter:
         columns = [self._events(name, kind) for name, kind in zip(self._parts, kinds, strict=True)]
         columns[0] = (ids[part] for part in columns[0])
         split = folder / self._name
-        split.mkdir(parents=True)
+        split.mkdir(parents=True, exist_ok=True)
         write_columns(split / "events.arrow", EVENTS, int(offsets[-1]), columns)
         write_columns(split / "subjects.arrow", SUBJECTS, len(subjects), [[subjects], [offsets[:-1]]])
         for file in self._raw.values():

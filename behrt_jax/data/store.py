@@ -2,7 +2,8 @@
 
 A folder holds ``vocabulary.parquet``, ``manifest.json`` and, for each split, ``subjects.arrow`` (columns
 subject_id and start, the place of the subject's first event) and ``events.arrow`` (columns code, age,
-visit and time: one record batch, so that each column is one array on disk).
+visit and time: one record batch, so that each column is one array on disk). Beside them lie what is known of
+the subjects themselves, ``static.parquet`` and ``deaths.parquet``, see `subject_facts`.
 """
 
 import json
@@ -12,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from behrt_jax.data.arrow_columns import read_columns
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
+from behrt_jax.data.subject_facts import DEATHS, STATIC
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 
@@ -101,3 +104,38 @@ def read_split(folder: Path) -> Sequences:
     codes, ages, visits, times = read_columns(folder / "events.arrow", EVENTS)
     subject_ids, starts = read_columns(folder / "subjects.arrow", SUBJECTS)
     return Sequences(subject_ids, np.append(starts, len(codes)), codes, ages, visits, times)
+
+
+def read_static(folder: Path, split: str) -> pa.Table:
+    """Static facts of a split's subjects: subject_id (int64) and code (string), sorted, none twice.
+
+    None where the folder was prepared by an older version.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return _read_facts(folder, split, "static.parquet", STATIC)
+
+
+def read_deaths(folder: Path, split: str) -> pa.Table | None:
+    """Deaths of a split's subjects: subject_id (int64, ascending, none twice) and time (microseconds).
+
+    The time is what the source has, often the day alone. None where the folder was prepared by an older
+    version, so that it is not known who died.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not (Path(folder) / split / "deaths.parquet").is_file():
+        return None
+    return _read_facts(folder, split, "deaths.parquet", DEATHS)
+
+
+def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Table:
+    file = Path(folder) / split / name
+    if not file.is_file():
+        return schema.empty_table()
+    try:
+        return pq.read_table(file, partitioning=None).cast(schema)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{file} is damaged: run prepare again, with another output.") from error

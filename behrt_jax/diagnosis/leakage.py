@@ -63,7 +63,8 @@ def _findings(
     yield from check_rows(placed)
     yield from check_histories(placed)
     yield from check_classes(placed, binary)
-    yield from check_delays(placed, data.vocabulary, config.delays)
+    recorded = manifest.get("options", {}).get("delays", ())
+    yield from check_delays(placed, data.vocabulary, config.delays or recorded, recorded)
     if binary:
         yield from check_follow_up(placed, config.horizon_days)
         yield from check_codes(placed, data.vocabulary)

@@ -1,28 +1,36 @@
 """Check of codes that are recorded before they are known: delays by pattern of codes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from behrt_jax.data.delays import parse_delay
+from behrt_jax.data.delays import matching_codes, parse_delay
 from behrt_jax.data.places import place_in
-from behrt_jax.data.selection import matches
 from behrt_jax.data.visits import DAY
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.diagnosis.finding import Finding
 from behrt_jax.diagnosis.label_inputs import PlacedLabels
-from behrt_jax.diagnosis.leakage_data import FIRST_CODE
 from behrt_jax.errors import InputError
 
 
 def check_delays(
-    placed: Mapping[str, PlacedLabels], vocabulary: Vocabulary, delays: tuple[str, ...]
+    placed: Mapping[str, PlacedLabels],
+    vocabulary: Vocabulary,
+    delays: Sequence[str],
+    recorded: Sequence[str] = (),
 ) -> Iterator[Finding]:
-    """Events in the input that were not known yet at the prediction time."""
+    """Events up to the prediction time that were not known yet then.
+
+    Args:
+        placed: the labels.
+        vocabulary: of the data.
+        delays: to check.
+        recorded: those of the data's manifest, which prediction keeps to; they may match no code.
+    """
     for option in delays:
         pattern, days = parse_delay(option)
         chosen = matching_codes(vocabulary, (pattern,), "--delays")
-        if not chosen.any():
+        if not chosen.any() and option not in recorded:
             raise InputError(f"--delays has {pattern!r}, but no code of the vocabulary matches: mend it.")
         early = total = affected = count = 0
         for labels in placed.values():
@@ -31,15 +39,24 @@ def check_delays(
             early += int(unknown.sum())
             affected += int(np.count_nonzero(unknown))
             count += len(labels)
-        if early:
-            known_at = "at the end of the visit" if days is None else f"{days:g} days later"
+        known_at = "at the end of the visit" if days is None else f"{days:g} days later"
+        if early and option in recorded:
+            yield Finding(
+                "kept-until-known",
+                "info",
+                f"{early:,} of {total:,} events of {pattern} up to the prediction times of {affected:,} of "
+                f"{count:,} labels are only known {known_at}, as the data's manifest says.",
+                "Fine-tuning and prediction do not show them to the model.",
+                "None needed; whatever else reads the events must leave them out too.",
+            )
+        elif early:
             yield Finding(
                 "not-yet-known",
                 "error",
                 f"{early:,} of {total:,} events of {pattern} in the inputs of {affected:,} of {count:,} "
                 f"labels are only known {known_at}, which is after the prediction time.",
                 "In use the model will not have them.",
-                "Predict later, or shift the times of these codes by their delay before preparing.",
+                "Predict later, or give the delay to prepare, so that predictions keep to it.",
             )
 
 
@@ -67,14 +84,3 @@ def _known(labels: PlacedLabels, chosen: np.ndarray, days: float | None) -> tupl
     recorded = place_in(time, starts, stops, labels.times, inclusive=True) - starts
     known = place_in(known_at, starts, stops, labels.times, inclusive=True) - starts
     return known, recorded - known
-
-
-def matching_codes(vocabulary: Vocabulary, patterns: tuple[str, ...], option: str) -> np.ndarray:
-    """Rows of the vocabulary, special tokens aside, that a pattern matches: bool ``[V]``.
-
-    Raises:
-        InputError: a pattern is no regular expression.
-    """
-    found = matches(vocabulary.codes, patterns, option)
-    found[:FIRST_CODE] = False
-    return found

@@ -67,7 +67,7 @@ def _draw_reliability(axes: "Axes", record: Mapping[str, Any]) -> bool:
     axes.plot([low, high], [low, high], color=_GREY, linestyle="--", linewidth=1, label="perfect")
     axes.errorbar(
         predicted, observed, yerr=[below, above], color=_MODEL, marker="o", markersize=5, capsize=2,
-        linewidth=1.2, label="model, tenths of the examples with 95 % interval",
+        linewidth=1.2, label="model, ten bins of (nearly) equal size, 95 % interval",
     )  # fmt: skip
     binary = record["kind"] == "binary"
     axes.set_xlabel("mean predicted probability" if binary else "mean prediction")
@@ -78,26 +78,28 @@ def _draw_reliability(axes: "Axes", record: Mapping[str, Any]) -> bool:
 
 
 def _draw_roc(axes: "Axes", record: Mapping[str, Any]) -> bool:
+    axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, label="chance (0.500)")
     if not _curves(axes, record, "false_positive_rate", "recall", "auroc"):
         return False
-    axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, label="chance (0.500)")
     axes.set_xlabel("false positive rate (1 - specificity)")
     axes.set_ylabel("recall (sensitivity)")
     axes.set_title("ROC curve (area in brackets)", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="lower right", reverse=True)
     return True
 
 
 def _draw_precision_recall(axes: "Axes", record: Mapping[str, Any]) -> bool:
-    if not _curves(axes, record, "recall", "precision", "average_precision", drawstyle="steps-pre"):
+    if record["kind"] != "binary":
         return False
     share = record["model"]["figures"]["prevalence"]["value"]
     axes.axhline(share, color=_GREY, linestyle="--", linewidth=1, label=f"share of positives ({share:.3f})")
+    if not _curves(axes, record, "recall", "precision", "average_precision", drawstyle="steps-pre"):
+        return False
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("recall (sensitivity)")
     axes.set_ylabel("precision (positive predictive value)")
     axes.set_title("Precision and recall (average precision in brackets)", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8, loc="best")
+    axes.legend(frameon=False, fontsize=8, loc="best", reverse=True)
     return True
 
 
@@ -117,20 +119,14 @@ def _draw_decision_curve(axes: "Axes", record: Mapping[str, Any]) -> bool:
     curve = record["model"].get("decision_curve")
     if not curve or not record["model"].get("curves"):
         return False
-    parts = [("model", record["model"], _MODEL), *_drawn_baselines(record)]
     thresholds = [row["threshold"] for row in curve]
+    axes.axhline(0, color=_GREY, linestyle=":", linewidth=1.2, label="treat nobody")
+    everyone = [row["treat_all"] for row in curve]
+    axes.plot(thresholds, everyone, color=_GREY, linestyle="--", linewidth=1, label="treat all")
+    parts = [("model", record["model"], _MODEL), *_drawn_baselines(record)]
     for name, part, colour in reversed(parts):
         benefit = [row["model"] for row in part["decision_curve"]]
         axes.plot(thresholds, benefit, color=colour, linewidth=1.8 if name == "model" else 1.2, label=name)
-    axes.plot(
-        thresholds,
-        [row["treat_all"] for row in curve],
-        color=_GREY,
-        linestyle="--",
-        linewidth=1,
-        label="treat all",
-    )
-    axes.axhline(0, color=_GREY, linestyle=":", linewidth=1.2, label="treat nobody")
     share = record["model"]["figures"]["prevalence"]["value"]
     axes.set_ylim(-0.25 * share, 1.1 * share)
     useful = [row["threshold"] for row in curve if abs(row["model"]) > 1e-4]
@@ -138,7 +134,7 @@ def _draw_decision_curve(axes: "Axes", record: Mapping[str, Any]) -> bool:
     axes.set_xlabel("threshold probability")
     axes.set_ylabel("net benefit (true positives an example)")
     axes.set_title("Decision curve", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    axes.legend(frameon=False, fontsize=8, loc="upper right", reverse=True)
     return True
 
 
@@ -165,6 +161,7 @@ def _draw_survival(axes: "Axes", record: Mapping[str, Any]) -> bool:
     axes.plot(
         [0.0, *(row["days"] for row in known)], observed, color=_GREY, linestyle="--", marker="s", label=label
     )
+    axes.set_ylim(0, 1.02)
     axes.set_xlabel("days from the prediction time")
     axes.set_ylabel("share without an event")
     axes.set_title("Survival", loc="left", fontsize=11)

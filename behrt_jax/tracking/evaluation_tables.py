@@ -85,7 +85,8 @@ def _baselines(record: Mapping[str, Any]) -> Table:
     ran = [baseline for baseline in record["baselines"] if baseline["figures"] is not None]
     if not ran:
         return Table("", (), ())
-    names = list(ran[0]["model_less_baseline"]) or [MAIN[record["kind"]]]
+    names = list(dict.fromkeys(name for b in ran for name in b["model_less_baseline"]))
+    names = names or [MAIN[record["kind"]]]
     parts = [("model", record["model"], ""), *((b["name"], b, b["note"]) for b in ran)]
     rows = [(name, *(figure_text(part["figures"][key]) for key in names), note) for name, part, note in parts]
     columns = ("", *(TITLES[name] for name in names), "how")

@@ -72,7 +72,15 @@ def report(console: Console, manifest: Mapping[str, Any]) -> None:
             *((f"changed: {rule}", count) for rule, count in events["changed"].items()),
         ],
     )
+    for delay, codes in manifest["delayed_codes"].items():
+        matched = f"{codes:,} codes" if codes else "no code of the vocabulary, so that it has no effect"
+        console.log(f"Delay {delay}: {matched}.")
     splits = manifest["splits"]
+    console.table(
+        "Facts about subjects (no tokens)",
+        ("split", "static facts", "subjects with any", "deaths"),
+        [(name, *counts.values()) for name, counts in manifest["subject_facts"].items()],
+    )
     console.table(
         f"Subjects ({manifest['vocabulary']['rows']:,} vocabulary rows)",
         ("split", "subjects", "without events", "events", "codes", "visits", "p50", "p90", "p99", "max"),

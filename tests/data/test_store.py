@@ -28,12 +28,18 @@ def folder(tmp_path, rows):
 
 def test_the_folder_holds_these_files(folder):
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == [
+        "held_out/deaths.parquet",
         "held_out/events.arrow",
+        "held_out/static.parquet",
         "held_out/subjects.arrow",
         "manifest.json",
+        "train/deaths.parquet",
         "train/events.arrow",
+        "train/static.parquet",
         "train/subjects.arrow",
+        "tuning/deaths.parquet",
         "tuning/events.arrow",
+        "tuning/static.parquet",
         "tuning/subjects.arrow",
         "vocabulary.parquet",
     ]

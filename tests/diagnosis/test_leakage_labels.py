@@ -243,6 +243,14 @@ def test_codes_that_are_known_later(tmp_path):
         else:
             assert found["not-yet-known"]["severity"] == "error"
             assert found["not-yet-known"]["seen"].startswith(expected)
+    # With the delay in the manifest, predictions keep to it: it is checked without being asked for.
+    known = ("--visit_column", "hadm_id", "--delays", "DIAGNOSIS//=1.5", "LAB//=9")
+    delayed = prepare(tmp_path / "meds", tmp_path / "delayed", *known)
+    found = findings(delayed, tmp_path, labels)
+    assert "not-yet-known" not in found
+    assert found["kept-until-known"]["severity"] == "info"
+    assert found["kept-until-known"]["seen"].startswith("80 of 120")
+    assert "not-yet-known" in findings(delayed, tmp_path, labels, "--delays", "DIAGNOSIS//=1")
     after = labels._replace(times=np.full(40, 103 * DAY + HOUR))
     assert "not-yet-known" not in findings(folder, tmp_path, after, "--delays", "DIAGNOSIS//=visit")
 

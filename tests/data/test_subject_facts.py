@@ -1,0 +1,158 @@
+"""What prepare tells of subjects beside their events, and the delays that it records."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from behrt_jax.config import DataConfig, PrepareConfig
+from behrt_jax.data.events import DEATH_CODE, SPLITS
+from behrt_jax.data.preparation import prepare
+from behrt_jax.data.sequences import build_sequences
+from behrt_jax.data.store import read_deaths, read_manifest, read_prepared, read_static
+from behrt_jax.errors import InputError
+from tests.data.meds_folder import DAY, Row, born, event_set
+from tests.data.test_preparation import ALWAYS, SPLIT_IDS, assert_same, contents, row_lists, source_of
+
+STATIC = ("DX//a", "LAB//")
+
+
+def facts_of(rows, names):
+    """Static facts and deaths of a split's subjects, by loops."""
+    own = [row for row in rows if row.subject in names]
+    static = {(row.subject, row.code) for row in own if row.time is None and row.code in ("DX//a", "LAB//d")}
+    deaths = {}
+    for row in own:
+        if row.code == DEATH_CODE and row.time is not None:
+            deaths[row.subject] = min(row.time, deaths.get(row.subject, row.time))
+    return sorted(static), sorted(deaths.items())
+
+
+def stored_facts(folder, split):
+    static, deaths = read_static(folder, split), read_deaths(folder, split)
+    assert deaths is not None
+    pairs = zip(deaths["subject_id"].to_pylist(), deaths["time"].cast(pa.int64()).to_pylist(), strict=True)
+    return list(zip(*(static[name].to_pylist() for name in ("subject_id", "code")), strict=True)), list(pairs)
+
+
+@settings(max_examples=30)
+@given(
+    rows=row_lists,
+    boundaries=st.sets(st.integers(-3, 7)),
+    units=st.integers(1, 4),
+    partition_events=st.integers(1, 100),
+    ascending=st.booleans(),
+    bins=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_facts_are_kept_and_change_no_event(
+    tmp_path_factory, rows, boundaries, units, partition_events, ascending, bins, seed
+):
+    folder = tmp_path_factory.mktemp("facts")
+    rows = random.Random(seed).sample(rows + ALWAYS, len(rows) + len(ALWAYS))
+    source = source_of(
+        sorted(rows, key=lambda row: row.subject or 0) if ascending else rows, SPLIT_IDS, units
+    )
+    if ascending:
+        units, ranges = 1, [min(row.subject for row in rows), max(row.subject for row in rows)]
+        source = source_of(sorted(rows, key=lambda row: row.subject or 0), SPLIT_IDS, 1)
+        source = replace(source, ranges=np.array([ranges], np.int64))
+    config = PrepareConfig(output=folder / "with", codes=("DX//",), min_count=1, static_codes=STATIC)
+    if bins:
+        config = replace(config, value_codes=("DX//[bc]",), value_bins=2)
+    cut = {"boundaries": np.array(sorted(boundaries), np.int64), "partition_events": partition_events}
+    manifest = prepare(source, config, **cut)
+    prepare(source, replace(config, output=folder / "without", static_codes=()), **cut)
+    for shard in range(3):
+        prepare(source, replace(config, output=folder / "parts", shard=f"{shard}/3"), **cut)
+    prepare(source, replace(config, output=folder / "parts", merge=True), **cut)
+    one, other = contents(folder / "with"), contents(folder / "without")
+    assert one == contents(folder / "parts")
+    assert {name: one[name] for name in one if not name.endswith(("static.parquet", "manifest.json"))} == {
+        name: other[name] for name in other if not name.endswith(("static.parquet", "manifest.json"))
+    }
+    if not bins:
+        data = DataConfig(codes=("DX//",), min_count=1, duplicates="drop")
+        assert_same(read_prepared(folder / "with"), build_sequences(event_set(rows, SPLIT_IDS), data, False))
+    for split in SPLITS:
+        static, deaths = facts_of(rows, SPLIT_IDS[split])
+        assert stored_facts(folder / "with", split) == (static, deaths)
+        assert read_static(folder / "without", split).num_rows == 0
+        subjects = len({subject for subject, _ in static})
+        counts = {"facts": len(static), "subjects": subjects, "deaths": len(deaths)}
+        assert manifest["subject_facts"][split] == counts
+    kept = sum(split["events"] for split in manifest["splits"].values())
+    assert manifest["events"]["read"] == kept + sum(manifest["events"]["dropped"].values()) == len(rows)
+    assert manifest["events"] == read_manifest(folder / "without")["events"]
+
+
+def test_a_static_code_with_a_time_is_no_fact(tmp_path):
+    rows = [*ALWAYS, Row(1, None, "GENDER//F"), Row(3, DAY, "GENDER//M"), Row(7, None, "GENDER//M")]
+    manifest = prepare(
+        source_of(rows, SPLIT_IDS), PrepareConfig(output=tmp_path / "out", codes=("DX//",), min_count=1)
+    )
+    assert read_static(tmp_path / "out", "train").to_pydict() == {"subject_id": [1], "code": ["GENDER//F"]}
+    assert read_static(tmp_path / "out", "tuning").num_rows == 0
+    assert manifest["events"]["dropped"]["code not selected"] == 3
+
+
+def test_row_groups_do_not_depend_on_the_pieces(tmp_path, monkeypatch):
+    from behrt_jax.data import subject_facts
+
+    monkeypatch.setattr(subject_facts, "_ROWS", 4)
+    splits = {"train": list(range(1, 12)), "tuning": [12], "held_out": []}
+    rows = [born(subject) for subject in range(1, 13)]
+    rows += [Row(subject, DAY, "DX//a") for subject in range(1, 13)]
+    rows += [Row(subject, None, f"SEX//{subject % 2}") for subject in range(1, 13)]
+    for name, events in (("whole", 1000), ("pieces", 1)):
+        config = PrepareConfig(output=tmp_path / name, min_count=1)
+        prepare(source_of(rows, splits), config, boundaries=np.arange(2, 12), partition_events=events)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "pieces")
+    assert read_static(tmp_path / "whole", "train")["subject_id"].to_pylist() == list(range(1, 12))
+
+
+def test_a_folder_of_an_older_version(tmp_path):
+    prepare(source_of(ALWAYS, SPLIT_IDS), PrepareConfig(output=tmp_path / "out", min_count=1))
+    for file in (tmp_path / "out").rglob("*.parquet"):
+        if file.parent != tmp_path / "out":
+            file.unlink()
+    assert len(read_prepared(tmp_path / "out").splits["train"]) == 1
+    assert read_static(tmp_path / "out", "train").schema.names == ["subject_id", "code"]
+    assert read_static(tmp_path / "out", "train").num_rows == 0
+    assert read_deaths(tmp_path / "out", "train") is None
+    (tmp_path / "out" / "train" / "static.parquet").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"static\.parquet is damaged"):
+        read_static(tmp_path / "out", "train")
+
+
+def test_delays_are_recorded_and_change_no_event(tmp_path):
+    config = PrepareConfig(output=tmp_path / "plain", min_count=1)
+    source = source_of(ALWAYS, SPLIT_IDS)
+    assert prepare(source, config)["options"]["delays"] == []
+    delays = ("DX//=2.5", "NOTHING=visit")
+    manifest = prepare(source, replace(config, output=tmp_path / "delayed", delays=delays))
+    assert manifest["options"]["delays"] == list(delays)
+    assert manifest["delayed_codes"] == {"DX//=2.5": 1, "NOTHING=visit": 0}
+    one, other = contents(tmp_path / "plain"), contents(tmp_path / "delayed")
+    assert one.pop("manifest.json") != other.pop("manifest.json")
+    assert one == other
+    prints = [read_manifest(tmp_path / name)["fingerprint"] for name in ("plain", "delayed")]
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("delay", ["DX//", "DX//=-1", "DX//=soon", "=1", "X(=1"])
+def test_a_wrong_delay_is_told_before_anything_is_read(tmp_path, delay):
+    source = source_of(ALWAYS, SPLIT_IDS)
+    source.tables = [None]  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(InputError, match="--delays has"):
+        prepare(source, PrepareConfig(output=tmp_path / "out", delays=(delay,)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_pattern_of_static_codes(tmp_path):
+    with pytest.raises(InputError, match="static_codes has"):
+        prepare(source_of(ALWAYS), PrepareConfig(output=tmp_path / "out", static_codes=("X(",)))
