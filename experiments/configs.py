@@ -221,4 +221,4 @@ FORECASTS = (
     ),
     replace(FINETUNE["scratch"], train=TaskTrainConfig(epochs=12, **_FEW)),
 )
-"""Study of forecasts: a base for generated records, and ways of fine-tuning it for the onset of a condition."""
+"""Study of forecasts: a base for generated records, and ways of fine-tuning it."""
