@@ -206,6 +206,7 @@ FORECAST_BASE = replace(
         subjects=100_000,
         vocabulary_size=300,
         events_spread=0.6,
+        window="first",
         tuning_fraction=0.1,
         held_out_fraction=0.2,
     ),
