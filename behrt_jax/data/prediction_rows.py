@@ -1,5 +1,6 @@
 """Predictions of some examples as rows of a file, see `behrt_jax.data.predictions`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,18 @@ def prediction_rows(
         columns["float_value"] = values[:, 0]
         columns["predicted_survival"] = _lists(predicted, pa.float64())
     return pa.table([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
+
+
+def member_schema(members: int) -> pa.Schema:
+    """Columns of the file of an ensemble's members."""
+    keys = [("subject_id", pa.int64()), ("prediction_time", pa.timestamp("us"))]
+    return pa.schema([*keys, *((f"member_{k}", pa.float64()) for k in range(members))])
+
+
+def member_rows(schema: pa.Schema, labels: Labels, predicted: Sequence[np.ndarray]) -> pa.Table:
+    """Rows of that file: predictions of each member, float64 ``[examples]``, in the order of the labels."""
+    times = pa.array(labels.times, pa.timestamp("us"))
+    return pa.table([labels.subject_ids, times, *predicted], schema=schema)
 
 
 def codes_seen(histories: Examples, ids: np.ndarray, vocabulary_size: int) -> np.ndarray:

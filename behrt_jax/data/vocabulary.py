@@ -44,6 +44,13 @@ class Vocabulary:
         ids = {code: row for row, code in enumerate(self.codes[first:], start=first)}
         return np.fromiter((ids.get(code, UNK) for code in codes), dtype=np.int32, count=len(codes))
 
+    def extended(self, codes: Sequence[str]) -> "Vocabulary":
+        """The vocabulary with more codes after its own, of unknown counts (0) and descriptions."""
+        if not codes:
+            return self
+        counts = np.concatenate([self.counts, np.zeros(len(codes), np.int64)])
+        return Vocabulary((*self.codes, *codes), counts, (*self.descriptions, *(None,) * len(codes)))
+
     def fingerprint(self) -> str:
         """SHA-256 of the codes in order: vocabularies with the same fingerprint encode alike."""
         return hashlib.sha256(json.dumps(self.codes).encode()).hexdigest()

@@ -30,28 +30,39 @@ def predictions(kind: TaskKind, outputs: np.ndarray, temperature: float = 1.0) -
     return expit(scaled)
 
 
+def mean_predictions(kind: TaskKind, outputs: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Mean over members of :func:`predictions`, float64 ``[examples, outputs]``.
+
+    Args:
+        kind: of the task.
+        outputs: float32 ``[members, examples, outputs]``.
+        temperature: of all members.
+    """
+    return np.mean([predictions(kind, one, temperature) for one in outputs], axis=0)
+
+
 def fit_temperature(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> float:
-    """Temperature that makes the outputs' log loss least (Guo et al. 2017, arXiv 1706.04599).
+    """Temperature at which the log loss of the mean prediction is least (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
         kind: of the task; of regression and survival it is 1.
-        outputs: float ``[examples, outputs]``.
+        outputs: float ``[members, examples, outputs]``.
         targets: ``[examples, targets]``, see `training.task_losses.TARGETS`.
     """
     from scipy.optimize import minimize_scalar
-    from scipy.special import logsumexp
 
     def loss(log_temperature: float) -> float:
-        scaled = outputs.astype(np.float64) * np.exp(-log_temperature)
+        found = mean_predictions(kind, outputs, float(np.exp(log_temperature)))
         if kind == "multiclass":
-            chosen = scaled[np.arange(len(scaled)), targets[:, 0].astype(int)]
-            return float((logsumexp(scaled, axis=1) - chosen).mean())
-        return float((np.logaddexp(0.0, scaled) - targets * scaled).mean())
+            of_truth = found[np.arange(len(found)), targets[:, 0].astype(int)]
+        else:
+            of_truth = np.where(targets > 0.5, found, 1 - found)
+        return float(-np.log(np.maximum(of_truth, 1e-300)).mean())
 
     if kind in ("regression", "survival"):
         return 1.0
+    # The bounds hold where classes are told apart without an error, and sharper is always better.
     found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
-    # Where classes are told apart without an error, sharper is always better: nothing can be learnt.
     return float(np.exp(found.x))
 
 

@@ -47,8 +47,17 @@ def open_pretrained(run: Path) -> Pretrained:
     return Pretrained(run, model, Vocabulary.read(run / "vocabulary.parquet"), settings["data"])
 
 
-def read_encoder(pretrained: Pretrained, mesh: Mesh) -> tuple[dict[str, Any], int]:
-    """The encoder's parameters of the best checkpoint (or the last, where there is no best) and its step.
+class Encoder(NamedTuple):
+    """The parameters of a pretrained encoder."""
+
+    params: dict[str, Any]
+    """What the model has under ``behrt``, on the devices."""
+    step: int
+    """Of the checkpoint that they are of."""
+
+
+def read_encoder(pretrained: Pretrained, mesh: Mesh) -> Encoder:
+    """The encoder of the best checkpoint, or of the last where there is no best.
 
     Adapters of that run are merged into them.
 
@@ -72,4 +81,4 @@ def read_encoder(pretrained: Pretrained, mesh: Mesh) -> tuple[dict[str, Any], in
         else:
             found = checkpoints.restore(step, params=shapes, lora=adapter_shapes(shapes, adapters))
             params = lora.merge(found.params, found.lora, adapters)
-    return params["behrt"], step
+    return Encoder(params["behrt"], step)

@@ -26,8 +26,10 @@ class TaskSetup(NamedTuple):
     """What a fine-tuning run trains and how."""
 
     predictor: TaskPredictor
+    init_with: Callable[[jax.Array, LoRAConfig | None], Variables]
+    """From a key and adapters, of whatever rank, to random variables."""
     init: Callable[[jax.Array], Variables]
-    """From a key to random variables."""
+    """The same with the adapters of the run."""
     shapes: Any
     """The variables as ``jax.ShapeDtypeStruct``."""
     mask: Any
@@ -45,12 +47,13 @@ def set_up_task(
     freezing: FreezingConfig,
     mesh: Mesh | None = None,
     first_outputs: np.ndarray | None = None,
+    new_codes: int = 0,
 ) -> TaskSetup:
     """Work out model, adapters and what trains, without computing anything.
 
     Args:
         model: of the encoder.
-        vocabulary_size: rows of its embedding table.
+        vocabulary_size: rows of the pretrained embedding table.
         task: what the head is for.
         pooling: see `models.pooling`.
         adapters: LoRA, or None.
@@ -58,23 +61,30 @@ def set_up_task(
         mesh: the devices; one where not given.
         first_outputs: bias of the head before training, float32 `[outputs]`, see
             :func:`behrt_jax.training.task_losses.base_outputs`; zero where not given.
+        new_codes: rows of embeddings beside the pretrained ones, see `adapters.new_codes`.
 
     Raises:
         InputError: adapters that match nothing, a regime that trains nothing, and the like.
     """
-    network = BEHRTForTask(model, vocabulary_size, task.outputs, pooling)
+    base = BEHRTForTask(model, vocabulary_size, task.outputs, pooling)
+    network = BEHRTForTask(model, vocabulary_size + new_codes, task.outputs, pooling)
 
-    def init(key: jax.Array) -> Variables:
+    def init_with(key: jax.Array, adapters: LoRAConfig | None) -> Variables:
         params_key, lora_key = jax.random.split(key)
-        params: Any = network.init(params_key, *example_inputs(model), segments=1)["params"]
+        params: Any = base.init(params_key, *example_inputs(model), segments=1)["params"]
         if first_outputs is not None:
             params["task_head"]["dense"]["bias"] = jnp.asarray(first_outputs, jnp.float32)
+        if new_codes:
+            params["new_codes"] = {"rows": jnp.zeros((new_codes, model.embedding_size))}
         return {"params": params, "lora": lora.init(lora_key, params, adapters) if adapters else {}}
+
+    def init(key: jax.Array) -> Variables:
+        return init_with(key, adapters)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     trains = what_trains(shapes, freezing, adapters, model.compute_dtype)
     predictor = TaskPredictor(network, task.kind, adapters, trains.product, mesh)
-    return TaskSetup(predictor, init, shapes, trains.mask, trains.layers)
+    return TaskSetup(predictor, init_with, init, shapes, trains.mask, trains.layers)
 
 
 def task_optimizer(
@@ -84,8 +94,14 @@ def task_optimizer(
     return make_optimizer(config, total_steps, optimizer_labels(setup.shapes, setup.mask))
 
 
-def with_encoder(state: TrainState, encoder: Any) -> TrainState:
-    """The state with the parameters of `encoder` in place of its own, spread over the devices as these."""
+def with_encoder(state: TrainState, encoder: Any, new_rows: np.ndarray | None = None) -> TrainState:
+    """The state with the parameters of `encoder` in place of its own, spread over the devices as these.
+
+    `new_rows` are the first values of the rows of new codes, float32 `[codes, embedding]`.
+    """
     params = state.variables["params"]
-    behrt = jax.device_put(encoder, shardings_of(params["behrt"]))
-    return state._replace(variables={**state.variables, "params": {**params, "behrt": behrt}})
+    found = {"behrt": encoder} if new_rows is None else {"behrt": encoder, "new_codes": {"rows": new_rows}}
+    shardings = {name: shardings_of(params[name]) for name in found}
+    return state._replace(
+        variables={**state.variables, "params": {**params, **jax.device_put(found, shardings)}}
+    )

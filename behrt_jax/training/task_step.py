@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
+from behrt_jax.adapters.new_codes import with_new_codes
 from behrt_jax.config import LoRAConfig, TaskKind
 from behrt_jax.data.rows import Batch
 from behrt_jax.data.task_batches import TaskBatch
@@ -48,7 +49,7 @@ class TaskPredictor(NamedTuple):
         adapters = lora.applying(self.lora, self.product, deterministic, rows) if self.lora else nullcontext()
         with adapters:
             return self.model.apply(  # pyright: ignore[reportReturnType]
-                gather(variables, self.mesh),
+                with_new_rows(gather(variables, self.mesh)),
                 batch.codes,
                 batch.ages,
                 batch.visits,
@@ -59,6 +60,11 @@ class TaskPredictor(NamedTuple):
                 rows=rows,
                 rngs=None if key is None else {"dropout": key},
             )
+
+
+def with_new_rows(variables: Variables) -> Variables:
+    """Variables whose code table ends with the rows of new codes, if there are any."""
+    return {**variables, "params": with_new_codes(variables["params"])}
 
 
 def task_objective(predictor: TaskPredictor) -> Objective:

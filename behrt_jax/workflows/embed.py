@@ -26,6 +26,7 @@ from behrt_jax.training.compilation import use_compilation_cache
 from behrt_jax.training.mesh import make_mesh
 from behrt_jax.training.pretrained import open_pretrained, read_encoder
 from behrt_jax.training.task_scores import score
+from behrt_jax.training.task_step import with_new_rows
 from behrt_jax.workflows.finetune_results import TASK_FILE
 from behrt_jax.workflows.finetuned import open_finetuned
 from behrt_jax.workflows.labelled_data import examples_of, in_vocabulary
@@ -63,7 +64,7 @@ def embed(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict[s
         if reason := use_compilation_cache(config.compilation_cache):
             console.log(reason)
         encoder = _open(config, config.model, mesh)
-        data = in_vocabulary(read_prepared(config.data), encoder.vocabulary)
+        data, _ = in_vocabulary(read_prepared(config.data), encoder.vocabulary)
         delays = tuple(read_manifest(config.data)["options"].get("delays", ()))
         splits = SPLITS if config.split == "all" else (config.split,)
         if config.labels is None:
@@ -108,14 +109,17 @@ def embed(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict[s
 def _open(config: PredictConfig, folder: Path, mesh: Mesh) -> _Encoder:
     if (folder / TASK_FILE).is_file():
         found = open_finetuned(folder, config.base, mesh)
-        params, predictor = found.variables["params"], found.setup.predictor
+        if len(found.members) > 1:
+            raise InputError(f"--model: {folder} is an ensemble: give one of its members/.")
+        variables, predictor = with_new_rows(found.members[0]), found.setup.predictor
+        params = variables["params"]
         if predictor.lora is not None:
-            params = lora.merge(params, found.variables["lora"], predictor.lora)
+            params = lora.merge(params, variables["lora"], predictor.lora)
         pooling = config.pooling or predictor.model.pooling
         opened = _Encoder(found.model, found.vocabulary, params["behrt"], pooling, found.max_length)
     else:
         pretrained = open_pretrained(folder)
-        params, _ = read_encoder(pretrained, mesh)
+        params = read_encoder(pretrained, mesh).params
         opened = _Encoder(pretrained.model, pretrained.vocabulary, params, config.pooling or "mean", None)
     if opened.pooling == "cls" and not opened.model.cls_token:
         raise InputError("pooling is cls, but the model reads no [CLS] token: give mean, max or last.")

@@ -13,29 +13,20 @@ from behrt_jax.config import FinetuneConfig
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.tracking.console import open_console
-from behrt_jax.tracking.run_folder import (
-    CHECKPOINTS_FOLDER,
-    CONFIG_FILE,
-    METRICS_FILE,
-    PARAMETERS_FILE,
-    prepare_run_folder,
-    truncate_metrics,
-    write_json,
-)
+from behrt_jax.tracking.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, truncate_metrics
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.compilation import use_compilation_cache
 from behrt_jax.training.feeding import from_host, one_step
 from behrt_jax.training.host_memory import keep_freed_memory
 from behrt_jax.training.interruption import catching_signals
 from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
-from behrt_jax.training.mesh import make_mesh, put_rows, replicated, shapes_of
+from behrt_jax.training.mesh import put_rows, replicated, shapes_of
 from behrt_jax.training.optimizer import rates_on_host
-from behrt_jax.training.pretrained import open_pretrained, read_encoder
+from behrt_jax.training.pretrained import read_encoder
 from behrt_jax.training.sharding import shardings_of
 from behrt_jax.training.state import abstract_state, first_state, run_keys
-from behrt_jax.training.task_losses import base_outputs
 from behrt_jax.training.task_scores import score, task_metrics
-from behrt_jax.training.task_state import set_up_task, task_optimizer, with_encoder
+from behrt_jax.training.task_state import with_encoder
 from behrt_jax.training.task_step import make_output_step, task_objective
 from behrt_jax.training.telemetry import (
     gradient_metrics,
@@ -45,13 +36,13 @@ from behrt_jax.training.telemetry import (
     trainable_names,
 )
 from behrt_jax.training.update import TrainState, make_update_step
-from behrt_jax.workflows import announce
-from behrt_jax.workflows.finetune_checks import check_finetune, model_of
+from behrt_jax.workflows.finetune_checks import check_finetune
 from behrt_jax.workflows.finetune_results import TaskReporter, calibrate, write_results
-from behrt_jax.workflows.labelled_data import announce_labels, label_data, read_labelled, split_batches
+from behrt_jax.workflows.finetune_setup import open_finetuning
+from behrt_jax.workflows.labelled_data import read_labelled
 from behrt_jax.workflows.restoring import restore_latest
-from behrt_jax.workflows.results import RunResult, parameter_report
-from behrt_jax.workflows.run_settings import check_same_run, default_folder, run_record, settings
+from behrt_jax.workflows.results import RunResult
+from behrt_jax.workflows.run_settings import settings
 
 
 def finetune(config: FinetuneConfig, devices: Sequence[Any] | None = None) -> RunResult:
@@ -67,6 +58,10 @@ def finetune(config: FinetuneConfig, devices: Sequence[Any] | None = None) -> Ru
     """
     check_finetune(config)
     data, labels, delays = read_labelled(config.data, config.labels)
+    if config.population.size > 1:
+        from behrt_jax.workflows.finetune_population import finetune_population
+
+        return finetune_population(config, data, labels, delays, devices)
     return finetune_on(config, data, labels, delays, devices)
 
 
@@ -77,57 +72,28 @@ def finetune_on(
     delays: Sequence[str] = (),
     devices: Sequence[Any] | None = None,
 ) -> RunResult:
-    """As :func:`finetune`, with data (opened without separators) and labels that are in memory."""
+    """As :func:`finetune`, a single model with data (opened without separators) and labels in memory."""
     started = time.perf_counter()
     keep_freed_memory()
     check_finetune(config)
-    assert config.init is not None
-    pretrained = open_pretrained(config.init)
-    model = model_of(config, pretrained.model)
-    mesh = make_mesh(devices, config.mesh)
     with open_console() as console, catching_signals() as interruption, ThreadPoolExecutor(1) as beside:
         if reason := use_compilation_cache(config.compilation_cache):
             console.log(reason)
-        labelled = label_data(config, model, pretrained.vocabulary, data, labels, delays)
-        announce_labels(console, labelled)
-        task = labelled.task
-        folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
-        if config.resume:
-            check_same_run(folder, config, data.fingerprint)
-
-        setup = set_up_task(
-            model,
-            len(labelled.vocabulary),
-            task,
-            config.task.pooling,
-            config.lora,
-            config.freezing,
-            mesh,
-            base_outputs(task.kind, labelled.train_targets, task.outputs),
-        )
-        parameters = parameter_report(config.freezing, setup)
-        announce.parameters(console, parameters, setup.predictor.product)
-        batches, tuning, micro_batches = split_batches(config, model, labelled, mesh)
-        total_steps = config.train.epochs * batches.steps_per_epoch
-        total_steps = min(total_steps, config.train.max_steps or total_steps)
-        console.log(
-            f"A step: {len(labelled.train) / batches.steps_per_epoch:.1f} examples in {batches.batch_rows} "
-            f"rows of {batches.row_length}. In all {total_steps:,} steps at most."
-        )
+        run = open_finetuning(config, data, labels, delays, devices, console)
+        folder, setup, labelled, batches, mesh = run.folder, run.setup, run.labelled, run.batches, run.mesh
 
         init_key, step_key, _ = run_keys(config.train.seed)
-        optimizer = task_optimizer(config.optimizer, setup, total_steps)
-        state_shapes = abstract_state(setup.shapes, optimizer, mesh)
+        state_shapes = abstract_state(setup.shapes, run.optimizer, mesh)
         jit_step = partial(
             jax.jit, donate_argnums=0, out_shardings=(shardings_of(state_shapes), replicated(mesh))
         )
         step = make_update_step(
             task_objective(setup.predictor),
-            optimizer,
+            run.optimizer,
             setup.mask,
             step_key,
             clip_norm=config.optimizer.clip_norm,
-            micro_batches=micro_batches,
+            micro_batches=run.micro_batches,
             merged=setup.predictor.merged,
             mesh=mesh,
         )
@@ -135,26 +101,14 @@ def finetune_on(
         output_step = jax.jit(make_output_step(setup.predictor))
 
         def prepare_step() -> TrainState:
-            state = first_state(setup.init, setup.shapes, optimizer, init_key, mesh)
+            state = first_state(setup.init, setup.shapes, run.optimizer, init_key, mesh)
             program.lower(state_shapes, shapes_of(put_rows(batches.batch(0), mesh))).compile()
             return state
 
         compiling = beside.submit(prepare_step)  # the processor has time for it while the encoder is read
         if jax.process_count() > 1:
             compiling.result()  # processes must start their programs in the same order
-        encoder, encoder_step = (None, None) if config.from_scratch else read_encoder(pretrained, mesh)
-
-        labelled.vocabulary.write(folder / "vocabulary.parquet")
-        write_json(folder / PARAMETERS_FILE, parameters)
-        facts = {
-            "task": task.to_json(),
-            "model": settings(model),
-            "micro_batches": micro_batches,
-            "total_steps": total_steps,
-            "started_from_step": encoder_step,
-        }
-        description = {"fingerprint": data.fingerprint, **labelled.counts}
-        write_json(folder / CONFIG_FILE, run_record(config, description, facts, {}))
+        encoder = None if config.from_scratch else read_encoder(run.pretrained, mesh)
 
         with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
             state, cursor = compiling.result(), Cursor()
@@ -162,8 +116,8 @@ def finetune_on(
             if config.resume:
                 state, cursor = restore_latest(checkpoints, state, console)
             if encoder is not None and cursor.step == 0:
-                state = with_encoder(state, encoder)
-                console.log(f"Starting from step {encoder_step:,} of {config.init}.")
+                state = with_encoder(state, encoder.params, labelled.first_rows(encoder.params))
+                console.log(f"Starting from step {encoder.step:,} of {config.init}.")
             del encoder
             names = trainable_names(setup.mask)
             at_start = leaves_not_finite(state.variables)
@@ -177,21 +131,21 @@ def finetune_on(
                 checkpoints.save(cursor.step, *trees, cursor.to_json(), settings(config), figures)
 
             def validate(variables: Any) -> dict[str, Any]:
-                outputs = score(output_step, variables, tuning, mesh)
-                return task_metrics(task.kind, outputs, labelled.tuning_targets)
+                outputs = score(output_step, variables, run.tuning, mesh)
+                return task_metrics(labelled.task.kind, outputs, labelled.tuning_targets)
 
-            trains = [group for group in GROUPS if parameters[group]["trainable"]]
+            trains = [group for group in GROUPS if run.parameters[group]["trainable"]]
             schedule = Schedule(
-                total_steps,
+                run.total_steps,
                 batches.steps_per_epoch,
                 config.train.validate_every or batches.steps_per_epoch,
                 config.train.log_every,
                 config.train.patience,
             )
-            console.start(total_steps, cursor.step, batches.steps_per_epoch)
+            console.start(run.total_steps, cursor.step, batches.steps_per_epoch)
             divergence = None
             try:
-                with from_host(program, batches, mesh, range(cursor.step, total_steps)) as feed:
+                with from_host(program, batches, mesh, range(cursor.step, run.total_steps)) as feed:
                     state, stop_reason = train(
                         state,
                         cursor,
@@ -200,7 +154,7 @@ def finetune_on(
                             feed.next_inputs,
                             feed.train_step,
                             validate=validate,
-                            learning_rates=rates_on_host(config.optimizer, total_steps, trains),
+                            learning_rates=rates_on_host(config.optimizer, run.total_steps, trains),
                             save=save,
                             interrupted=lambda: bool(interruption),
                             probe=make_probe(
@@ -221,23 +175,22 @@ def finetune_on(
                 trees = state.variables
                 best = checkpoints.restore(best_step, params=trees["params"], lora=trees["lora"])
                 variables = {"params": best.params, "lora": best.lora}
-                outputs = score(output_step, variables, tuning, mesh)
-                calibration = calibrate(config.task, task.kind, outputs, labelled.tuning_targets)
+                outputs = score(output_step, variables, run.tuning, mesh)
+                calibration = calibrate(
+                    config.task, labelled.task.kind, outputs[None], labelled.tuning_targets
+                )
+        if stop_reason == "interrupted":
+            stop_reason = f"interrupted by {interruption.name}"
         summary = write_results(
             console,
-            folder,
             config,
-            setup=setup,
-            labelled=labelled,
+            run,
             variables=variables,
             calibration=calibration,
             best_step=best_step,
-            stop_reason=f"{stop_reason} by {interruption.name}"
-            if stop_reason == "interrupted"
-            else stop_reason,
+            stop_reason=stop_reason,
             seconds=earlier_seconds + time.perf_counter() - started,
-            parameters=parameters,
         )
     if divergence:
         raise divergence
-    return RunResult(folder, summary, 128 + interruption.number if stop_reason == "interrupted" else 0)
+    return RunResult(folder, summary, 128 + interruption.number if interruption else 0)

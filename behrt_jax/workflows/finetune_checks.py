@@ -36,6 +36,28 @@ def check_finetune(config: FinetuneConfig) -> None:
         )
 
 
+def check_population(config: FinetuneConfig) -> None:
+    """As :func:`check_finetune`, of what only populations have."""
+    population = config.population
+    values = population.values
+    require(not config.resume, "--resume: a population is trained in one go, give another --output.")
+    trained = regime(config.freezing).groups
+    require(
+        "base" not in trained and "embedding" not in trained,
+        "population: members share a frozen base, but this regime trains it: take --config lora or probe.",
+    )
+    require(
+        not values or (len(values) == population.size and population.vary in ("learning_rate", "rank")),
+        f"population.values has {len(values)} values for {population.size} members that vary in "
+        f"{population.vary}: give one for each learning_rate or rank.",
+    )
+    for value in values:
+        positive("population.values", value)
+    if population.vary == "rank":
+        require(config.lora is not None, "population.vary is rank, but the model has no adapters.")
+        require(all(value == int(value) for value in values), "population.values: ranks are whole numbers.")
+
+
 def model_of(config: FinetuneConfig, pretrained: ModelConfig) -> ModelConfig:
     """The pretrained model, with the numerics that `config` gives.
 

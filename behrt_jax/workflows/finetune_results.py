@@ -10,7 +10,7 @@ import numpy as np
 from behrt_jax.adapters.files import save_adapter
 from behrt_jax.config import FinetuneConfig, TaskConfig, TaskKind
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold, predictions
+from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold, mean_predictions
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.formats import format_duration
 from behrt_jax.tracking.plots import plot_curves
@@ -26,12 +26,13 @@ from behrt_jax.tracking.run_folder import (
 )
 from behrt_jax.training.task_losses import base_outputs
 from behrt_jax.training.task_scores import task_metrics
-from behrt_jax.training.task_state import TaskSetup
 from behrt_jax.training.update import Variables
+from behrt_jax.workflows.finetune_setup import Finetuning
 from behrt_jax.workflows.labelled_data import LabelledData
 from behrt_jax.workflows.run_settings import settings
 
 TASK_FILE = "task.json"
+MEMBERS_FOLDER = "members"
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ def calibrate(config: TaskConfig, kind: TaskKind, outputs: np.ndarray, targets: 
     Args:
         config: how the threshold is chosen.
         kind: of the task.
-        outputs: of the tuning examples, float32 ``[examples, outputs]``.
+        outputs: of the tuning examples, float32 ``[members, examples, outputs]``.
         targets: theirs, float32 ``[examples, targets]``.
     """
     temperature = fit_temperature(kind, outputs, targets)
     if kind != "binary":
         return Calibration(temperature)
-    probabilities = predictions(kind, outputs, temperature)[:, 0]
+    probabilities = mean_predictions(kind, outputs, temperature)[:, 0]
     return Calibration(temperature, fit_threshold(probabilities, targets[:, 0] > 0.5, config.threshold))
 
 
@@ -81,23 +82,21 @@ class TaskReporter:
 
 def write_results(
     console: Console,
-    folder: Path,
     config: FinetuneConfig,
+    run: Finetuning,
     *,
-    setup: TaskSetup,
-    labelled: LabelledData,
     variables: Variables | None,
     calibration: Calibration | None,
     best_step: int | None,
     stop_reason: str,
     seconds: float,
-    parameters: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write task.json, the adapter, summary.json, SUMMARY.txt and plots; returns the summary."""
+    folder, labelled, parameters = run.folder, run.labelled, run.parameters
     metrics = read_metrics(folder / METRICS_FILE)
     validations = [record for record in metrics if record.get("split") == "tuning"]
     best = next((record for record in validations if record["step"] == best_step), None)
-    prevalence = _loss_of_base_rate(setup, labelled)
+    prevalence = loss_of_base_rate(labelled)
     summary: dict[str, Any] = {
         "task": labelled.task.kind,
         "best_step": best_step,
@@ -113,10 +112,10 @@ def write_results(
         "parameters": {key: value for key, value in parameters.items() if key != "adapters"},
     }
     if variables is not None and calibration is not None:
-        record = task_record(config, setup, labelled, calibration, parameters)
+        record = task_record(config, run, calibration)
         write_json(folder / TASK_FILE, record)
         if config.lora is not None:
-            _try_write_adapter(console, folder, setup, labelled, variables, record)
+            try_write_adapter(console, folder / "adapter", run, variables, record)
     write_json(folder / SUMMARY_FILE, summary)
     write_text(folder / SUMMARY_TEXT_FILE, _text(config, summary))
     plot_curves(metrics, {}, folder / PLOTS_FOLDER)
@@ -126,52 +125,46 @@ def write_results(
     return summary
 
 
-def task_record(
-    config: FinetuneConfig,
-    setup: TaskSetup,
-    labelled: LabelledData,
-    calibration: Calibration,
-    parameters: Mapping[str, Any],
-) -> dict[str, Any]:
+def task_record(config: FinetuneConfig, run: Finetuning, calibration: Calibration) -> dict[str, Any]:
     """All that prediction needs beside the parameters, ready for JSON."""
+    new = len(run.labelled.vocabulary) - len(run.labelled.base_codes)
     return {
-        "task": labelled.task.to_json(),
+        "task": run.labelled.task.to_json(),
         "pooling": config.task.pooling,
         "max_length": config.task.max_length,
-        "model": settings(setup.predictor.model.config),
+        "model": settings(run.model),
         "lora": None if config.lora is None else settings(config.lora),
         "freezing": settings(config.freezing),
-        "parameters": {"total": parameters["total"], "trainable": parameters["trainable"]},
+        "parameters": {name: run.parameters[name] for name in ("total", "trainable")},
         "calibration": asdict(calibration),
+        "new_codes": new,
         "base": str(config.init),
     }
 
 
-def _try_write_adapter(
-    console: Console,
-    folder: Path,
-    setup: TaskSetup,
-    labelled: LabelledData,
-    variables: Variables,
-    record: Mapping[str, Any],
+def try_write_adapter(
+    console: Console, folder: Path, run: Finetuning, variables: Variables, record: Mapping[str, Any]
 ) -> None:
+    """Write an adapter folder; where safetensors is not installed, say so and go on."""
+    codes = run.labelled.vocabulary.codes[len(run.labelled.base_codes) :]
     try:
         save_adapter(
-            folder / "adapter",
+            folder,
             params=variables["params"],
             lora=variables["lora"],
-            trained=setup.mask["params"],
+            trained=run.setup.mask["params"],
             lora_config=record["lora"],
             model_config=record["model"],
-            vocabulary_fingerprint=labelled.vocabulary.fingerprint(),
+            vocabulary_fingerprint=run.pretrained.vocabulary.fingerprint(),
+            new_codes=codes,
         )
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
         return
-    write_json(folder / "adapter" / TASK_FILE, record)
+    write_json(folder / TASK_FILE, {**record, "base": str(run.pretrained.run.resolve())})
 
 
-def _loss_of_base_rate(setup: TaskSetup, labelled: LabelledData) -> float:
+def loss_of_base_rate(labelled: LabelledData) -> float:
     """Loss on tuning of saying of everyone what is true on average in the train split."""
     kind = labelled.task.kind
     outputs = base_outputs(kind, labelled.train_targets, labelled.task.outputs)

@@ -151,7 +151,7 @@ def _held_out_outputs(run: Any, data: SequenceSet, labels: Labels) -> tuple[np.n
         seed=None,
         cls_token=model.model.cls_token,
     ).of_rows(64, mesh.size)
-    outputs = score(jax.jit(make_output_step(model.setup.predictor)), model.variables, batches, mesh)
+    outputs = score(jax.jit(make_output_step(model.setup.predictor)), model.members[0], batches, mesh)
     return predictions("binary", outputs, model.calibration.temperature)[:, 0], model.trained
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from behrt_jax.adapters.new_codes import new_rows
 from behrt_jax.config import FinetuneConfig, ModelConfig
 from behrt_jax.data.examples import Examples, find_examples
 from behrt_jax.data.labels import Labels, read_labels
@@ -16,9 +17,12 @@ from behrt_jax.data.store import read_manifest, read_prepared
 from behrt_jax.data.task_batches import TaskBatches, task_batches
 from behrt_jax.data.tasks import Task, fit_task
 from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.data.vocabulary_map import VocabularyMap, map_vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.micro_batches import likely_parts
+
+TRAINS = ("train", "tuning")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +31,10 @@ class LabelledData:
 
     task: Task
     vocabulary: Vocabulary
-    """In which the examples are written: the pretrained model's."""
+    """In which the examples are written: the pretrained model's, with the new codes after it if it is
+    extended."""
+    base_codes: tuple[str, ...]
+    """The pretrained model's alone."""
     train: Examples
     train_targets: np.ndarray
     """float32 ``[examples, targets]``."""
@@ -36,6 +43,11 @@ class LabelledData:
     """float32 ``[examples, targets]``."""
     counts: dict[str, Any]
     """What is in the splits and what was left out."""
+
+    def first_rows(self, encoder: Mapping[str, Any]) -> np.ndarray | None:
+        """First embeddings of the new codes, float32 ``[codes, embedding]``; None where there are none."""
+        new = self.vocabulary.codes[len(self.base_codes) :]
+        return new_rows({"behrt": encoder}, self.base_codes, new).rows if new else None
 
 
 def read_labelled(data: Path | None, labels: Path | None) -> tuple[SequenceSet, Labels, tuple[str, ...]]:
@@ -65,7 +77,7 @@ def label_data(
     Raises:
         InputError: no label of the train or the tuning split, or labels that tell nothing.
     """
-    data = in_vocabulary(data, vocabulary)
+    data, mapped = in_vocabulary(data, vocabulary, config.extend_vocabulary)
     found = {name: examples_of(data, name, labels, model, config.task.max_length, delays) for name in TRAINS}
     for name, examples in found.items():
         if not len(examples):
@@ -83,20 +95,23 @@ def label_data(
         "labels": len(labels),
         "duplicate_labels": labels.duplicates,
         "labels_of_unknown_subjects": train.unknown_subjects,
+        "codes_unknown_to_the_model": len(mapped.new_codes),
+        "train_events_of_such_codes": mapped.new_events,
+        "codes_added": len(mapped.vocabulary) - len(vocabulary),
         "train": _describe(train, task, targets[0]),
         "tuning": _describe(tuning, task, targets[1]),
     }
-    return LabelledData(task, vocabulary, train, targets[0], tuning, targets[1], counts)
+    return LabelledData(
+        task, mapped.vocabulary, vocabulary.codes, train, targets[0], tuning, targets[1], counts
+    )
 
 
-TRAINS = ("train", "tuning")
-
-
-def in_vocabulary(data: SequenceSet, vocabulary: Vocabulary) -> SequenceSet:
-    """The data written in another vocabulary."""
-    if data.vocabulary.codes != vocabulary.codes:
-        raise InputError("The data was prepared with another vocabulary than the pretrained model's.")
-    return data
+def in_vocabulary(
+    data: SequenceSet, vocabulary: Vocabulary, extend: bool = False
+) -> tuple[SequenceSet, VocabularyMap]:
+    """The data written in a model's vocabulary, and how its codes were mapped onto that."""
+    found = map_vocabulary(data.vocabulary, vocabulary, extend)
+    return replace(data, vocabulary=found.vocabulary, splits=found.apply_to(data.splits)), found
 
 
 def examples_of(
@@ -152,6 +167,10 @@ def announce_labels(console: Console, labelled: LabelledData) -> None:
     )
     if unknown := counts["labels_of_unknown_subjects"]:
         console.log(f"{unknown:,} of {counts['labels']:,} labels are of subjects that the data lacks.")
+    if unknown := counts["codes_unknown_to_the_model"]:
+        what = "got embeddings of their own" if counts["codes_added"] else "are read as [UNK]"
+        events = f"{counts['train_events_of_such_codes']:,} train events"
+        console.log(f"{unknown:,} codes that the model does not know ({events}) {what}.")
     if duplicates := counts["duplicate_labels"]:
         console.log(f"{duplicates:,} labels came twice and were taken once.")
 

@@ -1,6 +1,7 @@
 """Predictions of a fine-tuned model for the labels of a split, in bounded memory."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from behrt_jax.data.events import SPLITS
 from behrt_jax.data.examples import find_examples
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.prediction_columns import prediction_schema
-from behrt_jax.data.prediction_rows import codes_seen, prediction_rows
-from behrt_jax.data.predictions import PredictionWriter
+from behrt_jax.data.prediction_rows import codes_seen, member_rows, member_schema, prediction_rows
+from behrt_jax.data.predictions import PredictionWriter, members_path
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.task_batches import task_batches
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.decisions import predictions
+from behrt_jax.evaluation.decisions import mean_predictions, predictions
 from behrt_jax.tracking.console import open_console
 from behrt_jax.training.compilation import use_compilation_cache
 from behrt_jax.training.mesh import make_mesh
@@ -56,8 +57,8 @@ def predict(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict
             console.log(reason)
         finetuned = open_finetuned(config.model, config.base, mesh)
         data, labels, delays = read_labelled(config.data, config.labels)
-        data = in_vocabulary(data, finetuned.vocabulary)
-        task = finetuned.task
+        data, _ = in_vocabulary(data, finetuned.vocabulary)
+        task, calibration = finetuned.task, finetuned.calibration
         if not task.fits(labels):
             raise InputError(
                 f"--labels: the labels are {labels.kind} ones, but the model predicts a {task.kind} task."
@@ -82,12 +83,18 @@ def predict(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict
         metadata = _metadata(config, finetuned, counts)
         console.start(counts["examples"], 0, None)
         done = 0
-        with PredictionWriter(config.output, schema, metadata) as writer:
+        with ExitStack() as stack:
+            writer = stack.enter_context(PredictionWriter(config.output, schema, metadata))
+            members = None
+            if len(finetuned.members) > 1 and task.kind == "binary":
+                path, of_members = members_path(config.output), member_schema(len(finetuned.members))
+                members = stack.enter_context(PredictionWriter(path, of_members, metadata))
             for part, outputs, empty, seen in _outputs(config, finetuned, data, chosen, delays, mesh):
-                predicted = predictions(task.kind, outputs, finetuned.calibration.temperature)
-                writer.write(
-                    prediction_rows(schema, task, part, predicted, finetuned.calibration.threshold, seen)
-                )
+                predicted = mean_predictions(task.kind, outputs, calibration.temperature)
+                writer.write(prediction_rows(schema, task, part, predicted, calibration.threshold, seen))
+                if members is not None:
+                    by_member = [predictions(task.kind, one, calibration.temperature)[:, 0] for one in outputs]
+                    members.write(member_rows(members.schema, part, by_member))
                 counts["empty_histories"] += empty
                 done += len(part)
                 console.step(done, len(part))
@@ -130,7 +137,7 @@ def _outputs(
                 least_segments=segments,
             ).of_rows(config.rows, mesh.size)
             segments = batches.segments  # one shape for all that follow
-            outputs = score(output_step, finetuned.variables, batches, mesh)
+            outputs = np.stack([score(output_step, one, batches, mesh) for one in finetuned.members])
             seen = None
             if ids is not None:
                 whole = find_examples(data, split, part, max_tokens=np.iinfo(np.int32).max, delays=delays)

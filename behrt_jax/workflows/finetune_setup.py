@@ -1,0 +1,113 @@
+"""What a fine-tuning run is made of, a single one or a population: model, examples, batches, optimizer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optax
+from jax.sharding import Mesh
+
+from behrt_jax.config import FinetuneConfig, ModelConfig
+from behrt_jax.data.labels import Labels
+from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.data.task_batches import TaskBatches
+from behrt_jax.tracking.console import Console
+from behrt_jax.tracking.run_folder import CONFIG_FILE, PARAMETERS_FILE, prepare_run_folder, write_json
+from behrt_jax.training.mesh import make_mesh
+from behrt_jax.training.pretrained import Pretrained, open_pretrained
+from behrt_jax.training.task_losses import base_outputs
+from behrt_jax.training.task_state import TaskSetup, set_up_task, task_optimizer
+from behrt_jax.workflows import announce
+from behrt_jax.workflows.finetune_checks import model_of
+from behrt_jax.workflows.labelled_data import LabelledData, announce_labels, label_data, split_batches
+from behrt_jax.workflows.results import parameter_report
+from behrt_jax.workflows.run_settings import check_same_run, default_folder, run_record, settings
+
+
+class Finetuning(NamedTuple):
+    """All of a run but its parameters."""
+
+    folder: Path
+    pretrained: Pretrained
+    model: ModelConfig
+    mesh: Mesh
+    labelled: LabelledData
+    setup: TaskSetup
+    parameters: dict[str, Any]
+    """Content of parameters.json."""
+    batches: TaskBatches
+    tuning: TaskBatches
+    micro_batches: int
+    total_steps: int
+    optimizer: optax.GradientTransformation
+
+
+def open_finetuning(
+    config: FinetuneConfig,
+    data: SequenceSet,
+    labels: Labels,
+    delays: Sequence[str],
+    devices: Sequence[Any] | None,
+    console: Console,
+) -> Finetuning:
+    """Work out everything that can go wrong, make the run folder, and say what will be trained on what.
+
+    Raises:
+        InputError: something in the configuration, the data or the labels is wrong.
+    """
+    assert config.init is not None
+    pretrained = open_pretrained(config.init)
+    model = model_of(config, pretrained.model)
+    mesh = make_mesh(devices, config.mesh)
+    labelled = label_data(config, model, pretrained.vocabulary, data, labels, delays)
+    announce_labels(console, labelled)
+    task = labelled.task
+    setup = set_up_task(
+        model,
+        len(pretrained.vocabulary),
+        task,
+        config.task.pooling,
+        config.lora,
+        config.freezing,
+        mesh,
+        first_outputs=base_outputs(task.kind, labelled.train_targets, task.outputs),
+        new_codes=len(labelled.vocabulary) - len(pretrained.vocabulary),
+    )
+    parameters = parameter_report(config.freezing, setup)
+    announce.parameters(console, parameters, setup.predictor.product)
+    batches, tuning, micro_batches = split_batches(config, model, labelled, mesh)
+    total_steps = config.train.epochs * batches.steps_per_epoch
+    total_steps = min(total_steps, config.train.max_steps or total_steps)
+    examples = len(labelled.train) / batches.steps_per_epoch
+    console.log(
+        f"A step: {examples:.1f} examples in {batches.batch_rows} rows of {batches.row_length}. "
+        f"In all {total_steps:,} steps at most."
+    )
+    optimizer = task_optimizer(config.optimizer, setup, total_steps)
+    folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
+    if config.resume:
+        check_same_run(folder, config, data.fingerprint)
+    labelled.vocabulary.write(folder / "vocabulary.parquet")
+    write_json(folder / PARAMETERS_FILE, parameters)
+    facts = {
+        "task": task.to_json(),
+        "model": settings(model),
+        "micro_batches": micro_batches,
+        "total_steps": total_steps,
+    }
+    description = {"fingerprint": data.fingerprint, **labelled.counts}
+    write_json(folder / CONFIG_FILE, run_record(config, description, facts, {}))
+    return Finetuning(
+        folder,
+        pretrained,
+        model,
+        mesh,
+        labelled,
+        setup,
+        parameters,
+        batches,
+        tuning,
+        micro_batches,
+        total_steps,
+        optimizer,
+    )
