@@ -8,7 +8,7 @@ Members of smaller rank are filled up with zeros to the largest. A zero column o
 of ``b`` has no gradient on either side, so AdamW leaves both at zero.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -126,45 +126,56 @@ def make_population_step(
     clip_norm: float | None,
     micro_batches: int = 1,
     merged: Callable[[Variables], Any] = lambda variables: {},
-    batch_axes: Any = None,
-) -> Callable[[PopulationState, Members, Any], tuple[PopulationState, Totals]]:
-    """Build a train step of all members; arguments as in `update.make_update_step`.
+    at_once: int | None = None,
+) -> Callable[[PopulationState, Members, Any, Mapping[str, Any]], tuple[PopulationState, Totals]]:
+    """Build a train step of all members; arguments but the last as in `update.make_update_step`.
 
     Args:
         objective: of a single member, with the adapters of :func:`largest`.
         optimizer: of a single member, with a learning-rate factor of 1.
         mask: which leaves train.
         clip_norm: largest norm of a member's gradient.
-        micro_batches: parts into which the batch is cut.
+        micro_batches: parts into which each member's batch is cut.
         merged: what is worked out once for all parts.
-        batch_axes: as ``in_axes`` of `jax.vmap`: None for what all members share of the batch, 0 for what
-            each has of its own `[members, ...]`, such as targets (tasks) or weights of examples (folds).
+        at_once: members that are computed side by side, the others after them; see :func:`side_by_side`.
 
     Returns:
-        A function from (state, members, batch) to the new state and the totals `[members]`. Jit it with its
-        first argument donated.
+        A function from (state, members, batch, own) to the new state and the totals `[members]`. ``own`` has
+        the fields of the batch (a named tuple) in which members differ, by name, `[members, ...]`: targets
+        (tasks), weights of examples (folds). Jit it with its first argument donated.
     """
 
-    def step_of(step, frozen, trained, opt_state, key, rate, scale, batch):
-        scaled = partial(_scaled, scale=scale)
-        update = make_update_step(
-            objective._replace(loss=lambda variables, *rest: objective.loss(scaled(variables), *rest)),
-            _at_rate(optimizer, rate),
-            mask,
-            key,
-            clip_norm=clip_norm,
-            micro_batches=micro_batches,
-            merged=lambda variables: merged(scaled(variables)),
-        )
-        state, totals = update(TrainState(step, _whole(frozen, trained), opt_state), batch)
-        return _only(state.variables, mask, True), state.opt_state, totals
+    def population_step(state: PopulationState, members: Members, batch: Any, own: Mapping[str, Any]):
+        def step_of(of_member):
+            trained, opt_state, (key, rate, scale), fields = of_member
+            scaled = partial(_scaled, scale=scale)
+            update = make_update_step(
+                objective._replace(loss=lambda variables, *rest: objective.loss(scaled(variables), *rest)),
+                _at_rate(optimizer, rate),
+                mask,
+                members.keys if key is None else key,
+                clip_norm=clip_norm,
+                micro_batches=micro_batches,
+                merged=lambda variables: merged(scaled(variables)),
+            )
+            alone = TrainState(state.step, _whole(state.frozen, trained), opt_state)
+            alone, totals = update(alone, batch._replace(**fields))
+            return _only(alone.variables, mask, True), alone.opt_state, totals
 
-    def population_step(state: PopulationState, members: Members, batch: Any):
-        axes = (None, None, 0, 0, 0 if members.keys.ndim else None, 0, 0, batch_axes)
-        trained, opt_state, totals = jax.vmap(step_of, axes)(*state, *members, batch)
+        keys = members.keys if members.keys.ndim else None
+        each = state.trained, state.opt_state, (keys, members.rates, members.scales), dict(own)
+        trained, opt_state, totals = _map(step_of, each, at_once)
         return PopulationState(state.step + 1, state.frozen, trained, opt_state), totals
 
     return population_step
+
+
+def _map(function: Callable[[Any], Any], members: Any, at_once: int | None) -> Any:
+    """`function` of each member; `members` is a tree of arrays `[members, ...]`."""
+    count = jax.tree.leaves(members)[0].shape[0]
+    if at_once is None or at_once >= count:
+        return jax.vmap(function)(members)
+    return jax.lax.map(function, members, batch_size=None if at_once == 1 else at_once)
 
 
 def population_predict(
