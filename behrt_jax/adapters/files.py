@@ -4,7 +4,8 @@ A folder with two files. ``adapter.safetensors`` holds every LoRA leaf and every
 parameters (head, embeddings, ...) as float32, under keys such as
 ``lora/behrt/encoder/layer_0/attention/query/a`` and ``params/mlm_head/dense/kernel``.
 ``adapter_config.json`` holds the configuration, the table of tensors and the fingerprints of the
-vocabulary, of the frozen base and of the tensor file. On disk a model is always layer by layer, so that an
+vocabulary, of the frozen base and of the tensor file, and the codes that the adapter added to the vocabulary
+(`new_codes`), in the order of their rows ``params/new_codes/rows``. On disk a model is always layer by layer, so that an
 adapter fits its base whether or not the layers are stacked in memory (`models.stacked_layers`).
 
 Source of the tensor format: https://github.com/huggingface/safetensors.
@@ -12,7 +13,7 @@ Source of the tensor format: https://github.com/huggingface/safetensors.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from behrt_jax.adapters.groups import label
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers
 
+NEW_ROWS, CODE_TABLE = "new_codes/rows", "behrt/embeddings/code/embedding"
+
 
 def save_adapter(
     folder: Path,
@@ -49,24 +52,30 @@ def save_adapter(
     model_config: Mapping[str, Any],
     vocabulary_fingerprint: str,
     base_fingerprint: str | None = None,
+    new_codes: Sequence[str] = (),
 ) -> list[Path]:
     """Write an adapter folder in one go, in place of an older one, and return its two files.
 
     ``trained`` mirrors ``params`` with a bool for each leaf: the True ones are written, the others
-    are the base. ``base_fingerprint`` is the :func:`fingerprint_tree` of the base, layer by layer, where the
-    caller has it already; it is computed otherwise. ``lora`` leaves are ``a`` [in, rank] and ``b``
+    are the base. ``base_fingerprint`` is :func:`base_fingerprint_of` the base where the caller has it
+    already; it is computed otherwise. ``new_codes`` name the rows of ``params["new_codes"]``; the vocabulary
+    is that of the base, without them. ``lora`` leaves are ``a`` [in, rank] and ``b``
     [rank, out], stacked where the params are; it may be empty, and then ``lora_config`` may be None. Both
     configurations must be ready for JSON.
 
     Raises:
         InputError: ``folder`` holds files that are no adapter's, or safetensors is not installed.
-        ValueError: ``trained`` does not mirror ``params``, or what is written fits no parameter group.
+        ValueError: ``trained`` does not mirror ``params``, what is written fits no parameter group, or
+            there is not one new code for each trained row of them.
     """
     serialise = import_safetensors().save
     refuse_other_files(folder)
     flat_params, marks = _flatten(params), _flatten(trained)
     if flat_params.keys() != marks.keys():
         raise ValueError("trained must mark every leaf of params, and no other")
+    rows = flat_params[NEW_ROWS].shape[0] if marks.get(NEW_ROWS) else 0
+    if rows != len(new_codes):
+        raise ValueError(f"{rows} trained rows of new codes, but {len(new_codes)} new_codes")
     trained_leaves = {path: leaf for path, leaf in flat_params.items() if marks[path]}
     written = {f"lora/{path}": leaf for path, leaf in _by_layer(_flatten(lora)).items()}
     written |= {f"params/{path}": leaf for path, leaf in _by_layer(trained_leaves).items()}
@@ -81,6 +90,7 @@ def save_adapter(
         "groups": sorted({label(tuple(key.split("/"))) for key in tensors}),
         "vocabulary_fingerprint": vocabulary_fingerprint,
         "base_fingerprint": base_fingerprint or fingerprint_tree(_by_layer(base)),
+        "new_codes": list(new_codes),
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
         "tensors": {key: list(values.shape) for key, values in tensors.items()},
     }
@@ -88,15 +98,25 @@ def save_adapter(
     return [folder / CONFIG_FILE, folder / TENSOR_FILE]
 
 
+def base_fingerprint_of(base: Mapping[str, Any]) -> str:
+    """:func:`fingerprint_tree` of frozen parameters, layer by layer however they are in memory."""
+    return fingerprint_tree(_by_layer(_flatten(base)))
+
+
 def load_adapter(
-    folder: Path, params: Mapping[str, Any], vocabulary_fingerprint: str | None = None
+    folder: Path,
+    params: Mapping[str, Any],
+    vocabulary_fingerprint: str | None = None,
+    base_fingerprint: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Read an adapter folder: ``(params, lora, config)``.
 
     The returned params are the given ones with the adapter's trained leaves in their place (same
     dtype and sharding as before); the frozen leaves are shared, and the given tree is left as it is.
-    ``lora`` is float32, its leaves ``a`` [in, rank] and ``b`` [rank, out], stacked where the params are. The
-    vocabulary is checked only where its fingerprint is given.
+    ``lora`` is float32, its leaves ``a`` [in, rank] and ``b`` [rank, out], stacked where the params are. Rows
+    of new codes, which a base has not, are added to the params (see `adapters.new_codes`). The vocabulary, the
+    base's own, is checked only where its fingerprint is given. ``base_fingerprint`` is
+    :func:`base_fingerprint_of` what the adapter leaves frozen, where the caller has it already.
 
     Raises:
         InputError: a file is missing or damaged, the adapter belongs to another vocabulary or
@@ -112,16 +132,21 @@ def load_adapter(
     tensors = read_tensors(folder, config)
     lora, trained = _part(tensors, "lora/"), _part(tensors, "params/")
     flat_params = _flatten(params)
-    _check_shapes(folder, lora, trained, _flatten(jax.eval_shape(unstack_layers, params)))
+    known = _flatten(jax.eval_shape(unstack_layers, params))
+    if NEW_ROWS in trained and CODE_TABLE in known:
+        rows = (len(config.get("new_codes", ())), known[CODE_TABLE].shape[1])
+        known[NEW_ROWS] = jax.ShapeDtypeStruct(rows, np.float32)
+    _check_shapes(folder, lora, trained, known)
     if layers := count_stacked_layers(params):
         lora, trained = (_flatten(stack_layers(_nest(part), layers)) for part in (lora, trained))
     base = {path: leaf for path, leaf in flat_params.items() if path not in trained}
-    if fingerprint_tree(_by_layer(base)) != config["base_fingerprint"]:
+    if (base_fingerprint or fingerprint_tree(_by_layer(base))) != config["base_fingerprint"]:
         raise InputError(
             f"{folder}: the frozen parameters differ from those this adapter was trained on; "
             "load it onto the base of its own run"
         )
-    flat_params |= {path: _like(values, flat_params[path]) for path, values in trained.items()}
+    like = {**flat_params, NEW_ROWS: flat_params.get(CODE_TABLE)}
+    flat_params |= {path: _like(values, like[path]) for path, values in trained.items()}
     return _nest(flat_params), _nest({path: jnp.asarray(values) for path, values in lora.items()}), config
 
 

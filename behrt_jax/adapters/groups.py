@@ -21,7 +21,8 @@ def label(path: tuple[str, ...]) -> str:
     """
     collection, inner = path[0], path[1:]
     rules = {
-        "lora": collection == "lora",
+        # Embedding rows that an adapter adds are a part of it.
+        "lora": collection == "lora" or path[:2] == ("params", "new_codes"),
         "embedding": collection == "params" and "embeddings" in inner,
         "head": collection == "params" and any(name.endswith("_head") for name in inner),
         "base": collection == "params" and "encoder" in inner,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from behrt_jax.config import EvaluateConfig
 from behrt_jax.data.events import SPLITS
@@ -14,7 +14,7 @@ from behrt_jax.data.examples import Examples, find_examples
 from behrt_jax.data.labels import Labels, read_labels
 from behrt_jax.data.predictions import PredictionFile
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.store import read_manifest, read_prepared
+from behrt_jax.data.store import read_manifest, read_prepared, read_static
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.baseline import BaselineData, targets_of
@@ -111,8 +111,8 @@ def baseline_data(
 def find_groups(file: PredictionFile, records: Records) -> dict[str, Mapping[str, np.ndarray]]:
     """``age``, and ``sex`` where the data has it as a static fact."""
     groups: dict[str, Mapping[str, np.ndarray]] = {"age": age_groups(records.evaluated.ages)}
-    subjects, codes = _static_facts(records.folder, _splits(file.metadata))
-    sex = sex_groups(file.subject_ids, subjects, codes)
+    facts = pa.concat_tables([read_static(records.folder, name) for name in _splits(file.metadata)])
+    sex = sex_groups(file.subject_ids, facts["subject_id"].to_pylist(), facts["code"].to_pylist())
     return {"sex": sex, **groups} if sex else groups
 
 
@@ -125,15 +125,3 @@ def _examples(
     data: SequenceSet, split: str, labels: Labels, max_tokens: int, delays: Sequence[str]
 ) -> Examples:
     return find_examples(data, split, labels, max_tokens=max_tokens, delays=delays)
-
-
-def _static_facts(folder: Path, splits: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Subjects and codes; none where the folder was prepared without static facts."""
-    subjects, codes = [], []
-    for split in splits:
-        file = folder / split / "static.parquet"
-        if file.is_file():
-            table = pq.read_table(file, columns=["subject_id", "code"])
-            subjects += table["subject_id"].to_pylist()
-            codes += table["code"].to_pylist()
-    return subjects, codes

@@ -32,7 +32,7 @@ class Evaluated:
     Half of the subjects have two prediction times; a fifth each are tuning and held_out.
     """
 
-    def __init__(self, folder: Path, kind: str, subjects: int = 300, seed: int = 0):
+    def __init__(self, folder: Path, kind: str, subjects: int = 200, seed: int = 0):
         self.folder, self.kind = folder, kind
         self.data, self.labels = folder / "prepared", folder / "labels.parquet"
         self.predictions = folder / "predictions.parquet"

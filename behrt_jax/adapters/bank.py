@@ -1,0 +1,226 @@
+"""Several adapters on one base, answered in one pass: each segment of a batch has its own (task, hospital).
+
+Where a layer has adapters, those of all are joined along the rank axis: ``a`` `[in, ranks]`, ``b``
+`[ranks, out]` with each one's scale in it, and a token uses the part of its own adapter. There are two forms:
+
+- *joined*, for rows in which adapters stand side by side: ``((x @ a) * own) @ b``, where ``own`` is 1 at
+  the ranks of the token's adapter. The work grows with the sum of all ranks.
+- *gathered*, for rows of one adapter each: the row's own ``a`` and ``b`` are picked out first. The work is
+  that of one adapter, however many there are; the batch must be packed adapter by adapter.
+
+Segments of different adapters in one row never see each other: attention stays within a segment. Heads
+are applied after pooling, joined along their outputs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from behrt_jax.adapters import lora
+from behrt_jax.adapters.files import base_fingerprint_of, load_adapter
+from behrt_jax.adapters.folders import read_config
+from behrt_jax.config import LoRAConfig
+from behrt_jax.errors import InputError
+from behrt_jax.models.behrt import PatientEmbedding
+from behrt_jax.models.pooling import Pooling
+from behrt_jax.models.stacked_layers import is_stacked
+
+HEAD = ("task_head", "dense")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bank:
+    """Adapters 0, 1, ... on one base: a tree of arrays, to be given to a jitted function like any other."""
+
+    behrt: Any
+    """The base, shared with the params that the bank was made from."""
+    adapters: Any
+    """At the path of each adapted layer: ``a`` float32 `[in, ranks]`, ``b`` float32 `[ranks, out]`, ``owner``
+    int32 `[ranks]` (whose a rank is) and ``slots`` int32 `[adapters, largest rank]` (which ranks an adapter
+    has; beyond its own, a number past the end). Stacked layers have a leading axis."""
+    kernel: jax.Array
+    """Kernels of all heads side by side, float32 `[hidden, outputs of all]`."""
+    bias: jax.Array
+    """float32 `[outputs of all]`."""
+    outputs: tuple[int, ...] = field(metadata={"static": True})
+    """Outputs of each adapter's head."""
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+
+def load(
+    folders: Sequence[Path], params: Mapping[str, Any], vocabulary_fingerprint: str | None = None
+) -> Bank:
+    """Read adapter folders (`adapters.files`) into a bank; adapter i is that of ``folders[i]``.
+
+    Args:
+        folders: with a task head each; ranks, targets, dropout and outputs may differ.
+        params: of the base they were all trained on; only ``params["behrt"]`` is used, and kept as it is.
+        vocabulary_fingerprint: checked where given.
+
+    Raises:
+        InputError: no folders; an adapter on another base or vocabulary; one that has changed the base
+            itself (trained embeddings or encoder, codes of its own) or has no trained task head; a damaged
+            folder.
+    """
+    if not folders:
+        raise InputError("a bank needs one adapter folder at least")
+    base = {"behrt": params["behrt"]}
+    fingerprint = base_fingerprint_of(base)
+    members = [_read(Path(folder), base, fingerprint, vocabulary_fingerprint) for folder in folders]
+    kernels, biases = zip(*(member.head for member in members), strict=True)
+    return Bank(
+        params["behrt"],
+        _join([member.lora for member in members]),
+        jnp.concatenate(kernels, axis=1),
+        jnp.concatenate(biases),
+        tuple(kernel.shape[1] for kernel in kernels),
+    )
+
+
+@dataclass(frozen=True)
+class _Member:
+    lora: dict[tuple[str, ...], jax.Array]
+    """Flat, below ``behrt``; the scale is in ``b``."""
+    head: tuple[jax.Array, jax.Array]
+
+
+def _read(folder: Path, base: Any, fingerprint: str, vocabulary_fingerprint: str | None) -> _Member:
+    config = read_config(folder)
+    tensors = config["tensors"]
+    changed = [key for key in tensors if key.startswith("params/") and not key.startswith("params/task_head/")]
+    if changed:
+        raise InputError(
+            f"{folder}: this adapter cannot share a base with others, since it has trained {changed[0]}. Train "
+            "it with freezing.regime lora_pretrained and without extend_vocabulary, or use it alone."
+        )
+    shapes = [tensors.get("/".join(("params", *HEAD, name))) for name in ("kernel", "bias")]
+    if None in shapes:
+        raise InputError(f"{folder}: this adapter has no trained task head; a bank needs one of each adapter")
+    places = dict(zip(("kernel", "bias"), (np.zeros(shape, np.float32) for shape in shapes), strict=True))
+    params, adapters, config = load_adapter(
+        folder, {**base, HEAD[0]: {HEAD[1]: places}}, vocabulary_fingerprint, fingerprint
+    )
+    factor = 1.0
+    if adapters:
+        known = {setting.name for setting in fields(LoRAConfig)}
+        settings = {name: value for name, value in config["lora"].items() if name in known}
+        of_lora = LoRAConfig(**{**settings, "targets": tuple(settings["targets"])})
+        factor = lora.scale(of_lora)
+        if HEAD[0] in adapters:  # one head each, so that its adapter can be merged
+            params = lora.merge(params, {HEAD[0]: adapters[HEAD[0]]}, of_lora)
+    head = params[HEAD[0]][HEAD[1]]
+    flat: Any = flatten_dict(adapters.get("behrt", {}))
+    scaled = {path: leaf * factor if path[-1] == "b" else leaf for path, leaf in flat.items()}
+    return _Member(scaled, (jnp.asarray(head["kernel"]), jnp.asarray(head["bias"])))
+
+
+def _join(members: Sequence[Mapping[tuple[str, ...], jax.Array]]) -> dict[str, Any]:
+    """The tree `Bank.adapters`."""
+    joined = {}
+    for layer in dict.fromkeys(path[:-1] for member in members for path in member):
+        owners = [number for number, member in enumerate(members) if (*layer, "a") in member]
+        parts_a, parts_b = ([members[number][(*layer, side)] for number in owners] for side in ("a", "b"))
+        ranks = [part.shape[-1] for part in parts_a]
+        owner = np.repeat(owners, ranks).astype(np.int32)  # [R]
+        slots = np.full((len(members), max(ranks)), len(owner), np.int32)  # [K, most]
+        for number, rank, end in zip(owners, ranks, np.cumsum(ranks), strict=True):
+            slots[number, :rank] = np.arange(end - rank, end)
+        layers = parts_a[0].shape[:1] if is_stacked(layer) else ()
+        joined |= {
+            (*layer, "a"): jnp.concatenate(parts_a, axis=-1),
+            (*layer, "b"): jnp.concatenate(parts_b, axis=-2),
+            (*layer, "owner"): jnp.asarray(np.broadcast_to(owner, (*layers, *owner.shape))),
+            (*layer, "slots"): jnp.asarray(np.broadcast_to(slots, (*layers, *slots.shape))),
+        }
+    return unflatten_dict(joined)
+
+
+@contextmanager
+def choosing(numbers: jax.Array) -> Iterator[None]:
+    """Within this context, every Dense that has an entry in the `bank` collection uses it.
+
+    Enter it inside the function that is jitted, as with `lora.applying`. No adapter dropout: a bank predicts.
+
+    Args:
+        numbers: adapter of each token, int32 `[batch, length]`, -1 for none (joined form); or of each row,
+            int32 `[batch]` (gathered form).
+    """
+
+    def add_adapters(dense, args, kwargs, context):
+        module = context.module
+        named = isinstance(module, nn.Dense) and context.method_name == "__call__"
+        if not (named and module.has_variable("bank", "a")):
+            return dense(*args, **kwargs)
+        (x,) = args
+        y = dense(x)  # [B, L, O]
+        a, b = (module.get_variable("bank", side).astype(x.dtype) for side in ("a", "b"))
+        if numbers.ndim == 1:
+            own = module.get_variable("bank", "slots")[numbers]  # [B, most]
+            a_rows = jnp.take(a, own, axis=1, mode="fill", fill_value=0)  # [I, B, most]
+            b_rows = jnp.take(b, own, axis=0, mode="fill", fill_value=0)  # [B, most, O]
+            inner = jnp.einsum("bli,ibr->blr", x, a_rows)
+            return y + jnp.einsum("blr,bro->blo", inner, b_rows).astype(y.dtype)
+        own = numbers[:, :, None] == module.get_variable("bank", "owner")[None, None]  # [B, L, R]
+        return y + (jnp.where(own, x @ a, 0) @ b).astype(y.dtype)
+
+    with nn.intercept_methods(add_adapters):
+        yield
+
+
+def predict(
+    bank: Bank,
+    model: Any,
+    inputs: Sequence[jax.Array],
+    numbers: jax.Array,
+    segments: int,
+) -> jax.Array:
+    """What each segment's adapter says of it, in one pass.
+
+    Args:
+        bank: see :func:`load`.
+        model: gives ``config``, ``vocabulary_size`` and ``pooling``, which all adapters share.
+        inputs: codes, ages, visits, positions and segment_ids, `[batch, length]`, see `models.behrt.BEHRT`.
+        numbers: adapter of each segment, int32 `[batch, segments]`; or of each row, int32 `[batch]`, where no
+            row mixes them, which is less work.
+        segments: of a row, at least the largest id.
+
+    Returns:
+        float32 `[batch, segments, most outputs]`: segment `s + 1` at index `s`; 0 beyond ``bank.outputs`` of
+        the segment's adapter, and without meaning where there is no such segment.
+    """
+    segment_ids = jnp.asarray(inputs[4])
+    numbers = jnp.asarray(numbers)
+    batch = segment_ids.shape[0]
+    by_row = numbers.ndim == 1
+    chex.assert_shape(numbers, (batch,) if by_row else (batch, segments))
+    of_segments = jnp.broadcast_to(numbers[:, None], (batch, segments)) if by_row else numbers  # [B, S]
+    of_tokens = jnp.take_along_axis(of_segments, jnp.maximum(segment_ids - 1, 0), axis=1)  # [B, L]
+    pooling: Pooling = model.pooling
+    encoder = PatientEmbedding(model.config, model.vocabulary_size, pooling)
+    with choosing(numbers if by_row else jnp.where(segment_ids > 0, of_tokens, -1)):
+        variables = {"params": {"behrt": bank.behrt}, "bank": {"behrt": bank.adapters}}
+        pooled: Any = encoder.apply(variables, *inputs, segments=segments)  # [B, S, D]
+    return _heads(bank, pooled, of_segments)
+
+
+def _heads(bank: Bank, pooled: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Outputs of each segment's own head, from `pooled` `[batch, segments, hidden]`."""
+    every = pooled @ bank.kernel + bank.bias[None, None]  # [B, S, outputs of all]
+    counts = np.asarray(bank.outputs)
+    within = np.arange(counts.max())  # [O]
+    columns = (np.cumsum(counts) - counts)[:, None] + within  # [K, O]
+    used = within < counts[:, None]
+    chosen = jnp.take_along_axis(every, jnp.asarray(np.where(used, columns, 0))[numbers], axis=2)  # [B, S, O]
+    return jnp.where(jnp.asarray(used)[numbers], chosen, 0.0)

@@ -1,0 +1,242 @@
+"""Many adapters at once on one frozen base, in one program: seeds, learning rates, ranks, folds or tasks.
+
+Each member takes the update step of `training.update` as if it were alone, mapped over members. The frozen
+leaves are held once, whatever the number of members, and what does not depend on a member is computed once:
+`jax.vmap` keeps it unbatched.
+
+Members of smaller rank are filled up with zeros to the largest. A zero column of ``a`` against a zero row
+of ``b`` has no gradient on either side, so AdamW leaves both at zero.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from behrt_jax.adapters import lora
+from behrt_jax.config import LoRAConfig
+from behrt_jax.errors import InputError
+from behrt_jax.training.update import Objective, Totals, TrainState, Variables, make_update_step
+
+Init = Callable[[jax.Array, LoRAConfig | None], Variables]
+
+
+class Members(NamedTuple):
+    """In what the members differ, besides their first values and their batches."""
+
+    keys: jax.Array
+    """Typed PRNG keys of the runs `[members]`; or one `[]`, where all draw the same: what dropout leaves alike
+    is then computed once."""
+    rates: jax.Array
+    """Factor of each on the optimizer's learning rates, float32 `[members]`."""
+    scales: jax.Array
+    """Scale of each one's adapters over that of the largest rank, float32 `[members]`."""
+
+
+class PopulationState(NamedTuple):
+    """All that changes from step to step, and the frozen base once."""
+
+    step: jax.Array
+    """Steps done, int32 scalar."""
+    frozen: Variables
+    """The variables with None where a leaf trains."""
+    trained: Variables
+    """The variables with None where a leaf is frozen; the others `[members, ...]`."""
+    opt_state: optax.OptState
+    """`[members, ...]`."""
+
+
+def largest(configs: Sequence[LoRAConfig]) -> LoRAConfig:
+    """The configuration of the largest rank, which the model is applied with.
+
+    Raises:
+        InputError: the members' adapters differ in more than rank and alpha.
+    """
+    one = max(configs, key=lambda config: config.rank)
+    for number, config in enumerate(configs):
+        if replace(config, rank=one.rank, alpha=one.alpha) != one:
+            raise InputError(
+                f"population: the adapters of member {number} differ from the others' in more than lora.rank "
+                "and lora.alpha: give all the same targets, dropout and product, or train it by itself."
+            )
+    return one
+
+
+def make_members(
+    keys: jax.Array, rates: Sequence[float], configs: Sequence[LoRAConfig] | None = None
+) -> Members:
+    """Members with these keys, factors on the learning rate `[members]` and adapters."""
+    scales = [1.0] * len(rates)
+    if configs is not None:
+        most = lora.scale(largest(configs))
+        scales = [lora.scale(config) / most for config in configs]
+    return Members(keys, jnp.asarray(rates, jnp.float32), jnp.asarray(scales, jnp.float32))
+
+
+def init_population(
+    init: Init,
+    keys: jax.Array,
+    configs: Sequence[LoRAConfig | None],
+    variables: Variables,
+    mask: Any,
+    optimizer: optax.GradientTransformation,
+) -> PopulationState:
+    """The first state: the frozen leaves of `variables`, and each member's own of all others.
+
+    Args:
+        init: from a key and the adapters' configuration to the first variables of a run, all leaves that
+            train among them.
+        keys: typed PRNG keys of initialisation `[members]`.
+        configs: adapters of each member.
+        variables: give the frozen leaves, which are shared and not copied.
+        mask: tree of booleans with the structure of the variables, True where a leaf trains.
+        optimizer: see `optimizer.make_optimizer`.
+    """
+    rank = max((config.rank for config in configs if config), default=0)
+    frozen = _only(variables, mask, False)
+
+    def first(key: jax.Array, config: LoRAConfig | None) -> Variables:
+        return _only(_padded(init(key, config), rank), mask, True)
+
+    @jax.jit
+    def build(keys: jax.Array, frozen: Variables):
+        groups = []
+        for config in dict.fromkeys(configs):
+            numbers = np.flatnonzero([other == config for other in configs])
+            groups.append((numbers, jax.vmap(partial(first, config=config))(keys[numbers])))
+        order = np.argsort(np.concatenate([numbers for numbers, _ in groups]))
+        trained = jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *(part for _, part in groups))
+        opt_state = jax.vmap(lambda member: optimizer.init(_whole(frozen, member)))(trained)
+        return trained, opt_state
+
+    trained, opt_state = build(keys, frozen)
+    return PopulationState(jnp.zeros((), jnp.int32), frozen, trained, opt_state)
+
+
+def make_population_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mask: Any,
+    *,
+    clip_norm: float | None,
+    micro_batches: int = 1,
+    merged: Callable[[Variables], Any] = lambda variables: {},
+    at_once: int | None = None,
+) -> Callable[[PopulationState, Members, Any, Mapping[str, Any]], tuple[PopulationState, Totals]]:
+    """Build a train step of all members; arguments but the last as in `update.make_update_step`.
+
+    Args:
+        objective: of a single member, with the adapters of :func:`largest`.
+        optimizer: of a single member, with a learning-rate factor of 1.
+        mask: which leaves train.
+        clip_norm: largest norm of a member's gradient.
+        micro_batches: parts into which each member's batch is cut.
+        merged: what is worked out once for all parts.
+        at_once: members that are computed side by side, the others after them; see :func:`side_by_side`.
+
+    Returns:
+        A function from (state, members, batch, own) to the new state and the totals `[members]`. ``own`` has
+        the fields of the batch (a named tuple) in which members differ, by name, `[members, ...]`: targets
+        (tasks), weights of examples (folds). Jit it with its first argument donated.
+    """
+
+    def population_step(state: PopulationState, members: Members, batch: Any, own: Mapping[str, Any]):
+        def step_of(of_member):
+            trained, opt_state, (key, rate, scale), fields = of_member
+            scaled = partial(_scaled, scale=scale)
+            update = make_update_step(
+                objective._replace(loss=lambda variables, *rest: objective.loss(scaled(variables), *rest)),
+                _at_rate(optimizer, rate),
+                mask,
+                members.keys if key is None else key,
+                clip_norm=clip_norm,
+                micro_batches=micro_batches,
+                merged=lambda variables: merged(scaled(variables)),
+            )
+            alone = TrainState(state.step, _whole(state.frozen, trained), opt_state)
+            alone, totals = update(alone, batch._replace(**fields))
+            return _only(alone.variables, mask, True), alone.opt_state, totals
+
+        keys = members.keys if members.keys.ndim else None
+        each = state.trained, state.opt_state, (keys, members.rates, members.scales), dict(own)
+        trained, opt_state, totals = _map(step_of, each, at_once)
+        return PopulationState(state.step + 1, state.frozen, trained, opt_state), totals
+
+    return population_step
+
+
+def _map(function: Callable[[Any], Any], members: Any, at_once: int | None) -> Any:
+    """`function` of each member; `members` is a tree of arrays `[members, ...]`."""
+    count = jax.tree.leaves(members)[0].shape[0]
+    if at_once is None or at_once >= count:
+        return jax.vmap(function)(members)
+    return jax.lax.map(function, members, batch_size=None if at_once == 1 else at_once)
+
+
+def population_predict(
+    forward: Callable[..., Any], state: PopulationState, members: Members, *inputs: Any
+) -> Any:
+    """What `forward` (variables, \\*inputs), with the adapters of :func:`largest`, gives for each member:
+    `[members, ...]`.
+    """
+
+    def of(trained: Variables, scale: jax.Array) -> Any:
+        return forward(_scaled(_whole(state.frozen, trained), scale), *inputs)
+
+    return jax.vmap(of)(state.trained, members.scales)
+
+
+def member(state: PopulationState, number: int, config: LoRAConfig | None) -> Variables:
+    """Variables of one member, as if it had been trained alone: its adapters have the rank of `config`."""
+    variables = _whole(state.frozen, jax.tree.map(lambda leaf: leaf[number], state.trained))
+    if config is None:
+        return variables
+
+    def cut(path, leaf):
+        return leaf[..., : config.rank] if path[-1].key == "a" else leaf[..., : config.rank, :]
+
+    return {**variables, "lora": jax.tree_util.tree_map_with_path(cut, variables["lora"])}
+
+
+def _at_rate(optimizer: optax.GradientTransformation, rate: jax.Array) -> optax.GradientTransformation:
+    """AdamW's update, weight decay included, is proportional to its learning rate."""
+
+    def update(gradient, state, params=None):
+        updates, state = optimizer.update(gradient, state, params)
+        return jax.tree.map(lambda leaf: rate * leaf, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def _scaled(variables: Variables, scale: jax.Array) -> Variables:
+    """`variables` with the factor `scale` on the product of each adapter."""
+
+    def on_b(path, leaf):
+        return scale * leaf if path[-1].key == "b" else leaf
+
+    return {**variables, "lora": jax.tree_util.tree_map_with_path(on_b, variables["lora"])}
+
+
+def _padded(variables: Variables, rank: int) -> Variables:
+    def pad(path, leaf):
+        axis = leaf.ndim - 1 if path[-1].key == "a" else leaf.ndim - 2
+        widths = [(0, rank - leaf.shape[axis] if place == axis else 0) for place in range(leaf.ndim)]
+        return jnp.pad(leaf, widths)
+
+    return {**variables, "lora": jax.tree_util.tree_map_with_path(pad, variables["lora"])}
+
+
+def _only(variables: Variables, mask: Any, kept: bool) -> Variables:
+    """`variables` with None at all leaves where `mask` is not `kept`."""
+    return jax.tree.map(lambda leaf, trains: leaf if trains == kept else None, variables, mask)
+
+
+def _whole(frozen: Variables, trained: Variables) -> Variables:
+    return jax.tree.map(
+        lambda one, other: other if one is None else one, frozen, trained, is_leaf=lambda leaf: leaf is None
+    )
