@@ -192,7 +192,7 @@ def _train(
     size, batches, labelled = config.population.size, run.batches, run.labelled
     every = config.train.validate_every or batches.steps_per_epoch
     losses, steps, waited = np.full(size, np.inf), np.zeros(size, np.int64), np.zeros(size, int)
-    variables: list[Any] = [None] * size
+    mask, trained = run.setup.mask, [None] * size
     outputs = np.zeros((size, len(labelled.tuning), labelled.task.outputs), np.float32)
     out_of_fold = None
     if variation.folds is not None:
@@ -246,7 +246,10 @@ def _train(
                 curves[k].append(metrics[k]["loss"])
             for k in better:
                 losses[k], steps[k], waited[k] = metrics[k]["loss"], number, 0
-                variables[k], outputs[k] = member(state, k, variation.adapters[k]), now[k]
+                outputs[k] = now[k]
+                found = member(state, k, variation.adapters[k])
+                # The frozen leaves go on with the state, which the next step uses up.
+                trained[k] = jax.tree.map(lambda leaf, t: np.asarray(leaf) if t else None, found, mask)
                 if out_of_fold is not None and on_train is not None:
                     mine = variation.folds == k  # predicted by the one member that did not see them
                     out_of_fold[mine] = on_train[k][mine]
@@ -256,6 +259,11 @@ def _train(
             if patience is not None and (waited >= patience).all():
                 break
     console.close()
+    last = member(state, 0, variation.adapters[0])
+    variables = [
+        jax.tree.map(lambda one, other: other if one is None else one, of, last, is_leaf=lambda x: x is None)
+        for of in trained
+    ]
     return Best(losses, steps, variables, outputs, out_of_fold, curves)
 
 
