@@ -2,8 +2,15 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from inspect import cleandoc
 
-from behrt_jax.config import DoctorConfig, FreezingStudyConfig, PrepareConfig, PretrainConfig
+from behrt_jax.config import (
+    DoctorConfig,
+    FreezingStudyConfig,
+    MakeLabelsConfig,
+    PrepareConfig,
+    PretrainConfig,
+)
 from behrt_jax.errors import InputError
 
 
@@ -73,6 +80,27 @@ def prepare_command(arguments: Sequence[str]) -> int:
         from behrt_jax.workflows.prepare import prepare_records
 
         prepare_records(config)
+        return 0
+
+    return exit_status(run)
+
+
+def make_labels_command(arguments: Sequence[str]) -> int:
+    """Make a label table of prepared data; returns the exit status of :func:`exit_status`."""
+    import tyro
+
+    config = tyro.cli(
+        MakeLabelsConfig,
+        prog="make_labels.py",
+        description=cleandoc(MakeLabelsConfig.__doc__ or ""),
+        args=list(arguments),
+        use_underscores=True,
+    )
+
+    def run() -> int:
+        from behrt_jax.workflows.make_labels import make_labels
+
+        make_labels(config)
         return 0
 
     return exit_status(run)
