@@ -39,7 +39,7 @@ def check_follow_up(placed: Mapping[str, PlacedLabels], horizon_days: float | No
             f"{unfollowed:,} of {negatives:,} negative labels ({unfollowed / negatives:.1%}) are of subjects "
             f"without any event {when}.",
             "That nothing was recorded is no proof that nothing happened; the model learns who is not seen "
-            "again. (Prepared data hold the selected codes only, and no deaths.)",
+            "again. (Follow-up is seen by the selected codes alone, not by deaths or the end of the data.)",
             "Leave such labels out, or censor them; keep those where a death or discharge ends the follow-up "
             "by definition.",
         )

@@ -49,13 +49,14 @@ class Candidates:
             self.counts[f"left out: {why}"] = count
 
     def leave_out_short(self, history: SplitHistory, least: int) -> None:
-        """Leave out those with fewer than ``least`` events up to the prediction time, and the same time twice."""
+        """Leave out those with fewer than ``least`` events up to the prediction time, and a time again."""
         events = history.events_up_to(self.subjects, self.times)
         self.leave_out(f"fewer than {least} events of history", events < least)
-        again = np.ones(len(self.times), bool)
-        order = np.lexsort([self.times, self.subjects])
-        same = (np.diff(self.subjects[order]) == 0) & (np.diff(self.times[order]) == 0)
-        again[order[np.concatenate([[True], ~same])] if len(order) else order] = False
+        rows = np.flatnonzero(self.left)
+        rows = rows[np.lexsort([self.times[rows], self.subjects[rows]])]
+        same = (np.diff(self.subjects[rows]) == 0) & (np.diff(self.times[rows]) == 0)
+        again = np.zeros(len(self.times), bool)
+        again[rows[1:][same]] = True
         self.leave_out("another visit ends at the same time", again)
 
     def choose(self, history: SplitHistory, config: MakeLabelsConfig, room: np.ndarray | None = None) -> None:
@@ -76,9 +77,8 @@ class Candidates:
         own, first, count = np.unique(self.subjects[rows], return_index=True, return_counts=True)
         place = count - 1
         if config.times == "random":
-            words = hash_words(
-                hash_words(history.part.subject_ids[own]).view(np.int64) ^ np.int64(config.seed)
-            )
+            words = hash_words(history.part.subject_ids[own]).view(np.int64) ^ np.int64(config.seed)
+            words = hash_words(words)
             place = (words % count.astype(np.uint64)).astype(np.int64)
         other = self.left.copy()
         other[rows[first + place]] = False

@@ -45,7 +45,7 @@ def visits_of(part: Sequences, chosen: np.ndarray | None = None) -> Visits:
         chosen: bool ``[V]``: only visits with such a code count; all where not given.
     """
     number = visit_numbers(part)
-    count = int(number[-1]) + 1 if len(number) else 0
+    count = int(number.max(initial=-1)) + 1
     subjects = np.zeros(count, np.int64)
     subjects[number] = np.repeat(np.arange(len(part)), part.lengths)
     starts, ends = np.full(count, NEVER), np.full(count, np.iinfo(np.int64).min)
