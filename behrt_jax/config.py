@@ -387,9 +387,10 @@ class MakeLabelsConfig:
     min_events: int = 1
     """Fewest events that a subject has at the prediction time."""
     follow_up: str | None = None
-    """Until when it is known what happens to those who live. subject: their own last event. data: the last
-    event of the data set (wrong where dates are shifted by subject, as in MIMIC). Or a date, 2020-12-31 (to
-    the end of that day). Default: subject, for readmission data. Not of next_visit."""
+    """Until when it is known what happens to a subject. subject: the own last event, or death. data: the last
+    event of the data set, or an earlier death (wrong where dates are shifted by subject, as in MIMIC). Or a
+    date in place of that event, such as 2020-12-31. Default: subject, for readmission data. Not of
+    next_visit."""
     seed: int = 0
     """Seed of --times random."""
 

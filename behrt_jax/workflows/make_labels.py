@@ -116,13 +116,12 @@ def _history(data: SequenceSet, name: str, config: MakeLabelsConfig) -> SplitHis
     if table is not None:
         place = find_subjects(part.subject_ids, table["subject_id"].to_numpy())
         deaths[place[place >= 0]] = table["time"].cast(pa.int64()).to_numpy()[place >= 0]
-    follow_up = part.times[part.offsets[1:] - 1]
+    until = None
     if config.follow_up == "data":
-        last = max(int(other.times.max()) for other in data.splits.values() if len(other))
-        follow_up = np.full(len(part), last)
+        until = max(int(other.times.max()) for other in data.splits.values() if len(other))
     elif config.follow_up != "subject":
-        follow_up = np.full(len(part), _end_of_day(config.follow_up or ""))
-    return SplitHistory(part, data.vocabulary, deaths, follow_up)
+        until = _end_of_day(config.follow_up or "")
+    return SplitHistory.followed(part, data.vocabulary, deaths, until)
 
 
 def _counts(labels: MadeLabels) -> dict[str, int]:

@@ -19,7 +19,7 @@ def label_death(history: SplitHistory, config: MakeLabelsConfig) -> MadeLabels:
     happens = history.deaths[visits.subjects]
     candidates.leave_out("the subject has died", happens <= visits.ends)
     candidates.leave_out_short(history, config.min_events)
-    known_until = np.where(happens < NEVER, NEVER, history.follow_up[visits.subjects])
+    known_until = np.where(happens < NEVER, NEVER, history.known_until[visits.subjects])
     if config.survival:
         return label_survival(candidates, history, config, happens, known_until)
     return label_within(candidates, history, config, happens, known_until, death_ends=False)

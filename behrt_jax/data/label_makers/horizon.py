@@ -71,7 +71,7 @@ def label_survival(
     left = candidates.left
     values = {
         "boolean_value": pa.array(seen[left]),
-        "float_value": pa.array((until - candidates.times)[left] / DAY),
+        "float_value": pa.array(((until - candidates.times)[left] / DAY).astype(np.float32)),  # of the schema
     }
     events = int(seen[left].sum())
     return candidates.labelled(history, values, positive=events, censored=int(left.sum()) - events)

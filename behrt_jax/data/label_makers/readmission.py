@@ -25,6 +25,6 @@ def label_readmission(history: SplitHistory, config: MakeLabelsConfig) -> MadeLa
     candidates.leave_out("another visit goes on", visits.others_go_on)
     candidates.leave_out("death in the visit, or on the day of its end", deaths // DAY <= visits.ends // DAY)
     candidates.leave_out_short(history, config.min_events)
-    known_until = np.where(deaths < NEVER, deaths, history.follow_up[visits.subjects])
+    known_until = history.known_until[visits.subjects]
     label = label_survival if config.survival else label_within
     return label(candidates, history, config, following, known_until)

@@ -1,7 +1,6 @@
 """What the label makers look at: one split's histories, visits, deaths and ends of follow-up."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -91,19 +90,19 @@ class SplitHistory:
     """Of the codes."""
     deaths: np.ndarray
     """int64 ``[subjects]``, microseconds since 1970; ``NEVER`` where none is known."""
-    follow_up: np.ndarray
-    """int64 ``[subjects]``: until when everything is known of a subject who lives."""
+    known_until: np.ndarray
+    """int64 ``[subjects]``, the end of follow-up: what happens later is not known."""
 
-    @cached_property
-    def last_events(self) -> np.ndarray:
-        """Time of each subject's last event, int64 ``[subjects]``."""
-        return self.part.times[self.part.offsets[1:] - 1]
-
-    @property
-    def known_until(self) -> np.ndarray:
-        """The end of follow-up, or death where it is known: int64 ``[subjects]``."""
-        died = self.deaths < NEVER
-        return np.where(died, np.maximum(self.deaths, self.last_events), self.follow_up)
+    @classmethod
+    def followed(
+        cls, part: Sequences, vocabulary: Vocabulary, deaths: np.ndarray, until: int | None = None
+    ) -> "SplitHistory":
+        """With follow-up up to death or a time, or, where none is given, up to the last event or death."""
+        last = part.times[part.offsets[1:] - 1]
+        known_until = np.where(deaths < NEVER, np.maximum(deaths, last), last)
+        if until is not None:
+            known_until = np.minimum(deaths, until)
+        return cls(part, vocabulary, deaths, known_until)
 
     def events_up_to(self, subjects: np.ndarray, times: np.ndarray) -> np.ndarray:
         """How many events a subject has at or before a time: int64 ``[n]``; places and times ``[n]``."""
