@@ -41,11 +41,12 @@ def check_follow_up(
             if horizon_days is None
             else f"{horizon_days:g} days after the prediction time or later"
         )
+        by_labels = "" if stated is None else f" (by the labels, follow-up goes on to {stated})"
         yield Finding(
             "negative-without-follow-up",
             "error" if unfollowed > MUCH_UNFOLLOWED * negatives and stated is None else "warning",
             f"{unfollowed:,} of {negatives:,} negative labels ({unfollowed / negatives:.1%}) are of subjects "
-            f"without any event {when}{(stated and f' (the labels take follow-up to go on to {stated})') or ''}.",
+            f"without any event {when}{by_labels}.",
             "That nothing was recorded is no proof that nothing happened; the model learns who is not seen "
             "again. (Follow-up is seen by the selected codes alone, not by deaths or the end of the data.)",
             "Leave such labels out, or censor them; keep those where a death or discharge ends the follow-up "
