@@ -11,6 +11,12 @@ from behrt_jax.config import (
     ForecastStudyConfig,
     FreezingStudyConfig,
     PredictConfig,
+from inspect import cleandoc
+
+from behrt_jax.config import (
+    DoctorConfig,
+    FreezingStudyConfig,
+    MakeLabelsConfig,
     PrepareConfig,
     PretrainConfig,
 )
@@ -121,6 +127,27 @@ def prepare_command(arguments: Sequence[str]) -> int:
         from behrt_jax.workflows.prepare import prepare_records
 
         prepare_records(config)
+        return 0
+
+    return exit_status(run)
+
+
+def make_labels_command(arguments: Sequence[str]) -> int:
+    """Make a label table of prepared data; returns the exit status of :func:`exit_status`."""
+    import tyro
+
+    config = tyro.cli(
+        MakeLabelsConfig,
+        prog="make_labels.py",
+        description=cleandoc(MakeLabelsConfig.__doc__ or ""),
+        args=list(arguments),
+        use_underscores=True,
+    )
+
+    def run() -> int:
+        from behrt_jax.workflows.make_labels import make_labels
+
+        make_labels(config)
         return 0
 
     return exit_status(run)

@@ -9,12 +9,15 @@ list of strings, for multi-label tasks), and survival, where every row has boole
 and float_value (days from the prediction time to the event, or to the end of follow-up).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from behrt_jax.data.label_columns import LabelKind, kind_of, read_label_file, values_of
 from behrt_jax.errors import InputError
@@ -38,6 +41,8 @@ class Labels:
     """Which of the value columns they come from."""
     duplicates: int = 0
     """Rows left out because they repeated the subject, time and value of another."""
+    account: Mapping[str, Any] = field(default_factory=dict)
+    """What `workflows.make_labels` says of a table that it made; empty for others."""
 
     def __len__(self) -> int:
         return len(self.subject_ids)
@@ -83,7 +88,8 @@ def read_labels(path: Path, *, as_written: bool = False) -> Labels:
             finite, labels that contradict each other, or no row at all.
     """
     path = Path(path)
-    rows = pa.concat_tables([read_label_file(file) for file in _files(path)])
+    files = _files(path)
+    rows = pa.concat_tables([read_label_file(file) for file in files])
     if not rows.num_rows:
         raise InputError(f"{path} has no labels (0 rows): give the table of a task, with its labels.")
     kind = kind_of(path, rows)
@@ -92,6 +98,7 @@ def read_labels(path: Path, *, as_written: bool = False) -> Labels:
         times=rows["prediction_time"].cast(pa.int64()).to_numpy(),
         values=values_of(path, rows, kind),
         kind=kind,
+        account=_account(files[0]) if len(files) == 1 else {},
     )
     return labels if as_written else _distinct(path, labels)
 
@@ -114,6 +121,14 @@ def _distinct(path: Path, labels: Labels) -> Labels:
         return labels
     kept = np.sort(order[np.concatenate([[True], ~same])])
     return replace(labels.take(kept), duplicates=len(labels) - len(kept))
+
+
+def _account(file: Path) -> Mapping[str, Any]:
+    try:
+        account = json.loads((pq.read_schema(file).metadata or {}).get(b"behrt_jax", b"{}"))
+    except ValueError:
+        return {}
+    return account if isinstance(account, dict) else {}
 
 
 def _files(path: Path) -> list[Path]:

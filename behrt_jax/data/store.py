@@ -136,6 +136,6 @@ def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Ta
     if not file.is_file():
         return schema.empty_table()
     try:
-        return pq.read_table(file, partitioning=None).cast(schema)
+        return pq.ParquetFile(file).read().cast(schema)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{file} is damaged: run prepare again, with another output.") from error

@@ -66,7 +66,9 @@ def _findings(
     recorded = manifest.get("options", {}).get("delays", ())
     yield from check_delays(placed, data.vocabulary, config.delays or recorded, recorded)
     if binary:
-        yield from check_follow_up(placed, config.horizon_days)
+        follow_up = labels.account.get("options", {}).get("follow_up")
+        ends = {"subject": None, "data": "the last event of the data"}
+        yield from check_follow_up(placed, config.horizon_days, ends.get(follow_up, follow_up))
         yield from check_codes(placed, data.vocabulary)
         yield from check_outcome(placed, data.vocabulary, config.outcome_codes, config.horizon_days)
     else:

@@ -14,8 +14,16 @@ MUCH_UNFOLLOWED = 0.1
 """Share of the negative labels without follow-up above which it is an error."""
 
 
-def check_follow_up(placed: Mapping[str, PlacedLabels], horizon_days: float | None) -> Iterator[Finding]:
-    """Negative labels of subjects who are not seen afterwards."""
+def check_follow_up(
+    placed: Mapping[str, PlacedLabels], horizon_days: float | None, stated: str | None = None
+) -> Iterator[Finding]:
+    """Negative labels of subjects who are not seen afterwards.
+
+    Args:
+        placed: binary labels.
+        horizon_days: up to when they have to be seen; some time after the prediction where not given.
+        stated: follow-up that the label table says it has, whatever is seen of a subject.
+    """
     negatives = unfollowed = 0
     for labels in placed.values():
         negative = labels.values == 0
@@ -33,13 +41,14 @@ def check_follow_up(placed: Mapping[str, PlacedLabels], horizon_days: float | No
             if horizon_days is None
             else f"{horizon_days:g} days after the prediction time or later"
         )
+        by_labels = "" if stated is None else f" (by the labels, follow-up goes on to {stated})"
         yield Finding(
             "negative-without-follow-up",
-            "error" if unfollowed > MUCH_UNFOLLOWED * negatives else "warning",
+            "error" if unfollowed > MUCH_UNFOLLOWED * negatives and stated is None else "warning",
             f"{unfollowed:,} of {negatives:,} negative labels ({unfollowed / negatives:.1%}) are of subjects "
-            f"without any event {when}.",
+            f"without any event {when}{by_labels}.",
             "That nothing was recorded is no proof that nothing happened; the model learns who is not seen "
-            "again. (Prepared data hold the selected codes only, and no deaths.)",
+            "again. (Follow-up is seen by the selected codes alone, not by deaths or the end of the data.)",
             "Leave such labels out, or censor them; keep those where a death or discharge ends the follow-up "
             "by definition.",
         )

@@ -100,6 +100,12 @@ def test_a_static_code_with_a_time_is_no_fact(tmp_path):
     assert manifest["events"]["dropped"]["code not selected"] == 3
 
 
+def test_the_earliest_death_of_each_subject(tmp_path):
+    deaths = [Row(5, 900 * DAY, DEATH_CODE), Row(1, 800 * DAY, DEATH_CODE), Row(5, 700 * DAY, DEATH_CODE)]
+    prepare(source_of([*ALWAYS, *deaths], SPLIT_IDS), PrepareConfig(output=tmp_path / "out", min_count=1))
+    assert stored_facts(tmp_path / "out", "train")[1] == [(1, 800 * DAY), (5, 700 * DAY)]
+
+
 def test_row_groups_do_not_depend_on_the_pieces(tmp_path, monkeypatch):
     from behrt_jax.data import subject_facts
 

@@ -1,0 +1,189 @@
+"""A label table made of prepared data, with an account of who got a label, who none, and why."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from datetime import date
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from behrt_jax.config import MakeLabelsConfig
+from behrt_jax.data.delays import matching_codes
+from behrt_jax.data.events import SPLITS
+from behrt_jax.data.label_makers.death import label_death
+from behrt_jax.data.label_makers.first_occurrence import label_first_occurrence
+from behrt_jax.data.label_makers.next_visit import label_next_visit
+from behrt_jax.data.label_makers.prediction_times import MadeLabels
+from behrt_jax.data.label_makers.readmission import label_readmission
+from behrt_jax.data.label_makers.split_history import NEVER, SplitHistory
+from behrt_jax.data.places import find_subjects
+from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.data.store import read_deaths, read_prepared
+from behrt_jax.data.visits import DAY
+from behrt_jax.errors import InputError
+from behrt_jax.tracking.console import open_console
+
+MAKERS = {
+    "next_visit": label_next_visit,
+    "first_occurrence": label_first_occurrence,
+    "readmission": label_readmission,
+    "death": label_death,
+}
+_DEFAULT_HORIZON = {"first_occurrence": 365.0, "readmission": 30.0, "death": 365.0}
+
+
+def make_labels(config: MakeLabelsConfig) -> dict[str, Any]:
+    """Make the labels of ``config.task`` and write them to ``config.output``, whole or not at all.
+
+    Returns:
+        The account that the file's schema metadata has as JSON (key ``behrt_jax``): task, options,
+        fingerprint of the data, and by split subjects, candidates, labels, positives, and all that was left
+        out, by reason.
+
+    Raises:
+        InputError: an option is wrong, missing or without effect, the output is there already, the data
+            cannot be read or do not know who died, or no label is left.
+    """
+    config = _checked(config)
+    assert config.data is not None and config.output is not None and config.task is not None
+    data = read_prepared(config.data)
+    if config.codes and not matching_codes(data.vocabulary, config.codes, "--codes").any():
+        raise InputError(
+            f"--codes has {', '.join(config.codes)}: no code of the vocabulary matches; mend it."
+        )
+    made = {name: MAKERS[config.task](_history(data, name, config), config) for name in SPLITS}
+    account = {
+        "task": config.task,
+        "options": _options(config),
+        "data_fingerprint": data.fingerprint,
+        "splits": {name: _counts(labels) for name, labels in made.items()},
+    }
+    with open_console() as console:
+        rows = dict.fromkeys(key for counts in account["splits"].values() for key in counts)
+        console.table(
+            f"Labels of the task {config.task}",
+            ("", *SPLITS),
+            [(key, *(account["splits"][name].get(key, 0) for name in SPLITS)) for key in rows],
+        )
+        if not sum(len(labels.times) for labels in made.values()):
+            raise InputError(
+                "No label is left, for the reasons above: choose other codes, a shorter horizon or another "
+                "follow_up."
+            )
+        _write(config, made, account)
+        console.log(f"Written: {config.output}")
+    return account
+
+
+def _write(config: MakeLabelsConfig, made: Mapping[str, MadeLabels], account: Mapping[str, Any]) -> None:
+    parts = [
+        pa.table(
+            {
+                "subject_id": pa.array(labels.subject_ids),
+                "prediction_time": pa.array(labels.times).cast(pa.timestamp("us")),
+                **labels.values,
+            }
+        )
+        for labels in made.values()
+    ]
+    table = pa.concat_tables(parts).sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")])
+    table = table.replace_schema_metadata({"behrt_jax": json.dumps(account)})
+    output = config.output
+    assert output is not None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.part")
+    try:
+        pq.write_table(table, temporary)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _history(data: SequenceSet, name: str, config: MakeLabelsConfig) -> SplitHistory:
+    assert config.data is not None
+    part = data.splits[name]
+    deaths = np.full(len(part), NEVER)
+    table = read_deaths(config.data, name)
+    if table is None and config.task != "next_visit":
+        raise InputError(
+            f"{config.data} was prepared by an older version, which did not keep deaths: run prepare again, "
+            "with another output."
+        )
+    if table is not None:
+        place = find_subjects(part.subject_ids, table["subject_id"].to_numpy())
+        deaths[place[place >= 0]] = table["time"].cast(pa.int64()).to_numpy()[place >= 0]
+    until = None
+    if config.follow_up == "data":
+        until = max(int(other.times.max()) for other in data.splits.values() if len(other))
+    elif config.follow_up != "subject":
+        until = _end_of_day(config.follow_up or "")
+    return SplitHistory.followed(part, data.vocabulary, deaths, until)
+
+
+def _counts(labels: MadeLabels) -> dict[str, int]:
+    counts = Counter(labels.counts)
+    subjects = {"subjects": len(np.unique(labels.subject_ids))}
+    left_out = {key: count for key, count in counts.items() if key.startswith("left out")}
+    return (
+        {"candidates": counts.pop("candidates")}
+        | left_out
+        | subjects
+        | {key: count for key, count in counts.items() if key not in left_out}
+    )
+
+
+def _options(config: MakeLabelsConfig) -> dict[str, Any]:
+    options = asdict(config)
+    for name in ("task", "data", "output"):
+        del options[name]
+    return options
+
+
+def _checked(config: MakeLabelsConfig) -> MakeLabelsConfig:
+    """The options with their defaults."""
+    for name in ("task", "data", "output"):
+        if getattr(config, name) is None:
+            raise InputError(f"--{name} is missing: give it; --help tells what it is.")
+    assert config.output is not None and config.task is not None
+    if config.output.exists():
+        raise InputError(f"--output: {config.output} is there already: give another file.")
+    if config.output.suffix != ".parquet":
+        raise InputError(f"--output is {config.output}: give a name that ends in .parquet.")
+    if config.min_events < 1:
+        raise InputError(f"--min_events is {config.min_events}: give 1 or more.")
+    if config.task == "next_visit":
+        for name in ("horizon_days", "gap_days", "survival", "follow_up"):
+            if getattr(config, name):
+                raise InputError(f"--{name} has no effect on next_visit: leave it out.")
+        return replace(config, follow_up="subject")
+    if config.task == "first_occurrence" and not config.codes:
+        raise InputError("--codes is missing: give the codes whose first occurrence is to be predicted.")
+    if config.task == "death" and config.codes:
+        raise InputError("--codes has no effect on death, which is MEDS_DEATH: leave it out.")
+    if config.horizon_days is not None and not 0 < config.horizon_days < 1e6:
+        raise InputError(f"--horizon_days is {config.horizon_days:g}: give a number of days above 0.")
+    if not 0 <= config.gap_days < 1e6:
+        raise InputError(f"--gap_days is {config.gap_days:g}: give a number of days, 0 or more.")
+    if config.survival and config.times == "last" and config.horizon_days is None:
+        raise InputError("--times last needs room for a horizon: add --horizon_days, or take --times random.")
+    follow_up = config.follow_up or ("data" if config.task == "readmission" else "subject")
+    if follow_up not in ("subject", "data"):
+        _end_of_day(follow_up)
+    horizon = config.horizon_days
+    if horizon is None and not config.survival:
+        horizon = _DEFAULT_HORIZON[config.task]
+    return replace(config, follow_up=follow_up, horizon_days=horizon)
+
+
+def _end_of_day(text: str) -> int:
+    try:
+        day = date.fromisoformat(text)
+    except ValueError as error:
+        raise InputError(
+            f"--follow_up is {text!r}: give subject, data, or a date such as 2020-12-31."
+        ) from error
+    return (day - date(1970, 1, 1)).days * DAY + DAY - 1
