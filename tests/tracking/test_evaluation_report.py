@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from behrt_jax.tracking import evaluation_plots
+from behrt_jax.tracking.evaluation_curves import draw_precision_recall, draw_roc
 from behrt_jax.tracking.evaluation_plots import plot_evaluation
 from behrt_jax.tracking.evaluation_report import write_evaluation_report
 from behrt_jax.tracking.evaluation_tables import evaluation_tables, summary_text
@@ -70,8 +71,8 @@ def words(record):
 def test_a_sound_evaluation_says_no_more_than_it_must():
     assert plain_words(record_of()) == [
         "The model's AUROC is 0.800 (0.750 to 0.850); in brackets the 95 % interval.",
-        "The model is better: AUROC 0.800 against 0.750 of logistic regression, difference 0.050 (0.010 to "
-        "0.090).",
+        "The model is better than logistic regression by AUROC (model 0.800 and baseline 0.750, difference "
+        "0.050 (0.010 to 0.090)).",
         "Acting on the model has more net benefit than treating all or nobody at 29 of the 99 thresholds "
         "from 1 % to 99 %, between 1% and 29% (decision curve).",
         "F1, precision, recall and specificity are those of the threshold 0.25, settled before.",
@@ -82,19 +83,32 @@ def test_a_sound_evaluation_says_no_more_than_it_must():
 
 def test_who_is_ahead_is_said_plainly():
     lost = entry(-0.02, -0.03, -0.01, ahead="baseline", better="baseline")
-    assert "THE BASELINE WINS: AUROC" in words(record_of(baselines=[baseline("boosting", lost)]))
     brier = entry(0.02, 0.01, 0.03, ahead="baseline", better="baseline")
+    said = plain_words(record_of(baselines=[baseline("boosting", lost, brier=brier)]))
+    assert [line for line in said if "boosting" in line] == [
+        "THE BASELINE WINS: boosting is better than the model by AUROC (model 0.800 and baseline 0.750, "
+        "difference -0.020 (-0.030 to -0.010)); by Brier score (model 0.100 and baseline 0.120, difference "
+        "0.020 (0.010 to 0.030))."
+    ]
     even = entry(-0.01, -0.03, 0.02, ahead="unclear", better="baseline")
     said = words(record_of(baselines=[baseline("boosting", even, brier=brier)]))
-    assert "Not told apart (the baseline leads): AUROC" in said
-    assert (
-        "THE BASELINE WINS: Brier score 0.100 against 0.120 of boosting, difference 0.020 (0.010 to" in said
-    )
+    assert "The model and boosting are not told apart (the baseline leads) by AUROC (model 0.800 and" in said
+    assert "THE BASELINE WINS: boosting is better than the model by Brier score (model 0.100 and" in said
     alone = entry(0.1, ahead="unclear", better="model")
-    assert "There is no interval to tell them apart by" in words(record_of(baselines=[baseline("x", alone)]))
+    assert "are not told apart (no interval) by AUROC" in words(record_of(baselines=[baseline("x", alone)]))
     unfitted = {"name": "x", "note": "Not fitted: why.", "figures": None}
     assert "Baseline x: Not fitted: why." in words(record_of(baselines=[unfitted]))
     assert "No baseline was run: because." in words(record_of(baselines=[], without_baselines="because."))
+
+
+def test_with_one_class_nobody_wins():
+    brier = entry(0.02, 0.01, 0.03, ahead="baseline", better="baseline")
+    record = record_of(positives=0)
+    record["model"]["figures"]["auroc"] = entry(None, reason="one class only")
+    only = baseline("boosting", None)
+    record["baselines"] = [{**only, "model_less_baseline": {"brier": brier}}]
+    assert "boosting" not in words(record)
+    assert plain_words(record)[0] == "There is no AUROC: one class only."
 
 
 def test_few_labels_of_either_class_are_said():
@@ -177,14 +191,14 @@ def test_curves_are_those_of_the_model_and_of_baselines_that_have_some(axes):
     other = copy.deepcopy(record["model"])
     other["curves"]["recall"] = [0.0, 0.4, 1.0]
     record["baselines"] = [{**record["baselines"][0], **other}]
-    assert evaluation_plots._draw_roc(axes, record)
+    assert draw_roc(axes, record)
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert lines["model (0.800)"] == [0.0, 0.7, 1.0]
     assert lines["logistic regression (0.800)"] == [0.0, 0.4, 1.0]
     axes.clear()
     record["model"]["curves"] = None
-    assert not evaluation_plots._draw_roc(axes, record)
-    assert not evaluation_plots._draw_precision_recall(axes, record)
+    assert not draw_roc(axes, record)
+    assert not draw_precision_recall(axes, record)
 
 
 def test_the_comparison_has_a_row_for_each_that_has_the_figure(axes):
