@@ -4,24 +4,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from behrt_jax.tracking.evaluation_curves import (
+    GREY,
+    MODEL_COLOUR,
+    colour_of,
+    draw_decision_curve,
+    draw_precision_recall,
+    draw_reliability,
+    draw_roc,
+)
 from behrt_jax.tracking.evaluation_words import MAIN, TITLES
 from behrt_jax.tracking.plots import DPI
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_MODEL = "#0072B2"
-# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/).
-_OTHERS = {
-    "prevalence": "#999999",
-    "mean": "#999999",
-    "Kaplan-Meier": "#999999",
-    "logistic regression": "#D55E00",
-    "linear regression": "#D55E00",
-    "gradient boosting": "#009E73",
-    "codes seen before": "#E69F00",
-}
-_GREY = "#555555"
 
 
 def plot_evaluation(record: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -53,113 +49,23 @@ def plot_evaluation(record: Mapping[str, Any], folder: Path) -> list[Path]:
     return drawn
 
 
-def _draw_reliability(axes: "Axes", record: Mapping[str, Any]) -> bool:
-    bins = record["model"].get("reliability")
-    if not bins:
-        return False
-    predicted, observed = ([row[key] for row in bins] for key in ("predicted", "observed"))
-    below = [max(0.0, row["observed"] - row["low"]) for row in bins]
-    above = [max(0.0, row["high"] - row["observed"]) for row in bins]
-    ends = predicted + [row["low"] for row in bins] + [row["high"] for row in bins]
-    low, high = min(ends), max(ends)
-    if record["kind"] == "binary":
-        low, high = 0.0, min(1.0, 1.05 * high)
-    axes.plot([low, high], [low, high], color=_GREY, linestyle="--", linewidth=1, label="perfect")
-    axes.errorbar(
-        predicted, observed, yerr=[below, above], color=_MODEL, marker="o", markersize=5, capsize=2,
-        linewidth=1.2, label="model, ten bins of (nearly) equal size, 95 % interval",
-    )  # fmt: skip
-    binary = record["kind"] == "binary"
-    axes.set_xlabel("mean predicted probability" if binary else "mean prediction")
-    axes.set_ylabel("share of positives" if binary else "mean label")
-    axes.set_title("Reliability", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
-    return True
-
-
-def _draw_roc(axes: "Axes", record: Mapping[str, Any]) -> bool:
-    axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, label="chance (0.500)")
-    if not _curves(axes, record, "false_positive_rate", "recall", "auroc"):
-        return False
-    axes.set_xlabel("false positive rate (1 - specificity)")
-    axes.set_ylabel("recall (sensitivity)")
-    axes.set_title("ROC curve (area in brackets)", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8, loc="lower right", reverse=True)
-    return True
-
-
-def _draw_precision_recall(axes: "Axes", record: Mapping[str, Any]) -> bool:
-    if record["kind"] != "binary":
-        return False
-    share = record["model"]["figures"]["prevalence"]["value"]
-    axes.axhline(share, color=_GREY, linestyle="--", linewidth=1, label=f"share of positives ({share:.3f})")
-    if not _curves(axes, record, "recall", "precision", "average_precision", drawstyle="steps-pre"):
-        return False
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("recall (sensitivity)")
-    axes.set_ylabel("precision (positive predictive value)")
-    axes.set_title("Precision and recall (average precision in brackets)", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8, loc="best", reverse=True)
-    return True
-
-
-def _curves(axes: "Axes", record: Mapping[str, Any], x: str, y: str, figure: str, **options: Any) -> bool:
-    if not record["model"].get("curves"):
-        return False
-    parts = [("model", record["model"], _MODEL), *_drawn_baselines(record)]
-    for name, part, colour in reversed(parts):
-        label = f"{name} ({part['figures'][figure]['value']:.3f})"
-        width = 1.8 if name == "model" else 1.2
-        axes.plot(part["curves"][x], part["curves"][y], color=colour, linewidth=width, label=label, **options)
-    axes.set_xlim(-0.01, 1.01)
-    return True
-
-
-def _draw_decision_curve(axes: "Axes", record: Mapping[str, Any]) -> bool:
-    curve = record["model"].get("decision_curve")
-    if not curve or not record["model"].get("curves"):
-        return False
-    thresholds = [row["threshold"] for row in curve]
-    axes.axhline(0, color=_GREY, linestyle=":", linewidth=1.2, label="treat nobody")
-    everyone = [row["treat_all"] for row in curve]
-    axes.plot(thresholds, everyone, color=_GREY, linestyle="--", linewidth=1, label="treat all")
-    parts = [("model", record["model"], _MODEL), *_drawn_baselines(record)]
-    for name, part, colour in reversed(parts):
-        benefit = [row["model"] for row in part["decision_curve"]]
-        axes.plot(thresholds, benefit, color=colour, linewidth=1.8 if name == "model" else 1.2, label=name)
-    share = record["model"]["figures"]["prevalence"]["value"]
-    axes.set_ylim(-0.25 * share, 1.1 * share)
-    useful = [row["threshold"] for row in curve if abs(row["model"]) > 1e-4]
-    axes.set_xlim(0, min(1.0, max([*useful, share]) + 0.05))
-    axes.set_xlabel("threshold probability")
-    axes.set_ylabel("net benefit (true positives an example)")
-    axes.set_title("Decision curve", loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8, loc="upper right", reverse=True)
-    return True
-
-
-def _drawn_baselines(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
-    """Those whose predictions differ between subjects."""
-    return [
-        (baseline["name"], baseline, _OTHERS.get(baseline["name"], "#CC79A7"))
-        for baseline in record["baselines"]
-        if baseline.get("curves") and baseline["name"] != "prevalence"
-    ]
-
-
 def _draw_survival(axes: "Axes", record: Mapping[str, Any]) -> bool:
     rows = record["model"].get("by_edge")
     if not rows:
         return False
     days = [0.0, *(row["days"] for row in rows)]
     axes.plot(
-        days, [1.0, *(row["predicted"] for row in rows)], color=_MODEL, marker="o", label="mean prediction"
+        days,
+        [1.0, *(row["predicted"] for row in rows)],
+        color=MODEL_COLOUR,
+        marker="o",
+        label="mean prediction",
     )
     known = [row for row in rows if row["observed"] is not None]
     observed = [1.0, *(row["observed"] for row in known)]
     label = "observed (Kaplan-Meier)"
     axes.plot(
-        [0.0, *(row["days"] for row in known)], observed, color=_GREY, linestyle="--", marker="s", label=label
+        [0.0, *(row["days"] for row in known)], observed, color=GREY, linestyle="--", marker="s", label=label
     )
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("days from the prediction time")
@@ -177,7 +83,7 @@ def _draw_comparison(axes: "Axes", record: Mapping[str, Any]) -> bool:
         if entry["low"] is not None:
             axes.plot([entry["low"], entry["high"]], [place, place], color=colour, linewidth=2)
         axes.plot(entry["value"], place, "o", color=colour, markersize=6)
-    axes.axvline(rows[0][1]["value"], color=_MODEL, linestyle=":", linewidth=1)
+    axes.axvline(rows[0][1]["value"], color=MODEL_COLOUR, linestyle=":", linewidth=1)
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
     axes.invert_yaxis()
     title = TITLES[MAIN[record["kind"]]]
@@ -189,8 +95,8 @@ def _draw_comparison(axes: "Axes", record: Mapping[str, Any]) -> bool:
 def _compared(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
     """Name, main figure and colour of the model, the baselines and the groups that have one."""
     name = MAIN[record["kind"]]
-    parts = [("model", record["model"], _MODEL)]
-    parts += [(b["name"], b, _OTHERS.get(b["name"], "#CC79A7")) for b in record["baselines"]]
+    parts = [("model", record["model"], MODEL_COLOUR)]
+    parts += [(b["name"], b, colour_of(b["name"])) for b in record["baselines"]]
     parts += [
         (f"{which} {group['group']}", group, "#56B4E9")
         for which, groups in record["groups"].items()
@@ -202,10 +108,10 @@ def _compared(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], s
 
 
 _PICTURES: dict[str, tuple[tuple[float, float], Callable[["Axes", Mapping[str, Any]], bool]]] = {
-    "roc": ((5.4, 5.0), _draw_roc),
-    "precision_recall": ((5.4, 5.0), _draw_precision_recall),
-    "reliability": ((5.4, 5.0), _draw_reliability),
-    "decision_curve": ((6.4, 4.4), _draw_decision_curve),
+    "roc": ((5.4, 5.0), draw_roc),
+    "precision_recall": ((5.4, 5.0), draw_precision_recall),
+    "reliability": ((5.4, 5.0), draw_reliability),
+    "decision_curve": ((6.4, 4.4), draw_decision_curve),
     "survival": ((6.4, 4.4), _draw_survival),
     "comparison": ((6.8, 1.2), _draw_comparison),
 }

@@ -89,31 +89,36 @@ def _size(record: Mapping[str, Any]) -> list[str]:
 
 
 def _against_baselines(record: Mapping[str, Any]) -> list[str]:
-    said = []
     if record.get("without_baselines"):
         return [f"No baseline was run: {record['without_baselines']}"]
+    main, said = MAIN[record["kind"]], []
     for baseline in record["baselines"]:
+        name, differences = baseline["name"], baseline.get("model_less_baseline") or {}
         if baseline["figures"] is None:
-            said.append(f"Baseline {baseline['name']}: {baseline['note']}")
+            said.append(f"Baseline {name}: {baseline['note']}")
             continue
-        for name, found in baseline["model_less_baseline"].items():
-            both = (
-                f"{TITLES[name]} {_number(record['model']['figures'][name]['value'])} against "
-                f"{_number(baseline['figures'][name]['value'])} of {baseline['name']}, difference "
-                f"{figure_text(found)}"
-            )
-            if found["ahead"] == "baseline":
-                said.append(f"THE BASELINE WINS: {both}.")
-            elif name != MAIN[record["kind"]]:
-                continue
-            elif found["ahead"] == "model":
-                said.append(f"The model is better: {both}.")
-            elif found["low"] is None:
-                said.append(f"There is no interval to tell them apart by: {both}.")
-            else:
-                leads = {"model": "the model leads", "baseline": "the baseline leads", "equal": "equal"}
-                said.append(f"Not told apart ({leads[found['better']]}): {both}.")
+        if main not in differences:  # nothing is told apart by calibration alone
+            continue
+        wins = [
+            _both(record, baseline, key) for key, found in differences.items() if found["ahead"] == "baseline"
+        ]
+        found = differences[main]
+        if wins:
+            said.append(f"THE BASELINE WINS: {name} is better than the model by {'; by '.join(wins)}.")
+        if found["ahead"] == "model":
+            said.append(f"The model is better than {name} by {_both(record, baseline, main)}.")
+        elif found["ahead"] == "unclear":
+            leads = {"model": "the model leads", "baseline": "the baseline leads", "equal": "both are equal"}
+            why = "no interval" if found["low"] is None else leads[found["better"]]
+            both = _both(record, baseline, main)
+            said.append(f"The model and {name} are not told apart ({why}) by {both}.")
     return said
+
+
+def _both(record: Mapping[str, Any], baseline: Mapping[str, Any], name: str) -> str:
+    values = (_number(part["figures"][name]["value"]) for part in (record["model"], baseline))
+    difference = figure_text(baseline["model_less_baseline"][name])
+    return f"{TITLES[name]} (model {' and baseline '.join(values)}, difference {difference})"
 
 
 def _calibration(record: Mapping[str, Any]) -> list[str]:
@@ -150,8 +155,8 @@ def _circumstances(record: Mapping[str, Any]) -> list[str]:
     split = task.get("split")
     if split in ("train", "tuning", "all"):
         said.append(
-            f"These are predictions of the split {split}, which the model was made with: the figures flatter "
-            "it. Judge it by held_out."
+            f"These are predictions of the split {split}, which model and baselines were made with: the "
+            "figures flatter them. Judge by held_out."
         )
     if task.get("threshold") is not None and record["kind"] == "binary":
         said.append(
