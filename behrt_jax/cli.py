@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from inspect import cleandoc
 from typing import TypeVar
 
 from behrt_jax.config import (
@@ -10,13 +11,8 @@ from behrt_jax.config import (
     FinetuneConfig,
     ForecastStudyConfig,
     FreezingStudyConfig,
-    PredictConfig,
-from inspect import cleandoc
-
-from behrt_jax.config import (
-    DoctorConfig,
-    FreezingStudyConfig,
     MakeLabelsConfig,
+    PredictConfig,
     PrepareConfig,
     PretrainConfig,
 )
