@@ -93,7 +93,7 @@ def init_population(
             train among them.
         keys: typed PRNG keys of initialisation `[members]`.
         configs: adapters of each member.
-        variables: give the frozen leaves, which are shared and not copied.
+        variables: give the frozen leaves, which are not copied: when the state is donated, they are gone.
         mask: tree of booleans with the structure of the variables, True where a leaf trains.
         optimizer: see `optimizer.make_optimizer`.
     """
@@ -137,7 +137,9 @@ def make_population_step(
         clip_norm: largest norm of a member's gradient.
         micro_batches: parts into which each member's batch is cut.
         merged: what is worked out once for all parts.
-        at_once: members that are computed side by side, the others after them; see :func:`side_by_side`.
+        at_once: members that are computed side by side (`jax.vmap`), the others after them
+            (`jax.lax.map`); all where not given. On a CPU 1 is fastest, as with micro-batches: what is at
+            work then stays in the cache. What no member changes is computed once in either form.
 
     Returns:
         A function from (state, members, batch, own) to the new state and the totals `[members]`. ``own`` has
