@@ -108,7 +108,8 @@ def init_population(
         groups = []
         for config in dict.fromkeys(configs):
             numbers = np.flatnonzero([other == config for other in configs])
-            groups.append((numbers, jax.vmap(partial(first, config=config))(keys[numbers])))
+            own_keys = jax.random.clone(keys)[numbers]
+            groups.append((numbers, jax.vmap(partial(first, config=config))(own_keys)))
         order = np.argsort(np.concatenate([numbers for numbers, _ in groups]))
         trained = jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *(part for _, part in groups))
         opt_state = jax.vmap(lambda member: optimizer.init(_whole(frozen, member)))(trained)
@@ -148,14 +149,17 @@ def make_population_step(
     """
 
     def population_step(state: PopulationState, members: Members, batch: Any, own: Mapping[str, Any]):
+        keys = members.keys
+        words = jax.random.key_data(keys) if keys.ndim else None
+
         def step_of(of_member):
-            trained, opt_state, (key, rate, scale), fields = of_member
+            trained, opt_state, (words, rate, scale), fields = of_member
             scaled = partial(_scaled, scale=scale)
             update = make_update_step(
                 objective._replace(loss=lambda variables, *rest: objective.loss(scaled(variables), *rest)),
                 _at_rate(optimizer, rate),
                 mask,
-                members.keys if key is None else key,
+                keys if words is None else jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys)),
                 clip_norm=clip_norm,
                 micro_batches=micro_batches,
                 merged=lambda variables: merged(scaled(variables)),
@@ -164,8 +168,7 @@ def make_population_step(
             alone, totals = update(alone, batch._replace(**fields))
             return _only(alone.variables, mask, True), alone.opt_state, totals
 
-        keys = members.keys if members.keys.ndim else None
-        each = state.trained, state.opt_state, (keys, members.rates, members.scales), dict(own)
+        each = state.trained, state.opt_state, (words, members.rates, members.scales), dict(own)
         trained, opt_state, totals = _map(step_of, each, at_once)
         return PopulationState(state.step + 1, state.frozen, trained, opt_state), totals
 
