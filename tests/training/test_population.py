@@ -8,22 +8,21 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.groups import path_names
-from behrt_jax.config import LoRAConfig, OptimizerConfig
+from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForTask, example_inputs
 from behrt_jax.training import population as many
-from behrt_jax.training.freezing import REGIMES, optimizer_labels, trainable
-from behrt_jax.training.optimizer import make_optimizer
+from behrt_jax.training.freezing import REGIMES, trainable
 from behrt_jax.training.task_losses import task_losses
 from behrt_jax.training.update import Objective, TrainState, make_update_step
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
 SEGMENTS, ROWS, STEPS = 3, 4, 4
-OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup_fraction=0.2, clip_norm=1.0)
 LORA = LoRAConfig(rank=3, targets=("query", "out", "intermediate"))
 
 
@@ -58,7 +57,16 @@ def make_case(stacked=False, config=LORA):
     model = BEHRTForTask(tiny_model(layers=layers, dropout=0.1, scan_layers=stacked), VOCABULARY, 1)
     variables = first_variables(jax.random.key(0), model, config)
     mask = trainable(variables, REGIMES["lora_pretrained"])
-    return Case(model, variables, mask, make_optimizer(OPTIMIZER, 10, optimizer_labels(variables, mask)))
+    return Case(model, variables, mask, adamw(mask))
+
+
+def adamw(mask, rate=1.0):
+    """For what trains. With its usual epsilon, AdamW would make a step of the rounding of a gradient that is
+    next to zero.
+    """
+    schedule = optax.linear_schedule(rate * 2e-3, rate * 1e-2, 3)
+    transforms = {"trained": optax.adamw(schedule, eps=1e-4, weight_decay=0.1), "frozen": optax.set_to_zero()}
+    return optax.multi_transform(transforms, jax.tree.map(lambda flag: "trained" if flag else "frozen", mask))
 
 
 def init(model, key, config):
@@ -90,7 +98,7 @@ def options(config, product):
     merged = {} if product == "activations" else {
         "merged": lambda variables: lora.merged_kernels(variables["params"], variables["lora"], config)
     }  # fmt: skip
-    return {"clip_norm": OPTIMIZER.clip_norm, **merged}
+    return {"clip_norm": 0.5, **merged}
 
 
 @partial(jax.jit, static_argnames=("model", "config"))
@@ -101,8 +109,7 @@ def first_variables(key, model, config):
 def alone(variables, rate):
     """Mask and optimizer of a single run, its learning rate `rate` times as high."""
     mask = trainable(variables, REGIMES["lora_pretrained"])
-    settings = replace(OPTIMIZER, learning_rate=rate * OPTIMIZER.learning_rate)
-    return mask, make_optimizer(settings, 10, optimizer_labels(variables, mask))
+    return mask, adamw(mask, rate)
 
 
 @partial(jax.jit, static_argnames=("model", "config", "product"))
@@ -155,7 +162,7 @@ def assert_each_as_alone(case, init_keys, keys, rates, configs, product="activat
         fields = {name: values[number] for name, values in own.items()}
         arguments = (clone(init_keys)[number], key, rates[number], config, product, fields)
         expected, sums = train_alone(case, *arguments)
-        chex.assert_trees_all_close(found[number], expected, rtol=1e-4, atol=2e-5)
+        chex.assert_trees_all_close(found[number], expected, rtol=1e-5, atol=5e-6)
         for name in ("loss", "targets", "gradient_norm"):
             np.testing.assert_allclose(totals[name][number], sums[name], rtol=1e-4)
     return found, state, members
@@ -192,12 +199,12 @@ def test_learning_rates_with_one_key_for_all(at_once):
     assert apart(found) > 1e-2
 
 
-def test_ranks_and_alphas(case):
+def test_ranks_and_alphas():
     """Of smaller rank, a member is filled up with zeros, and these stay zero under AdamW with decay."""
     dropped = replace(LORA, dropout=0.3)
-    configs = [dropped, replace(dropped, rank=1, alpha=5.0), replace(dropped, rank=2, alpha=1.0)]
+    configs = [dropped, replace(dropped, rank=1, alpha=5.0)]
     found, state, _ = assert_each_as_alone(
-        case, same(jax.random.key(1), 3), same(jax.random.key(2), 3), [1.0] * 3, configs
+        make_case(stacked=True), same(jax.random.key(1), 2), same(jax.random.key(2), 2), [1.0] * 2, configs
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.trained["lora"]):
         side = path_names(path)[-1]
@@ -283,13 +290,8 @@ def test_no_gradient_of_frozen_weights_is_computed():
     case = make_case()
     found = flops(case, LORA, "merged", 2)
     everything = case._replace(mask=jax.tree.map(lambda _: True, case.mask))
-    full = flops(everything._replace(optimizer=full_optimizer(case)), LORA, "activations", 2)
+    full = flops(everything._replace(optimizer=adamw(everything.mask)), LORA, "activations", 2)
     assert found < 0.8 * full
-
-
-def full_optimizer(case):
-    mask = jax.tree.map(lambda _: True, case.mask)
-    return make_optimizer(OPTIMIZER, 10, optimizer_labels(case.variables, mask))
 
 
 def test_a_linear_probe_encodes_once_for_all_members():
