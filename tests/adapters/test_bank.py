@@ -79,7 +79,9 @@ def alone(params, own, batch, model, adapter):
 
 
 def assert_each_as_alone(found, numbers, members, batch):
-    expected = [np.asarray(alone(params, own, batch, model, adapter)) for model, params, own, adapter in members]
+    expected = [
+        np.asarray(alone(params, own, batch, model, adapter)) for model, params, own, adapter in members
+    ]
     for row in range(found.shape[0]):
         for segment in range(SEGMENTS):
             own = expected[numbers[row, segment]][row, segment]

@@ -86,7 +86,12 @@ def objective(model, config, product):
     def loss(variables, batch, rows, key):
         with lora.applying(config or LORA, product, False, rows):
             outputs = model.apply(
-                variables, *batch[:5], segments=SEGMENTS, deterministic=False, rows=rows, rngs={"dropout": key}
+                variables,
+                *batch[:5],
+                segments=SEGMENTS,
+                deterministic=False,
+                rows=rows,
+                rngs={"dropout": key},
             )
         losses = task_losses("binary", outputs, batch.targets) * batch.weights
         return losses.sum(), {"targets": batch.weights.sum(), "loss": losses.sum()}
@@ -263,7 +268,9 @@ def test_the_frozen_base_is_held_once():
     def size(tree):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
-    trains = [leaf for leaf, flag in zip(*map(jax.tree.leaves, (case.variables, case.mask)), strict=True) if flag]
+    trains = [
+        leaf for leaf, flag in zip(*map(jax.tree.leaves, (case.variables, case.mask)), strict=True) if flag
+    ]
     assert size(state.frozen) == size(case.variables) - size(trains)
     for ours, theirs in zip(jax.tree.leaves(state.frozen["params"]["behrt"]),
                             jax.tree.leaves(case.variables["params"]["behrt"]), strict=True):  # fmt: skip
