@@ -30,7 +30,7 @@ class Members(NamedTuple):
     """In what the members differ, besides their first values and their batches."""
 
     keys: jax.Array
-    """Typed PRNG keys of the runs `[members]`; or one `[]`, where all draw the same: what dropout leaves alike
+    """Typed PRNG keys of the runs `[members]`; or one `[]`, where all draw the same: what is alike
     is then computed once."""
     rates: jax.Array
     """Factor of each on the optimizer's learning rates, float32 `[members]`."""
@@ -186,7 +186,7 @@ def _map(function: Callable[[Any], Any], members: Any, at_once: int | None) -> A
 def population_predict(
     forward: Callable[..., Any], state: PopulationState, members: Members, *inputs: Any
 ) -> Any:
-    """What `forward` (variables, \\*inputs), with the adapters of :func:`largest`, gives for each member:
+    """What `forward` (variables, inputs), with the adapters of :func:`largest`, gives for each member:
     `[members, ...]`.
     """
 
@@ -211,8 +211,8 @@ def member(state: PopulationState, number: int, config: LoRAConfig | None) -> Va
 def _at_rate(optimizer: optax.GradientTransformation, rate: jax.Array) -> optax.GradientTransformation:
     """AdamW's update, weight decay included, is proportional to its learning rate."""
 
-    def update(gradient, state, params=None):
-        updates, state = optimizer.update(gradient, state, params)
+    def update(updates, state, params=None):
+        updates, state = optimizer.update(updates, state, params)
         return jax.tree.map(lambda leaf: rate * leaf, updates), state
 
     return optax.GradientTransformation(optimizer.init, update)

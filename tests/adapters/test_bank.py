@@ -198,5 +198,5 @@ def test_an_adapter_with_codes_of_its_own_is_refused(case, tmp_path):
     _, params, own, adapter = members[0]
     extended = {**params, "new_codes": {"rows": jnp.ones((2, 12))}}
     save(tmp_path / "adapter", extended, own, adapter, ("head", "lora"), new_codes=("A", "B"))
-    with pytest.raises(InputError, match="params/new_codes/rows.*extend_vocabulary"):
+    with pytest.raises(InputError, match=r"params/new_codes/rows.*extend_vocabulary"):
         bank.load([tmp_path / "adapter"], base)
