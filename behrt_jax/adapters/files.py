@@ -5,8 +5,8 @@ parameters (head, embeddings, ...) as float32, under keys such as
 ``lora/behrt/encoder/layer_0/attention/query/a`` and ``params/mlm_head/dense/kernel``.
 ``adapter_config.json`` holds the configuration, the table of tensors and the fingerprints of the
 vocabulary, of the frozen base and of the tensor file, and the codes that the adapter added to the vocabulary
-(`new_codes`), in the order of their rows ``params/new_codes/rows``. On disk a model is always layer by layer, so that an
-adapter fits its base whether or not the layers are stacked in memory (`models.stacked_layers`).
+(`new_codes`), in the order of their rows ``params/new_codes/rows``. On disk a model
+is always layer by layer, so that an adapter fits its base whether or not the layers are stacked in memory (`models.stacked_layers`).
 
 Source of the tensor format: https://github.com/huggingface/safetensors.
 """

@@ -1,4 +1,4 @@
-"""From the ids of one vocabulary to those of another: data prepared by itself, read by a model's vocabulary."""
+"""From the ids of one vocabulary to those of another: data prepared by itself, read by a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ def map_vocabulary(of_data: Vocabulary, of_base: Vocabulary, extend: bool) -> Vo
         of_data: vocabulary that the data set was prepared with.
         of_base: vocabulary of the model.
         extend: give codes that the base has not ids of their own, after the base's; else they are [UNK].
-            A code that occurs in no event of the train split is [UNK] in any case: nothing would train its row.
+            A code that no event of the train split has is [UNK] in any case: nothing would train it.
     """
     first = len(SPECIAL_TOKENS)
     ids = np.arange(len(of_data), dtype=np.int32)

@@ -30,7 +30,7 @@ class Members(NamedTuple):
     """In what the members differ, besides their first values and their batches."""
 
     keys: jax.Array
-    """Typed PRNG keys of the runs `[members]`; or one `[]`, where all draw the same: what dropout leaves alike
+    """Typed PRNG keys of the runs `[members]`; or one `[]`, where all draw the same: what is alike
     is then computed once."""
     rates: jax.Array
     """Factor of each on the optimizer's learning rates, float32 `[members]`."""
@@ -93,7 +93,7 @@ def init_population(
             train among them.
         keys: typed PRNG keys of initialisation `[members]`.
         configs: adapters of each member.
-        variables: give the frozen leaves, which are shared and not copied.
+        variables: give the frozen leaves, which are not copied: when the state is donated, they are gone.
         mask: tree of booleans with the structure of the variables, True where a leaf trains.
         optimizer: see `optimizer.make_optimizer`.
     """
@@ -108,7 +108,8 @@ def init_population(
         groups = []
         for config in dict.fromkeys(configs):
             numbers = np.flatnonzero([other == config for other in configs])
-            groups.append((numbers, jax.vmap(partial(first, config=config))(keys[numbers])))
+            own_keys = jax.random.clone(keys)[numbers]
+            groups.append((numbers, jax.vmap(partial(first, config=config))(own_keys)))
         order = np.argsort(np.concatenate([numbers for numbers, _ in groups]))
         trained = jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *(part for _, part in groups))
         opt_state = jax.vmap(lambda member: optimizer.init(_whole(frozen, member)))(trained)
@@ -137,7 +138,9 @@ def make_population_step(
         clip_norm: largest norm of a member's gradient.
         micro_batches: parts into which each member's batch is cut.
         merged: what is worked out once for all parts.
-        at_once: members that are computed side by side, the others after them; see :func:`side_by_side`.
+        at_once: members that are computed side by side (`jax.vmap`), the others after them
+            (`jax.lax.map`); all where not given. On a CPU 1 is fastest, as with micro-batches: what is at
+            work then stays in the cache. What no member changes is computed once in either form.
 
     Returns:
         A function from (state, members, batch, own) to the new state and the totals `[members]`. ``own`` has
@@ -146,14 +149,17 @@ def make_population_step(
     """
 
     def population_step(state: PopulationState, members: Members, batch: Any, own: Mapping[str, Any]):
+        keys = members.keys
+        words = jax.random.key_data(keys) if keys.ndim else None
+
         def step_of(of_member):
-            trained, opt_state, (key, rate, scale), fields = of_member
+            trained, opt_state, (words, rate, scale), fields = of_member
             scaled = partial(_scaled, scale=scale)
             update = make_update_step(
                 objective._replace(loss=lambda variables, *rest: objective.loss(scaled(variables), *rest)),
                 _at_rate(optimizer, rate),
                 mask,
-                members.keys if key is None else key,
+                keys if words is None else jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys)),
                 clip_norm=clip_norm,
                 micro_batches=micro_batches,
                 merged=lambda variables: merged(scaled(variables)),
@@ -162,8 +168,7 @@ def make_population_step(
             alone, totals = update(alone, batch._replace(**fields))
             return _only(alone.variables, mask, True), alone.opt_state, totals
 
-        keys = members.keys if members.keys.ndim else None
-        each = state.trained, state.opt_state, (keys, members.rates, members.scales), dict(own)
+        each = state.trained, state.opt_state, (words, members.rates, members.scales), dict(own)
         trained, opt_state, totals = _map(step_of, each, at_once)
         return PopulationState(state.step + 1, state.frozen, trained, opt_state), totals
 
@@ -181,7 +186,7 @@ def _map(function: Callable[[Any], Any], members: Any, at_once: int | None) -> A
 def population_predict(
     forward: Callable[..., Any], state: PopulationState, members: Members, *inputs: Any
 ) -> Any:
-    """What `forward` (variables, \\*inputs), with the adapters of :func:`largest`, gives for each member:
+    """What `forward` (variables, inputs), with the adapters of :func:`largest`, gives for each member:
     `[members, ...]`.
     """
 
@@ -206,8 +211,8 @@ def member(state: PopulationState, number: int, config: LoRAConfig | None) -> Va
 def _at_rate(optimizer: optax.GradientTransformation, rate: jax.Array) -> optax.GradientTransformation:
     """AdamW's update, weight decay included, is proportional to its learning rate."""
 
-    def update(gradient, state, params=None):
-        updates, state = optimizer.update(gradient, state, params)
+    def update(updates, state, params=None):
+        updates, state = optimizer.update(updates, state, params)
         return jax.tree.map(lambda leaf: rate * leaf, updates), state
 
     return optax.GradientTransformation(optimizer.init, update)

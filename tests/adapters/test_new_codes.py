@@ -33,7 +33,14 @@ def test_a_new_code_starts_at_the_mean_of_its_nearest_relatives():
     codes = [*SPECIAL_TOKENS, "DX//ICD10//E11.0", "DX//ICD10//E11.9", "DX//ICD10//E10.9", "DX//ICD9//E11.65"]
     codes += ["ATC//A10BA02", "aspirin"]
     table = np.random.default_rng(0).normal(size=(len(codes), 4)).astype(np.float32)
-    new = ["DX//ICD10//E11.65", "DX//ICD10//E109", "DX//ICD10//Z99", "aspirin 100", "DX//ICD10//E1", "ATC//A10"]
+    new = [
+        "DX//ICD10//E11.65",
+        "DX//ICD10//E109",
+        "DX//ICD10//Z99",
+        "aspirin 100",
+        "DX//ICD10//E1",
+        "ATC//A10",
+    ]
     found = new_rows(params_of_table(jnp.asarray(table)), codes, new)
     np.testing.assert_array_equal(found.relatives, [2, 1, 0, 1, 0, 1])
     expected = [table[5:7].mean(0), table[7], table[5:].mean(0), table[10], table[5:].mean(0), table[9]]
@@ -87,10 +94,11 @@ def test_known_codes_are_read_as_by_the_base(extended):
     ours = jax.jit(partial(outputs, model))(variables, random_batch(0))
     theirs = jax.jit(partial(outputs, plain))({**variables, "params": params}, random_batch(0))
     np.testing.assert_array_equal(ours, theirs)
-    moved = {**variables["params"], "new_codes": {"rows": variables["params"]["new_codes"]["rows"] + 1.0}}
+    rows = jax.random.normal(jax.random.key(3), (len(NEW), 12))
+    moved = {**variables["params"], "new_codes": {"rows": rows}}
     batch = batch_with([VOCABULARY + 1])
-    before, after = (jax.jit(partial(outputs, model))({**variables, "params": p}, batch)
-                     for p in (variables["params"], moved))  # fmt: skip
+    apply = jax.jit(partial(outputs, model))
+    before, after = (apply({**variables, "params": tree}, batch) for tree in (variables["params"], moved))
     assert abs(before - after)[0, 0].max() > 1e-3
 
 
@@ -98,7 +106,9 @@ def test_new_rows_train_and_the_base_table_does_not(extended):
     """Two steps of AdamW: rows of codes that occur move; the table has no gradient and stays."""
     model, _, variables = extended
     mask = trainable(variables, REGIMES["lora_pretrained"])
-    assert mask["params"]["new_codes"]["rows"] and not mask["params"]["behrt"]["embeddings"]["code"]["embedding"]
+    assert (
+        mask["params"]["new_codes"]["rows"] and not mask["params"]["behrt"]["embeddings"]["code"]["embedding"]
+    )
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0)
     optimizer = make_optimizer(config, 10, optimizer_labels(variables, mask))
     batch = batch_with([VOCABULARY, VOCABULARY + 2])
@@ -118,7 +128,9 @@ def test_new_rows_train_and_the_base_table_does_not(extended):
     rows = np.abs(gradient["params"]["new_codes"]["rows"]).max(axis=1)
     assert (rows > 0).tolist() == [True, False, True]
     assert not np.asarray(gradient["params"]["behrt"]["embeddings"]["code"]["embedding"]).any()
-    flat = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: bool((a != b).any()), variables, state))
+    flat = jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b: bool((a != b).any()), variables, state)
+    )
     moved = {"/".join(path_names(path)) for path, changed in flat if changed}
     trains = jax.tree_util.tree_leaves_with_path(mask)
     assert moved == {"/".join(path_names(path)) for path, flag in trains if flag}
@@ -151,8 +163,8 @@ def test_new_codes_and_task_head_come_back_with_their_names_on_the_plain_base(ex
     assert config["new_codes"] == list(NEW)
     assert config["groups"] == ["head", "lora"]
     batch = batch_with([VOCABULARY, VOCABULARY + 1, VOCABULARY + 2])
-    found, expected = (jax.jit(partial(outputs, model))(tree, batch)
-                       for tree in ({"params": params, "lora": adapters}, variables))  # fmt: skip
+    apply = jax.jit(partial(outputs, model))
+    found, expected = (apply(tree, batch) for tree in ({"params": params, "lora": adapters}, variables))
     np.testing.assert_array_equal(found, expected)
     # The fingerprint is that of the base without them.
     save(tmp_path / "plain", {**variables, "params": {k: v for k, v in variables["params"].items()
