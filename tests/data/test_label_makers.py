@@ -116,6 +116,9 @@ def test_survival_ends_with_the_event_or_with_what_is_known():
     found, counts = made("first_occurrence", of, survival=True, horizon_days=30, gap_days=40)
     assert (1, 0) not in found
     assert counts["left out: it happens in the gap"] == 1
+    long = history(events, deaths={3: 90}, follow_up=200)
+    found, _ = made("first_occurrence", long, survival=True, horizon_days=None)
+    assert (found[(2, 0)], found[(3, 0)]) == ((False, 200.0), (False, 90.0))
     found, _ = made("death", of, survival=True, horizon_days=None)
     assert found == {(1, 0): (False, 40.0), (2, 0): (False, 70.0), (3, 0): (True, 90.0)}
 
