@@ -135,6 +135,7 @@ def test_death_within_a_horizon():
     assert counts["left out: follow-up ends before the horizon does"] == 3
     # Nothing has to be recorded to know that a subject lived up to a later death.
     assert made("death", history(events, deaths={2: 101}))[0][(2, 0)] is False
+    assert made("death", history(events, deaths={2: 101}, follow_up=50))[0] == {(2, 0): False, (2, 99): True}
     assert made("death", history(events, deaths={2: 100}))[0][(2, 0)] is True
     assert (
         made("death", history(events, deaths={2: 100}), gap_days=1)[1]["left out: it happens in the gap"] == 1
@@ -170,11 +171,12 @@ def test_death_and_readmission():
         2: [(0, "A//1")],
         3: [(0.5, "A//1")],
         4: [(0, "A//1")],
+        5: [(0.5, "A//1")],
     }
-    of = history(stays, deaths={1: 25, 2: 30, 3: 0, 4: 31}, follow_up=100)
+    of = history(stays, deaths={1: 25, 2: 30, 3: 0, 4: 31, 5: 0.75}, follow_up=100)
     found, counts = made("readmission", of, codes=(), horizon_days=30)
     assert found == {(1, 0): True, (4, 0): False}
-    assert counts["left out: death in the visit, or on the day of its end"] == 1
+    assert counts["left out: death in the visit, or on the day of its end"] == 2
     assert counts["left out: death before the end of the horizon"] == 2
 
 
