@@ -116,6 +116,9 @@ def test_survival_ends_with_the_event_or_with_what_is_known():
     found, counts = made("first_occurrence", of, survival=True, horizon_days=30, gap_days=40)
     assert (1, 0) not in found
     assert counts["left out: it happens in the gap"] == 1
+    long = history(events, deaths={3: 90}, follow_up=200)
+    found, _ = made("first_occurrence", long, survival=True, horizon_days=None)
+    assert (found[(2, 0)], found[(3, 0)]) == ((False, 200.0), (False, 90.0))
     found, _ = made("death", of, survival=True, horizon_days=None)
     assert found == {(1, 0): (False, 40.0), (2, 0): (False, 70.0), (3, 0): (True, 90.0)}
 
@@ -132,6 +135,7 @@ def test_death_within_a_horizon():
     assert counts["left out: follow-up ends before the horizon does"] == 3
     # Nothing has to be recorded to know that a subject lived up to a later death.
     assert made("death", history(events, deaths={2: 101}))[0][(2, 0)] is False
+    assert made("death", history(events, deaths={2: 101}, follow_up=50))[0] == {(2, 0): False, (2, 99): True}
     assert made("death", history(events, deaths={2: 100}))[0][(2, 0)] is True
     assert (
         made("death", history(events, deaths={2: 100}), gap_days=1)[1]["left out: it happens in the gap"] == 1
@@ -167,11 +171,12 @@ def test_death_and_readmission():
         2: [(0, "A//1")],
         3: [(0.5, "A//1")],
         4: [(0, "A//1")],
+        5: [(0.5, "A//1")],
     }
-    of = history(stays, deaths={1: 25, 2: 30, 3: 0, 4: 31}, follow_up=100)
+    of = history(stays, deaths={1: 25, 2: 30, 3: 0, 4: 31, 5: 0.75}, follow_up=100)
     found, counts = made("readmission", of, codes=(), horizon_days=30)
     assert found == {(1, 0): True, (4, 0): False}
-    assert counts["left out: death in the visit, or on the day of its end"] == 1
+    assert counts["left out: death in the visit, or on the day of its end"] == 2
     assert counts["left out: death before the end of the horizon"] == 2
 
 

@@ -11,10 +11,12 @@ import pytest
 from meds import LabelSchema
 
 from behrt_jax.cli import doctor_command, make_labels_command, prepare_command
+from behrt_jax.data.delays import matching_codes
 from behrt_jax.data.examples import find_examples
 from behrt_jax.data.labels import read_labels
 from behrt_jax.data.store import read_deaths, read_manifest, read_prepared
 from behrt_jax.data.visits import DAY
+from behrt_jax.data.windows import ragged_indices
 from tests.diagnosis.audited import OUTCOME, prepare_clinical
 
 TASKS = {
@@ -248,13 +250,19 @@ def test_mimic(tmp_path):
         found = doctor(data, tmp_path / f"{name}.parquet", tmp_path)
         assert [finding for finding in found.values() if finding["severity"] == "error"] == []
         assert table.num_rows > 100
-    labels = read_labels(source / "tasks")
+
+    # What the delay hides from the examples is what the doctor counts.
+    labels = read_labels(tmp_path / "death.parquet")
     prepared = read_prepared(data)
-    delays = read_manifest(data)["options"]["delays"]
-    hidden = 0
-    for split in prepared.splits:
-        plain = find_examples(prepared, split, labels, max_tokens=512)
-        kept = find_examples(prepared, split, labels, max_tokens=512, delays=delays)
-        assert (kept.unknown_subjects, len(kept)) == (plain.unknown_subjects, len(plain))
-        hidden += int(plain.windows.lengths.sum() - kept.windows.lengths.sum())
-    assert hidden >= 0
+    diagnoses = matching_codes(prepared.vocabulary, ("DIAGNOSIS//",), "--codes")
+    shown = []
+    for delays in ((), read_manifest(data)["options"]["delays"]):
+        count = 0
+        for split in prepared.splits:
+            examples = find_examples(prepared, split, labels, max_tokens=10_000, delays=delays)
+            tokens = ragged_indices(examples.windows.starts, examples.windows.lengths)
+            count += int(diagnoses[examples.sequences.codes[tokens]].sum())
+        shown.append(count)
+    seen = doctor(data, tmp_path / "death.parquet", tmp_path)["kept-until-known"]["seen"]
+    assert shown[0] > shown[1] > 0
+    assert seen.startswith(f"{shown[0] - shown[1]:,} of {shown[0]:,} events of DIAGNOSIS// ")
