@@ -123,7 +123,7 @@ def test_bins_of_numbers_have_the_mean_label_and_its_interval():
     labels = np.array([1.0, 2, 3, 10, 10])
     predictions = np.array([0.0, 0, 0, 9, 11])
     rows = regression_bins(labels, predictions)
-    assert [row["examples"] for row in rows][0] == 3
+    assert rows[0]["examples"] == 3
     assert (rows[0]["predicted"], rows[0]["observed"]) == (0.0, 2.0)
     np.testing.assert_allclose([rows[0]["low"], rows[0]["high"]], [2 - 1.96 / 3**0.5, 2 + 1.96 / 3**0.5])
     assert sum(row["examples"] for row in rows) == 5
