@@ -9,7 +9,7 @@ have, repeats those that it had; each is ranked among its like.
 import numpy as np
 
 from behrt_jax.evaluation.bootstrap import Scorer, weighted_means
-from behrt_jax.evaluation.ranking import figures_of_rows
+from behrt_jax.evaluation.ranking import figures_of_rows, pooled_figures
 
 SETS = ("", "incident_", "repeat_")
 
@@ -46,17 +46,15 @@ def over_codes(labels: np.ndarray, probabilities: np.ndarray, seen_before: np.nd
     found = {}
     for name, counted in zip(("all", "incident", "repeat"), _counted(seen_before), strict=True):
         of_code = figures_of_rows(labels.T, probabilities.T, None if counted is None else counted.T)
-        kept = slice(None) if counted is None else counted
-        of_all = figures_of_rows(labels[kept].reshape(1, -1), probabilities[kept].reshape(1, -1))
-        auroc, average_precision = (np.where(np.isfinite(value), value, np.nan) for value in of_code)
-        defined = np.isfinite(auroc)
-        inside = np.ones_like(labels) if counted is None else counted
-        has_both = (labels & inside).any(axis=1) & (~labels & inside).any(axis=1)
+        defined = np.isfinite(of_code[0])
+        positive, negative = (labels, ~labels) if counted is None else (labels & counted, ~labels & counted)
+        micro = pooled_figures(probabilities[positive], probabilities[negative])
+        has_both = positive.any(axis=1) & negative.any(axis=1)
         found[name] = {
-            "micro_auroc": _or_none(of_all[0]),
-            "micro_average_precision": _or_none(of_all[1]),
-            "macro_auroc": _or_none(auroc[defined]),
-            "macro_average_precision": _or_none(average_precision[defined]),
+            "micro_auroc": _or_none(micro[0]),
+            "micro_average_precision": _or_none(micro[1]),
+            "macro_auroc": _or_none(of_code[0][defined].mean() if defined.any() else np.nan),
+            "macro_average_precision": _or_none(of_code[1][defined].mean() if defined.any() else np.nan),
             "codes": int(defined.sum()),
             "examples": int(has_both.sum()),
         }
@@ -67,6 +65,5 @@ def _counted(seen_before: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, np
     return None, ~seen_before, seen_before
 
 
-def _or_none(values: np.ndarray) -> float | None:
-    mean = float(values.mean()) if len(values) else np.nan
-    return mean if np.isfinite(mean) else None
+def _or_none(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.evaluation.binary import binary_scorer, curves, decision_curve
-from behrt_jax.evaluation.calibration import calibration_line, quantile_bins, reliability_bins
+from behrt_jax.evaluation.calibration import (
+    calibration_line,
+    quantile_bins,
+    regression_bins,
+    reliability_bins,
+)
 from behrt_jax.evaluation.multiclass import multiclass_scorer
 from behrt_jax.evaluation.multilabel import multilabel_scorer, over_codes
 from behrt_jax.evaluation.regression import regression_scorer
@@ -112,6 +117,17 @@ def test_the_expected_calibration_error_is_the_mean_gap_over_bins_of_equal_size(
     # Wilson's interval of 5 of 50, by statsmodels' proportion_confint.
     (row,) = reliability_bins(np.arange(50) < 5, np.full(50, 0.1))
     np.testing.assert_allclose([row["low"], row["high"]], [0.0434754, 0.2136022], atol=2e-5)
+
+
+def test_bins_of_numbers_have_the_mean_label_and_its_interval():
+    labels = np.array([1.0, 2, 3, 10, 10])
+    predictions = np.array([0.0, 0, 0, 9, 11])
+    rows = regression_bins(labels, predictions)
+    assert rows[0]["examples"] == 3
+    assert (rows[0]["predicted"], rows[0]["observed"]) == (0.0, 2.0)
+    np.testing.assert_allclose([rows[0]["low"], rows[0]["high"]], [2 - 1.96 / 3**0.5, 2 + 1.96 / 3**0.5])
+    assert sum(row["examples"] for row in rows) == 5
+    np.testing.assert_allclose(sum(row["examples"] * row["observed"] for row in rows), labels.sum())
 
 
 def test_net_benefit_is_that_of_its_definition():

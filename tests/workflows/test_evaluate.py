@@ -124,6 +124,15 @@ def test_labels_of_held_out_and_of_later_times_do_not_reach_the_baselines(tmp_pa
     assert again["baselines"] == first["baselines"]
 
 
+def test_histories_of_several_splits_are_in_the_order_of_the_predictions(tmp_path):
+    case = Evaluated(tmp_path, "binary")
+    case.predict("all")
+    record, output = judge(case)
+    assert record["counts"]["examples"] == 300
+    assert record["baselines"][1]["figures"]["auroc"]["value"] > 0.8
+    assert "predictions of the split all, which model and baselines" in (output / "SUMMARY.txt").read_text()
+
+
 def test_train_examples_are_capped_and_counted(tmp_path, capsys):
     case = Evaluated(tmp_path, "binary")
     case.predict()
