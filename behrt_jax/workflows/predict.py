@@ -93,7 +93,9 @@ def predict(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict
                 predicted = mean_predictions(task.kind, outputs, calibration.temperature)
                 writer.write(prediction_rows(schema, task, part, predicted, calibration.threshold, seen))
                 if members is not None:
-                    by_member = [predictions(task.kind, one, calibration.temperature)[:, 0] for one in outputs]
+                    by_member = [
+                        predictions(task.kind, one, calibration.temperature)[:, 0] for one in outputs
+                    ]
                     members.write(member_rows(members.schema, part, by_member))
                 counts["empty_histories"] += empty
                 done += len(part)
