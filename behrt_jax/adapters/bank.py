@@ -99,9 +99,7 @@ class _Member:
 def _read(folder: Path, base: Any, fingerprint: str, vocabulary_fingerprint: str | None) -> _Member:
     config = read_config(folder)
     tensors = config["tensors"]
-    changed = [
-        key for key in tensors if key.startswith("params/") and not key.startswith("params/task_head/")
-    ]
+    changed = [key for key in tensors if key.startswith("params/") and not key.startswith("params/task_head/")]
     if changed:
         raise InputError(
             f"{folder}: this adapter cannot share a base with others, since it has trained {changed[0]}. Train "

@@ -99,7 +99,8 @@ def vary(config: FinetuneConfig, run: Finetuning) -> Variation:
     """Seeds, learning rates, adapters and folds of the members."""
     population, size = config.population, config.population.size
     seeds, rates = [config.train.seed] * size, [1.0] * size
-    adapters, folds = [config.lora] * size, None
+    adapters: list[LoRAConfig | None] = [config.lora] * size
+    folds = None
     if population.vary == "seed":
         seeds = [config.train.seed + k for k in range(size)]
         names = [f"seed {seed}" for seed in seeds]
@@ -138,12 +139,13 @@ def _build(config: FinetuneConfig, run: Finetuning, variation: Variation) -> tup
         return variables
 
     configs = variation.adapters
+    with_adapters = [one for one in configs if one is not None]
     predictor = setup.predictor
-    if config.lora is not None:
-        predictor = predictor._replace(lora=largest([one for one in configs if one is not None]))
+    if with_adapters:
+        predictor = predictor._replace(lora=largest(with_adapters))
     alike = len(set(variation.seeds)) == 1
     step_keys = keys[0][1] if alike else jnp.stack([key[1] for key in keys])
-    members = make_members(step_keys, variation.rates, None if config.lora is None else configs)
+    members = make_members(step_keys, variation.rates, with_adapters or None)
     first_keys = jnp.stack([jax.random.clone(key[0]) for key in keys])
     state = init_population(init, first_keys, configs, first.variables, setup.mask, run.optimizer)
     state, members = jax.device_put((state, members), replicated(mesh))
@@ -154,7 +156,6 @@ def _build(config: FinetuneConfig, run: Finetuning, variation: Variation) -> tup
         clip_norm=config.optimizer.clip_norm,
         micro_batches=run.micro_batches,
         merged=predictor.merged,
-        batch_axes=TaskBatch(None, None, None, None if variation.folds is None else 0),
     )
     outputs = make_output_step(predictor)
     forward = jax.jit(lambda state, members, batch: population_predict(outputs, state, members, batch))
@@ -198,14 +199,14 @@ def _train(
         out_of_fold = np.zeros((len(labelled.train), labelled.task.outputs), np.float32)
     curves: list[list[float]] = [[] for _ in range(size)]
 
-    def read(number: int) -> Any:
+    def read(number: int) -> tuple[TaskBatch, dict[str, Any]]:
         batch = batches.batch(number)
-        placed = put_rows(batch._replace(weights=np.zeros_like(batch.weights)), run.mesh)
-        weights = batch.weights
+        own = {}
         if variation.folds is not None:
             fold = variation.folds[np.maximum(batch.examples, 0)]  # [B, S]
-            weights = weights * (fold != np.arange(size)[:, None, None])  # [K, B, S]
-        return placed._replace(weights=jax.device_put(weights.astype(np.float32), replicated(run.mesh)))
+            weights = batch.weights * (fold != np.arange(size)[:, None, None])  # [K, B, S]
+            own["weights"] = jax.device_put(weights.astype(np.float32), replicated(run.mesh))
+        return put_rows(batch, run.mesh), own
 
     def outputs_of(part: TaskBatches) -> np.ndarray:
         """Outputs of all members, float32 ``[members, examples, outputs]``."""
@@ -219,8 +220,8 @@ def _train(
 
     console.start(run.total_steps, 0, batches.steps_per_epoch)
     with reading_ahead(map(read, range(run.total_steps)), AHEAD) as ahead:
-        for number, batch in enumerate(ahead, start=1):
-            state, totals = program(state, members, batch)
+        for number, (batch, own) in enumerate(ahead, start=1):
+            state, totals = program(state, members, batch, own)
             console.step(number, 0, None)
             if number % every and number != run.total_steps:
                 continue
@@ -240,16 +241,14 @@ def _train(
             )
             better = [k for k in range(size) if metrics[k]["loss"] < losses[k]]
             waited += 1
-            if out_of_fold is not None and better:
-                # Each fold's examples by its own member alone.
-                on_train = outputs_of(replace(batches, seed=None))
+            on_train = outputs_of(replace(batches, seed=None)) if variation.folds is not None else None
             for k in range(size):
                 curves[k].append(metrics[k]["loss"])
             for k in better:
                 losses[k], steps[k], waited[k] = metrics[k]["loss"], number, 0
                 variables[k], outputs[k] = member(state, k, variation.adapters[k]), now[k]
-                if out_of_fold is not None and variation.folds is not None:
-                    mine = variation.folds == k
+                if out_of_fold is not None and on_train is not None:
+                    mine = variation.folds == k  # predicted by the one member that did not see them
                     out_of_fold[mine] = on_train[k][mine]
             shown = "  ".join(f"{one['loss']:.4f}" for one in metrics)
             console.log(f"epoch {number / batches.steps_per_epoch:.1f}  validation losses {shown}")
@@ -304,7 +303,7 @@ def _write(
     write_json(run.folder / SUMMARY_FILE, summary)
     columns = ("member", "best step", "tuning loss", "tuning AUROC")
     table = [
-        (row["member"], row["best_step"], *(_cell(row.get(n)) for n in ("loss", "auroc"))) for row in rows
+        (row["member"], row["best_step"], _cell(row["loss"]), _cell(row.get("auroc"))) for row in rows
     ]
     console.table(f"Members ({kind}, vary {config.population.vary})", columns, table)
     lines = [", ".join(f"{name} {cell}" for name, cell in zip(columns, row, strict=True)) for row in table]

@@ -93,10 +93,8 @@ def predict(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict
                 predicted = mean_predictions(task.kind, outputs, calibration.temperature)
                 writer.write(prediction_rows(schema, task, part, predicted, calibration.threshold, seen))
                 if members is not None:
-                    by_member = [
-                        predictions(task.kind, one, calibration.temperature)[:, 0] for one in outputs
-                    ]
-                    members.write(member_rows(members.schema, part, by_member))
+                    alone = [predictions(task.kind, one, calibration.temperature)[:, 0] for one in outputs]
+                    members.write(member_rows(members.schema, part, alone))
                 counts["empty_histories"] += empty
                 done += len(part)
                 console.step(done, len(part))
