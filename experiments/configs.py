@@ -196,21 +196,21 @@ FINETUNE = {
 }
 """Fine-tuning: adapters and head; everything; the head alone; everything from random parameters."""
 
-_FEW = {"patience": 8, "log_every": 50}
+_FEW = {"batch_size": 256, "patience": 8, "log_every": 50}
 FORECAST_BASE = replace(
     _SMALL_LATENT,
     name="forecast_base",
     model=replace(SMALL, positions=64, dropout=0.0),
     data=DataConfig(
         source="latent",
-        subjects=100_000,
+        subjects=50_000,
         vocabulary_size=300,
         events_spread=0.6,
         window="first",
         tuning_fraction=0.1,
         held_out_fraction=0.2,
     ),
-    train=TrainConfig(epochs=10, batch_size=256, log_every=50),
+    train=TrainConfig(epochs=12, batch_size=256, log_every=50),
 )
 FORECASTS = (
     replace(FINETUNE["full"], train=TaskTrainConfig(epochs=6, **_FEW)),

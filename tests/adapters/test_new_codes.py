@@ -33,14 +33,7 @@ def test_a_new_code_starts_at_the_mean_of_its_nearest_relatives():
     codes = [*SPECIAL_TOKENS, "DX//ICD10//E11.0", "DX//ICD10//E11.9", "DX//ICD10//E10.9", "DX//ICD9//E11.65"]
     codes += ["ATC//A10BA02", "aspirin"]
     table = np.random.default_rng(0).normal(size=(len(codes), 4)).astype(np.float32)
-    new = [
-        "DX//ICD10//E11.65",
-        "DX//ICD10//E109",
-        "DX//ICD10//Z99",
-        "aspirin 100",
-        "DX//ICD10//E1",
-        "ATC//A10",
-    ]
+    new = ["DX//ICD10//E11.65", "DX//ICD10//E109", "DX//ICD10//Z99", "aspirin 100", "DX//ICD10//E1", "ATC//A10"]
     found = new_rows(params_of_table(jnp.asarray(table)), codes, new)
     np.testing.assert_array_equal(found.relatives, [2, 1, 0, 1, 0, 1])
     expected = [table[5:7].mean(0), table[7], table[5:].mean(0), table[10], table[5:].mean(0), table[9]]
@@ -105,9 +98,7 @@ def test_new_rows_train_and_the_base_table_does_not(extended):
     """Two steps of AdamW: rows of codes that occur move; the table has no gradient and stays."""
     model, _, variables = extended
     mask = trainable(variables, REGIMES["lora_pretrained"])
-    assert (
-        mask["params"]["new_codes"]["rows"] and not mask["params"]["behrt"]["embeddings"]["code"]["embedding"]
-    )
+    assert mask["params"]["new_codes"]["rows"] and not mask["params"]["behrt"]["embeddings"]["code"]["embedding"]
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0)
     optimizer = make_optimizer(config, 10, optimizer_labels(variables, mask))
     batch = batch_with([VOCABULARY, VOCABULARY + 2])
@@ -127,9 +118,7 @@ def test_new_rows_train_and_the_base_table_does_not(extended):
     rows = np.abs(gradient["params"]["new_codes"]["rows"]).max(axis=1)
     assert (rows > 0).tolist() == [True, False, True]
     assert not np.asarray(gradient["params"]["behrt"]["embeddings"]["code"]["embedding"]).any()
-    flat = jax.tree_util.tree_leaves_with_path(
-        jax.tree.map(lambda a, b: bool((a != b).any()), variables, state)
-    )
+    flat = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: bool((a != b).any()), variables, state))
     moved = {"/".join(path_names(path)) for path, changed in flat if changed}
     trains = jax.tree_util.tree_leaves_with_path(mask)
     assert moved == {"/".join(path_names(path)) for path, flag in trains if flag}

@@ -50,9 +50,7 @@ def test_every_code_keeps_its_name_or_becomes_unknown(of_data, of_base, extend, 
     assert found.vocabulary.codes[: len(theirs)] == theirs.codes
     unknown = set(of_data) - set(of_base)
     assert set(found.new_codes) == (unknown & seen if extend else unknown)
-    assert found.new_events == sum(
-        count for code, count in zip(of_data, counts, strict=True) if code in unknown
-    )
+    assert found.new_events == sum(count for code, count in zip(of_data, counts, strict=True) if code in unknown)
     if extend:
         assert found.vocabulary.codes[len(theirs) :] == found.new_codes
         for row in range(len(theirs), len(found.vocabulary)):
