@@ -56,7 +56,7 @@ class FinetuneCase:
     def __init__(self, folder: Path):
         self.folder = folder
         self.labelled = cache(lambda kind: Evaluated(folder / kind, kind))
-        self.run = cache(self._run)
+        self._runs = cache(self._run)
         self.consoles: dict[str, str] = {}
         """What each run said."""
 
@@ -82,7 +82,11 @@ class FinetuneCase:
     def config(self, kind: str = "binary", name: str = "lora") -> FinetuneConfig:
         return replace(CONFIGS[name], data=self.data, labels=self.labelled(kind).labels, init=self.base)
 
-    def _run(self, kind: str = "binary", name: str = "lora") -> Path:
+    def run(self, kind: str = "binary", name: str = "lora") -> Path:
+        """Folder of a finished run."""
+        return self._runs(kind, name)
+
+    def _run(self, kind: str, name: str) -> Path:
         folder, said = self.folder / "runs" / f"{kind}-{name}", io.StringIO()
         with redirect_stdout(said), redirect_stderr(said):
             finetune(replace(self.config(kind, name), output=folder), ONE)
