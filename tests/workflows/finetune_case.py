@@ -44,7 +44,8 @@ CONFIGS = {
         name="probe",
         lora=None,
         freezing=FreezingConfig(groups=("head",)),
-        optimizer=replace(LORA.optimizer, learning_rate=0.2),
+        optimizer=replace(LORA.optimizer, learning_rate=0.05),
+        train=replace(LORA.train, epochs=15),
     ),
     "scratch": replace(LORA, name="scratch", lora=None, freezing=FreezingConfig("full"), from_scratch=True),
 }
