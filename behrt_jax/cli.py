@@ -33,6 +33,8 @@ def parse(arguments: Sequence[str], configurations: Mapping[str, C], default: st
     import tyro
 
     name, rest = _take_name(list(arguments), default)
+    if isinstance(configurations[default], PretrainConfig):
+        rest = _spell_out_data(rest)
     if name not in configurations:
         raise InputError(f"--config {name!r} is unknown: choose one of {', '.join(configurations)}.")
     config = configurations[name]
@@ -64,7 +66,7 @@ def pretrain_command(
     """Run the pretraining command; returns the exit status of :func:`exit_status`."""
 
     def run() -> int:
-        config = parse(_spell_out_data(list(arguments)), configurations, default, "pretrain.py")
+        config = parse(arguments, configurations, default, "pretrain.py")
         from behrt_jax.workflows.pretrain import pretrain
 
         return pretrain(config).exit_status

@@ -203,23 +203,27 @@ FORECAST_BASE = replace(
     model=replace(SMALL, positions=64, dropout=0.0),
     data=DataConfig(
         source="latent",
-        subjects=50_000,
+        subjects=100_000,
         vocabulary_size=300,
         events_spread=0.6,
         window="first",
         tuning_fraction=0.1,
         held_out_fraction=0.2,
     ),
-    train=TrainConfig(epochs=12, batch_size=256, log_every=50),
+    train=TrainConfig(epochs=10, batch_size=256, log_every=50),
 )
 FORECASTS = (
-    replace(FINETUNE["full"], train=TaskTrainConfig(epochs=6, **_FEW)),
+    replace(
+        FINETUNE["full"],
+        optimizer=OptimizerConfig(learning_rate=3e-4),
+        train=TaskTrainConfig(epochs=5, **_FEW),
+    ),
     replace(
         FINETUNE["lora"],
         lora=LoRAConfig(rank=2, targets=("query", "key", "value", "out", "intermediate", "output")),
         optimizer=OptimizerConfig(learning_rate=3e-3),
-        train=TaskTrainConfig(epochs=6, **_FEW),
+        train=TaskTrainConfig(epochs=5, **_FEW),
     ),
-    replace(FINETUNE["scratch"], train=TaskTrainConfig(epochs=12, **_FEW)),
+    replace(FINETUNE["scratch"], train=TaskTrainConfig(epochs=8, **_FEW)),
 )
 """Study of forecasts: a base for generated records, and ways of fine-tuning it."""

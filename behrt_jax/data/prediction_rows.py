@@ -9,6 +9,7 @@ import pyarrow as pa
 from behrt_jax.data.examples import Examples
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.tasks import Task
+from behrt_jax.data.vocabulary import UNK
 
 
 def prediction_rows(
@@ -75,11 +76,12 @@ def codes_seen(histories: Examples, ids: np.ndarray, vocabulary_size: int) -> np
 
     Args:
         histories: whole ones.
-        ids: of the codes, int64 ``[codes]``.
+        ids: of the codes, int64 ``[codes]``; of one that the vocabulary lacks, [UNK], nothing is seen.
         vocabulary_size: rows of the vocabulary.
     """
     place = np.full(vocabulary_size, -1)
     place[ids] = np.arange(len(ids))
+    place[UNK] = -1
     windows = histories.windows
     seen = np.zeros((len(histories), len(ids)), bool)
     for row, (start, length) in enumerate(zip(windows.starts, windows.lengths, strict=True)):

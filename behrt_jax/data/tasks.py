@@ -43,6 +43,8 @@ class Task:
         """Whether labels are of this kind."""
         if self.kind == "binary":
             return labels.positive() is not None
+        if labels.kind == "integer" and self.kind == "multiclass":
+            return all(name.lstrip("-").isdecimal() for name in self.classes)
         return OF_LABELS[labels.kind] == self.kind
 
     def targets(self, labels: Labels, rows: np.ndarray) -> np.ndarray:
@@ -62,7 +64,9 @@ class Task:
             return ((values - self.mean) / self.deviation).astype(np.float32)[:, None]
         if self.kind == "survival":
             days, event = values[:, 0], values[:, 1]
-            interval = np.searchsorted(self.edges_days, days, side="left")
+            # An edge belongs to the interval that it ends; who was followed up to it has survived that one.
+            ends = [np.searchsorted(self.edges_days, days, side=side) for side in ("left", "right")]
+            interval = np.where(event > 0, *ends)
             seen = (event > 0) & (interval < len(self.edges_days))
             return np.stack([interval, seen], axis=1).astype(np.float32)
         places = {name: place for place, name in enumerate(self.classes)}

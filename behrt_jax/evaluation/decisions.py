@@ -45,7 +45,7 @@ def fit_temperature(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) ->
     """Temperature at which the log loss of the mean prediction is least (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
-        kind: of the task; of regression and survival it is 1.
+        kind: of the task; of regression and survival it is 1, and where no output is on the wrong side.
         outputs: float ``[members, examples, outputs]``.
         targets: ``[examples, targets]``, see `training.task_losses.TARGETS`.
     """
@@ -61,7 +61,12 @@ def fit_temperature(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) ->
 
     if kind in ("regression", "survival"):
         return 1.0
-    # The bounds hold where classes are told apart without an error, and sharper is always better.
+    if kind == "multiclass":
+        wrong = outputs.argmax(axis=-1) != targets[:, 0]
+    else:
+        wrong = (outputs > 0) != (targets > 0.5)
+    if not wrong.any():
+        return 1.0  # sharper is always better there: nothing can be learnt
     found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
     return float(np.exp(found.x))
 

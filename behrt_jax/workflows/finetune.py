@@ -113,6 +113,9 @@ def finetune_on(
         with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
             state, cursor = compiling.result(), Cursor()
             del compiling  # or it would hold this state's arrays beside those of a restored one
+            # How far adapters moved is told from their first values, also after a restart.
+            counts = labelled.vocabulary.counts
+            probe = make_probe(state.variables["lora"], counts, batches.steps_per_epoch)
             if config.resume:
                 state, cursor = restore_latest(checkpoints, state, console)
             if encoder is not None and cursor.step == 0:
@@ -157,9 +160,7 @@ def finetune_on(
                             learning_rates=rates_on_host(config.optimizer, run.total_steps, trains),
                             save=save,
                             interrupted=lambda: bool(interruption),
-                            probe=make_probe(
-                                state.variables["lora"], labelled.vocabulary.counts, batches.steps_per_epoch
-                            ),
+                            probe=probe,
                             gradients=lambda squares: gradient_metrics(names, squares),
                             offender=lambda squares: offending_leaf(names, squares, at_start),
                             compilations=feed.compilations,

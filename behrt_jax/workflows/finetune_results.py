@@ -147,6 +147,7 @@ def try_write_adapter(
 ) -> None:
     """Write an adapter folder; where safetensors is not installed, say so and go on."""
     codes = run.labelled.vocabulary.codes[len(run.labelled.base_codes) :]
+    (folder / TASK_FILE).unlink(missing_ok=True)  # of the run before it was resumed
     try:
         save_adapter(
             folder,

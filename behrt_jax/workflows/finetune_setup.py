@@ -1,5 +1,6 @@
 """What a fine-tuning run is made of, a single one or a population: model, examples, batches, optimizer."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def open_finetuning(
     optimizer = task_optimizer(config.optimizer, setup, total_steps)
     folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
     if config.resume:
-        check_same_run(folder, config, data.fingerprint)
+        check_same_run(folder, config, _fingerprint(data, labelled))
     labelled.vocabulary.write(folder / "vocabulary.parquet")
     write_json(folder / PARAMETERS_FILE, parameters)
     facts = {
@@ -95,7 +96,7 @@ def open_finetuning(
         "micro_batches": micro_batches,
         "total_steps": total_steps,
     }
-    description = {"fingerprint": data.fingerprint, **labelled.counts}
+    description = {"fingerprint": _fingerprint(data, labelled), **labelled.counts}
     write_json(folder / CONFIG_FILE, run_record(config, description, facts, {}))
     return Finetuning(
         folder,
@@ -111,3 +112,15 @@ def open_finetuning(
         total_steps,
         optimizer,
     )
+
+
+def _fingerprint(data: SequenceSet, labelled: LabelledData) -> str:
+    """SHA-256 of the data, and of the labels that are learned from: held_out ones may be added later."""
+    digest = hashlib.sha256(data.fingerprint.encode())
+    for examples, targets in (
+        (labelled.train, labelled.train_targets),
+        (labelled.tuning, labelled.tuning_targets),
+    ):
+        for column in (examples.subject_ids, examples.times, targets):
+            digest.update(column.tobytes())
+    return digest.hexdigest()

@@ -4,6 +4,7 @@ Records are generated from a model whose forecasts are known (`data.synthetic.la
 of a condition within a horizon after a subject's last visit.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -81,8 +82,11 @@ def forecast_study(
             for finetune in finetunes:
                 run = config.output / f"{finetune.name}_{fraction:g}"
                 task = replace(finetune.task, label_fraction=fraction)
+                # Fewer labels make fewer steps an epoch.
+                train = replace(finetune.train, epochs=round(finetune.train.epochs / math.sqrt(fraction)))
                 if not (run / SUMMARY_FILE).is_file():
-                    finetune_on(replace(finetune, task=task, init=pretrained, output=run), data, labels)
+                    made = replace(finetune, task=task, train=train, init=pretrained, output=run)
+                    finetune_on(made, data, labels)
                 outputs, trained = _held_out_outputs(run, data, labels.take(held_out))
                 compared[finetune.name] = _figures(truth, outputs, draws)
                 rows.append(_row(finetune.name, fraction, compared[finetune.name], best, trained))

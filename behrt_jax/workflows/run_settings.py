@@ -96,8 +96,8 @@ def check_same_run(folder: Path, config: PretrainConfig | FinetuneConfig, finger
             )
     if record["data"]["fingerprint"] != fingerprint:
         raise InputError(
-            f"--resume: the data differs from that of the run in {folder}: give the same data, or start "
-            "a new run with another --output."
+            f"--resume: the data, or its labels, differ from those of the run in {folder}: give the same, or "
+            "start a new run with another --output."
         )
 
 

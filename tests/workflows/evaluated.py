@@ -50,9 +50,8 @@ class Evaluated:
         order = rng.permutation(subjects)
         parts = np.split(ids[order], [3 * subjects // 5, 4 * subjects // 5])
         self.splits = dict(zip(("train", "tuning", "held_out"), parts, strict=True))
-        source = MemorySource([[events_table(rows, visits=False)]], self.splits)
-        options: dict[str, Any] = {"codes": (".*",), "min_count": 1, "duplicates": "keep"}
-        prepare(source, PrepareConfig(output=self.data, **options), lambda *_: None)
+        self.rows = rows
+        self.prepare(rows, self.data)
 
         chosen = np.sort(np.concatenate([np.arange(subjects), np.arange(0, subjects, 2)]))
         again = np.append(False, chosen[1:] == chosen[:-1])
@@ -69,6 +68,12 @@ class Evaluated:
         self.seen = seen[chosen]
         self.columns = self._label_columns()
         pq.write_table(pa.table({**self.keys, **self.columns}), self.labels)
+
+    def prepare(self, rows: list[Row], folder: Path) -> None:
+        """Prepare events, the subject's own or others, with the subjects' splits."""
+        source = MemorySource([[events_table(rows, visits=False)]], self.splits)
+        options: dict[str, Any] = {"codes": (".*",), "min_count": 1, "duplicates": "keep"}
+        prepare(source, PrepareConfig(output=folder, **options), lambda *_: None)
 
     def _label_columns(self) -> dict[str, Any]:
         odds, rng = self.odds, self.rng

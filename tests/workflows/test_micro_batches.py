@@ -13,6 +13,7 @@ from behrt_jax.data.load import load_sequences
 from behrt_jax.training.mesh import make_mesh
 from behrt_jax.workflows import micro_batches
 from behrt_jax.workflows.micro_batches import choose_micro_batches
+from behrt_jax.workflows.pretrain import pretrain
 from tests.models.rows import tiny_model
 from tests.workflows.small_run import SMALL_RUN
 
@@ -75,3 +76,20 @@ def test_a_resumed_run_keeps_the_number_that_it_began_with(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"facts": {"micro_batches": 7}}))
     assert run.choose(10**6, resume=True) == 7 and not run.tried
     assert isinstance(run.config, PretrainConfig)
+
+
+def test_a_run_that_searches_trains_as_one_that_is_told(tmp_path, monkeypatch):
+    """The trials leave no trace in what is trained, nor do they use a key twice."""
+    monkeypatch.setattr(micro_batches, "SEARCH_FROM", 1)
+    train = TrainConfig(max_steps=4, batch_size=32, log_every=1)
+    searched = replace(SMALL_RUN, train=train, output=tmp_path / "searched")
+    pretrain(searched, jax.devices()[:1])
+    found = json.loads((searched.output / "config.json").read_text())["facts"]["micro_batches"]
+    assert (tmp_path / "cache" / "micro_batches.json").is_file()
+    told = replace(searched, train=replace(train, micro_batches=found), output=tmp_path / "told")
+    pretrain(told, jax.devices()[:1])
+    losses = [
+        [json.loads(line)["loss"] for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+        for run in (searched, told)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 5

@@ -1,0 +1,100 @@
+"""A small labelled task for tests of steps: batches, first state and jitted step."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from behrt_jax.config import FreezingConfig, LoRAConfig
+from behrt_jax.data.task_batches import TaskBatch
+from behrt_jax.data.tasks import Task
+from behrt_jax.training.mesh import make_mesh, put_rows, replicated
+from behrt_jax.training.sharding import shardings_of
+from behrt_jax.training.state import first_state
+from behrt_jax.training.task_losses import base_outputs
+from behrt_jax.training.task_state import TaskSetup, set_up_task
+from behrt_jax.training.task_step import task_objective
+from behrt_jax.training.update import make_update_step
+from tests.models.rows import VOCABULARY, random_batch, tiny_model
+from tests.training.test_task_losses import random_targets
+
+SEGMENTS = 3
+TASKS = {
+    "binary": Task("binary"),
+    "multiclass": Task("multiclass", classes=("a", "b", "c")),
+    "multilabel": Task("multilabel", classes=("X", "Y")),
+    "regression": Task("regression", mean=2.0, deviation=3.0),
+    "survival": Task("survival", edges_days=(10.0, 20.0, 40.0)),
+}
+LORA = LoRAConfig(rank=2, targets=("query", "key", "value", "out", "intermediate", "output"))
+REGIMES: dict[str, tuple[LoRAConfig | None, FreezingConfig]] = {
+    "full": (None, FreezingConfig("full")),
+    "lora": (LORA, FreezingConfig("lora_pretrained")),
+    "probe": (None, FreezingConfig(groups=("head",))),
+}
+
+
+def labelled_batch(seed: int, task: Task, rows: int = 8) -> TaskBatch:
+    """Rows of up to `SEGMENTS` examples; some segments have none."""
+    rng = np.random.default_rng(seed)
+    batch = random_batch(seed, rows=rows, segments=SEGMENTS)
+    filled = rng.random((rows, SEGMENTS)) < 0.8
+    filled[0] = True
+    batch = batch._replace(segment_ids=np.where(segment_of(batch, filled), batch.segment_ids, 0))
+    targets = random_targets(rng, task.kind, rows * SEGMENTS, task.outputs).reshape(rows, SEGMENTS, -1)
+    targets = (targets * filled[:, :, None]).astype(np.float32)
+    examples = np.where(filled, np.arange(rows * SEGMENTS).reshape(rows, SEGMENTS), -1).astype(np.int32)
+    return TaskBatch(batch, examples, targets, filled.astype(np.float32))
+
+
+def segment_of(batch: Any, filled: np.ndarray) -> np.ndarray:
+    """Which tokens are of a filled segment, bool `[rows, length]`."""
+    padded = np.pad(filled, ((0, 0), (1, 0)))
+    return np.take_along_axis(padded, batch.segment_ids, axis=1)
+
+
+def set_up(task: Task, regime: str = "full", mesh: Any = None, **changes: Any) -> TaskSetup:
+    """Of a tiny model."""
+    adapters, freezing = REGIMES[regime]
+    pooling = changes.pop("pooling", "mean")
+    first = base_outputs(task.kind, labelled_batch(0, task).targets.reshape(24, -1), task.outputs)
+    return set_up_task(
+        tiny_model(**changes), VOCABULARY, task, pooling, adapters, freezing, mesh, first_outputs=first
+    )
+
+
+def start(setup: TaskSetup, devices: Any = None, micro_batches: int = 1, optimizer: Any = None):
+    """First state, jitted step and mesh."""
+    mesh = make_mesh(devices or jax.devices()[:1])
+    optimizer = optimizer or optax.sgd(0.5)
+    init_key, step_key = jax.random.split(jax.random.key(0))
+    state = first_state(setup.init, setup.shapes, optimizer, init_key, mesh)
+    step = jax.jit(
+        make_update_step(
+            task_objective(setup.predictor),
+            optimizer,
+            setup.mask,
+            step_key,
+            clip_norm=1.0,
+            micro_batches=micro_batches,
+            merged=setup.predictor.merged,
+            mesh=mesh,
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings_of(state), replicated(mesh)),
+    )
+    return state, step, mesh
+
+
+def run(setup: TaskSetup, batches: list[TaskBatch], **options: Any):
+    """State after some steps by plain gradient descent, and each step's figures, on the host."""
+    state, step, mesh = start(setup, **options)
+    figures = []
+    for batch in batches:
+        state, totals = step(state, put_rows(batch, mesh))
+        totals = jax.device_get(totals)
+        del totals["gradient_squares"]  # some are of rounding alone, such as those of a key's bias
+        figures.append(totals)
+    assert step._cache_size() == 1
+    return jax.device_get(state), figures

@@ -1,0 +1,241 @@
+"""Prediction as a whole: from a run and from its adapter, of every kind, in parts, and without a leak."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from behrt_jax.config import EvaluateConfig, PredictConfig
+from behrt_jax.data.predictions import read_predictions
+from behrt_jax.errors import InputError
+from behrt_jax.workflows import predict as predict_module
+from behrt_jax.workflows.evaluate import evaluate
+from behrt_jax.workflows.predict import predict
+from tests.data.meds_folder import DAY, Row
+from tests.workflows.evaluated import CODES, FIRST_ID, TIME
+from tests.workflows.finetune_case import ONE
+
+KINDS = ("binary", "multiclass", "multilabel", "regression", "survival")
+FIGURE = {
+    "binary": "auroc",
+    "multiclass": "auroc",
+    "multilabel": "sample_auroc",
+    "regression": "r2",
+    "survival": "concordance",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_task_is_predicted_and_evaluated(case, tmp_path, kind):
+    labelled = case.labelled(kind)
+    table = case.predicted(tmp_path / "predictions.parquet", kind)
+    labels = pq.read_table(labelled.labels)
+    held_out = np.isin(labels["subject_id"].to_numpy(), labelled.splits["held_out"])
+    chosen = labels.filter(pa.array(held_out))
+    for name in chosen.column_names:  # the rows of the table, in its order, as they were
+        assert table[name].to_pylist() == chosen[name].to_pylist(), name
+    found = read_predictions(tmp_path / "predictions.parquet")
+    assert found.kind == kind and len(found) == held_out.sum()
+    assert found.metadata["split"] == "held_out" and found.metadata["max_tokens"] == 24
+    assert found.metadata["trained"]["regime"] == "lora_pretrained"
+    if kind == "binary":
+        np.testing.assert_array_equal(found.decisions, found.predictions >= found.metadata["threshold"])
+    if kind == "multiclass":
+        np.testing.assert_allclose(found.predictions.sum(axis=1), 1, rtol=1e-12)
+    if kind == "multilabel":
+        seen = labelled.seen[held_out]
+        order = [CODES.index(name) for name in found.classes]
+        np.testing.assert_array_equal(found.seen_before, seen[:, order])
+    if kind == "survival":
+        assert (np.diff(found.predictions, axis=1) <= 0).all()
+    config = EvaluateConfig(
+        predictions=tmp_path / "predictions.parquet",
+        output=tmp_path / "evaluation",
+        baselines=False,
+        draws=20,
+    )
+    record = evaluate(config)
+    assert record["task"]["kind"] == kind
+    assert (tmp_path / "evaluation" / "report.html").is_file()
+
+
+def test_the_adapter_on_its_base_predicts_what_the_run_predicts(case, tmp_path):
+    whole = case.predicted(tmp_path / "run.parquet")
+    adapter = shutil.copytree(case.run() / "adapter", tmp_path / "adapter")
+    alone = case.predicted(tmp_path / "adapter.parquet", model=adapter)
+    assert alone.equals(whole)
+    with_base = case.predicted(tmp_path / "base.parquet", model=adapter, base=case.base)
+    assert with_base.equals(whole)
+
+
+def test_an_adapter_on_another_base_is_refused_with_the_reason(case, tmp_path):
+    other = case.pretrained("other base", seed=1)
+    with pytest.raises(InputError, match="frozen parameters differ from those this adapter was trained on"):
+        case.predicted(tmp_path / "p.parquet", model=case.run() / "adapter", base=other)
+    assert not (tmp_path / "p.parquet").exists()
+
+
+def test_wrong_input_is_one_clear_error_before_anything_is_written(case, tmp_path):
+    output = tmp_path / "p.parquet"
+    config = PredictConfig(
+        model=case.run(), data=case.data, labels=case.labelled("binary").labels, output=output
+    )
+    strangers = tmp_path / "strangers.parquet"
+    labels = pq.read_table(config.labels)
+    pq.write_table(labels.set_column(0, "subject_id", pa.array(np.arange(len(labels)))), strangers)
+    words = tmp_path / "words.parquet"
+    pq.write_table(
+        labels.drop_columns("boolean_value").append_column("integer_value", pa.array(np.arange(len(labels)))),
+        words,
+    )
+    cases = {
+        "--model is missing": replace(config, model=None),
+        "--model: .* holds no fine-tuned model": replace(config, model=case.base),
+        "--output is missing": replace(config, output=None),
+        "--data is missing": replace(config, data=None),
+        "--labels is missing": replace(config, labels=None),
+        "rows is 0": replace(config, rows=0),
+        "none of the 300 labels is of a subject of the split held_out .*300 are of": replace(
+            config, labels=strangers
+        ),
+        "the labels are float ones, but the model predicts a binary task": replace(
+            config, labels=case.labelled("regression").labels
+        ),
+        "the labels are integer ones, but the model predicts a multiclass task": replace(
+            config, model=case.run("multiclass"), labels=words
+        ),
+    }
+    for message, wrong in cases.items():
+        with pytest.raises(InputError, match=message):
+            predict(wrong, ONE)
+    assert not output.exists()
+    output.write_text("mine")
+    with pytest.raises(InputError, match="is there already"):
+        predict(config, ONE)
+    assert output.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"p.parquet", strangers.name, words.name}
+
+
+def close(ours, theirs):
+    """Equal rows in equal order; probabilities up to the rounding of another arrangement of rows."""
+    name = "predicted_boolean_probability"
+    assert ours.drop_columns(name).equals(theirs.drop_columns(name))
+    np.testing.assert_allclose(ours[name].to_numpy(), theirs[name].to_numpy(), rtol=1e-5)
+
+
+def test_a_few_examples_at_a_time_and_any_number_of_devices_give_the_same_file(case, tmp_path, monkeypatch):
+    import jax
+
+    shuffled = tmp_path / "labels.parquet"
+    labels = pq.read_table(case.labelled("binary").labels)
+    labels = labels.take(np.random.default_rng(0).permutation(len(labels)))
+    pq.write_table(labels, shuffled)
+    at_once = case.predicted(tmp_path / "at_once.parquet", labels=shuffled, split="train")
+    of_train = np.isin(labels["subject_id"].to_numpy(), case.labelled("binary").splits["train"])
+    assert at_once.select(labels.column_names).cast(labels.schema).equals(labels.filter(pa.array(of_train)))
+    config = PredictConfig(
+        model=case.run(), data=case.data, labels=shuffled, split="train", output=tmp_path / "eight.parquet"
+    )
+    predict(config, jax.devices())
+    close(pq.read_table(tmp_path / "eight.parquet"), at_once)
+    monkeypatch.setattr(predict_module, "AT_ONCE", 37)
+    close(case.predicted(tmp_path / "parts.parquet", labels=shuffled, split="train", rows=5), at_once)
+
+
+def test_every_split_and_all_of_them(case, tmp_path):
+    parts = [
+        case.predicted(tmp_path / f"{name}.parquet", split=name) for name in ("train", "tuning", "held_out")
+    ]
+    together = case.predicted(tmp_path / "all.parquet", split="all")
+    assert len(together) == 300
+    close(
+        together, pa.concat_tables([part.replace_schema_metadata(together.schema.metadata) for part in parts])
+    )
+
+
+def test_no_subject_is_named_on_the_console(case, tmp_path, capsys):
+    case.predicted(tmp_path / "p.parquet")
+    said = capsys.readouterr()
+    assert "predictions (binary)" in said.out
+    assert str(FIRST_ID)[:6] not in said.out + said.err
+
+
+class Shifted:
+    """Held-out subjects with one label each, within their histories."""
+
+    def __init__(self, case, kind, folder):
+        self.case, self.kind, self.folder = case, kind, folder
+        self.labelled = case.labelled(kind)
+        labels = pq.read_table(self.labelled.labels)
+        ids, first = np.unique(labels["subject_id"].to_numpy(), return_index=True)
+        held_out = np.isin(ids, self.labelled.splits["held_out"])
+        self.ids = ids[held_out].tolist()
+        # RISK stands at TIME - 30, ... days; the last code at TIME - 1 day.
+        days = np.random.default_rng(2).integers(30, 42, len(self.ids))
+        self.times = dict(zip(self.ids, (TIME - days * DAY).tolist(), strict=True))
+        rows = labels.take(pa.array(first[held_out]))
+        times = pa.array(list(self.times.values()), pa.timestamp("us"))
+        folder.mkdir()
+        pq.write_table(rows.set_column(1, "prediction_time", times), folder / "labels.parquet")
+
+    def predicted(self, name, rows):
+        """Predictions where the records are these."""
+        data = self.folder / name
+        self.labelled.prepare(rows, data)
+        output = self.folder / f"{name}.parquet"
+        return self.case.predicted(output, self.kind, data=data, labels=self.folder / "labels.parquet")
+
+
+@pytest.mark.parametrize("kind", ["binary", "multilabel"])
+def test_events_after_the_prediction_time_change_nothing(case, tmp_path, kind):
+    """Their codes, their times and their number are drawn anew; predictions are the same to the last bit."""
+    shifted = Shifted(case, kind, tmp_path / kind)
+    original = shifted.labelled.rows
+    before = shifted.predicted("original", original)
+    rng = np.random.default_rng(3)
+    known = [row for row in original if row.time <= shifted.times.get(row.subject, row.time)]
+    assert len(original) - len(known) > 2 * len(shifted.ids)
+    later = [
+        Row(subject, time + int(rng.integers(1, 50 * DAY)), str(rng.choice([*CODES, "RISK", "NEW//1"])))
+        for subject, time in shifted.times.items()
+        for _ in range(rng.integers(0, 12))
+    ]
+    assert {row.subject for row in later} < set(shifted.ids)  # some have nothing after it any more
+    after = shifted.predicted("changed", known + later)
+    assert after.replace_schema_metadata(None).equals(before.replace_schema_metadata(None))
+
+
+def test_an_event_at_the_prediction_time_counts_and_one_just_after_it_does_not(case, tmp_path):
+    shifted = Shifted(case, "binary", tmp_path / "at")
+    known = [row for row in shifted.labelled.rows if row.time <= shifted.times.get(row.subject, row.time)]
+    some = shifted.ids[::2]
+
+    def probabilities(name, code, wait):
+        more = [
+            Row(
+                subject,
+                shifted.times[subject] + (wait if subject in some else 0),
+                code if subject in some else CODES[0],
+            )
+            for subject in shifted.ids
+        ]
+        table = shifted.predicted(name, known + more)
+        return dict(
+            zip(
+                table["subject_id"].to_pylist(),
+                table["predicted_boolean_probability"].to_pylist(),
+                strict=True,
+            )
+        )
+
+    risk, other = probabilities("risk", "RISK", 0), probabilities("other", CODES[1], 0)
+    for subject in shifted.ids:
+        if subject in some:
+            assert risk[subject] != other[subject]
+        else:
+            assert risk[subject] == other[subject]
+    assert max(abs(risk[subject] - other[subject]) for subject in some) > 0.02
+    assert probabilities("risk later", "RISK", 1) == probabilities("other later", CODES[1], 1)
