@@ -104,8 +104,8 @@ def _read(folder: Path, base: Any, fingerprint: str, vocabulary_fingerprint: str
     ]
     if changed:
         raise InputError(
-            f"{folder}: this adapter cannot share a base with others, since it has trained {changed[0]}. Train "
-            "it with freezing.regime lora_pretrained, without extend_vocabulary, or use it alone."
+            f"{folder}: this adapter cannot share a base with others, since it has trained {changed[0]}. "
+            "Train it with freezing.regime lora_pretrained, without extend_vocabulary, or use it alone."
         )
     shapes = [tensors.get("/".join(("params", *HEAD, name))) for name in ("kernel", "bias")]
     if None in shapes:

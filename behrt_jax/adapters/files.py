@@ -5,8 +5,9 @@ parameters (head, embeddings, ...) as float32, under keys such as
 ``lora/behrt/encoder/layer_0/attention/query/a`` and ``params/mlm_head/dense/kernel``.
 ``adapter_config.json`` holds the configuration, the table of tensors and the fingerprints of the
 vocabulary, of the frozen base and of the tensor file, and the codes that the adapter added to the vocabulary
-(`new_codes`), in the order of their rows ``params/new_codes/rows``. On disk a model
-is always layer by layer, so that an adapter fits its base whether or not the layers are stacked in memory (`models.stacked_layers`).
+(`new_codes`), in the order of their rows ``params/new_codes/rows``. On disk a model is always layer by
+layer, so that an adapter fits its base whether or not the layers are stacked in memory
+(`models.stacked_layers`).
 
 Source of the tensor format: https://github.com/huggingface/safetensors.
 """
@@ -113,9 +114,9 @@ def load_adapter(
 
     The returned params are the given ones with the adapter's trained leaves in their place (same
     dtype and sharding as before); the frozen leaves are shared, and the given tree is left as it is.
-    ``lora`` is float32, its leaves ``a`` [in, rank] and ``b`` [rank, out], stacked where the params are. Rows
-    of new codes, which a base has not, are added to the params (see `adapters.new_codes`). The vocabulary, the
-    base's own, is checked only where its fingerprint is given. ``base_fingerprint`` is
+    ``lora`` is float32, its leaves ``a`` [in, rank] and ``b`` [rank, out], stacked where the params are.
+    Rows of new codes, which a base has not, are added to the params (see `adapters.new_codes`). The
+    vocabulary, the base's own, is checked only where its fingerprint is given. ``base_fingerprint`` is
     :func:`base_fingerprint_of` what the adapter leaves frozen, where the caller has it already.
 
     Raises:

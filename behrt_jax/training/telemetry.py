@@ -43,7 +43,7 @@ def gradient_metrics(names: Sequence[str], squares: np.ndarray) -> dict[str, Any
     sums: dict[str, float] = {}
     for name, square in zip(names, squares.astype(np.float64), strict=True):
         group = label(tuple(name.split("/")))
-        parts = [group, f"lora_{name[-1]}"] if group == "lora" else [group]
+        parts = [group, f"lora_{name[-1]}"] if name.startswith("lora/") else [group]
         for part in parts:
             sums[part] = sums.get(part, 0.0) + float(square)
     return {

@@ -312,9 +312,7 @@ def _write(
         summary["out_of_fold"] = task_metrics(kind, best.out_of_fold, labelled.train_targets)
     write_json(run.folder / SUMMARY_FILE, summary)
     columns = ("member", "best step", "tuning loss", "tuning AUROC")
-    table = [
-        (row["member"], row["best_step"], _cell(row["loss"]), _cell(row.get("auroc"))) for row in rows
-    ]
+    table = [(row["member"], row["best_step"], _cell(row["loss"]), _cell(row.get("auroc"))) for row in rows]
     console.table(f"Members ({kind}, vary {config.population.vary})", columns, table)
     lines = [", ".join(f"{name} {cell}" for name, cell in zip(columns, row, strict=True)) for row in table]
     if best.out_of_fold is not None:

@@ -127,7 +127,7 @@ def predict(loaded, config, batch, numbers):
 
 
 def test_the_base_is_shared_and_the_bank_has_one_adapter_after_the_other(case):
-    config, base, folders, _ = case
+    _, base, folders, _ = case
     loaded = bank.load(folders, base)
     assert loaded.behrt is base["behrt"]
     assert len(loaded) == 4 and loaded.outputs == (1, 4, 2, 3)
