@@ -17,6 +17,7 @@ def check_finetune(config: FinetuneConfig) -> None:
     positive("task.intervals", task.intervals)
     if not isinstance(task.threshold, str):
         share("task.threshold", task.threshold)
+    positive("population.size", config.population.size)
     check_optimizer(config.optimizer)
     check_freezing(config.freezing, config.lora)
     for name in ("epochs", "batch_size", "log_every"):

@@ -52,6 +52,7 @@ from behrt_jax.workflows.finetune_results import (
 )
 from behrt_jax.workflows.finetune_setup import Finetuning, open_finetuning
 from behrt_jax.workflows.results import RunResult
+from behrt_jax.workflows.run_settings import settings
 
 
 class Variation(NamedTuple):
@@ -299,7 +300,7 @@ def _write(
     ]
     summary: dict[str, Any] = {
         "task": kind,
-        "population": asdict(config.population),
+        "population": settings(config.population),
         "members": rows,
         "predicting_members": chosen,
         "baselines": {"base rate": {"loss": loss_of_base_rate(labelled)}},
