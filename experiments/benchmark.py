@@ -16,6 +16,7 @@ else:  # started as a script, whose folder is where Python looks first
 BENCHMARKS = {
     "ablation": ("AblationBenchmark", "benchmark_ablation"),
     "attention": ("AttentionBenchmark", "benchmark_attention"),
+    "population": ("PopulationBenchmark", "benchmark_population"),
     "prepare": ("PrepareBenchmark", "benchmark_prepare"),
     "scaling": ("ScalingBenchmark", "benchmark_scaling"),
     "startup": ("StartupBenchmark", "benchmark_startup"),
