@@ -180,8 +180,9 @@ def finetune_on(
                 calibration = calibrate(
                     config.task, labelled.task.kind, outputs[None], labelled.tuning_targets
                 )
+        exit_status = 0
         if stop_reason == "interrupted":
-            stop_reason = f"interrupted by {interruption.name}"
+            stop_reason, exit_status = f"interrupted by {interruption.name}", 128 + interruption.number
         summary = write_results(
             console,
             config,
@@ -194,4 +195,4 @@ def finetune_on(
         )
     if divergence:
         raise divergence
-    return RunResult(folder, summary, 128 + interruption.number if interruption else 0)
+    return RunResult(folder, summary, exit_status)
