@@ -167,6 +167,7 @@ def assert_same_leaves(one, other):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_held_out_histories_decide_nothing(run):
     """The best epoch chosen on the test set (BEHRT): other held-out histories change not one bit of a run."""
     config, summary, _ = run("plain")

@@ -30,6 +30,7 @@ def compiled(scan_layers, rematerialise, dropout=0.1):
     return params, jax.jit(jax.value_and_grad(loss)).lower(params).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_equal_gradients_for_another_forward_pass_and_from_less_memory_in_a_loop(scan_layers):
     params, kept = compiled(scan_layers, False)

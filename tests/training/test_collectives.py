@@ -106,7 +106,7 @@ def test_micro_batches_send_no_more_than_one_batch(fsdp):
 
 def test_a_gradient_that_is_not_stopped_is_found(monkeypatch):
     """The measure can tell: with the frozen leaves' gradient in the norm, it is sent."""
-    from behrt_jax.training import step as module
+    from behrt_jax.training import update as module
 
     monkeypatch.setattr(module, "stop_frozen", lambda variables, mask: variables)
     honest = module.trainable_leaves

@@ -92,6 +92,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("static", [False, True])
 def test_read_ahead_and_scanned_are_bit_identical(static):
     results = []
@@ -114,6 +115,7 @@ def test_going_on_in_the_middle_of_an_epoch_is_bit_identical():
     assert_same(whole[:2], (end, first + second))
 
 
+@pytest.mark.slow
 def test_eight_devices_hold_the_tokens_and_gather_their_own_rows():
     with fed(SCAN) as (feed, state, schedule):
         _, alone, _ = run(feed, state, schedule)

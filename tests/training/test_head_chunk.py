@@ -28,6 +28,7 @@ def assert_equal_training(config, **options):
     chex.assert_trees_all_close(whole.variables, parts.variables, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lora", "regime"),
     [
@@ -41,6 +42,7 @@ def test_equal_training(lora, regime):
     assert_equal_training(replace(TINY, lora=lora, freezing=FreezingConfig(regime)))
 
 
+@pytest.mark.slow
 def test_equal_training_by_micro_batches_on_eight_devices():
     one, one_metrics = sgd(TINY, 2)
     many, many_metrics = sgd(in_parts(TINY), 2, devices=jax.devices()[:4], micro_batches=2)

@@ -187,6 +187,7 @@ def apart(found):
     return np.abs(heads[0] - heads[1]).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [None, 1, 2])
 def test_seeds(case, at_once):
     found, *_ = assert_each_as_alone(
@@ -195,6 +196,7 @@ def test_seeds(case, at_once):
     assert apart(found) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [None, 1])
 def test_learning_rates_with_one_key_for_all(at_once):
     case = make_case()
@@ -204,6 +206,7 @@ def test_learning_rates_with_one_key_for_all(at_once):
     assert apart(found) > 1e-2
 
 
+@pytest.mark.slow
 def test_ranks_and_alphas():
     """Of smaller rank, a member is filled up with zeros, and these stay zero under AdamW with decay."""
     dropped = replace(LORA, dropout=0.3)

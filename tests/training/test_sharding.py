@@ -91,6 +91,7 @@ def one_device(name):
     return sgd(CONFIGS[name], 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["8x1", "2x4", "1x8"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_mesh_gives_the_results_of_one_device(name, mesh):
@@ -100,6 +101,7 @@ def test_every_mesh_gives_the_results_of_one_device(name, mesh):
     chex.assert_trees_all_close(one.variables, many.variables, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_micro_batches_of_a_split_model_equal_one_batch_of_one_device(name):
     batches = [random_batch(seed, rows=16) for seed in range(2)]
@@ -122,6 +124,7 @@ def test_the_state_stays_split_and_the_step_compiles_once():
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
     config = replace(TINY, freezing=FreezingConfig("full"))
     _, state, step, mesh = start(config, mesh=mesh_of("1x8"), large=SPLIT_FROM)

@@ -42,6 +42,7 @@ def after_steps(config, steps, variables=None, optimizer=None):
     return before, on_host(state.variables), losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("product", ["activations", "merged"])
 @pytest.mark.parametrize("rematerialise", [False, True])
 def test_after_two_steps_every_layers_adapter_has_moved_and_the_base_is_bit_identical(product, rematerialise):
@@ -55,6 +56,7 @@ def test_after_two_steps_every_layers_adapter_has_moved_and_the_base_is_bit_iden
     assert sum(name.startswith("lora/") for name in moved) == 2 * 4 * LAYERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regime", ["lora", "full", "all_but_adapted"])
 def test_the_same_start_trains_the_same_way_in_both_layouts(regime):
     """By plain gradient descent: Adam would blow up the rounding of gradients that are zero."""

@@ -89,6 +89,7 @@ def test_after_two_steps_every_adapter_has_moved_and_the_base_is_bit_identical(p
             assert moved, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regime", ["full", "lora", "lora_pretrained", "lora_only", "all_but_adapted"])
 def test_each_regime_moves_its_leaves_and_no_other(regime):
     config = replace(TINY, lora=LoRAConfig(rank=2, targets=("out",)), freezing=FreezingConfig(regime))
@@ -245,6 +246,7 @@ def test_a_step_with_adapters_takes_little_more_than_twice_the_forward_pass():
     assert compiled_flops(full, rows=128) / compiled_flops(full, rows=128, forward_alone=True) > 2.5
 
 
+@pytest.mark.slow
 def test_compiled_flops_of_the_lora_step_of_large():
     """Frozen gradients are never computed, although the norm is clipped and logged."""
     full = compiled_flops(PretrainConfig(model=LARGE))

@@ -90,6 +90,7 @@ def test_events_of_other_segments_change_nothing():
     assert (np.abs(after[1:] - before[1:]) > 1e-3).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("multiclass", {"devices": jax.devices()}), ("survival", {"micro_batches": 4})],
@@ -200,6 +201,7 @@ def compiled_flops(regime, product=None):
     return jax.jit(step, donate_argnums=0).lower(state, batch).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_compiled_flops_of_frozen_encoders_are_below_those_of_full_training():
     """Frozen gradients are never computed, although the norm is clipped and logged."""
     full = compiled_flops("full")

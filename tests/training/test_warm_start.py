@@ -62,6 +62,7 @@ def stored(folder, config, step="best"):
     return number, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [("embedding",), ("head", "base"), ("embedding", "head", "base")])
 def test_only_the_named_groups_are_taken(full, groups):
     state = fresh(FULL)

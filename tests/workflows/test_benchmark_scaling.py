@@ -22,6 +22,7 @@ CONFIGURATIONS = {"small_lora": SMALL_RUN}
 PARAMETERS = state_module.set_up(SMALL_RUN, 200).shapes
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_step_is_of_one_device():
     total = 4 * sum(leaf.size for leaf in jax.tree.leaves(PARAMETERS))
     whole = step_cost(SMALL_RUN, rows=2, vocabulary=200)

@@ -8,6 +8,7 @@ TINY = "--model.embedding-size 8 --model.hidden-size 8 --model.layers 1 --model.
 SIZES = "--vocabularies 40 30000 --tokens 640 --repeats 1 --model.head-chunk 2000"
 
 
+@pytest.mark.slow
 def test_the_command_measures_each_vocabulary_with_all_logits_and_in_parts(tmp_path, capsys):
     file = tmp_path / "figures.json"
     assert main(["vocabulary", *TINY.split(), *SIZES.split(), "--output", str(file)]) == 0

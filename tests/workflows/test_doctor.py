@@ -99,6 +99,7 @@ def test_adapters_outside_the_graph(tmp_path, monkeypatch):
     assert all(found[name]["severity"] == "error" for name in ("zero-gradient", "adapters-still"))
 
 
+@pytest.mark.slow
 def test_cut_histories_stalls_and_recompilations(tmp_path, monkeypatch, capsys):
     """Codes that a window never shows, slow batches, and batches of two shapes."""
     original, calls = feeding.put_rows, []

@@ -29,7 +29,9 @@ def records(folder, split=None):
     return [line for line in lines if split in (None, line["split"])]
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "probe", "scratch"])
+@pytest.mark.parametrize(
+    "name", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "probe", "scratch"))]
+)
 def test_each_regime_learns_more_than_the_base_rate_and_leaves_the_whole_folder(case, name):
     folder = case.run("binary", name)
     names = {path.name for path in folder.iterdir()}

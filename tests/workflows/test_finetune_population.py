@@ -45,6 +45,7 @@ def test_the_first_of_the_seeds_is_the_single_run_and_the_mean_predicts(case, tm
     np.testing.assert_allclose(ours, theirs, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_a_search_predicts_with_the_best_member(case, tmp_path):
     rate = case.config("binary", "lora").optimizer.learning_rate
     summary = population(case, tmp_path / "run", size=2, vary="learning_rate", values=(1e-7, rate))

@@ -44,6 +44,7 @@ def miniature(tmp_path_factory):
     return config, study
 
 
+@pytest.mark.slow
 def test_a_study_leaves_tables_plots_and_ordinary_runs(miniature):
     config, study = miniature
     assert {path.name for path in config.output.iterdir()} == {"study.json", "study.md", "plots", "runs"}

@@ -31,6 +31,7 @@ def run(tmp_path_factory):
     return folder, pretrain(replace(LATENT, output=folder), ONE).summary
 
 
+@pytest.mark.slow
 def test_the_optimum_is_in_metrics_summary_text_and_pictures(run):
     folder, summary = run
     unigram, oracle = summary["baselines"]["unigram"]["loss"], summary["baselines"]["oracle"]["loss"]
@@ -53,6 +54,7 @@ def test_the_optimum_is_in_metrics_summary_text_and_pictures(run):
     assert "below-oracle" not in ids
 
 
+@pytest.mark.slow
 def test_a_leak_of_what_is_masked_takes_the_loss_below_the_optimum_and_is_an_error(tmp_path, monkeypatch):
     honest = Predictor.logits
 

@@ -78,6 +78,7 @@ def test_a_resumed_run_keeps_the_number_that_it_began_with(tmp_path):
     assert isinstance(run.config, PretrainConfig)
 
 
+@pytest.mark.slow
 def test_a_run_that_searches_trains_as_one_that_is_told(tmp_path, monkeypatch):
     """The trials leave no trace in what is trained, nor do they use a key twice."""
     monkeypatch.setattr(micro_batches, "SEARCH_FROM", 1)

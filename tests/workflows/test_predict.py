@@ -28,7 +28,9 @@ FIGURE = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "binary" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_each_kind_of_task_is_predicted_and_evaluated(case, tmp_path, kind):
     labelled = case.labelled(kind)
     table = case.predicted(tmp_path / "predictions.parquet", kind)

@@ -46,6 +46,7 @@ def test_the_report_accounts_for_every_event(meds, tmp_path, capsys):
         assert part in out
 
 
+@pytest.mark.slow
 def test_pretraining_reads_it_as_it_reads_the_source(meds, tmp_path):
     assert run(meds, tmp_path / "prepared") == 0
     config = changed(replace(SMALL_RUN, output=tmp_path / "a"), "train", epochs=1)

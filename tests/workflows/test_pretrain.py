@@ -168,6 +168,7 @@ def test_resume_refuses_other_settings_and_other_data(finished):
         pretrain(changed(resumed, "data", seed=9), ONE)
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one(finished, tmp_path):
     config = changed(replace(SMALL_RUN, output=tmp_path / "eight"), "train", max_steps=8)
     pretrain(config, jax.devices())
@@ -194,6 +195,7 @@ def test_known_mistakes_are_allowed_with_a_warning(tmp_path, capsys):
     assert abs(summary["best"]["loss"] - np.log(200)) < 0.3
 
 
+@pytest.mark.slow
 def test_cls_and_sep_tokens_and_the_papers_embeddings(tmp_path):
     model = replace(
         SMALL_RUN.model, embedding_size=16, cls_token=True, sep_token=True, visit_embedding="alternating",

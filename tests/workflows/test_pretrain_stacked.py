@@ -54,6 +54,7 @@ def stored(folder, config, best=True):
         return step, checkpoints.restore(step, **trees, opt_state=state.opt_state)
 
 
+@pytest.mark.slow
 def test_a_run_names_each_layer_and_learns(stacked):
     parameters = json.loads((stacked / "parameters.json").read_text())
     names = [layer["name"] for layer in parameters["adapters"]]
@@ -78,6 +79,7 @@ def test_the_adapter_alone_on_its_base_gives_the_best_model_in_either_layout(sta
     chex.assert_trees_all_equal((params, adapters), tuple(map(unstack_layers, (best.params, best.lora))))
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_bit_for_bit(stacked, tmp_path, monkeypatch):
     config = replace(STACKED, output=tmp_path / "parts")
     original = announce.LoopReporter.step
@@ -96,6 +98,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(stacked, tmp_path, monkeypatch
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapters"])
 @pytest.mark.parametrize("from_stacked", [False, True], ids=["from apart", "from stacked"])
 def test_a_run_starts_from_one_of_the_other_layout(stacked, apart, from_stacked, adapted):
