@@ -1,5 +1,6 @@
 """From a file of predictions to what they are worth: figures, intervals, baselines, groups, a report."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ def _checked(config: EvaluateConfig) -> Path:
     for name, least in (("draws", 2), ("max_train_examples", 1), ("boosting_codes", 1)):
         if getattr(config, name) < least:
             raise InputError(f"--{name} is {getattr(config, name)}: give {least} or more.")
+    if config.baselines and find_spec("sklearn") is None:
+        raise InputError(
+            "The baselines need scikit-learn, which is not installed: pip install scikit-learn, or give "
+            "--no_baselines."
+        )
     output = config.output.expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} holds other files: give an --output that is new or empty.")

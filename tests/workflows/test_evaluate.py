@@ -260,3 +260,10 @@ def test_the_command_tells_mistakes_in_one_line(tmp_path, capsys):
     arguments = ["--predictions", str(case.predictions), "--output", str(tmp_path / "out"), "--draws", "20"]
     assert evaluate_command([*arguments, "--no_baselines"]) == 0
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_without_scikit_learn_the_error_names_the_mend(tmp_path, monkeypatch):
+    monkeypatch.setattr(workflow, "find_spec", lambda name: None)
+    config = EvaluateConfig(predictions=tmp_path / "none.parquet", output=tmp_path / "out")
+    with pytest.raises(InputError, match="pip install scikit-learn"):
+        evaluate(config)
