@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import behrt_jax
@@ -114,7 +113,7 @@ def _make_task(config: PopulationBenchmark, folder: Path) -> list[str]:
 def _binary(codes: Path, output: Path) -> None:
     """Labels of a binary task from those of the next visit: whether it has more than two codes."""
     table = pq.read_table(codes)
-    more = pc.greater(pc.list_value_length(table["categorical_values"]), 2)
+    more = [len(codes) > 2 for codes in table["categorical_values"].to_pylist()]
     columns = {name: table[name] for name in ("subject_id", "prediction_time")}
     pq.write_table(pa.table({**columns, "boolean_value": more}), output)
 

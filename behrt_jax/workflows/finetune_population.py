@@ -113,7 +113,7 @@ def vary(config: FinetuneConfig, run: Finetuning) -> Variation:
     elif population.vary == "rank":
         ranks = [int(value) for value in population.values] or [2**k for k in range(size)]
         assert config.lora is not None
-        adapters = [replace(config.lora, rank=rank) for rank in ranks]
+        adapters = [*(replace(config.lora, rank=rank) for rank in ranks)]
         names = [f"rank {rank}" for rank in ranks]
     else:
         subjects, place = np.unique(run.labelled.train.subject_ids, return_inverse=True)

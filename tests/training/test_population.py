@@ -129,6 +129,7 @@ def train_alone(case, init_key, key, rate, config, product, own):
     variables = first_variables(init_key, case.model, config)
     variables["params"]["behrt"] = case.variables["params"]["behrt"]
     state = TrainState(jnp.zeros((), jnp.int32), variables, alone(variables, rate)[1].init(variables))
+    totals = None
     for number in range(STEPS):
         batch = batch_of(number)._replace(**{name: values[number] for name, values in own.items()})
         state, totals = step_alone(state, batch, jax.random.clone(key), rate, case.model, config, product)
@@ -149,7 +150,7 @@ def train_together(case, init_keys, keys, rates, configs, product, own, at_once=
         ),
         donate_argnums=0,
     )  # fmt: skip
-    state = jax.tree.map(jnp.copy, state)
+    state, totals = jax.tree.map(jnp.copy, state), None
     for number in range(STEPS):
         state, totals = step(state, members, batch_of(number), {k: v[:, number] for k, v in own.items()})
     assert step._cache_size() == 1
