@@ -113,7 +113,8 @@ def vary(config: FinetuneConfig, run: Finetuning) -> Variation:
     elif population.vary == "rank":
         ranks = [int(value) for value in population.values] or [2**k for k in range(size)]
         assert config.lora is not None
-        adapters = [*(replace(config.lora, rank=rank) for rank in ranks)]
+        for place, rank in enumerate(ranks):
+            adapters[place] = replace(config.lora, rank=rank)
         names = [f"rank {rank}" for rank in ranks]
     else:
         subjects, place = np.unique(run.labelled.train.subject_ids, return_inverse=True)
