@@ -62,6 +62,11 @@ def forecast_study(
     """
     if base.data.source != "latent":
         raise InputError("The data must be latent: of other records the best forecast is unknown.")
+    names = [finetune.name for finetune in finetunes]
+    if unknown := set(config.ways) - set(names):
+        raise InputError(f"ways: there is no {min(unknown)}: choose among {', '.join(names)}.")
+    finetunes = [finetune for finetune in finetunes if not config.ways or finetune.name in config.ways]
+    base, finetunes = _with_subjects(config.subjects, base, finetunes)
     with open_console() as console:
         pretrained = config.output / "pretrained"
         if not (pretrained / SUMMARY_FILE).is_file():
@@ -107,6 +112,23 @@ def forecast_study(
         write_json(config.output / RESULT_FILE, result)
         console.log(f"Written: {config.output / RESULT_FILE}")
     return result
+
+
+def _with_subjects(
+    subjects: int | None, base: PretrainConfig, finetunes: Sequence[FinetuneConfig]
+) -> tuple[PretrainConfig, Sequence[FinetuneConfig]]:
+    """The runs with another number of subjects, and about as many steps as before."""
+    if subjects is None:
+        return base, finetunes
+    share = base.data.subjects / subjects
+
+    def fewer(train: Any) -> Any:
+        return replace(train, epochs=max(1, round(train.epochs * share)))
+
+    data = replace(base.data, subjects=subjects)
+    return replace(base, data=data, train=fewer(base.train)), [
+        replace(finetune, train=fewer(finetune.train)) for finetune in finetunes
+    ]
 
 
 def onset_task(data: DataConfig, loaded: SequenceSet, horizon_days: int) -> tuple[int, Labels, np.ndarray]:
