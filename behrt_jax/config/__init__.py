@@ -6,7 +6,13 @@ live in :mod:`behrt_jax.workflows.checks`; nothing here imports anything else of
 
 from behrt_jax.config.data import DataConfig
 from behrt_jax.config.diagnosis import DoctorConfig
-from behrt_jax.config.finetuning import FinetuneConfig, PopulationConfig, TaskConfig, TaskKind, TaskTrainConfig
+from behrt_jax.config.finetuning import (
+    FinetuneConfig,
+    PopulationConfig,
+    TaskConfig,
+    TaskKind,
+    TaskTrainConfig,
+)
 from behrt_jax.config.labels import MakeLabelsConfig
 from behrt_jax.config.model import Attention, LoRAConfig, ModelConfig
 from behrt_jax.config.prediction import EvaluateConfig, PredictConfig
