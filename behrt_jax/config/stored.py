@@ -16,4 +16,9 @@ def from_stored(kind: type[C], values: Mapping[str, Any]) -> C:
     What is not there has its default, and what this version does not know is passed over.
     """
     known = {field.name for field in fields(kind)}
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+    read: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if name in known
+    }
+    return kind(**read)
