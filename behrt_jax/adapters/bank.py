@@ -1,20 +1,12 @@
 """Several adapters on one base, answered in one pass: each segment of a batch has its own (task, hospital).
 
-Where a layer has adapters, those of all are joined along the rank axis: ``a`` `[in, ranks]`, ``b``
-`[ranks, out]` with each one's scale in it, and a token uses the part of its own adapter. There are two forms:
-
-- *joined*, for rows in which adapters stand side by side: ``((x @ a) * own) @ b``, where ``own`` is 1 at
-  the ranks of the token's adapter. The work grows with the sum of all ranks.
-- *gathered*, for rows of one adapter each: the row's own ``a`` and ``b`` are picked out first. The work is
-  that of one adapter, however many there are; the batch must be packed adapter by adapter.
-
-Segments of different adapters in one row never see each other: attention stays within a segment. Heads
-are applied after pooling, joined along their outputs.
+Layers compute with all adapters at once, see `adapters.joined`. Segments of different adapters in one row
+never see each other: attention stays within a segment. Heads are applied after pooling, joined along their
+outputs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +14,17 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
-from behrt_jax.adapters import lora
+from behrt_jax.adapters import lora, ranks
 from behrt_jax.adapters.files import base_fingerprint_of, load_adapter
 from behrt_jax.adapters.folders import read_config
+from behrt_jax.adapters.joined import choosing, join
 from behrt_jax.config import LoRAConfig
+from behrt_jax.config.stored import from_stored
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import PatientEmbedding
 from behrt_jax.models.pooling import Pooling
-from behrt_jax.models.stacked_layers import is_stacked
 
 HEAD = ("task_head", "dense")
 
@@ -45,9 +37,7 @@ class Bank:
     behrt: Any
     """The base, shared with the params that the bank was made from."""
     adapters: Any
-    """At the path of each adapted layer: ``a`` float32 `[in, ranks]`, ``b`` float32 `[ranks, out]`, ``owner``
-    int32 `[ranks]` (whose a rank is) and ``slots`` int32 `[adapters, largest rank]` (which ranks an adapter
-    has; beyond its own, a number past the end). Stacked layers have a leading axis."""
+    """Of all layers, see :func:`behrt_jax.adapters.joined.join`."""
     kernel: jax.Array
     """Kernels of all heads side by side, float32 `[hidden, outputs of all]`."""
     bias: jax.Array
@@ -82,7 +72,7 @@ def load(
     kernels, biases = zip(*(member.head for member in members), strict=True)
     return Bank(
         params["behrt"],
-        _join([member.lora for member in members]),
+        join([member.lora for member in members]),
         jnp.concatenate(kernels, axis=1),
         jnp.concatenate(biases),
         tuple(kernel.shape[1] for kernel in kernels),
@@ -116,69 +106,13 @@ def _read(folder: Path, base: Any, fingerprint: str, vocabulary_fingerprint: str
     )
     factor = 1.0
     if adapters:
-        known = {setting.name for setting in fields(LoRAConfig)}
-        settings = {name: value for name, value in config["lora"].items() if name in known}
-        of_lora = LoRAConfig(**{**settings, "targets": tuple(settings["targets"])})
+        of_lora = from_stored(LoRAConfig, config["lora"])
         factor = lora.scale(of_lora)
         if HEAD[0] in adapters:  # one head each, so that its adapter can be merged
             params = lora.merge(params, {HEAD[0]: adapters[HEAD[0]]}, of_lora)
     head = params[HEAD[0]][HEAD[1]]
-    flat: Any = flatten_dict(adapters.get("behrt", {}))
-    scaled = {path: leaf * factor if path[-1] == "b" else leaf for path, leaf in flat.items()}
-    return _Member(scaled, (jnp.asarray(head["kernel"]), jnp.asarray(head["bias"])))
-
-
-def _join(members: Sequence[Mapping[tuple[str, ...], jax.Array]]) -> dict[str, Any]:
-    """The tree `Bank.adapters`."""
-    joined = {}
-    for layer in dict.fromkeys(path[:-1] for member in members for path in member):
-        owners = [number for number, member in enumerate(members) if (*layer, "a") in member]
-        parts_a, parts_b = ([members[number][(*layer, side)] for number in owners] for side in ("a", "b"))
-        ranks = [part.shape[-1] for part in parts_a]
-        owner = np.repeat(owners, ranks).astype(np.int32)  # [R]
-        slots = np.full((len(members), max(ranks)), len(owner), np.int32)  # [K, most]
-        for number, rank, end in zip(owners, ranks, np.cumsum(ranks), strict=True):
-            slots[number, :rank] = np.arange(end - rank, end)
-        layers = parts_a[0].shape[:1] if is_stacked(layer) else ()
-        joined |= {
-            (*layer, "a"): jnp.concatenate(parts_a, axis=-1),
-            (*layer, "b"): jnp.concatenate(parts_b, axis=-2),
-            (*layer, "owner"): jnp.asarray(np.broadcast_to(owner, (*layers, *owner.shape))),
-            (*layer, "slots"): jnp.asarray(np.broadcast_to(slots, (*layers, *slots.shape))),
-        }
-    return unflatten_dict(joined)
-
-
-@contextmanager
-def choosing(numbers: jax.Array) -> Iterator[None]:
-    """Within this context, every Dense that has an entry in the `bank` collection uses it.
-
-    Enter it inside the function that is jitted, as with `lora.applying`. No adapter dropout: a bank predicts.
-
-    Args:
-        numbers: adapter of each token, int32 `[batch, length]`, -1 for none (joined form); or of each row,
-            int32 `[batch]` (gathered form).
-    """
-
-    def add_adapters(dense, args, kwargs, context):
-        module = context.module
-        named = isinstance(module, nn.Dense) and context.method_name == "__call__"
-        if not (named and module.has_variable("bank", "a")):
-            return dense(*args, **kwargs)
-        (x,) = args
-        y = dense(x)  # [B, L, O]
-        a, b = (module.get_variable("bank", side).astype(x.dtype) for side in ("a", "b"))
-        if numbers.ndim == 1:
-            own = module.get_variable("bank", "slots")[numbers]  # [B, most]
-            a_rows = jnp.take(a, own, axis=1, mode="fill", fill_value=0)  # [I, B, most]
-            b_rows = jnp.take(b, own, axis=0, mode="fill", fill_value=0)  # [B, most, O]
-            inner = jnp.einsum("bli,ibr->blr", x, a_rows)
-            return y + jnp.einsum("blr,bro->blo", inner, b_rows).astype(y.dtype)
-        own = numbers[:, :, None] == module.get_variable("bank", "owner")[None, None]  # [B, L, R]
-        return y + (jnp.where(own, x @ a, 0) @ b).astype(y.dtype)
-
-    with nn.intercept_methods(add_adapters):
-        yield
+    own: Any = flatten_dict(ranks.scaled(adapters.get("behrt", {}), factor))
+    return _Member(own, (jnp.asarray(head["kernel"]), jnp.asarray(head["bias"])))
 
 
 def predict(

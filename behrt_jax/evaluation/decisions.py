@@ -96,20 +96,3 @@ def fit_threshold(
     else:
         score = true / positives - false / (len(labels) - positives)
     return float(ranked[last[np.argmax(score)]])
-
-
-def auroc(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """Area under the ROC curve from ranks (Mann and Whitney 1947); None where there is one class alone.
-
-    Args:
-        scores: float ``[examples]``.
-        labels: bool ``[examples]``.
-    """
-    from scipy.stats import rankdata
-
-    positives = int(np.count_nonzero(labels))
-    negatives = len(labels) - positives
-    if not positives or not negatives:
-        return None
-    ranks = rankdata(scores)
-    return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))

@@ -89,15 +89,30 @@ def figures_of_rows(
 
 
 def pooled_figures(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
-    """AUROC and average precision of two flat sets of scores, in little memory: NaN where one is empty."""
+    """AUROC and average precision of two flat sets of scores, in little memory: NaN where one is empty, or a
+    score is NaN.
+    """
     if not len(positive) or not len(negative):
         return np.nan, np.nan
     positive, negative = np.sort(positive), np.sort(negative)
+    if np.isnan(positive[-1]) or np.isnan(negative[-1]):  # NaN is sorted to the end
+        return np.nan, np.nan
     below = np.searchsorted(negative, positive, side="left")
     beaten = (below + np.searchsorted(negative, positive, side="right")) / 2  # a tie is half
     hits = len(positive) - np.searchsorted(positive, positive, side="left")
     precision = hits / (hits + len(negative) - below)
     return float(beaten.mean() / len(negative)), float(precision.mean())
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """AUROC of one set of examples; None where there is one class alone, or a score is NaN.
+
+    Args:
+        scores: float ``[examples]``.
+        labels: bool ``[examples]``.
+    """
+    found, _ = pooled_figures(scores[labels], scores[~labels])
+    return None if np.isnan(found) else found
 
 
 def _at(values: np.ndarray, ranks: np.ndarray) -> np.ndarray:

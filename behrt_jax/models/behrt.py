@@ -1,5 +1,7 @@
 """BEHRT (Li et al. 2020, doi 10.1038/s41598-020-62922-y) with a pre-LayerNorm encoder."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -130,11 +132,7 @@ class PatientEmbedding(nn.Module):
 
 
 class BEHRTForTask(nn.Module):
-    """BEHRT, a pooling over each subject's events, and one linear layer on the pooled vector.
-
-    Raises:
-        ValueError: `cls` pooling for a model whose sequences carry no [CLS] token.
-    """
+    """:class:`PatientEmbedding`, beside whose parameters stands one linear layer on the pooled vector."""
 
     config: ModelConfig
     vocabulary_size: int
@@ -143,24 +141,11 @@ class BEHRTForTask(nn.Module):
     pooling: Pooling = "mean"
 
     @nn.compact
-    def __call__(
-        self,
-        codes: jax.Array,
-        ages: jax.Array,
-        visits: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        segments: int,
-        deterministic: bool = True,
-        rows: jax.Array | None = None,
-    ) -> jax.Array:
-        """Return float32 `[batch, segments, outputs]`; inputs as in :class:`BEHRT`."""
-        if self.pooling == "cls" and not self.config.cls_token:
-            raise ValueError("cls pooling needs sequences with a [CLS] token: set model.cls_token")
-        hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(
-            codes, ages, visits, positions, segment_ids, deterministic, rows
-        )
-        pooled = pool_segments(hidden, segment_ids, self.pooling, segments)  # [B, S, D]
+    def __call__(self, *inputs: Any, **options: Any) -> jax.Array:
+        """Return float32 `[batch, segments, outputs]`; arguments as in :class:`PatientEmbedding`."""
+        embedding = PatientEmbedding(self.config, self.vocabulary_size, self.pooling)
+        nn.share_scope(self, embedding)  # its parameters have the same paths here as there
+        pooled = embedding(*inputs, **options)  # [B, S, D]
         return TaskHead(self.outputs, name="task_head")(pooled)
 
 

@@ -79,6 +79,16 @@ def trainable_leaves(tree: Any, mask: Any) -> list[jax.Array]:
     return [leaf for leaf, trains in zip(jax.tree.leaves(tree), jax.tree.leaves(mask), strict=True) if trains]
 
 
+def part(variables: Any, mask: Any, *, trains: bool) -> Any:
+    """`variables` with None at the frozen leaves, or, without `trains`, at those that train."""
+    return jax.tree.map(lambda leaf, flag: leaf if flag == trains else None, variables, mask)
+
+
+def whole(one: Any, other: Any) -> Any:
+    """Put together what :func:`part` took apart."""
+    return jax.tree.map(lambda x, y: y if x is None else x, one, other, is_leaf=lambda leaf: leaf is None)
+
+
 def adapted_kernels_frozen(variables: Mapping[str, Any], mask: Mapping[str, Any]) -> bool:
     """Whether all kernels that carry an adapter are frozen."""
     adapted = {path[:-1] for path in _paths(variables.get("lora", {}))}

@@ -61,6 +61,12 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
+def replicated_shapes(tree: Any, mesh: Mesh) -> Any:
+    """Shape and dtype of each array or ``jax.ShapeDtypeStruct`` of a tree, whole on each device."""
+    whole = replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+
+
 def put_rows(batch: Any, mesh: Mesh) -> Any:
     """Copy a batch of host arrays to the devices, rows split; returns before the copy is done.
 

@@ -4,8 +4,7 @@ Each member takes the update step of `training.update` as if it were alone, mapp
 leaves are held once, whatever the number of members, and what does not depend on a member is computed once:
 `jax.vmap` keeps it unbatched.
 
-Members of smaller rank are filled up with zeros to the largest. A zero column of ``a`` against a zero row
-of ``b`` has no gradient on either side, so AdamW leaves both at zero.
+Members of smaller rank are filled up with zeros to the largest, see `adapters.ranks`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from behrt_jax.adapters import lora
+from behrt_jax.adapters import lora, ranks
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
+from behrt_jax.training.freezing import part, whole
 from behrt_jax.training.update import Objective, Totals, TrainState, Variables, make_update_step
 
 Init = Callable[[jax.Array, LoRAConfig | None], Variables]
@@ -98,10 +98,11 @@ def init_population(
         optimizer: see `optimizer.make_optimizer`.
     """
     rank = max((config.rank for config in configs if config), default=0)
-    frozen = _only(variables, mask, False)
+    frozen = part(variables, mask, trains=False)
 
     def first(key: jax.Array, config: LoRAConfig | None) -> Variables:
-        return _only(_padded(init(key, config), rank), mask, True)
+        found = init(key, config)
+        return part({**found, "lora": ranks.pad(found["lora"], rank)}, mask, trains=True)
 
     @jax.jit
     def build(keys: jax.Array, frozen: Variables):
@@ -111,8 +112,8 @@ def init_population(
             own_keys = jax.random.clone(keys)[numbers]
             groups.append((numbers, jax.vmap(partial(first, config=config))(own_keys)))
         order = np.argsort(np.concatenate([numbers for numbers, _ in groups]))
-        trained = jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *(part for _, part in groups))
-        opt_state = jax.vmap(lambda member: optimizer.init(_whole(frozen, member)))(trained)
+        trained = jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *(own for _, own in groups))
+        opt_state = jax.vmap(lambda member: optimizer.init(whole(frozen, member)))(trained)
         return trained, opt_state
 
     trained, opt_state = build(keys, frozen)
@@ -164,9 +165,9 @@ def make_population_step(
                 micro_batches=micro_batches,
                 merged=lambda variables: merged(scaled(variables)),
             )
-            alone = TrainState(state.step, _whole(state.frozen, trained), opt_state)
+            alone = TrainState(state.step, whole(state.frozen, trained), opt_state)
             alone, totals = update(alone, batch._replace(**fields))
-            return _only(alone.variables, mask, True), alone.opt_state, totals
+            return part(alone.variables, mask, trains=True), alone.opt_state, totals
 
         each = state.trained, state.opt_state, (words, members.rates, members.scales), dict(own)
         trained, opt_state, totals = _map(step_of, each, at_once)
@@ -191,21 +192,17 @@ def population_predict(
     """
 
     def of(trained: Variables, scale: jax.Array) -> Any:
-        return forward(_scaled(_whole(state.frozen, trained), scale), *inputs)
+        return forward(_scaled(whole(state.frozen, trained), scale), *inputs)
 
     return jax.vmap(of)(state.trained, members.scales)
 
 
 def member(state: PopulationState, number: int, config: LoRAConfig | None) -> Variables:
     """Variables of one member, as if it had been trained alone: its adapters have the rank of `config`."""
-    variables = _whole(state.frozen, jax.tree.map(lambda leaf: leaf[number], state.trained))
+    variables = whole(state.frozen, jax.tree.map(lambda leaf: leaf[number], state.trained))
     if config is None:
         return variables
-
-    def cut(path, leaf):
-        return leaf[..., : config.rank] if path[-1].key == "a" else leaf[..., : config.rank, :]
-
-    return {**variables, "lora": jax.tree_util.tree_map_with_path(cut, variables["lora"])}
+    return {**variables, "lora": ranks.cut(variables["lora"], config.rank)}
 
 
 def _at_rate(optimizer: optax.GradientTransformation, rate: jax.Array) -> optax.GradientTransformation:
@@ -220,28 +217,4 @@ def _at_rate(optimizer: optax.GradientTransformation, rate: jax.Array) -> optax.
 
 def _scaled(variables: Variables, scale: jax.Array) -> Variables:
     """`variables` with the factor `scale` on the product of each adapter."""
-
-    def on_b(path, leaf):
-        return scale * leaf if path[-1].key == "b" else leaf
-
-    return {**variables, "lora": jax.tree_util.tree_map_with_path(on_b, variables["lora"])}
-
-
-def _padded(variables: Variables, rank: int) -> Variables:
-    def pad(path, leaf):
-        axis = leaf.ndim - 1 if path[-1].key == "a" else leaf.ndim - 2
-        widths = [(0, rank - leaf.shape[axis] if place == axis else 0) for place in range(leaf.ndim)]
-        return jnp.pad(leaf, widths)
-
-    return {**variables, "lora": jax.tree_util.tree_map_with_path(pad, variables["lora"])}
-
-
-def _only(variables: Variables, mask: Any, kept: bool) -> Variables:
-    """`variables` with None at all leaves where `mask` is not `kept`."""
-    return jax.tree.map(lambda leaf, trains: leaf if trains == kept else None, variables, mask)
-
-
-def _whole(frozen: Variables, trained: Variables) -> Variables:
-    return jax.tree.map(
-        lambda one, other: other if one is None else one, frozen, trained, is_leaf=lambda leaf: leaf is None
-    )
+    return {**variables, "lora": ranks.scaled(variables["lora"], scale)}

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.config import TaskKind
 from behrt_jax.data.task_batches import TaskBatch, TaskBatches
-from behrt_jax.evaluation.decisions import auroc
+from behrt_jax.evaluation.ranking import auroc
 from behrt_jax.training.mesh import put_rows
 from behrt_jax.training.task_losses import task_losses
 from behrt_jax.training.update import Variables
@@ -54,7 +54,7 @@ def score(
 
 
 def task_metrics(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-    """Mean loss of examples and, for binary tasks, ``auroc`` (None where there is one class alone).
+    """Mean loss of examples and, for binary tasks, ``auroc`` (None where it is not defined).
 
     Args:
         kind: of the task.

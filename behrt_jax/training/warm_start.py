@@ -3,21 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.tree_util import tree_map_with_path
 
-from behrt_jax.adapters import lora
 from behrt_jax.adapters.groups import label, path_names
-from behrt_jax.config import InitConfig, LoRAConfig, ModelConfig
+from behrt_jax.config import InitConfig, ModelConfig
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import count_stacked_layers, with_layout_of
-from behrt_jax.tracking.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE, read_json
-from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.mesh import replicated
+from behrt_jax.training.mesh import replicated_shapes
+from behrt_jax.training.pretrained import check_finished, read_parameters, stored_settings
 from behrt_jax.training.sharding import shardings_of
 from behrt_jax.training.update import TrainState
 
@@ -44,12 +41,8 @@ def check_source(init: InitConfig, model: ModelConfig) -> None:
         return
     if not init.groups:
         raise InputError("init.groups is empty: name what to take from init.run (embedding, head, base).")
-    for name in (CONFIG_FILE, SUMMARY_FILE):
-        if not (init.run / name).is_file():
-            raise InputError(
-                f"init.run: {init.run} holds no finished run ({name} is not there): give the folder of one."
-            )
-    stored, given = _settings(init.run)["model"], asdict(model)
+    check_finished(init.run, "init.run")
+    stored, given = stored_settings(init.run)["model"], asdict(model)
     for field in fields(ModelConfig):
         # A run made before there was such a setting had what is now the default.
         theirs, ours = stored.get(field.name, field.default), given[field.name]
@@ -86,9 +79,9 @@ def check_vocabulary(init: InitConfig, vocabulary: Vocabulary) -> None:
 def start_from(init: InitConfig, state: TrainState) -> tuple[TrainState, int]:
     """The state with the groups of `init` taken from its run, and the step that they are of.
 
-    Read is the run's best checkpoint, or its last where it has no best. Adapters of that run are
-    merged into its parameters (:func:`behrt_jax.adapters.lora.merge`); the state's own adapters, its
-    step and its optimizer stay fresh. Stacked layers fit a run without, and the other way round.
+    Which parameters of the run these are tells :func:`behrt_jax.training.pretrained.read_parameters`; the
+    state's own adapters, its step and its optimizer stay fresh. Stacked layers fit a run without, and the
+    other way round.
 
     Args:
         init: names the run and the groups.
@@ -99,18 +92,8 @@ def start_from(init: InitConfig, state: TrainState) -> tuple[TrainState, int]:
     """
     assert init.run is not None
     params = state.variables["params"]
-    with open_checkpoints(init.run / CHECKPOINTS_FOLDER) as checkpoints:
-        step = checkpoints.best_step()
-        step = checkpoints.latest_step() if step is None else step
-        if step is None:
-            raise InputError(f"init.run: {init.run} has no checkpoint to start from: give another run.")
-        templates = _in_layout(_settings(init.run)["model"].get("scan_layers", False), params)
-        adapters = lora_config(init.run)
-        if adapters is None:
-            found = checkpoints.restore(step, params=templates).params
-        else:
-            restored = checkpoints.restore(step, params=templates, lora=adapter_shapes(templates, adapters))
-            found = lora.merge(restored.params, restored.lora, adapters)
+    scan_layers = stored_settings(init.run)["model"].get("scan_layers", False)
+    found, step = read_parameters(init.run, "init.run", _in_layout(scan_layers, params))
     found = _like(params, found)
     return state._replace(variables={**state.variables, "params": _take(init.groups, params, found)}), step
 
@@ -120,8 +103,7 @@ def _in_layout(scan_layers: bool, params: Any) -> Any:
     if scan_layers == (count_stacked_layers(params) > 0):
         return params
     shapes = jax.eval_shape(lambda tree: with_layout_of(scan_layers, tree), params)
-    sharding = replicated(jax.tree.leaves(params)[0].sharding.mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    return replicated_shapes(shapes, jax.tree.leaves(params)[0].sharding.mesh)
 
 
 def _like(params: Any, found: Any) -> Any:
@@ -140,24 +122,3 @@ def _take(groups: Sequence[str], own: Any, found: Any) -> Any:
         own,
         found,
     )
-
-
-def adapter_shapes(params: Any, config: LoRAConfig) -> Any:
-    """The adapters that a model with these parameters has, as shapes, whole on each of their devices."""
-    shapes = jax.eval_shape(lambda key, tree: lora.init(key, tree, config), jax.random.key(0), params)
-    sharding = replicated(jax.tree.leaves(params)[0].sharding.mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
-
-
-def lora_config(run: Path) -> LoRAConfig | None:
-    """Adapters of a run; None where it has none."""
-    stored = _settings(run)["lora"]
-    if stored is None:
-        return None
-    known = {field.name for field in fields(LoRAConfig)}
-    values = {name: value for name, value in stored.items() if name in known}
-    return LoRAConfig(**{**values, "targets": tuple(values["targets"])})
-
-
-def _settings(run: Path) -> dict[str, Any]:
-    return read_json(run / CONFIG_FILE)["settings"]

@@ -10,15 +10,9 @@ import jax
 
 from behrt_jax.adapters.groups import GROUPS
 from behrt_jax.config import PretrainConfig
-from behrt_jax.data.batches import (
-    TrainingBatches,
-    ValidationBatches,
-    training_batches,
-    validation_batches,
-    with_rows_a_multiple_of,
-)
+from behrt_jax.data.batches import with_rows_a_multiple_of
 from behrt_jax.data.load import load_sequences
-from behrt_jax.data.sequences import SequenceSet, describe
+from behrt_jax.data.sequences import describe
 from behrt_jax.diagnosis.doctor import RunRecord
 from behrt_jax.evaluation.assessment import assess
 from behrt_jax.tracking.console import open_console
@@ -60,6 +54,7 @@ from behrt_jax.workflows.checks import check
 from behrt_jax.workflows.examination import Examination
 from behrt_jax.workflows.facts import gather_facts
 from behrt_jax.workflows.micro_batches import choose_micro_batches
+from behrt_jax.workflows.pretraining_batches import split_batches
 from behrt_jax.workflows.restoring import restore_latest
 from behrt_jax.workflows.results import RunResult, parameter_report, try_write_adapter, write_summary
 from behrt_jax.workflows.run_settings import check_same_run, default_folder, run_record, settings
@@ -99,7 +94,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Ru
         parameters = parameter_report(config.freezing, setup)
         announce.parameters(console, parameters, setup.predictor.product)
 
-        batches, tuning = _batches(config, data, mesh.size)
+        batches, tuning = split_batches(config, data, mesh.size)
         total_steps = config.train.epochs * batches.steps_per_epoch
         total_steps = min(total_steps, config.train.max_steps or total_steps)
         announce.batches(console, batches, mesh, total_steps)
@@ -246,15 +241,16 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Ru
                     scoring_step = jax.jit(make_scoring_step(setup.predictor, config.masking, validation_key))
                     results = score_masked_codes(scoring_step, variables, tuning, masked, mesh)
                     assessment = assess(data.vocabulary.counts, FIRST_CODE, baselines, results)
+        exit_status = 0
+        if stop_reason == "interrupted":
+            stop_reason, exit_status = f"interrupted by {interruption.name}", 128 + interruption.number
         summary = write_summary(
             folder,
             config,
             baselines=baseline_metrics,
             assessment=assessment,
             best_step=best_step,
-            stop_reason=f"{stop_reason} by {interruption.name}"
-            if stop_reason == "interrupted"
-            else stop_reason,
+            stop_reason=stop_reason,
             seconds=earlier_seconds + time.perf_counter() - started,
             examination=examination,
             data=description,
@@ -264,28 +260,4 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Ru
         announce.end(console, folder, summary)
     if divergence:
         raise divergence
-    return RunResult(folder, summary, 128 + interruption.number if stop_reason == "interrupted" else 0)
-
-
-def _batches(
-    config: PretrainConfig, data: SequenceSet, devices: int
-) -> tuple[TrainingBatches, ValidationBatches]:
-    common = {
-        "row_length": config.data.max_length or config.model.positions,
-        "window": config.data.window,
-        "packed": config.data.packed,
-        "cls_token": config.model.cls_token,
-    }
-    batches = training_batches(
-        data.splits["train"],
-        **common,
-        batch_size=config.train.batch_size,
-        batch_tokens=config.train.batch_tokens,
-        seed=config.train.seed,
-        static=config.train.static_masks,
-        multiple_of=devices,
-    )
-    tuning = validation_batches(
-        data.splits["tuning"], **common, rows_per_batch=batches.rows_per_batch, multiple_of=devices
-    )
-    return batches, tuning
+    return RunResult(folder, summary, exit_status)

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from behrt_jax.config import PretrainConfig
-from behrt_jax.data.batches import training_batches
 from behrt_jax.data.load import load_sequences
 from behrt_jax.training.mesh import make_mesh, put_rows, replicated
 from behrt_jax.training.parameter_report import count_parameters
 from behrt_jax.training.sharding import shardings_of
 from behrt_jax.training.state import init_state, optimizer_for, set_up
 from behrt_jax.training.step import make_train_step
+from behrt_jax.workflows.pretraining_batches import split_batches
 
 WARM_UP = 3
 
@@ -40,16 +40,7 @@ def measure_costs(
     first = next(iter(configs.values()))
     mesh = make_mesh(devices, first.mesh)
     data = load_sequences(replace(first.data, source="uniform"), first.model.sep_token)
-    batches = training_batches(
-        data.splits["train"],
-        row_length=first.data.max_length or first.model.positions,
-        batch_size=first.train.batch_size,
-        batch_tokens=first.train.batch_tokens,
-        window=first.data.window,
-        packed=first.data.packed,
-        cls_token=first.model.cls_token,
-        multiple_of=mesh.size * (first.train.micro_batches or 1),
-    )
+    batches, _ = split_batches(first, data, mesh.size * (first.train.micro_batches or 1))
     batch = put_rows(batches.batch(0), mesh)
 
     costs: dict[str, dict[str, Any]] = {}

@@ -1,13 +1,13 @@
-"""Temperature, threshold and AUROC against simulations, brute force and scikit-learn."""
+"""Temperature and threshold against simulations, brute force and scikit-learn."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, softmax
-from sklearn.metrics import f1_score, log_loss, roc_auc_score
+from sklearn.metrics import f1_score, log_loss
 
-from behrt_jax.evaluation.decisions import auroc, fit_temperature, fit_threshold, predictions
+from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold, predictions
 
 # Few distinct scores, so that many are equal.
 SCORED = st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=2, max_size=40)
@@ -16,15 +16,6 @@ SCORED = st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=2, max_s
 def arrays(scored):
     scores, labels = zip(*scored, strict=True)
     return np.array(scores) / 8, np.array(labels, bool)
-
-
-@given(SCORED)
-def test_auroc_equals_that_of_scikit_learn_with_equal_scores_too(scored):
-    scores, labels = arrays(scored)
-    if labels.all() or not labels.any():
-        assert auroc(scores, labels) is None
-    else:
-        assert auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
 
 
 @given(SCORED)
