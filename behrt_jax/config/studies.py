@@ -45,6 +45,11 @@ class ForecastStudyConfig:
 
     label_fractions: tuple[float, ...] = (1.0, 0.05)
     """Shares of the train subjects whose labels are used."""
+    subjects: int | None = None
+    """Subjects to generate, of which 7 in 10 train; those of the base's configuration where not given.
+    Epochs change with them, so that the number of steps stays about the same."""
+    ways: tuple[str, ...] = ()
+    """Ways of fine-tuning, by name; all where not given."""
     horizon_days: int = 730
     """In which the condition begins, after a subject's last visit."""
     output: Path = Path("runs/forecast_study")
