@@ -10,6 +10,8 @@ from behrt_jax.data.labels import Labels, read_labels
 from behrt_jax.data.tasks import Task
 from behrt_jax.errors import InputError
 
+BINARY = Task("binary")
+
 
 @dataclass(frozen=True, eq=False)
 class LabelTables:
@@ -21,7 +23,7 @@ class LabelTables:
     """Each subject and prediction time once, ascending: the same whatever the order of tables and rows.
     Its values say nothing."""
     targets: np.ndarray
-    """1 for a positive label, 0 for a negative one, NaN where a table has none: float32 ``[pairs, tables]``."""
+    """float32 ``[pairs, tables]``: 1 for a positive label, 0 for a negative one, NaN where there is none."""
 
 
 def side_by_side(names: Sequence[str], tables: Sequence[Labels]) -> LabelTables:
@@ -29,7 +31,10 @@ def side_by_side(names: Sequence[str], tables: Sequence[Labels]) -> LabelTables:
 
     Args:
         names: of the tables, distinct.
-        tables: one at least, of binary labels; each has a subject and prediction time once.
+        tables: one at least; each has a subject and prediction time once.
+
+    Raises:
+        InputError: labels that are not binary.
     """
     subjects = np.concatenate([table.subject_ids for table in tables])  # [labels of all tables]
     times = np.concatenate([table.times for table in tables])
@@ -40,7 +45,7 @@ def side_by_side(names: Sequence[str], tables: Sequence[Labels]) -> LabelTables:
     pair[order] = np.cumsum(first) - 1
     table = np.repeat(np.arange(len(tables)), [len(one) for one in tables])
     targets = np.full((np.count_nonzero(first), len(tables)), np.nan, np.float32)
-    targets[pair, table] = np.concatenate([one.positive() for one in tables])
+    targets[pair, table] = np.concatenate([BINARY.targets(one, np.arange(len(one)))[:, 0] for one in tables])
     pairs = Labels(ids[first], at[first], np.zeros(len(targets), bool), "boolean")
     return LabelTables(tuple(names), tuple(tables), pairs, targets)
 
@@ -54,11 +59,11 @@ def read_label_tables(paths: Sequence[Path]) -> LabelTables:
     tables = []
     for path in paths:
         labels = read_labels(path)
-        if not Task("binary").fits(labels):
+        if not BINARY.fits(labels):
             values = "integers other than 0 and 1" if labels.kind == "integer" else f"{labels.kind} labels"
             raise InputError(
-                f"population.labels: {path} has {values}, but tasks that are trained at once are binary: give "
-                "boolean_value, or train it by itself with --labels."
+                f"population.labels: {path} has {values}, but tasks that are trained at once are binary: "
+                "give boolean_value, or train it by itself with --labels."
             )
         tables.append(labels)
     return side_by_side([path.stem for path in paths], tables)

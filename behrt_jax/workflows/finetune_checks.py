@@ -50,8 +50,8 @@ def _check_label_tables(config: FinetuneConfig) -> None:
     if population.vary != "task":
         require(
             not labels,
-            f"population.labels are of members that vary in task, but population.vary is {population.vary}: add "
-            "--population.vary task, or give --labels alone.",
+            f"population.labels are of members that vary in task, but population.vary is {population.vary}: "
+            "add --population.vary task, or give --labels alone.",
         )
         return
     require(
@@ -60,13 +60,13 @@ def _check_label_tables(config: FinetuneConfig) -> None:
     )
     require(
         len(labels) > 1,
-        f"population.vary is task, but population.labels has {len(labels)} tables: give one for each member, two "
-        "at least.",
+        f"population.vary is task, but population.labels has {len(labels)} tables: give one for each member, "
+        "two at least.",
     )
     require(
         population.size in (1, len(labels)),
-        f"population.size is {population.size}, but population.labels has {len(labels)} tables: leave the size "
-        "out, it follows from them.",
+        f"population.size is {population.size}, but population.labels has {len(labels)} tables: leave the "
+        "size out, it follows from them.",
     )
     names = [path.stem for path in labels]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -95,8 +95,8 @@ def _check_population(config: FinetuneConfig) -> None:
         positive("population.values", value)
     require(
         population.vary != "task" or "head" in trained,
-        "population.vary is task, but this regime leaves the head as it is, and each task needs its own: take "
-        "--config lora or probe.",
+        "population.vary is task, but this regime leaves the head as it is, and each task needs its own: "
+        "take --config lora or probe.",
     )
     if population.vary == "rank":
         require(config.lora is not None, "population.vary is rank, but the model has no adapters.")

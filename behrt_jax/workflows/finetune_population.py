@@ -1,6 +1,4 @@
-"""Several members fine-tuned at once on one frozen base: an ensemble, a search, a cross-validation, or several
-tasks.
-"""
+"""Several members fine-tuned at once on one frozen base: seeds, a search, a cross-validation, or tasks."""
 
 import time
 from collections.abc import Sequence
@@ -58,12 +56,8 @@ def finetune_population(config: FinetuneConfig, devices: Sequence[Any] | None = 
     with open_console() as console:
         run = open_finetuning(config, data, labels, delays, devices, console)
         variation = vary(config, run.labelled)
-        found = train_population(
-            console, config, run, variation, make_population(config, run, variation)
-        )
-        summary = write_population(
-            console, config, run, variation, found, time.perf_counter() - started
-        )
+        found = train_population(console, config, run, variation, make_population(config, run, variation))
+        summary = write_population(console, config, run, variation, found, time.perf_counter() - started)
     return RunResult(run.folder, summary)
 
 

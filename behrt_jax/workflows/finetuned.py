@@ -46,15 +46,15 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         mesh: the devices.
 
     Raises:
-        InputError: neither a finished fine-tuning run nor an adapter, a run of several tasks, or an adapter of
-            another base.
+        InputError: neither a finished fine-tuning run nor an adapter, a run of several tasks, or an adapter
+            of another base.
     """
     record = _record(folder)
     if "tasks" in record:
         tasks = ", ".join(f"{k} ({name})" for k, name in enumerate(record["tasks"]))
         raise InputError(
-            f"--model: {folder} has a model for each of several tasks: give {folder / MEMBERS_FOLDER / 'K'}, where K "
-            f"is one of {tasks}."
+            f"--model: {folder} has a model for each of several tasks: give {folder / MEMBERS_FOLDER / 'K'}, "
+            f"where K is one of {tasks}."
         )
     is_adapter = (folder / ADAPTER_FILE).is_file()
     if "members" in record and not is_adapter:

@@ -36,7 +36,7 @@ class LabelledData:
     """The pretrained model's alone."""
     train: Examples
     train_targets: np.ndarray
-    """float32 ``[examples, targets]``; of several tasks ``[examples, tasks]``, NaN where there is no label."""
+    """float32 ``[examples, targets]``; of several tasks ``[examples, tasks]``, NaN where no label is."""
     tuning: Examples
     tuning_targets: np.ndarray
     """float32, as of train."""
@@ -113,8 +113,8 @@ def examples_to_train(
     labels: Labels,
     delays: Sequence[str],
 ) -> tuple[Examples, Examples, VocabularyMap]:
-    """Examples of the train split, no more than ``task.label_fraction`` says, and of the tuning split, and how
-    the codes were mapped onto those of the model. Arguments as of :func:`label_data`.
+    """Examples of the train split (as many as ``task.label_fraction`` says), of the tuning split, and how the
+    codes were mapped onto those of the model. Arguments and errors of :func:`label_data`.
     """
     data, mapped = in_vocabulary(data, vocabulary, config.extend_vocabulary)
     train, tuning = (
@@ -130,8 +130,8 @@ def require_labels(whose: str, split: str, examples: int, unknown: int, labels: 
     if not examples:
         mend = "choose the best epoch and calibrate" if split == "tuning" else "learn"
         raise InputError(
-            f"{whose} have none of the {split} split ({unknown:,} of {labels:,} labels are of subjects that the "
-            f"data does not have): add some, to {mend} by."
+            f"{whose} have none of the {split} split ({unknown:,} of {labels:,} labels are of subjects that "
+            f"the data does not have): add some, to {mend} by."
         )
 
 

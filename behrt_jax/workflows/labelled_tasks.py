@@ -1,4 +1,4 @@
-"""Examples of several binary tasks together: each subject and prediction time is read once for all of them."""
+"""Examples of several binary tasks: each subject and prediction time is read once for all of them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,9 +7,8 @@ import numpy as np
 
 from behrt_jax.config import FinetuneConfig, ModelConfig
 from behrt_jax.data.examples import of_unknown_subjects
-from behrt_jax.data.label_tables import LabelTables
+from behrt_jax.data.label_tables import BINARY, LabelTables
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.workflows.label_counts import count_codes, count_labels, describe
 from behrt_jax.workflows.labelled_data import LabelledData, examples_to_train, require_labels
@@ -30,12 +29,12 @@ def label_tasks(
     """
     train, tuning, mapped = examples_to_train(config, model, vocabulary, data, tables.pairs, delays)
     targets = {"train": tables.targets[train.rows], "tuning": tables.targets[tuning.rows]}
-    found, binary = {"train": train, "tuning": tuning}, Task("binary")
+    found = {"train": train, "tuning": tuning}
     fraction = config.task.label_fraction
     limited = f" (task.label_fraction is {fraction:g})" if fraction < 1 else ""
     tasks: dict[str, LabelledData] = {}
     whole = LabelledData(
-        binary, mapped.vocabulary, vocabulary.codes, train, targets["train"], tuning, targets["tuning"], {}
+        BINARY, mapped.vocabulary, vocabulary.codes, train, targets["train"], tuning, targets["tuning"], {}
     )
     for k, (name, labels) in enumerate(zip(tables.names, tables.tables, strict=True)):
         unknown = of_unknown_subjects(data, labels)
@@ -47,7 +46,7 @@ def label_tasks(
             require_labels(whose, split, len(own[split]), unknown, len(labels))
         counts = {
             **count_labels(labels, unknown),
-            **{split: describe(own[split], binary, of_task[split]) for split in found},
+            **{split: describe(own[split], BINARY, of_task[split]) for split in found},
         }
         tasks[name] = replace(
             whole,

@@ -33,9 +33,7 @@ def write_population(
     seconds: float,
 ) -> dict[str, Any]:
     """Write members/, task.json, summary.json and SUMMARY.txt; returns the summary."""
-    rows = [
-        _write_member(console, config, run, variation, k, best) for k, best in enumerate(found)
-    ]
+    rows = [_write_member(console, config, run, variation, k, best) for k, best in enumerate(found)]
     summary: dict[str, Any] = {
         "task": run.labelled.task.kind,
         "population": settings(config.population),
@@ -61,7 +59,9 @@ def write_population(
     console.table(f"Members ({summary['task']}, vary {config.population.vary})", columns, table)
     for line in lines:
         console.log(line)
-    rows_of_text = [", ".join(f"{name} {cell}" for name, cell in zip(columns, row, strict=True)) for row in table]
+    rows_of_text = [
+        ", ".join(f"{name} {cell}" for name, cell in zip(columns, row, strict=True)) for row in table
+    ]
     write_text(run.folder / SUMMARY_TEXT_FILE, "\n".join([*rows_of_text, *lines]) + "\n")
     console.log(f"Written to {run.folder}: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
     return summary

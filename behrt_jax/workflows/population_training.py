@@ -121,7 +121,10 @@ def train_population(
     last = member(state, 0, variation.adapters[0])
     for best in found:
         best.variables = jax.tree.map(
-            lambda one, other: other if one is None else one, best.variables, last, is_leaf=lambda x: x is None
+            lambda one, other: other if one is None else one,
+            best.variables,
+            last,
+            is_leaf=lambda x: x is None,
         )
     return found
 

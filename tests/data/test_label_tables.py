@@ -63,5 +63,7 @@ def test_tables_are_called_after_their_files_and_0_and_1_are_binary_too(tmp_path
 def test_another_kind_of_task_is_refused_by_the_name_of_its_file(tmp_path, columns, what):
     good, other = write(tmp_path / "a.parquet", boolean_value=[True, False]), tmp_path / "b.parquet"
     write(other, **columns)
-    with pytest.raises(InputError, match=rf"population\.labels: .*b\.parquet has {what}, but tasks .* binary"):
+    with pytest.raises(
+        InputError, match=rf"population\.labels: .*b\.parquet has {what}, but tasks .* binary"
+    ):
         read_label_tables([good, other])

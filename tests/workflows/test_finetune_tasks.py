@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.config import EvaluateConfig, FinetuneConfig, PopulationConfig
 from behrt_jax.cli import parse
+from behrt_jax.config import EvaluateConfig, FinetuneConfig, PopulationConfig
 from behrt_jax.data.label_tables import read_label_tables
 from behrt_jax.data.predictions import read_predictions
 from behrt_jax.data.store import read_prepared
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.decisions import fit_threshold
+from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold
 from behrt_jax.training.mesh import make_mesh
 from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.finetune import finetune
@@ -30,8 +30,8 @@ from tests.workflows.finetune_case import ONE, changed
 
 
 class Tables:
-    """Label tables of the case's subjects and prediction times: the outcome that RISK raises, and whether
-    the last code is one of two, a rarer one.
+    """Label tables of the case's subjects and prediction times: the outcome that RISK raises, and whether the
+    risk is high, which is rarer.
     """
 
     def __init__(self, case, folder):
@@ -39,10 +39,8 @@ class Tables:
         folder.mkdir(exist_ok=True)
         labelled = case.labelled("binary")
         self.keys = pq.read_table(labelled.labels).select(["subject_id", "prediction_time"])
-        self.values = {"outcome": labelled.columns["boolean_value"], "last": labelled.last < 2}
-        self.split_of = {
-            subject: name for name, ids in labelled.splits.items() for subject in ids.tolist()
-        }
+        self.values = {"outcome": labelled.columns["boolean_value"], "high": labelled.odds > 1.5}
+        self.split_of = {subject: name for name, ids in labelled.splits.items() for subject in ids.tolist()}
 
     def write(self, name, kept=slice(None), values=None):
         """The rows `kept` of a table, bool ``[300]``."""
@@ -72,7 +70,7 @@ def tables(case, tmp_path):
 def run(case, tmp_path_factory):
     """Tables with the same subjects and prediction times, and a run of both tasks."""
     tables = Tables(case, tmp_path_factory.mktemp("tasks"))
-    config = tables.config([tables.write("outcome"), tables.write("last")], tables.folder / "run")
+    config = tables.config([tables.write("outcome"), tables.write("high")], tables.folder / "run")
     return tables, finetune(config, ONE)
 
 
@@ -87,9 +85,9 @@ def probabilities(case, output, **options):
 def test_each_member_is_the_single_run_of_its_table(case, run, tmp_path):
     tables, result = run
     folder, summary = result.folder, result.summary
-    alone = {"outcome": case.run("binary", "lora"), "last": tmp_path / "alone"}
-    finetune(replace(case.config(), labels=tables.path("last"), output=alone["last"]), ONE)
-    assert [row["member"] for row in summary["members"]] == ["outcome", "last"]
+    alone = {"outcome": case.run("binary", "lora"), "high": tmp_path / "alone"}
+    finetune(replace(case.config(), labels=tables.path("high"), output=alone["high"]), ONE)
+    assert [row["member"] for row in summary["members"]] == ["outcome", "high"]
     for k, (name, single) in enumerate(alone.items()):
         theirs, row = read(single, "summary.json"), summary["members"][k]
         assert row["loss"] == pytest.approx(theirs["best"]["loss"], abs=2e-4)
@@ -97,8 +95,6 @@ def test_each_member_is_the_single_run_of_its_table(case, run, tmp_path):
         assert row["base_rate_loss"] == pytest.approx(theirs["baselines"]["base rate"]["loss"], abs=1e-7)
         assert row["best_step"] == theirs["best_step"]
         assert summary["data"]["tasks"][name]["train"] == theirs["data"]["train"]
-        for fitted in ("temperature", "threshold"):
-            assert row["calibration"][fitted] == pytest.approx(theirs["calibration"][fitted], rel=0.02)
         task = read(folder / "members" / str(k), "task.json")
         assert task["name"] == name and task["calibration"] == row["calibration"]
         given = {"labels": tables.path(name), "split": "tuning"}
@@ -114,22 +110,27 @@ def test_the_run_names_its_tasks_and_predicts_by_its_members_alone(case, run, tm
     assert result.summary == read(result.folder, "summary.json")
     assert result.summary["population"]["size"] == 2
     text = (result.folder / "SUMMARY.txt").read_text()
-    assert text.startswith("member outcome, best step ") and "\nmember last, best step " in text
+    assert text.startswith("member outcome, best step ") and "\nmember high, best step " in text
     for options in ({}, {"embeddings": True}):
-        with pytest.raises(InputError, match=r"give .*run/members/K, where K is one of 0 \(outcome\), 1 \(last\)"):
-            case.predicted(tmp_path / "p.parquet", model=result.folder, labels=tables.path("last"), **options)
+        with pytest.raises(
+            InputError, match=r"give .*run/members/K, where K is one of 0 \(outcome\), 1 \(high\)"
+        ):
+            case.predicted(tmp_path / "p.parquet", model=result.folder, labels=tables.path("high"), **options)
     member, output = result.folder / "members" / "1", tmp_path / "p.parquet"
-    case.predicted(output, model=member, labels=tables.path("last"))
+    case.predicted(output, model=member, labels=tables.path("high"))
     config = EvaluateConfig(predictions=output, output=tmp_path / "evaluation", baselines=False, draws=20)
     record = evaluate(config)
     assert record["task"]["kind"] == "binary"
-    assert read_predictions(output).metadata["threshold"] == result.summary["members"][1]["calibration"]["threshold"]
+    assert (
+        read_predictions(output).metadata["threshold"]
+        == result.summary["members"][1]["calibration"]["threshold"]
+    )
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_an_epoch_shows_each_member_its_own_labels_once(case, tables, fraction):
     some = np.random.default_rng(0).random((2, 300)) < 0.6
-    paths = [tables.write("outcome", some[0]), tables.write("last", some[1])]
+    paths = [tables.write("outcome", some[0]), tables.write("high", some[1])]
     config = changed(tables.config(paths, size=2), "task", label_fraction=fraction)
     data, model = read_prepared(case.data), tiny_model()
     labelled = label_tasks(config, model, data.vocabulary, data, read_label_tables(paths), ())
@@ -146,10 +147,14 @@ def test_an_epoch_shows_each_member_its_own_labels_once(case, tables, fraction):
             seen[k].append((*map(int, key), bool(own["targets"][k, row, segment, 0])))
     subjects = set(labelled.train.subject_ids.tolist())
     of_split = tables.of_split("train")
-    assert len(subjects) == round(fraction * 120)
-    for k, name in enumerate(("outcome", "last")):
+    of_any = np.asarray(tables.keys["subject_id"])[some.any(axis=0) & of_split]
+    assert subjects < set(of_any.tolist()) if fraction < 1 else subjects == set(of_any.tolist())
+    assert len(subjects) == round(fraction * len(set(of_any.tolist())))
+    for k, name in enumerate(("outcome", "high")):
         times = tables.keys["prediction_time"].cast(pa.int64()).to_numpy()
-        rows = zip(tables.keys["subject_id"].to_pylist(), times.tolist(), tables.values[name].tolist(), strict=True)
+        rows = zip(
+            tables.keys["subject_id"].to_pylist(), times.tolist(), tables.values[name].tolist(), strict=True
+        )
         kept = some[k] & of_split
         expected = [row for row, keep in zip(rows, kept, strict=True) if keep and row[0] in subjects]
         assert sorted(seen[k]) == sorted(expected)
@@ -165,9 +170,11 @@ def test_labels_of_the_other_task_change_nothing(case, tables):
     found, summaries = [], []
     others = {"others": ~some, "more": slice(None), "flipped": ~some}
     for name, kept in others.items():
-        flipped = ~tables.values["last"] if name == "flipped" else tables.values["last"]
+        flipped = ~tables.values["high"] if name == "flipped" else tables.values["high"]
         other = tables.write(name, kept, flipped)
-        summaries.append(finetune(tables.config([outcome, other], tables.folder / f"run {name}"), ONE).summary)
+        summaries.append(
+            finetune(tables.config([outcome, other], tables.folder / f"run {name}"), ONE).summary
+        )
         members = tables.folder / f"run {name}" / "members"
         found.append([(members / k / "adapter.safetensors").read_bytes() for k in "01"])
     for summary in summaries[1:]:
@@ -179,12 +186,13 @@ def test_labels_of_the_other_task_change_nothing(case, tables):
     # Figures of a member are of its own tuning examples, and predict.py gives the same ones.
     given = {"model": tables.folder / "run others" / "members" / "0", "labels": outcome, "split": "tuning"}
     case.predicted(tables.folder / "p.parquet", **given)
-    predicted = read_predictions(tables.folder / "p.parquet")
     row, values = summaries[0]["members"][0], tables.values["outcome"][some & tables.of_split("tuning")]
-    assert row["targets"] == len(values) == len(predicted)
-    chances = predicted.predictions.astype(np.float64)
+    chances = read_predictions(tables.folder / "p.parquet").predictions
+    assert row["targets"] == len(values) == len(chances)
     odds = np.log(chances / (1 - chances)) * row["calibration"]["temperature"]
     assert row["loss"] == pytest.approx(np.logaddexp(0, np.where(values, -odds, odds)).mean(), abs=1e-5)
+    temperature = fit_temperature("binary", odds[None, :, None], values[:, None])
+    assert row["calibration"]["temperature"] == pytest.approx(temperature, rel=1e-3)
     assert row["calibration"]["threshold"] == pytest.approx(fit_threshold(chances, values, "f1"), abs=1e-5)
     rate = (tables.values["outcome"][some & tables.of_split("train")].sum() + 0.5) / (
         np.count_nonzero(some & tables.of_split("train")) + 1
@@ -195,25 +203,27 @@ def test_labels_of_the_other_task_change_nothing(case, tables):
 @pytest.mark.slow
 def test_eight_devices_train_what_one_trains(run):
     tables, result = run
-    config = tables.config([tables.path("outcome"), tables.path("last")], tables.folder / "eight")
-    for ours, theirs in zip(finetune(config, jax.devices()).summary["members"], result.summary["members"], strict=True):
+    config = tables.config([tables.path("outcome"), tables.path("high")], tables.folder / "eight")
+    for ours, theirs in zip(
+        finetune(config, jax.devices()).summary["members"], result.summary["members"], strict=True
+    ):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4)
 
 
 @pytest.mark.slow
 def test_the_head_alone_of_several_tasks_and_the_console(case, tables, capsys):
     strangers = tables.keys.slice(0, 7).set_column(0, "subject_id", pa.array(np.arange(7)))
-    path = tables.write("last")
+    path = tables.write("high")
     table = pq.read_table(path)
     more = strangers.append_column("boolean_value", pa.array([True] * 7))
     pq.write_table(pa.concat_tables([table, more, table.slice(0, 4)]), path)
     config = tables.config([tables.write("outcome"), path], tables.folder / "probe", "probe")
     summary = finetune(config, ONE).summary
-    counts = summary["data"]["tasks"]["last"]
+    counts = summary["data"]["tasks"]["high"]
     assert (counts["labels"], counts["duplicate_labels"], counts["labels_of_unknown_subjects"]) == (307, 4, 7)
     said = capsys.readouterr().out
-    assert "7 of 307 labels of last are of subjects that the data lacks." in said
-    assert "4 labels of last came twice and were taken once." in said
+    assert "7 of 307 labels of high are of subjects that the data lacks." in said
+    assert "4 labels of high came twice and were taken once." in said
     assert all(row["loss"] < row["base_rate_loss"] for row in summary["members"])
 
 
@@ -222,15 +232,15 @@ def test_a_table_without_labels_of_a_split_is_named_before_anything_is_written(c
     splits = {name: tables.of_split(name) for name in ("train", "tuning")}
     of_one = np.asarray(tables.keys["subject_id"]) == case.labelled("binary").splits["train"][0]
     cases = {
-        r"the labels of last have none of the train split \(0 of 180 labels": tables.config(
-            [whole, tables.write("last", ~splits["train"])], output
+        r"the labels of high have none of the train split \(0 of 116 labels": tables.config(
+            [whole, tables.write("high", ~splits["train"])], output
         ),
         r"the labels of few have none of the tuning split .* choose the best epoch": tables.config(
-            [whole, tables.write("few", ~splits["tuning"], tables.values["last"])], output
+            [whole, tables.write("few", ~splits["tuning"], tables.values["high"])], output
         ),
         r"the labels of one \(task\.label_fraction is 0\.05\) have none of the train": changed(
             tables.config(
-                [whole, tables.write("one", of_one | splits["tuning"], tables.values["last"])], output
+                [whole, tables.write("one", of_one | splits["tuning"], tables.values["high"])], output
             ),
             "task",
             label_fraction=0.05,
@@ -240,7 +250,9 @@ def test_a_table_without_labels_of_a_split_is_named_before_anything_is_written(c
         ),
     }
     pq.write_table(
-        pq.read_table(tables.path("binary-no")).rename_columns(["subject_id", "prediction_time", "float_value"]),
+        pq.read_table(tables.path("binary-no")).rename_columns(
+            ["subject_id", "prediction_time", "float_value"]
+        ),
         tables.path("binary-no"),
     )
     for message, config in cases.items():
