@@ -62,9 +62,11 @@ def test_a_search_predicts_with_the_best_member(case, tmp_path):
 @pytest.mark.slow
 def test_a_member_that_diverges_loses_the_search_and_ends_an_ensemble(case, tmp_path):
     rate = case.config("binary", "lora").optimizer.learning_rate
-    summary = population(case, tmp_path / "run", size=2, vary="learning_rate", values=(1e30, rate))
+    search = PopulationConfig(size=2, vary="learning_rate", values=(1e30, rate))
+    finetune(replace(case.config("binary", "lora"), output=tmp_path / "run", population=search), ONE)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     diverged, other = summary["members"]
-    assert diverged["best_step"] is None and "loss" not in diverged
+    assert diverged == {"member": "learning rate 1e+30", "best_step": None, "tuning_losses": [None] * 5}
     assert other["loss"] < other["base_rate_loss"] and summary["predicting_members"] == [1]
     assert [path.name for path in (tmp_path / "run/members").iterdir()] == ["1"]
 
