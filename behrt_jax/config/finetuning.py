@@ -58,13 +58,16 @@ class PopulationConfig:
     """Several members trained at once on one frozen base, in one program."""
 
     size: int = 1
-    """Number of members; 1 trains a single model."""
-    vary: Literal["seed", "learning_rate", "rank", "fold"] = "seed"
+    """Number of members; 1 trains a single model. With vary task, that of the label tables."""
+    vary: Literal["seed", "learning_rate", "rank", "fold", "task"] = "seed"
     """In what members differ. seed: initialisation and dropout, an ensemble whose mean predicts.
     learning_rate, rank: a search, whose best member predicts. fold: a cross-validation over the train
-    split, whose mean predicts."""
+    split, whose mean predicts. task: what is predicted, each member a binary task of its own."""
     values: tuple[float, ...] = ()
     """Learning rates or ranks, one a member; spread around the configured one where not given."""
+    labels: tuple[Path, ...] = ()
+    """With vary task, in place of labels: the label table of each member, with subjects and prediction times
+    of its own. A member learns from its own labels alone."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,10 @@ class Examples:
         """The examples of a share of the subjects, of one at least, drawn by the seed."""
         subjects = np.unique(self.subject_ids)
         chosen = np.random.default_rng(seed).permutation(subjects)[: max(1, round(share * len(subjects)))]
-        kept = np.isin(self.subject_ids, chosen)
+        return self.take(np.isin(self.subject_ids, chosen))
+
+    def take(self, kept: np.ndarray) -> "Examples":
+        """Some of the examples, by a bool ``[examples]``."""
         return replace(
             self,
             windows=Windows(self.windows.starts[kept], self.windows.lengths[kept]),
@@ -137,7 +140,7 @@ def find_examples(
         times=times,
         ages=ages,
         empty=empty,
-        unknown_subjects=_unknown(data, labels),
+        unknown_subjects=of_unknown_subjects(data, labels),
     )
 
 
@@ -180,6 +183,7 @@ def _separated(sequences: Sequences, empty: np.ndarray, max_tokens: int) -> tupl
     return sequences, Windows(starts, lengths.astype(np.int32))
 
 
-def _unknown(data: SequenceSet, labels: Labels) -> int:
+def of_unknown_subjects(data: SequenceSet, labels: Labels) -> int:
+    """How many labels are of subjects that no split of the data has."""
     known = np.concatenate([part.subject_ids for part in data.splits.values()])
     return int(np.count_nonzero(~np.isin(labels.subject_ids, known)))

@@ -15,9 +15,7 @@ from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.tracking.console import open_console
 from behrt_jax.tracking.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, truncate_metrics
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.compilation import use_compilation_cache
 from behrt_jax.training.feeding import from_host, one_step
-from behrt_jax.training.host_memory import keep_freed_memory
 from behrt_jax.training.interruption import catching_signals
 from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
 from behrt_jax.training.mesh import put_rows, replicated, shapes_of
@@ -36,7 +34,7 @@ from behrt_jax.training.telemetry import (
     trainable_names,
 )
 from behrt_jax.training.update import TrainState, make_update_step
-from behrt_jax.workflows.finetune_checks import check_finetune
+from behrt_jax.workflows.finetune_checks import check_finetune, has_members
 from behrt_jax.workflows.finetune_results import TaskReporter, calibrate, write_results
 from behrt_jax.workflows.finetune_setup import open_finetuning
 from behrt_jax.workflows.labelled_data import read_labelled
@@ -57,11 +55,11 @@ def finetune(config: FinetuneConfig, devices: Sequence[Any] | None = None) -> Ru
         DivergenceError: the loss is not finite any more; the last good checkpoint is in the folder.
     """
     check_finetune(config)
-    data, labels, delays = read_labelled(config.data, config.labels)
-    if config.population.size > 1:
+    if has_members(config):
         from behrt_jax.workflows.finetune_population import finetune_population
 
-        return finetune_population(config, data, labels, delays, devices)
+        return finetune_population(config, devices)
+    data, labels, delays = read_labelled(config.data, config.labels)
     return finetune_on(config, data, labels, delays, devices)
 
 
@@ -74,11 +72,7 @@ def finetune_on(
 ) -> RunResult:
     """As :func:`finetune`, a single model with data (opened without separators) and labels in memory."""
     started = time.perf_counter()
-    keep_freed_memory()
-    check_finetune(config)
     with open_console() as console, catching_signals() as interruption, ThreadPoolExecutor(1) as beside:
-        if reason := use_compilation_cache(config.compilation_cache):
-            console.log(reason)
         run = open_finetuning(config, data, labels, delays, devices, console)
         folder, setup, labelled, batches, mesh = run.folder, run.setup, run.labelled, run.batches, run.mesh
 

@@ -18,6 +18,7 @@ def check_finetune(config: FinetuneConfig) -> None:
     if not isinstance(task.threshold, str):
         share("task.threshold", task.threshold)
     positive("population.size", config.population.size)
+    _check_label_tables(config)
     check_optimizer(config.optimizer)
     check_freezing(config.freezing, config.lora)
     for name in ("epochs", "batch_size", "log_every"):
@@ -35,10 +36,48 @@ def check_finetune(config: FinetuneConfig) -> None:
             "--from_scratch leaves encoder and embeddings at random values, which this regime would never "
             "train: add --config scratch or --freezing.regime full.",
         )
+    if has_members(config):
+        _check_population(config)
 
 
-def check_population(config: FinetuneConfig) -> None:
-    """As :func:`check_finetune`, of what only populations have."""
+def has_members(config: FinetuneConfig) -> bool:
+    """Whether a population is trained, not a single model."""
+    return config.population.size > 1 or config.population.vary == "task"
+
+
+def _check_label_tables(config: FinetuneConfig) -> None:
+    population, labels = config.population, config.population.labels
+    if population.vary != "task":
+        require(
+            not labels,
+            f"population.labels are of members that vary in task, but population.vary is {population.vary}: "
+            "add --population.vary task, or give --labels alone.",
+        )
+        return
+    require(
+        config.labels is None,
+        "--labels is given beside population.vary task: give all label tables with --population.labels.",
+    )
+    require(
+        len(labels) > 1,
+        f"population.vary is task, but population.labels has {len(labels)} tables: give one for each member, "
+        "two at least.",
+    )
+    require(
+        population.size in (1, len(labels)),
+        f"population.size is {population.size}, but population.labels has {len(labels)} tables: leave the "
+        "size out, it follows from them.",
+    )
+    names = [path.stem for path in labels]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    require(
+        not twice,
+        f"population.labels has two tables called {', '.join(twice)}: rename one, members are called after "
+        "their tables.",
+    )
+
+
+def _check_population(config: FinetuneConfig) -> None:
     population = config.population
     values = population.values
     require(not config.resume, "--resume: a population is trained in one go, give another --output.")
@@ -54,6 +93,11 @@ def check_population(config: FinetuneConfig) -> None:
     )
     for value in values:
         positive("population.values", value)
+    require(
+        population.vary != "task" or "head" in trained,
+        "population.vary is task, but this regime leaves the head as it is, and each task needs its own: "
+        "take --config lora or probe.",
+    )
     if population.vary == "rank":
         require(config.lora is not None, "population.vary is rank, but the model has no adapters.")
         require(all(value == int(value) for value in values), "population.values: ranks are whole numbers.")

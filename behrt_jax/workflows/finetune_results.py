@@ -24,7 +24,6 @@ from behrt_jax.tracking.run_folder import (
     write_json,
     write_text,
 )
-from behrt_jax.training.task_losses import base_outputs
 from behrt_jax.training.task_scores import task_metrics
 from behrt_jax.training.update import Variables
 from behrt_jax.workflows.finetune_setup import Finetuning
@@ -168,7 +167,7 @@ def try_write_adapter(
 def loss_of_base_rate(labelled: LabelledData) -> float:
     """Loss on tuning of saying of everyone what is true on average in the train split."""
     kind = labelled.task.kind
-    outputs = base_outputs(kind, labelled.train_targets, labelled.task.outputs)
+    outputs = labelled.base_outputs()
     everyone = np.broadcast_to(outputs, (len(labelled.tuning_targets), len(outputs)))
     return task_metrics(kind, everyone, labelled.tuning_targets)["loss"]
 

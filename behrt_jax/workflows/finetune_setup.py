@@ -9,18 +9,22 @@ import optax
 from jax.sharding import Mesh
 
 from behrt_jax.config import FinetuneConfig, ModelConfig
+from behrt_jax.data.label_tables import LabelTables
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.task_batches import TaskBatches
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.run_folder import CONFIG_FILE, PARAMETERS_FILE, prepare_run_folder, write_json
+from behrt_jax.training.compilation import use_compilation_cache
+from behrt_jax.training.host_memory import keep_freed_memory
 from behrt_jax.training.mesh import make_mesh
 from behrt_jax.training.pretrained import Pretrained, open_pretrained
-from behrt_jax.training.task_losses import base_outputs
 from behrt_jax.training.task_state import TaskSetup, set_up_task, task_optimizer
 from behrt_jax.workflows import announce
-from behrt_jax.workflows.finetune_checks import model_of
-from behrt_jax.workflows.labelled_data import LabelledData, announce_labels, label_data, split_batches
+from behrt_jax.workflows.finetune_checks import check_finetune, model_of
+from behrt_jax.workflows.label_counts import announce_labels
+from behrt_jax.workflows.labelled_data import LabelledData, label_data, split_batches
+from behrt_jax.workflows.labelled_tasks import label_tasks
 from behrt_jax.workflows.results import parameter_report
 from behrt_jax.workflows.run_settings import check_same_run, default_folder, run_record, settings
 
@@ -46,7 +50,7 @@ class Finetuning(NamedTuple):
 def open_finetuning(
     config: FinetuneConfig,
     data: SequenceSet,
-    labels: Labels,
+    labels: Labels | LabelTables,
     delays: Sequence[str],
     devices: Sequence[Any] | None,
     console: Console,
@@ -56,13 +60,20 @@ def open_finetuning(
     Raises:
         InputError: something in the configuration, the data or the labels is wrong.
     """
+    keep_freed_memory()
+    check_finetune(config)
     assert config.init is not None
+    if reason := use_compilation_cache(config.compilation_cache):
+        console.log(reason)
     pretrained = open_pretrained(config.init)
     model = model_of(config, pretrained.model)
     mesh = make_mesh(devices, config.mesh)
-    labelled = label_data(config, model, pretrained.vocabulary, data, labels, delays)
-    announce_labels(console, labelled)
+    if isinstance(labels, LabelTables):
+        labelled = label_tasks(config, model, pretrained.vocabulary, data, labels, delays)
+    else:
+        labelled = label_data(config, model, pretrained.vocabulary, data, labels, delays)
     task = labelled.task
+    announce_labels(console, task.kind, labelled.counts)
     setup = set_up_task(
         model,
         len(pretrained.vocabulary),
@@ -71,7 +82,7 @@ def open_finetuning(
         config.lora,
         config.freezing,
         mesh,
-        first_outputs=base_outputs(task.kind, labelled.train_targets, task.outputs),
+        first_outputs=None if labelled.tasks else labelled.base_outputs(),
         new_codes=len(labelled.vocabulary) - len(pretrained.vocabulary),
     )
     parameters = parameter_report(config.freezing, setup)

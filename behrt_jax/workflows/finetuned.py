@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from behrt_jax.adapters.files import load_adapter
 from behrt_jax.adapters.folders import CONFIG_FILE as ADAPTER_FILE
 from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig
+from behrt_jax.config.stored import from_stored
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
@@ -46,9 +47,16 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         mesh: the devices.
 
     Raises:
-        InputError: neither a finished fine-tuning run nor an adapter, or an adapter of another base.
+        InputError: neither a finished fine-tuning run nor an adapter, a run of several tasks, or an adapter
+            of another base.
     """
     record = _record(folder)
+    if "tasks" in record:
+        tasks = ", ".join(f"{k} ({name})" for k, name in enumerate(record["tasks"]))
+        raise InputError(
+            f"--model: {folder} has a model for each of several tasks: give {folder / MEMBERS_FOLDER / 'K'}, "
+            f"where K is one of {tasks}."
+        )
     is_adapter = (folder / ADAPTER_FILE).is_file()
     if "members" in record and not is_adapter:
         folders = [folder / MEMBERS_FOLDER / str(k) for k in record["members"]]
@@ -59,7 +67,7 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         vocabulary = Vocabulary.read(folder / "vocabulary.parquet")
         setup = _set_up(record, len(vocabulary) - record["new_codes"], mesh)
         members = [_restored(folder, setup, mesh)]
-    freezing = _filled(FreezingConfig, record["freezing"])
+    freezing = from_stored(FreezingConfig, record["freezing"])
     return Finetuned(
         Task.from_json(record["task"]),
         setup,
@@ -83,12 +91,12 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _set_up(record: dict[str, Any], vocabulary_size: int, mesh: Mesh) -> TaskSetup:
     return set_up_task(
-        _filled(ModelConfig, record["model"]),
+        from_stored(ModelConfig, record["model"]),
         vocabulary_size,
         Task.from_json(record["task"]),
         record["pooling"],
-        None if record["lora"] is None else _filled(LoRAConfig, record["lora"]),
-        _filled(FreezingConfig, record["freezing"]),
+        None if record["lora"] is None else from_stored(LoRAConfig, record["lora"]),
+        from_stored(FreezingConfig, record["freezing"]),
         mesh,
         new_codes=record["new_codes"],
     )
@@ -122,9 +130,3 @@ def _restored(folder: Path, setup: TaskSetup, mesh: Mesh) -> dict[str, Any]:
             raise InputError(f"--model: {folder} has no checkpoint with a validation: train it further.")
         found = checkpoints.restore(step, params=shapes["params"], lora=shapes["lora"])
     return {"params": found.params, "lora": found.lora}
-
-
-def _filled(kind: Any, values: dict[str, Any]) -> Any:
-    """A configuration from JSON; settings that it does not know are passed over."""
-    known = kind.__dataclass_fields__
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})

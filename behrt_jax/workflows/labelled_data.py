@@ -1,7 +1,7 @@
 """From folders of prepared data and labels to the batches of a fine-tuning run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from behrt_jax.data.tasks import Task, fit_task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.data.vocabulary_map import VocabularyMap, map_vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.tracking.console import Console
 from behrt_jax.training.micro_batches import likely_parts
-
-TRAINS = ("train", "tuning")
+from behrt_jax.training.task_losses import base_outputs
+from behrt_jax.workflows.label_counts import TRAINS, count_codes, count_labels, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +36,18 @@ class LabelledData:
     """The pretrained model's alone."""
     train: Examples
     train_targets: np.ndarray
-    """float32 ``[examples, targets]``."""
+    """float32 ``[examples, targets]``; of several tasks ``[examples, tasks]``, NaN where no label is."""
     tuning: Examples
     tuning_targets: np.ndarray
-    """float32 ``[examples, targets]``."""
+    """float32, as of train."""
     counts: dict[str, Any]
     """What is in the splits and what was left out."""
+    tasks: Mapping[str, "LabelledData"] = field(default_factory=dict)
+    """Where these are examples of several tasks: those of each, by the name of its label table."""
+
+    def base_outputs(self) -> np.ndarray:
+        """Outputs that tell of each example what is true on average in train, float32 ``[outputs]``."""
+        return base_outputs(self.task.kind, self.train_targets, self.task.outputs)
 
     def first_rows(self, encoder: Mapping[str, Any]) -> np.ndarray | None:
         """First embeddings of the new codes, float32 ``[codes, embedding]``; None where there are none."""
@@ -51,17 +56,24 @@ class LabelledData:
 
 
 def read_labelled(data: Path | None, labels: Path | None) -> tuple[SequenceSet, Labels, tuple[str, ...]]:
-    """Open prepared data without separators, read its labels, and the delays that its manifest has.
+    """As :func:`read_data`, and its labels between data and delays."""
+    if data is not None and labels is None:
+        raise InputError("--labels is missing: give a label table (make_labels.py writes some).")
+    sequences, delays = read_data(data)
+    assert labels is not None
+    return sequences, read_labels(labels), delays
+
+
+def read_data(data: Path | None) -> tuple[SequenceSet, tuple[str, ...]]:
+    """Open prepared data without separators, and read the delays that its manifest has.
 
     Raises:
         InputError: a folder or file is missing or wrong.
     """
     if data is None:
         raise InputError("--data is missing: give the folder that prepare wrote.")
-    if labels is None:
-        raise InputError("--labels is missing: give a label table (make_labels.py writes some).")
     delays = tuple(read_manifest(data)["options"].get("delays", ()))
-    return read_prepared(data), read_labels(labels), delays
+    return read_prepared(data), delays
 
 
 def label_data(
@@ -77,33 +89,50 @@ def label_data(
     Raises:
         InputError: no label of the train or the tuning split, or labels that tell nothing.
     """
-    data, mapped = in_vocabulary(data, vocabulary, config.extend_vocabulary)
-    found = {name: examples_of(data, name, labels, model, config.task.max_length, delays) for name in TRAINS}
-    for name, examples in found.items():
-        if not len(examples):
-            mend = "choose the best epoch and calibrate" if name == "tuning" else "learn"
-            raise InputError(
-                f"The labels have none of the {name} split ({examples.unknown_subjects:,} of {len(labels):,} "
-                f"labels are of subjects that the data does not have): add some, to {mend} by."
-            )
-    train, tuning = found.values()
-    if config.task.label_fraction < 1.0:
-        train = train.of_some_subjects(config.task.label_fraction, config.train.seed)
+    train, tuning, mapped = examples_to_train(config, model, vocabulary, data, labels, delays)
+    for name, examples in zip(TRAINS, (train, tuning), strict=True):
+        require_labels("The labels", name, len(examples), train.unknown_subjects, len(labels))
     task = fit_task(labels, train.rows, config.task.intervals)
     targets = task.targets(labels, train.rows), task.targets(labels, tuning.rows)
     counts = {
-        "labels": len(labels),
-        "duplicate_labels": labels.duplicates,
-        "labels_of_unknown_subjects": train.unknown_subjects,
-        "codes_unknown_to_the_model": len(mapped.new_codes),
-        "train_events_of_such_codes": mapped.new_events,
-        "codes_added": len(mapped.vocabulary) - len(vocabulary),
-        "train": _describe(train, task, targets[0]),
-        "tuning": _describe(tuning, task, targets[1]),
+        **count_labels(labels, train.unknown_subjects),
+        **count_codes(mapped, vocabulary),
+        "train": describe(train, task, targets[0]),
+        "tuning": describe(tuning, task, targets[1]),
     }
     return LabelledData(
         task, mapped.vocabulary, vocabulary.codes, train, targets[0], tuning, targets[1], counts
     )
+
+
+def examples_to_train(
+    config: FinetuneConfig,
+    model: ModelConfig,
+    vocabulary: Vocabulary,
+    data: SequenceSet,
+    labels: Labels,
+    delays: Sequence[str],
+) -> tuple[Examples, Examples, VocabularyMap]:
+    """Examples of the train split (as many as ``task.label_fraction`` says), of the tuning split, and how the
+    codes were mapped onto those of the model. Arguments and errors of :func:`label_data`.
+    """
+    data, mapped = in_vocabulary(data, vocabulary, config.extend_vocabulary)
+    train, tuning = (
+        examples_of(data, name, labels, model, config.task.max_length, delays) for name in TRAINS
+    )
+    if config.task.label_fraction < 1.0:
+        train = train.of_some_subjects(config.task.label_fraction, config.train.seed)
+    return train, tuning, mapped
+
+
+def require_labels(whose: str, split: str, examples: int, unknown: int, labels: int) -> None:
+    """Raise :class:`InputError` where there is no example; `whose` says of which labels."""
+    if not examples:
+        mend = "choose the best epoch and calibrate" if split == "tuning" else "learn"
+        raise InputError(
+            f"{whose} have none of the {split} split ({unknown:,} of {labels:,} labels are of subjects that "
+            f"the data does not have): add some, to {mend} by."
+        )
 
 
 def in_vocabulary(
@@ -153,40 +182,3 @@ def split_batches(
     parts = config.train.micro_batches or likely_parts(rows, train.row_length, width, platform)
     multiple = mesh.size * parts
     return replace(train, batch_rows=-(-train.rows_per_batch // multiple) * multiple), tuning, parts
-
-
-def announce_labels(console: Console, labelled: LabelledData) -> None:
-    """Say what there is to learn from, and what was left out."""
-    counts = labelled.counts
-    splits = {name: counts[name] for name in TRAINS}
-    columns = list(splits["train"])
-    console.table(
-        f"Labels ({labelled.task.kind})",
-        ("split", *(column.replace("_", " ") for column in columns)),
-        [(name, *(part[column] for column in columns)) for name, part in splits.items()],
-    )
-    if unknown := counts["labels_of_unknown_subjects"]:
-        console.log(f"{unknown:,} of {counts['labels']:,} labels are of subjects that the data lacks.")
-    if unknown := counts["codes_unknown_to_the_model"]:
-        what = "got embeddings of their own" if counts["codes_added"] else "are read as [UNK]"
-        events = f"{counts['train_events_of_such_codes']:,} train events"
-        console.log(f"{unknown:,} codes that the model does not know ({events}) {what}.")
-    if duplicates := counts["duplicate_labels"]:
-        console.log(f"{duplicates:,} labels came twice and were taken once.")
-
-
-def _describe(examples: Examples, task: Task, targets: np.ndarray) -> Mapping[str, Any]:
-    found: dict[str, Any] = {
-        "examples": len(examples),
-        "subjects": len(np.unique(examples.subject_ids)),
-        "empty_histories": int(examples.empty.sum()),
-    }
-    if task.kind == "binary":
-        found["positive"] = int(targets.sum())
-    if task.kind == "multiclass":
-        found["smallest_class"] = int(np.bincount(targets[:, 0].astype(int), minlength=task.outputs).min())
-    if task.kind == "multilabel":
-        found["codes_per_example"] = round(float(targets.sum(axis=1).mean()), 2)
-    if task.kind == "survival":
-        found["events"] = int(targets[:, 1].sum())
-    return found

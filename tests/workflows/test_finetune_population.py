@@ -10,8 +10,9 @@ import pytest
 from behrt_jax.config import PopulationConfig
 from behrt_jax.data.predictions import members_path
 from behrt_jax.errors import InputError
+from behrt_jax.training.loop import DivergenceError
 from behrt_jax.workflows.finetune import finetune
-from tests.workflows.finetune_case import ONE
+from tests.workflows.finetune_case import ONE, changed
 
 
 def population(case, folder, name="lora", **options):
@@ -26,6 +27,7 @@ def probabilities(case, model, output):
     return case.predicted(output, model=model)["predicted_boolean_probability"].to_numpy()
 
 
+@pytest.mark.slow
 def test_the_first_of_the_seeds_is_the_single_run_and_the_mean_predicts(case, tmp_path):
     summary = population(case, tmp_path / "run", size=3)
     alone = json.loads((case.run("binary", "lora") / "summary.json").read_text())
@@ -55,6 +57,23 @@ def test_a_search_predicts_with_the_best_member(case, tmp_path):
     best = probabilities(case, tmp_path / "run" / "members" / "1", tmp_path / "best.parquet")
     np.testing.assert_array_equal(chosen, best)
     assert not members_path(tmp_path / "p.parquet").exists()
+
+
+@pytest.mark.slow
+def test_a_member_that_diverges_loses_the_search_and_ends_an_ensemble(case, tmp_path):
+    rate = case.config("binary", "lora").optimizer.learning_rate
+    search = PopulationConfig(size=2, vary="learning_rate", values=(1e30, rate))
+    finetune(replace(case.config("binary", "lora"), output=tmp_path / "run", population=search), ONE)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    diverged, other = summary["members"]
+    assert diverged == {"member": "learning rate 1e+30", "best_step": None, "tuning_losses": [None] * 5}
+    assert other["loss"] < other["base_rate_loss"] and summary["predicting_members"] == [1]
+    assert [path.name for path in (tmp_path / "run/members").iterdir()] == ["1"]
+
+    config = changed(case.config("binary", "lora"), "optimizer", learning_rate=1e30, clip_norm=None)
+    config = replace(config, output=tmp_path / "ensemble", population=PopulationConfig(size=2))
+    with pytest.raises(DivergenceError, match="loss of seed 0, seed 1 was never finite: lower optimizer"):
+        finetune(config, ONE)
 
 
 @pytest.mark.slow
