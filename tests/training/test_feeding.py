@@ -104,6 +104,7 @@ def test_read_ahead_and_scanned_are_bit_identical(static):
     assert_same(*results)
 
 
+@pytest.mark.slow
 def test_going_on_in_the_middle_of_an_epoch_is_bit_identical():
     with fed(SCAN) as (feed, state, schedule):
         whole = run(feed, state, schedule)
@@ -129,6 +130,7 @@ def test_eight_devices_hold_the_tokens_and_gather_their_own_rows():
     np.testing.assert_allclose([step["loss"] for step in alone], [step["loss"] for step in split], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_host_says_nothing_between_two_lines():
     """No implicit copy to or from a device in any call, and one fetch a line."""
     for config in (HOST, SCAN):

@@ -70,6 +70,7 @@ def products(regime):
     return set(re.findall(r"= f32(\[[0-9,]+\])\S* dot\(", program))
 
 
+@pytest.mark.slow
 def test_the_frozen_head_costs_no_gradient_of_its_kernel():
     # 60 codes in parts of at most 17 are four parts of 15; the hidden size is 16, and there are 20
     # slots for masked codes.

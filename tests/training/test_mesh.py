@@ -19,6 +19,7 @@ def test_each_device_holds_its_share_of_the_rows_and_all_parameters():
     assert {shard.data.shape for shard in kernel.addressable_shards} == {kernel.shape}
 
 
+@pytest.mark.slow
 def test_a_device_of_eight_computes_about_an_eighth():
     flops = []
     for devices in (jax.devices()[:1], jax.devices()):

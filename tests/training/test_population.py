@@ -246,6 +246,7 @@ def test_parts_of_a_batch():
     )
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_each_member():
     case = make_case()
     configs = [LORA, replace(LORA, rank=1, alpha=5.0)]

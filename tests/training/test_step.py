@@ -124,7 +124,7 @@ def test_clipping_and_gradient_norm_are_over_trainable_leaves_alone():
     np.testing.assert_allclose(totals["gradient_norm"], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("adapter_dropout", [0.0, 0.3])
+@pytest.mark.parametrize("adapter_dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_micro_batches_equal_one_batch(adapter_dropout):
     """Dropout is on: an example's masks do not depend on the part that it is in."""
     config = replace(TINY, lora=replace(TINY.lora, dropout=adapter_dropout))

@@ -108,6 +108,7 @@ def test_eight_devices_and_four_micro_batches_equal_one(kind, options):
     chex.assert_trees_all_close(whole.variables, divided.variables, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_empty_rows_and_segments_change_nothing():
     setup = set_up(BINARY)
     batch = labelled_batch(1, BINARY, rows=4)
@@ -120,6 +121,7 @@ def test_empty_rows_and_segments_change_nothing():
     chex.assert_trees_all_close(without.variables, filled.variables, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_merged_adapters_equal_those_on_activations():
     setup = set_up(BINARY, "lora")
     assert setup.predictor.product == "merged"

@@ -76,6 +76,7 @@ def test_only_the_named_groups_are_taken(full, groups):
     assert kernels and all((before[path] != theirs[path]).any() for path in kernels)
 
 
+@pytest.mark.slow
 def test_without_a_best_checkpoint_the_last_is_read(full, tmp_path):
     """Checkpoints without a validation are never the best."""
     folder = tmp_path / "unvalidated"
@@ -111,6 +112,7 @@ def test_a_run_starts_where_its_source_ended(full, tmp_path):
     assert warm.summary["best"]["loss"] == pytest.approx(best, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_embeddings_stay_those_of_the_source(full, tmp_path):
     config = replace(
         SHORT,

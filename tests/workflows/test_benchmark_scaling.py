@@ -37,6 +37,7 @@ def test_the_cost_of_a_step_is_of_one_device():
     assert split["bytes"]["all-gather"] == kernels
 
 
+@pytest.mark.slow
 def test_one_run_in_a_process_of_its_own(tmp_path, capsys):
     config = ScalingBenchmark(
         regimes=("lora",),

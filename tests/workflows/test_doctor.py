@@ -47,6 +47,7 @@ def examined(folder):
     return examine(read_run(folder))
 
 
+@pytest.mark.slow
 def test_nothing_is_wrong_with_a_healthy_run(tmp_path, capsys):
     folder = pretrain(replace(HEALTHY, output=tmp_path / "run"), ONE).folder
     # So small a model, so short a time: counting pairs does better. That is so, and all there is to say.
@@ -60,6 +61,7 @@ def test_nothing_is_wrong_with_a_healthy_run(tmp_path, capsys):
     assert (written["errors"], written["findings"]) == (False, stored(folder))
 
 
+@pytest.mark.slow
 def test_frozen_at_random_is_told_before_training_and_everywhere_after(tmp_path, capsys):
     config = changed(replace(TINY_LORA, output=tmp_path / "run"), "freezing", regime="lora_only")
     folder = pretrain(changed(config, "train", max_steps=2), ONE).folder

@@ -96,6 +96,7 @@ def final_trees(folder):
     return step, [np.asarray(leaf) for leaf in jax.tree.leaves((found.params, found.lora))]
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_bit_for_bit(case, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch, after a validation, then resumed."""
     whole, config = case.run(), replace(case.config(), output=tmp_path / "parts")

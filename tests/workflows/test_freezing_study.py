@@ -61,6 +61,7 @@ def test_a_study_leaves_tables_plots_and_ordinary_runs(miniature):
         assert f"| {cell['regime']} | {cell['train_loss_first']['mean']:.3f} |" in text
 
 
+@pytest.mark.slow
 def test_embeddings_come_from_the_full_run_of_the_same_seed(miniature):
     config, _ = miniature
     record = json.loads((config.output / "runs/uniform-once-lora_pretrained-0/config.json").read_text())

@@ -73,6 +73,7 @@ def test_the_adapter_on_its_base_predicts_what_the_run_predicts(case, tmp_path):
     assert with_base.equals(whole)
 
 
+@pytest.mark.slow
 def test_an_adapter_on_another_base_is_refused_with_the_reason(case, tmp_path):
     other = case.pretrained("other base", seed=1)
     with pytest.raises(InputError, match="frozen parameters differ from those this adapter was trained on"):

@@ -186,6 +186,7 @@ def test_uniform_data_has_nothing_to_learn_and_says_so(tmp_path, capsys):
     assert "uniform-data" in {found["id"] for found in summary["findings"]}
 
 
+@pytest.mark.slow
 def test_known_mistakes_are_allowed_with_a_warning(tmp_path, capsys):
     config = changed(replace(SMALL_RUN, output=tmp_path / "frozen"), "freezing", regime="lora_only")
     config = changed(config, "train", epochs=1)
@@ -216,6 +217,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
     assert read(config.output, "summary.json")["stop_reason"].startswith("diverged")
 
 
+@pytest.mark.slow
 def test_meds_data_of_a_folder(tmp_path):
     rows = history_rows(subjects=60, days=6)
     write_meds(tmp_path / "meds", rows, splits=by_remainder(rows))
@@ -242,6 +244,7 @@ def test_mimic_demo_learns_more_than_the_unigram_baseline(tmp_path):
     assert summary["gain_over_unigram"] > 0.2
 
 
+@pytest.mark.slow
 def test_core_packages_and_pyarrow_are_enough(tmp_path):
     """Without matplotlib, tyro, safetensors and so on a run goes to its end, and says what it left out."""
     code = f"""

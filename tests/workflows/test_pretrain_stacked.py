@@ -69,6 +69,7 @@ def test_a_run_names_each_layer_and_learns(stacked):
     assert not found & {"adapters-not-reached", "adapters-still", "zero-gradient", "recompilations"}
 
 
+@pytest.mark.slow
 def test_the_adapter_alone_on_its_base_gives_the_best_model_in_either_layout(stacked):
     base = fresh(STACKED).variables["params"]
     fingerprint = Vocabulary.read(stacked / "vocabulary.parquet").fingerprint()
@@ -120,6 +121,7 @@ def test_a_run_starts_from_one_of_the_other_layout(stacked, apart, from_stacked,
         assert new.sharding == old.sharding
 
 
+@pytest.mark.slow
 def test_a_start_from_the_other_layout_repeats_its_best_loss(apart, tmp_path):
     config = replace(
         changed(changed(STACKED, "train", max_steps=1), "optimizer", learning_rate=1e-12),
