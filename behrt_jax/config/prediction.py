@@ -17,7 +17,8 @@ class PredictConfig:
     data: Path | None = None
     """Folder of the prepared data."""
     labels: Path | None = None
-    """Label table whose subjects and prediction times are predicted; its values are only copied."""
+    """Label table whose subjects and prediction times are predicted; its values, if it has any, are only
+    copied."""
     split: Literal["train", "tuning", "held_out", "all"] = "held_out"
     """Subjects to predict."""
     output: Path | None = None

@@ -91,7 +91,7 @@ def encode_events(
         duplicates: what becomes of a code that comes again in a visit.
     """
     counts = EventCounts()
-    facts = subject_facts(events, chosen_codes(choice.static, tuple(events.names)), split_of)
+    recorded = events
     wanted = chosen_codes(choice.tokens, tuple(events.names))
     is_bin = None
     if bins is not None and values is not None:
@@ -120,6 +120,8 @@ def encode_events(
         binned = np.resize(is_bin, len(selected.names))  # names with a count come in the same order
         changed = sum(int(found[binned].sum()) for found in by_code.values())
         counts.change("value -> quantile bin", changed)
+    static = chosen_codes(choice.static, tuple(recorded.names))
+    facts = subject_facts(recorded, static, selected.without_events, split_of)
     return Encoded(parts, selected.names, by_code, counts, facts)
 
 

@@ -1,7 +1,7 @@
 """Events as plain arrays, which the rules work on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,19 @@ class EventColumns:
 
 
 @dataclass(frozen=True, eq=False)
+class Births:
+    """When some subjects were born; by default of none."""
+
+    subject_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64 ``[subjects]``, ascending."""
+    times: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64 ``[subjects]``, microseconds since 1970."""
+
+    def __len__(self) -> int:
+        return len(self.subject_ids)
+
+
+@dataclass(frozen=True, eq=False)
 class Selected:
     """The events left, sorted by subject, time, visit and code, so whatever order they came in."""
 
@@ -48,6 +61,8 @@ class Selected:
     names: tuple[str, ...]
     """The distinct codes of the whole data set, sorted; where duplicates are counted, followed by all of
     them with each suffix of `filtering.REPEATS` in turn."""
+    without_events: Births
+    """Of the subjects that have no event left, but a birth."""
 
 
 def event_columns(events: pa.Table) -> EventColumns:

@@ -2,7 +2,7 @@
 
 A token is known at its time, or later where its code has a delay; one that is known at the prediction time
 itself is in. Nothing that lies later changes an example, but whether a visit of a code with the delay
-``visit`` has ended by then.
+``visit`` has ended by then. A subject without any event is as one whose first event comes later.
 """
 
 from collections.abc import Sequence
@@ -99,12 +99,19 @@ def find_examples(
     if max_tokens < 1:
         raise InputError(f"data.max_length leaves an example {max_tokens} codes: give it more")
     code_delay = code_delays(data.vocabulary, delays)
-    part = data.splits[split]
+    part, born = data.splits[split], data.births[split]
+    if len(born):  # after the others, with no token each
+        offsets = np.pad(part.offsets, (0, len(born)), "edge")
+        part = replace(part, subject_ids=data.subject_ids(split), offsets=offsets)
     place = find_subjects(part.subject_ids, labels.subject_ids)
     rows = np.flatnonzero(place >= 0)
     subjects, times = place[rows], labels.times[rows]
     starts, stops = part.offsets[subjects], part.offsets[subjects + 1]
-    births = part.times[starts] - part.ages[starts].astype(np.float64) * YEAR
+    births = np.empty(len(rows), np.float64)
+    has_events = stops > starts
+    first = starts[has_events]
+    births[has_events] = part.times[first] - part.ages[first].astype(np.float64) * YEAR
+    births[~has_events] = born.times[subjects[~has_events] - (len(part) - len(born))]
     early = times < births - DAY  # ages are rounded to minutes
     if early.any():
         raise InputError(
@@ -161,16 +168,20 @@ def _copied(
     """The tokens of each example; one [UNK] where it has none, whose age is to be filled in."""
     offsets = np.concatenate([[0], np.cumsum(np.maximum(lengths, 1))])
     tokens = np.zeros(offsets[-1], np.int64)  # places in the split
-    tokens[ragged_indices(offsets[:-1], lengths)] = ragged_indices(begins, lengths)
+    known = ragged_indices(offsets[:-1], lengths)
+    tokens[known] = ragged_indices(begins, lengths)
     for examples, kept, place, _ in pieces:
         tokens[ragged_indices(offsets[examples], kept)] = place
-    columns = {name: getattr(part, name)[tokens] for name in ("codes", "ages", "visits", "times")}
+    places, columns = tokens[known], {}
+    for name in ("codes", "ages", "visits", "times"):
+        column = getattr(part, name)
+        columns[name] = np.zeros(len(tokens), column.dtype)
+        columns[name][known] = column[places]
     for examples, kept, _, visits in pieces:
         columns["visits"][ragged_indices(offsets[examples], kept)] = visits
     empty = lengths == 0
     alone = offsets[:-1][empty]
-    columns["codes"][alone], columns["visits"][alone] = UNK, 0
-    columns["times"][alone] = times[empty]
+    columns["codes"][alone], columns["times"][alone] = UNK, times[empty]
     return Sequences(subject_ids=subject_ids, offsets=offsets, **columns)
 
 
@@ -185,5 +196,5 @@ def _separated(sequences: Sequences, empty: np.ndarray, max_tokens: int) -> tupl
 
 def of_unknown_subjects(data: SequenceSet, labels: Labels) -> int:
     """How many labels are of subjects that no split of the data has."""
-    known = np.concatenate([part.subject_ids for part in data.splits.values()])
+    known = np.concatenate([data.subject_ids(name) for name in data.splits])
     return int(np.count_nonzero(~np.isin(labels.subject_ids, known)))

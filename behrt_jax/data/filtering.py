@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from behrt_jax.data.event_columns import EventColumns, Selected, event_columns, rank_ids
+from behrt_jax.data.event_columns import Births, EventColumns, Selected, event_columns, rank_ids
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EventCounts, EventSet
 from behrt_jax.data.ordering import sort_rows
 from behrt_jax.data.selection import nothing_left, selects
@@ -98,6 +98,8 @@ def select_columns(
     starts = np.flatnonzero(np.diff(subject, prepend=np.int32(-1)))  # [S]
     offsets = np.append(starts, len(subject))
     present = subject[starts]
+    alone = births != _NEVER
+    alone[present] = False
     # A subject's first event is of its first visit.
     visit -= np.repeat(visit[starts], np.diff(offsets))
     return Selected(
@@ -108,6 +110,7 @@ def select_columns(
         times=time,
         visits=visit,
         names=names,
+        without_events=Births(subjects[alone], births[alone]),
     )
 
 

@@ -11,7 +11,8 @@ import pyarrow.types as pt
 from behrt_jax.data.sources.meds_files import cast_column, open_parquet, read_columns, require_columns
 from behrt_jax.errors import InputError
 
-LabelKind = Literal["boolean", "integer", "float", "categorical", "codes", "survival"]
+LabelKind = Literal["boolean", "integer", "float", "categorical", "codes", "survival", "none"]
+"""``none``: subjects and prediction times alone, whose outcome nobody knows yet."""
 KEYS = ("subject_id", "prediction_time")
 VALUE_COLUMNS = {
     "boolean_value": pa.bool_(),
@@ -41,11 +42,6 @@ def read_label_file(file: Path) -> pa.Table:
         require_columns(file, opened, KEYS)
         present = [name for name in (*KEYS, *VALUE_COLUMNS) if name in opened.schema_arrow.names]
         table = read_columns(file, opened, present)
-    if len(present) == len(KEYS):
-        raise InputError(
-            f"{file} has no column of values (of {table.num_rows} rows): add boolean_value, integer_value, "
-            "float_value, categorical_value or categorical_values."
-        )
     columns = {
         "subject_id": cast_column(file, "subject_id", table["subject_id"], pa.int64()),
         "prediction_time": cast_column(file, "prediction_time", table["prediction_time"], pa.timestamp("us")),
@@ -65,15 +61,15 @@ def read_label_file(file: Path) -> pa.Table:
 
 
 def kind_of(path: Path, rows: pa.Table) -> LabelKind:
-    """The one kind of which there are values, in every row.
+    """The one kind of which there are values, in every row; ``none`` where no row has any.
 
     Raises:
-        InputError: there is no value, there are several kinds, or rows are without one.
+        InputError: there are several kinds, or some rows are without a value.
     """
     counts = {name: rows.num_rows - rows[name].null_count for name in VALUE_COLUMNS}
     counts = {name: count for name, count in counts.items() if count}
     if not counts:
-        raise InputError(f"{path} has no value in any of its {rows.num_rows} rows: fill in one value column.")
+        return "none"
     if tuple(counts) == COLUMNS_OF_KIND["survival"] and set(counts.values()) == {rows.num_rows}:
         return "survival"
     if len(counts) > 1:
@@ -98,6 +94,8 @@ def values_of(path: Path, rows: pa.Table, kind: LabelKind) -> np.ndarray:
     Raises:
         InputError: a number that is not finite, negative days, or a null among codes.
     """
+    if kind == "none":
+        return np.full(rows.num_rows, None)
     if kind == "codes":
         return code_sets(path, rows["categorical_values"])
     columns = [rows[name].to_numpy() for name in COLUMNS_OF_KIND[kind]]

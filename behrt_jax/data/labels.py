@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.data.label_columns import LabelKind, kind_of, read_label_file, values_of
+from behrt_jax.data.label_columns import VALUE_COLUMNS, LabelKind, kind_of, read_label_file, values_of
 from behrt_jax.errors import InputError
 
 __all__ = ["LabelKind", "Labels", "read_labels"]
@@ -36,7 +36,7 @@ class Labels:
     values: np.ndarray
     """``[labels]``, none missing: bool, int64, float64, or object (strings; tuples of distinct strings in
     ascending order for codes), by ``kind``. Survival has float64 ``[labels, 2]``: days, and 1 where the event
-    was seen, 0 where follow-up ended before."""
+    was seen, 0 where follow-up ended before. Of the kind ``none`` all are None (object)."""
     kind: LabelKind
     """Which of the value columns they come from."""
     duplicates: int = 0
@@ -57,8 +57,8 @@ class Labels:
 
     def value_ids(self) -> np.ndarray:
         """A number for each label, equal where the values are: int64 ``[labels]``, from 0."""
-        if self.kind == "codes":
-            ids: dict[tuple[str, ...], int] = {}
+        if self.kind in ("codes", "none"):
+            ids: dict[Any, int] = {}
             return np.array([ids.setdefault(value, len(ids)) for value in self.values], np.int64)
         return np.unique(self.values, axis=0 if self.kind == "survival" else None, return_inverse=True)[1]
 
@@ -74,13 +74,15 @@ class Labels:
         return len(np.setdiff1d(self.subject_ids, subject_ids))
 
 
-def read_labels(path: Path, *, as_written: bool = False) -> Labels:
+def read_labels(path: Path, *, as_written: bool = False, without_values: bool = False) -> Labels:
     """Read a Parquet file of labels, or all ``.parquet`` files in a folder, at any depth, together.
 
     Args:
         path: the file or folder.
         as_written: keep rows that repeat or contradict another; else a repeated subject, time and value is
             left out and counted.
+        without_values: take a table without any value too, such as one of the two keys alone; its kind is
+            ``none``.
 
     Raises:
         InputError: no file, one that is cut short, a missing column, a wrong type, a null subject id or
@@ -93,6 +95,11 @@ def read_labels(path: Path, *, as_written: bool = False) -> Labels:
     if not rows.num_rows:
         raise InputError(f"{path} has no labels (0 rows): give the table of a task, with its labels.")
     kind = kind_of(path, rows)
+    if kind == "none" and not without_values:
+        raise InputError(
+            f"{path} has no value in any of its {rows.num_rows} rows: fill in one of "
+            f"{', '.join(VALUE_COLUMNS)} (only predict does without)."
+        )
     labels = Labels(
         subject_ids=rows["subject_id"].to_numpy(),
         times=rows["prediction_time"].cast(pa.int64()).to_numpy(),

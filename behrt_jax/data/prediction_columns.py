@@ -26,7 +26,8 @@ def prediction_schema(kind: TaskKind, label: str | None = None) -> pa.Schema:
 
     Args:
         kind: of the task.
-        label: multiclass: ``integer`` or ``categorical``, as the labels are.
+        label: multiclass: ``integer`` or ``categorical``, as the labels are, or the classes where there are
+            none.
     """
     columns: list[tuple[str, pa.DataType]] = [
         ("subject_id", pa.int64()),

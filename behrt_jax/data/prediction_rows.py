@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from behrt_jax.data.examples import Examples
+from behrt_jax.data.label_columns import VALUE_COLUMNS
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import UNK
@@ -20,7 +21,7 @@ def prediction_rows(
     threshold: float | None,
     seen_before: np.ndarray | None,
 ) -> pa.Table:
-    """Rows of a table of predictions, in the order of the labels.
+    """Rows of a table of predictions, in the order of the labels; label columns of kind ``none`` are null.
 
     Args:
         schema: of `prediction_columns.prediction_schema`.
@@ -34,29 +35,39 @@ def prediction_rows(
         "subject_id": labels.subject_ids,
         "prediction_time": pa.array(labels.times, pa.timestamp("us")),
     }
-    values, first = labels.values, predicted[:, 0]
+    columns |= _label_columns(task, labels)
+    first = predicted[:, 0]
     if task.kind == "binary":
-        columns["boolean_value"] = labels.positive()
         columns["predicted_boolean_value"] = first >= threshold
         columns["predicted_boolean_probability"] = first
     elif task.kind == "multiclass":
-        name = f"{labels.kind}_value"
         chosen = np.array(task.classes, object)[predicted.argmax(axis=1)]
-        columns[name] = values
-        columns[f"predicted_{name}"] = chosen.astype(np.int64) if labels.kind == "integer" else chosen
+        if "integer_value" in schema.names:
+            columns["predicted_integer_value"] = chosen.astype(np.int64)
+        else:
+            columns["predicted_categorical_value"] = chosen
         columns["predicted_probabilities"] = _lists(predicted, pa.float64())
     elif task.kind == "multilabel":
-        columns["categorical_values"] = [list(codes) for codes in values]
         columns["predicted_probabilities"] = _lists(predicted, pa.float32())
         columns["seen_before"] = _lists(seen_before, pa.bool_())
     elif task.kind == "regression":
-        columns["float_value"] = values
         columns["predicted_float_value"] = first * task.deviation + task.mean
     else:
-        columns["boolean_value"] = values[:, 1] > 0
-        columns["float_value"] = values[:, 0]
         columns["predicted_survival"] = _lists(predicted, pa.float64())
     return pa.table([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
+
+
+def _label_columns(task: Task, labels: Labels) -> dict[str, Any]:
+    values = labels.values
+    if labels.kind == "none":
+        return dict.fromkeys(VALUE_COLUMNS, values)
+    if task.kind == "binary":
+        return {"boolean_value": labels.positive()}
+    if task.kind == "multilabel":
+        return {"categorical_values": [list(codes) for codes in values]}
+    if task.kind == "survival":
+        return {"boolean_value": values[:, 1] > 0, "float_value": values[:, 0]}
+    return {f"{labels.kind}_value": values}
 
 
 def member_schema(members: int) -> pa.Schema:

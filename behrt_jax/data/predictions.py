@@ -12,7 +12,8 @@ Columns by kind of task, after ``subject_id`` and ``prediction_time``:
 - survival: ``boolean_value`` (event seen), ``float_value`` (days to it, or to the end of follow-up);
   ``predicted_survival``, the probability of no event up to each of the metadata's ``edges_days``.
 
-What else there is to know (kind, classes, model, data, labels ...) is JSON in the schema's metadata.
+Where the outcomes are not known yet, all label columns are null. What else there is to know (kind, classes,
+model, data, labels ...) is JSON in the file's metadata.
 """
 
 import json
@@ -80,7 +81,8 @@ class PredictionWriter:
     Args:
         path: file to write; its folder is made.
         schema: the columns of the module's docstring.
-        metadata: ready for JSON; ``kind`` at least, with ``classes`` or ``edges_days`` where it has them.
+        metadata: ready for JSON when the block ends, which is when it is written, with what was counted
+            meanwhile; ``kind`` at least, with ``classes`` or ``edges_days`` where it has them.
 
     Raises:
         InputError: there is such a file already.
@@ -91,19 +93,22 @@ class PredictionWriter:
         if self.path.exists():
             raise InputError(f"{self.path} is there already: give another --output, or remove it.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.schema = schema.with_metadata({METADATA_KEY: json.dumps(metadata, allow_nan=False).encode()})
+        self.schema, self._metadata = schema, metadata
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._writer = pq.ParquetWriter(self._temporary, self.schema)
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
         """Append rows; their columns must be those of the schema, in its order and types."""
-        self._writer.write(rows.replace_schema_metadata(self.schema.metadata))
+        self._writer.write(rows)
 
     def __enter__(self) -> "PredictionWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
+            if kind is None:
+                text = json.dumps(self._metadata, allow_nan=False)
+                self._writer.add_key_value_metadata({METADATA_KEY: text.encode()})
             self._writer.close()
             if kind is None:
                 self._temporary.replace(self.path)
@@ -133,6 +138,11 @@ def read_predictions(path: Path) -> PredictionFile:
         )
     if not table.num_rows:
         raise InputError(f"{path} has no predictions (0 rows): predict for subjects of the data.")
+    if all(table[name].null_count == table.num_rows for name in present[0]):
+        raise InputError(
+            f"{path} has no label in any of its {table.num_rows} rows, so there is nothing to compare the "
+            "predictions with: predict again with a label table that has values."
+        )
     subject_ids = take_column(path, table, "subject_id", pa.int64())
     times = take_column(path, table, "prediction_time", pa.timestamp("us")).astype(np.int64)
     labels, classes = read_label(

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from behrt_jax.config import DataConfig
+from behrt_jax.data.event_columns import Births
 from behrt_jax.data.events import SPLITS, EventCounts, EventSet
 from behrt_jax.data.filtering import DAY, Selected, select_events
 from behrt_jax.data.splits import check_disjoint, hash_splits, split_index
@@ -73,6 +74,13 @@ class SequenceSet:
     """SHA-256 of the vocabulary and of every split."""
     subjects_without_events: dict[str, int] = field(default_factory=dict)
     """Split -> its subjects that have no event left, and so no sequence."""
+    births: Mapping[str, Births] = field(default_factory=lambda: dict.fromkeys(SPLITS, Births()))
+    """Split -> births of those of them that have one, so that they can be predicted from their age; none
+    where they were not read."""
+
+    def subject_ids(self, split: str) -> np.ndarray:
+        """Who can be predicted: subjects with a sequence, then those with a birth alone; int64 ``[n]``."""
+        return np.concatenate([self.splits[split].subject_ids, self.births[split].subject_ids])
 
 
 def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> SequenceSet:

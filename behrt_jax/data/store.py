@@ -3,7 +3,7 @@
 A folder holds ``vocabulary.parquet``, ``manifest.json`` and, for each split, ``subjects.arrow`` (columns
 subject_id and start, the place of the subject's first event) and ``events.arrow`` (columns code, age,
 visit and time: one record batch, so that each column is one array on disk). Beside them lie what is known of
-the subjects themselves, ``static.parquet`` and ``deaths.parquet``, see `subject_facts`.
+the subjects themselves, ``static.parquet``, ``deaths.parquet`` and ``births.parquet``, see `subject_facts`.
 """
 
 import json
@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.data.arrow_columns import read_columns
+from behrt_jax.data.event_columns import Births
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
-from behrt_jax.data.subject_facts import DEATHS, STATIC
+from behrt_jax.data.subject_facts import BIRTHS, DEATHS, STATIC
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 
@@ -96,7 +97,8 @@ def read_prepared(path: Path, sep_token: bool = False) -> SequenceSet:
     if sep_token:
         splits = {name: with_separators(part) for name, part in splits.items()}
         fingerprint = set_fingerprint(vocabulary, splits)
-    return SequenceSet(vocabulary, splits, counts, fingerprint, without)
+    births = {name: read_births(path, name) for name in SPLITS}
+    return SequenceSet(vocabulary, splits, counts, fingerprint, without, births)
 
 
 def read_split(folder: Path) -> Sequences:
@@ -129,6 +131,16 @@ def read_deaths(folder: Path, split: str) -> pa.Table | None:
     if not (Path(folder) / split / "deaths.parquet").is_file():
         return None
     return _read_facts(folder, split, "deaths.parquet", DEATHS)
+
+
+def read_births(folder: Path, split: str) -> Births:
+    """Births of a split's subjects without any event left; none where an older version prepared the folder.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    table = _read_facts(folder, split, "births.parquet", BIRTHS)
+    return Births(table["subject_id"].to_numpy(), table["time"].cast(pa.int64()).to_numpy())
 
 
 def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Table:

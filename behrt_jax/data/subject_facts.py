@@ -1,8 +1,10 @@
-"""What a prepared data set tells of its subjects beside their events: static facts, and when they died.
+"""What a prepared data set tells of its subjects beside their events: static facts, births and deaths.
 
 ``{split}/static.parquet`` (subject_id, code) has each event without a time whose code is chosen by
 ``static_codes`` once, ``{split}/deaths.parquet`` (subject_id, time) the earliest death of each subject.
-Both are sorted, and have the subjects without any selected event too. No token is made of them.
+Both are sorted, and have the subjects without any event left too. Of these alone, ``{split}/births.parquet``
+(subject_id, time) has the birth, where it is known: there is no first event to tell it. No token is made of
+them.
 """
 
 from collections.abc import Callable
@@ -13,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.data.event_columns import EventColumns
+from behrt_jax.data.event_columns import Births, EventColumns
 from behrt_jax.data.events import DEATH_CODE, SPLITS
 
 STATIC = pa.schema([("subject_id", pa.int64()), ("code", pa.string())])
 DEATHS = pa.schema([("subject_id", pa.int64()), ("time", pa.timestamp("us"))])
+BIRTHS = DEATHS
 _ROWS = 1 << 20  # of a row group
 
 
@@ -33,16 +36,22 @@ class SubjectFacts:
     """int64 ``[deaths]``, subject ids, distinct."""
     deaths: np.ndarray
     """int64 ``[deaths]``, microseconds since 1970."""
+    births: Births
+    """Of those without any event left."""
 
 
 def subject_facts(
-    events: EventColumns, static: np.ndarray, split_of: Callable[[np.ndarray], np.ndarray]
+    events: EventColumns,
+    static: np.ndarray,
+    births: Births,
+    split_of: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, SubjectFacts]:
     """Split -> the facts of its subjects.
 
     Args:
         events: all events of whole subjects.
         static: bool ``[names]``, codes that are static facts where they have no time.
+        births: of those without any event left.
         split_of: from subject ids, ascending, to the places of their splits in `events.SPLITS`.
     """
     names = np.array(events.names, object)
@@ -57,13 +66,14 @@ def subject_facts(
     order = np.lexsort([times, ids])
     dead, first = np.unique(ids[order], return_index=True)
     times = times[order][first]
-    split, split_of_dead = split_of(facts[0]), split_of(dead)
+    split, split_of_dead, split_of_births = map(split_of, (facts[0], dead, births.subject_ids))
     return {
         name: SubjectFacts(
             facts[0][split == index],
             names[facts[1][split == index]],
             dead[split_of_dead == index],
             times[split_of_dead == index],
+            Births(births.subject_ids[split_of_births == index], births.times[split_of_births == index]),
         )
         for index, name in enumerate(SPLITS)
     }
@@ -74,7 +84,8 @@ class FactWriter:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self._tables = [_Rows(folder / "static.parquet", STATIC), _Rows(folder / "deaths.parquet", DEATHS)]
+        schemas = {"static": STATIC, "deaths": DEATHS, "births": BIRTHS}
+        self._tables = [_Rows(folder / f"{name}.parquet", schema) for name, schema in schemas.items()]
         self.subjects = 0
         """Subjects with a static fact."""
 
@@ -84,6 +95,7 @@ class FactWriter:
         columns = [
             (facts.static_ids, facts.static_codes),
             (facts.death_ids, facts.deaths.astype("datetime64[us]")),
+            (facts.births.subject_ids, facts.births.times.astype("datetime64[us]")),
         ]
         for rows, (ids, values) in zip(self._tables, columns, strict=True):
             if len(ids):
@@ -91,9 +103,14 @@ class FactWriter:
                 rows.append(pa.table(columns, schema=rows.schema))
 
     def counts(self) -> dict[str, int]:
-        """Static facts, subjects with any, and deaths."""
-        static, deaths = self._tables
-        return {"facts": static.rows, "subjects": self.subjects, "deaths": deaths.rows}
+        """Static facts, subjects with any, deaths, and births of subjects without any event left."""
+        static, deaths, births = (table.rows for table in self._tables)
+        return {
+            "facts": static,
+            "subjects": self.subjects,
+            "deaths": deaths,
+            "births_without_events": births,
+        }
 
     def __enter__(self) -> "FactWriter":
         return self

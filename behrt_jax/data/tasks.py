@@ -39,13 +39,18 @@ class Task:
         """Numbers that a model gives for an example."""
         return len(self.classes or self.edges_days) or 1
 
+    @property
+    def of_integers(self) -> bool:
+        """Whether all classes are integers."""
+        return all(name.lstrip("-").isdecimal() for name in self.classes)
+
     def fits(self, labels: Labels) -> bool:
         """Whether labels are of this kind."""
         if self.kind == "binary":
             return labels.positive() is not None
         if labels.kind == "integer" and self.kind == "multiclass":
-            return all(name.lstrip("-").isdecimal() for name in self.classes)
-        return OF_LABELS[labels.kind] == self.kind
+            return self.of_integers
+        return OF_LABELS.get(labels.kind) == self.kind
 
     def targets(self, labels: Labels, rows: np.ndarray) -> np.ndarray:
         """Targets of some labels, float32 ``[rows, targets]``, as `training.task_losses.TARGETS` says.

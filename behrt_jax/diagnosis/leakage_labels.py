@@ -18,7 +18,7 @@ _YEAR = 365.25 * DAY
 
 def check_subjects(labels: Labels, data: SequenceSet) -> Iterator[Finding]:
     """Subjects that the data do not know, and ids that went through a smaller type."""
-    known = np.concatenate([data.splits[name].subject_ids for name in SPLITS])
+    known = np.concatenate([data.subject_ids(name) for name in SPLITS])
     distinct = np.unique(labels.subject_ids)
     unknown = np.setdiff1d(distinct, known)
     if not len(unknown):
@@ -40,8 +40,8 @@ def check_subjects(labels: Labels, data: SequenceSet) -> Iterator[Finding]:
     yield Finding(
         "label-subject-unknown",
         "error" if len(unknown) == len(distinct) else "warning",
-        f"{len(unknown):,} of {len(distinct):,} subjects of the labels have no history in the data "
-        f"({without:,} subjects of the data have none of the selected codes).",
+        f"{len(unknown):,} of {len(distinct):,} subjects of the labels have neither a history nor a birth in "
+        f"the data ({without:,} subjects of the data have none of the selected codes).",
         "Their labels are not used.",
         "Give the labels of this data set; select more codes where the histories are empty.",
     )

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from behrt_jax.adapters import lora
 from behrt_jax.config import ModelConfig, PredictConfig
 from behrt_jax.data.events import SPLITS
+from behrt_jax.data.examples import of_unknown_subjects
 from behrt_jax.data.labels import Labels, read_labels
 from behrt_jax.data.predictions import PredictionWriter
 from behrt_jax.data.sequences import SequenceSet
@@ -71,13 +72,11 @@ def embed(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict[s
             wanted = {name: _last_events(data, name) for name in splits}
             unknown = 0
         else:
-            labels = read_labels(config.labels, as_written=True)
+            labels = read_labels(config.labels, as_written=True, without_values=True)
             wanted = {
-                name: labels.take(np.isin(labels.subject_ids, data.splits[name].subject_ids))
-                for name in splits
+                name: labels.take(np.isin(labels.subject_ids, data.subject_ids(name))) for name in splits
             }
-            known = sum(np.isin(labels.subject_ids, part.subject_ids).sum() for part in data.splits.values())
-            unknown = int(len(labels) - known)
+            unknown = of_unknown_subjects(data, labels)
         total = sum(len(part) for part in wanted.values())
         if not total:
             raise InputError(f"There is no subject of the split {config.split} to embed.")

@@ -55,13 +55,15 @@ class LabelledData:
         return new_rows({"behrt": encoder}, self.base_codes, new).rows if new else None
 
 
-def read_labelled(data: Path | None, labels: Path | None) -> tuple[SequenceSet, Labels, tuple[str, ...]]:
-    """As :func:`read_data`, and its labels between data and delays."""
+def read_labelled(
+    data: Path | None, labels: Path | None, without_values: bool = False
+) -> tuple[SequenceSet, Labels, tuple[str, ...]]:
+    """As :func:`read_data`, and its labels (see `labels.read_labels`) between data and delays."""
     if data is not None and labels is None:
         raise InputError("--labels is missing: give a label table (make_labels.py writes some).")
     sequences, delays = read_data(data)
     assert labels is not None
-    return sequences, read_labels(labels), delays
+    return sequences, read_labels(labels, without_values=without_values), delays
 
 
 def read_data(data: Path | None) -> tuple[SequenceSet, tuple[str, ...]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from behrt_jax.config import PredictConfig
 from behrt_jax.data.events import SPLITS
-from behrt_jax.data.examples import find_examples
+from behrt_jax.data.examples import find_examples, of_unknown_subjects
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.prediction_columns import prediction_schema
 from behrt_jax.data.prediction_rows import codes_seen, member_rows, member_schema, prediction_rows
@@ -56,21 +56,18 @@ def predict(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict
         if reason := use_compilation_cache(config.compilation_cache):
             console.log(reason)
         finetuned = open_finetuned(config.model, config.base, mesh)
-        data, labels, delays = read_labelled(config.data, config.labels)
+        data, labels, delays = read_labelled(config.data, config.labels, without_values=True)
         data, _ = in_vocabulary(data, finetuned.vocabulary)
         task, calibration = finetuned.task, finetuned.calibration
-        if not task.fits(labels):
+        if labels.kind != "none" and not task.fits(labels):
             raise InputError(
                 f"--labels: the labels are {labels.kind} ones, but the model predicts a {task.kind} task."
             )
         splits = SPLITS if config.split == "all" else (config.split,)
-        chosen = {
-            name: labels.take(np.isin(labels.subject_ids, data.splits[name].subject_ids)) for name in splits
-        }
-        known = sum(np.isin(labels.subject_ids, part.subject_ids).sum() for part in data.splits.values())
+        chosen = {name: labels.take(np.isin(labels.subject_ids, data.subject_ids(name))) for name in splits}
         counts = {
             "examples": sum(len(part) for part in chosen.values()),
-            "unknown_subjects": int(len(labels) - known),
+            "unknown_subjects": of_unknown_subjects(data, labels),
             "empty_histories": 0,
             "duplicates": labels.duplicates,
         }
@@ -79,8 +76,9 @@ def predict(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict
                 f"--labels: none of the {len(labels):,} labels is of a subject of the split {config.split} "
                 f"({counts['unknown_subjects']:,} are of subjects that the data lacks)."
             )
-        schema = prediction_schema(task.kind, labels.kind)
-        metadata = _metadata(config, finetuned, counts)
+        without = "integer" if task.of_integers else "categorical"
+        schema = prediction_schema(task.kind, without if labels.kind == "none" else labels.kind)
+        metadata = _metadata(config, finetuned) | {"counts": counts}  # complete when the file is closed
         console.start(counts["examples"], 0, None)
         done = 0
         with ExitStack() as stack:
@@ -145,7 +143,7 @@ def _outputs(
             yield part, outputs, int(examples.empty.sum()), seen
 
 
-def _metadata(config: PredictConfig, finetuned: Finetuned, counts: dict[str, Any]) -> dict[str, Any]:
+def _metadata(config: PredictConfig, finetuned: Finetuned) -> dict[str, Any]:
     def absolute(path: Path | None) -> str | None:
         return None if path is None else str(path.resolve())
 
@@ -160,6 +158,5 @@ def _metadata(config: PredictConfig, finetuned: Finetuned, counts: dict[str, Any
         "threshold": finetuned.calibration.threshold,
         "temperature": finetuned.calibration.temperature,
         "max_tokens": (finetuned.max_length or finetuned.model.positions) - finetuned.model.cls_token,
-        "counts": {name: value for name, value in counts.items() if name != "empty_histories"},
         "trained": finetuned.trained,
     }

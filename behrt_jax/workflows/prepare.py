@@ -78,8 +78,11 @@ def report(console: Console, manifest: Mapping[str, Any]) -> None:
     splits = manifest["splits"]
     console.table(
         "Facts about subjects (no tokens)",
-        ("split", "static facts", "subjects with any", "deaths"),
-        [(name, *counts.values()) for name, counts in manifest["subject_facts"].items()],
+        ("split", "static facts", "subjects with any", "deaths", "births of subjects without events"),
+        [
+            (name, *map(counts.get, ("facts", "subjects", "deaths", "births_without_events")))
+            for name, counts in manifest["subject_facts"].items()
+        ],
     )
     console.table(
         f"Subjects ({manifest['vocabulary']['rows']:,} vocabulary rows)",

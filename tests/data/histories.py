@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from behrt_jax.data.delays import parse_delay
+from behrt_jax.data.event_columns import Births
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import YEAR, Sequences, SequenceSet
@@ -28,17 +29,25 @@ def sequence_set(
     births: Mapping[int, int] | None = None,
     codes: Sequence[str] = CODES,
 ) -> SequenceSet:
-    """Split -> subject -> events in any order; born at 0 where not said."""
+    """Split -> subject -> events in any order, or none; born at 0 where not said."""
     names = (*SPECIAL_TOKENS, *codes)
     vocabulary = Vocabulary(names, np.zeros(len(names), np.int64), (None,) * len(names))
-    parts = {name: _part(splits.get(name, {}), births or {}, names) for name in SPLITS}
-    return SequenceSet(vocabulary, parts, EventCounts(), "")
+    births = births or {}
+    parts = {name: _part(splits.get(name, {}), births, names) for name in SPLITS}
+    alone = {name: _births(splits.get(name, {}), births) for name in SPLITS}
+    return SequenceSet(vocabulary, parts, EventCounts(), "", births=alone)
+
+
+def _births(subjects: Mapping[int, Iterable[Event]], births: Mapping[int, int]) -> Births:
+    ids = sorted(subject for subject, events in subjects.items() if not [*events])
+    return Births(np.array(ids, np.int64), np.array([births.get(subject, 0) for subject in ids], np.int64))
 
 
 def _part(
     subjects: Mapping[int, Iterable[Event]], births: Mapping[int, int], names: Sequence[str]
 ) -> Sequences:
     rows, ages, lengths = [], [], []
+    subjects = {subject: listed for subject, events in subjects.items() if (listed := [*events])}
     for subject, events in sorted(subjects.items()):
         events = sorted(events)
         number: dict[int, int] = {}

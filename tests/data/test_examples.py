@@ -101,6 +101,29 @@ def test_order_other_splits_and_subjects_that_are_in_none():
     assert (len(none), none.unknown_subjects) == (0, 3)
 
 
+def test_a_subject_without_events_is_one_whose_first_event_comes_later():
+    births = {subject: -subject * 9000 * DAY + subject * HOUR for subject in range(1, 7)}
+    events = {1: [Event(DAY, "A//1", 0)], 2: [Event(DAY, "B//1", 0), Event(9 * DAY, "A//2", 1)], 4: []}
+    pairs = [(5, 3 * DAY), (1, 2 * DAY), (3, 4 * DAY), (2, 0), (5, 4 * DAY), (6, DAY), (4, 0)]
+    later = {3: [Event(5 * DAY, "A//1", 0)], 4: [Event(1, "B//2", 0)], 5: [Event(6 * DAY, "B//1", 0)]}
+    for delays in ((), ("B//=2",)):
+        found, other = (
+            find_examples(
+                sequence_set({"train": events | more, "tuning": {6: []}}, births),
+                "train", labels_at(pairs), max_tokens=9, delays=delays,
+            )
+            for more in ({3: [], 5: []}, later)
+        )  # fmt: skip
+        assert found.rows.tolist() == [0, 1, 2, 3, 4, 6]
+        assert found.empty.tolist() == [True, False, True, True, True, True]
+        assert (found.unknown_subjects, other.unknown_subjects) == (0, 0)
+        for one, two in zip(seen(found), seen(other), strict=True):
+            for column, same in zip(one, two, strict=True):
+                np.testing.assert_array_equal(column, same)
+        assert found.ages[0] == seen(found)[0][1][0] == np.float32((3 * DAY - births[5]) / YEAR)
+        np.testing.assert_array_equal(found.ages, other.ages)
+
+
 def test_one_clear_error():
     data = sequence_set(
         {"train": {1: [Event(DAY, "A//1", 0)], 2: [Event(DAY, "A//1", 0)]}}, {2: -90 * 365 * DAY}
@@ -108,6 +131,9 @@ def test_one_clear_error():
     early = labels_at([(1, -2 * DAY), (1, -DAY // 2), (2, -2 * DAY), (1, -3 * DAY)])
     with pytest.raises(InputError, match=r"2 of 4 labels of train have a prediction time before .* birth"):
         find_examples(data, "train", early, max_tokens=9)
+    alone = sequence_set({"train": {7: []}, "tuning": {8: []}}, {8: DAY})
+    with pytest.raises(InputError, match=r"1 of 2 labels of tuning have a prediction time before .* birth"):
+        find_examples(alone, "tuning", labels_at([(8, -DAY), (8, 0), (7, -9 * DAY)]), max_tokens=9)
     late = labels_at([(1, DAY)])
     with pytest.raises(InputError, match=r"no split 'test': choose one of train, tuning, held_out"):
         find_examples(data, "test", late, max_tokens=9)
@@ -123,7 +149,7 @@ events = st.builds(
     code=st.sampled_from([*CODES, UNKNOWN]),
     visit=st.integers(0, 3),
 )
-histories = st.dictionaries(st.integers(1, 6), st.lists(events, min_size=1, max_size=9), min_size=1)
+histories = st.dictionaries(st.integers(1, 6), st.lists(events, max_size=9), min_size=1)
 birth_days = st.lists(st.integers(-36_000, 0), min_size=7, max_size=7)
 pairs = st.lists(
     st.tuples(st.integers(1, 7), st.integers(0, 14).map(lambda quarters: quarters * DAY // 4)), max_size=12
@@ -191,7 +217,7 @@ def with_another_future(draw):
         kept = [event for event in history if known_at(event, history, delays) <= time]
         kept += [Event(draw(later), draw(any_code), visit) for visit in sorted(going_on)]
         visits = st.sampled_from([*sorted(going_on), 10, 11])
-        kept += draw(st.lists(st.builds(Event, later, any_code, visits), min_size=not kept, max_size=4))
+        kept += draw(st.lists(st.builds(Event, later, any_code, visits), max_size=4))
         for event in draw(
             st.lists(st.builds(Event, events.map(lambda e: e.time), any_code, st.integers(0, 9)))
         ):

@@ -99,6 +99,29 @@ def test_survival_has_an_event_and_days_in_every_row(tmp_path):
     assert read.values.tolist() == [[3.5, 1.0], [0.0, 0.0], [10.0, 1.0]]
 
 
+@pytest.mark.parametrize(
+    "columns", [{}, {"boolean_value": pa.nulls(3, pa.bool_()), "float_value": pa.nulls(3)}]
+)
+def test_a_table_without_values_is_read_where_none_are_needed(tmp_path, columns):
+    file = write(tmp_path / "keys" / "0.parquet", **WITHOUT, **columns)
+    read = read_labels(file, without_values=True)
+    assert (read.kind, read.values.tolist(), read.positive()) == ("none", [None] * 3, None)
+    assert (read.subject_ids.tolist(), read.times.tolist()) == (IDS.to_pylist(), [-5, 0, 10**15])
+    write(tmp_path / "keys" / "1.parquet", **WITHOUT)
+    read = read_labels(tmp_path / "keys", without_values=True)
+    assert (len(read), read.duplicates) == (3, 3)
+    assert len(read_labels(tmp_path / "keys", without_values=True, as_written=True)) == 6
+    # Outcomes that are known of some alone would be judged on those alone.
+    write(tmp_path / "keys" / "2.parquet", **labels(subject_id=pa.array([1, 2, 3])))
+    with pytest.raises(InputError, match="has no value in 6 of 9 rows: fill in boolean_value"):
+        read_labels(tmp_path / "keys", without_values=True)
+
+
+def test_values_are_read_where_none_are_needed(tmp_path):
+    file = write(tmp_path / "labels.parquet", **labels())
+    assert read_labels(file, without_values=True).values.tolist() == VALUES["boolean"].to_pylist()
+
+
 REPEATED = {
     "boolean_value": ([True, False, True, True, False], [True, False, True, False, False]),
     "integer_value": ([1, 2, 1, 1, 2], [1, 2, 1, 3, 2]),
@@ -152,7 +175,7 @@ def test_subjects_that_the_data_do_not_know_are_counted(tmp_path):
 MISTAKES = {
     "no subject": (dict(list(labels().items())[1:]), "has no column subject_id"),
     "no time": ({"subject_id": IDS, "boolean_value": VALUES["boolean"]}, "has no column prediction_time"),
-    "no value column": (WITHOUT, r"no column of values \(of 3 rows\): add boolean_value"),
+    "no value column": (WITHOUT, "has no value in any of its 3 rows: fill in one of boolean_value, integer"),
     "ids as floats": (labels(subject_id=pa.array([1.0, 2.0, 3.0])), "has double in the column subject_id"),
     "times as text": (labels(prediction_time=pa.array(["x", "y", "z"])), "string in the column prediction_t"),
     "values as text": (labels(boolean_value=pa.array(["1", "0", "1"])), r"boolean_value \(3 rows\)"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from behrt_jax.data.examples import find_examples
+from behrt_jax.data.label_columns import VALUE_COLUMNS
 from behrt_jax.data.prediction_columns import prediction_schema
 from behrt_jax.data.prediction_rows import codes_seen, prediction_rows
 from behrt_jax.data.tasks import Task
@@ -57,6 +58,28 @@ def test_survival_and_multilabel_have_lists():
     assert table["categorical_values"].to_pylist() == [["A//1", "Z"], []]
     assert table["predicted_probabilities"].to_pylist() == [[0.5, 0.25], [0.0, 1.0]]
     assert table["seen_before"].to_pylist() == seen.tolist()
+
+
+def test_labels_that_nobody_knows_are_null_and_all_else_is_the_same():
+    shares, unknown = [[0.25, 0.75], [0.5, 0.5]], labels_of("none", [None, None])
+    tasks = [
+        (Task("binary"), labels_of("boolean", [True, False])),
+        (Task("multiclass", ("a", "b")), labels_of("categorical", ["a", "b"])),
+        (Task("multiclass", ("-1", "2")), labels_of("integer", [2, -1])),
+        (Task("multilabel", ("A//1", "B//1")), labels_of("codes", [("A//1",), ()])),
+        (Task("regression", mean=2.0), labels_of("float", [1.0, 2.0])),
+        (Task("survival", edges_days=(5.0, 9.0)), labels_of("survival", [(3.0, 1), (8.0, 0)])),
+    ]
+    for task, labels in tasks:
+        schema = prediction_schema(task.kind, labels.kind)
+        known, without = (
+            prediction_rows(schema, task, table, np.array(shares), 0.5, np.ones((2, 2), bool))
+            for table in (labels, unknown)
+        )
+        assert without.schema == schema
+        of_labels = [name for name in schema.names if name in VALUE_COLUMNS]
+        assert [without[name].to_pylist() for name in of_labels] == [[None, None]] * len(of_labels)
+        assert of_labels and without.drop_columns(of_labels).equals(known.drop_columns(of_labels))
 
 
 @pytest.mark.parametrize("day", [1, 2, 9])

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from behrt_jax.data.label_columns import VALUE_COLUMNS
 from behrt_jax.data.prediction_columns import prediction_schema
 from behrt_jax.data.predictions import PredictionWriter, members_path, read_predictions
 from behrt_jax.errors import InputError
@@ -98,6 +99,23 @@ def test_a_file_that_was_not_finished_does_not_appear_and_none_is_overwritten(tm
     with pytest.raises(InputError, match="is there already"):
         PredictionWriter(path, schema, {"kind": "regression"})
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_metadata_has_what_was_counted_while_rows_were_written(tmp_path):
+    schema, counts = prediction_schema("regression"), {"empty": 0}
+    with PredictionWriter(tmp_path / "p.parquet", schema, {"kind": "regression", "counts": counts}) as writer:
+        writer.write(pa.table({**KEYS, **COLUMNS["regression"]}, schema=schema))
+        counts["empty"] += 2
+    metadata = {"kind": "regression", "counts": {"empty": 2}}
+    assert read_predictions(tmp_path / "p.parquet").metadata == metadata
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_predictions_without_labels_have_nothing_to_be_compared_with(tmp_path, kind):
+    columns = {name: [None] * 3 for name in COLUMNS[kind] if name in VALUE_COLUMNS}
+    write(tmp_path / "p.parquet", kind, **columns)
+    with pytest.raises(InputError, match="no label in any of its 3 rows, so there is nothing to compare"):
+        read_predictions(tmp_path / "p.parquet")
 
 
 def test_binary_predictions_of_other_tools_are_read(tmp_path):

@@ -28,15 +28,18 @@ def folder(tmp_path, rows):
 
 def test_the_folder_holds_these_files(folder):
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == [
+        "held_out/births.parquet",
         "held_out/deaths.parquet",
         "held_out/events.arrow",
         "held_out/static.parquet",
         "held_out/subjects.arrow",
         "manifest.json",
+        "train/births.parquet",
         "train/deaths.parquet",
         "train/events.arrow",
         "train/static.parquet",
         "train/subjects.arrow",
+        "tuning/births.parquet",
         "tuning/deaths.parquet",
         "tuning/events.arrow",
         "tuning/static.parquet",

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.config import DataConfig, PrepareConfig
-from behrt_jax.data.events import DEATH_CODE, SPLITS
+from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS
 from behrt_jax.data.preparation import prepare
 from behrt_jax.data.sequences import build_sequences
-from behrt_jax.data.store import read_deaths, read_manifest, read_prepared, read_static
+from behrt_jax.data.store import read_births, read_deaths, read_manifest, read_prepared, read_static
 from behrt_jax.errors import InputError
 from tests.data.meds_folder import DAY, Row, born, event_set
 from tests.data.test_preparation import ALWAYS, SPLIT_IDS, assert_same, contents, row_lists, source_of
@@ -21,22 +21,29 @@ from tests.data.test_preparation import ALWAYS, SPLIT_IDS, assert_same, contents
 STATIC = ("DX//a", "LAB//")
 
 
-def facts_of(rows, names):
-    """Static facts and deaths of a split's subjects, by loops."""
+def facts_of(rows, names, present):
+    """Static facts and deaths of a split's subjects, and births of those not present, by loops."""
     own = [row for row in rows if row.subject in names]
     static = {(row.subject, row.code) for row in own if row.time is None and row.code in ("DX//a", "LAB//d")}
-    deaths = {}
+    first = {BIRTH_CODE: {}, DEATH_CODE: {}}
     for row in own:
-        if row.code == DEATH_CODE and row.time is not None:
-            deaths[row.subject] = min(row.time, deaths.get(row.subject, row.time))
-    return sorted(static), sorted(deaths.items())
+        if row.code in first and row.time is not None:
+            times = first[row.code]
+            times[row.subject] = min(row.time, times.get(row.subject, row.time))
+    births = {subject: time for subject, time in first[BIRTH_CODE].items() if subject not in present}
+    return sorted(static), sorted(first[DEATH_CODE].items()), sorted(births.items())
 
 
 def stored_facts(folder, split):
     static, deaths = read_static(folder, split), read_deaths(folder, split)
     assert deaths is not None
     pairs = zip(deaths["subject_id"].to_pylist(), deaths["time"].cast(pa.int64()).to_pylist(), strict=True)
-    return list(zip(*(static[name].to_pylist() for name in ("subject_id", "code")), strict=True)), list(pairs)
+    births = read_births(folder, split)
+    return (
+        list(zip(*(static[name].to_pylist() for name in ("subject_id", "code")), strict=True)),
+        list(pairs),
+        list(zip(births.subject_ids.tolist(), births.times.tolist(), strict=True)),
+    )
 
 
 @settings(max_examples=30)
@@ -78,13 +85,16 @@ def test_facts_are_kept_and_change_no_event(
     if not bins:
         data = DataConfig(codes=("DX//",), min_count=1, duplicates="drop")
         assert_same(read_prepared(folder / "with"), build_sequences(event_set(rows, SPLIT_IDS), data, False))
+    prepared = read_prepared(folder / "with")
     for split in SPLITS:
-        static, deaths = facts_of(rows, SPLIT_IDS[split])
-        assert stored_facts(folder / "with", split) == (static, deaths)
+        present = prepared.splits[split].subject_ids.tolist()
+        static, deaths, births = facts_of(rows, SPLIT_IDS[split], present)
+        assert stored_facts(folder / "with", split) == (static, deaths, births)
+        assert prepared.subject_ids(split).tolist() == [*present, *(subject for subject, _ in births)]
         assert read_static(folder / "without", split).num_rows == 0
         subjects = len({subject for subject, _ in static})
         counts = {"facts": len(static), "subjects": subjects, "deaths": len(deaths)}
-        assert manifest["subject_facts"][split] == counts
+        assert manifest["subject_facts"][split] == counts | {"births_without_events": len(births)}
     kept = sum(split["events"] for split in manifest["splits"].values())
     assert manifest["events"]["read"] == kept + sum(manifest["events"]["dropped"].values()) == len(rows)
     assert manifest["events"] == read_manifest(folder / "without")["events"]
@@ -104,6 +114,28 @@ def test_the_earliest_death_of_each_subject(tmp_path):
     deaths = [Row(5, 900 * DAY, DEATH_CODE), Row(1, 800 * DAY, DEATH_CODE), Row(5, 700 * DAY, DEATH_CODE)]
     prepare(source_of([*ALWAYS, *deaths], SPLIT_IDS), PrepareConfig(output=tmp_path / "out", min_count=1))
     assert stored_facts(tmp_path / "out", "train")[1] == [(1, 800 * DAY), (5, 700 * DAY)]
+
+
+def test_births_of_subjects_without_events_follow_the_split_by_hash(tmp_path):
+    """They are in the split in which their events would have been, and only the events' fate decides."""
+    ids = range(1, 60)
+    rows = [row for subject in ids for row in (born(subject, subject * DAY), Row(subject, 99 * DAY, "DX//a"))]
+    fate = [
+        *(row for row in rows if row.subject % 3 or row.code == BIRTH_CODE),
+        *(Row(subject, -9 * DAY, "DX//a") for subject in ids if subject % 6 == 0),  # before birth
+        *(Row(subject, 99 * DAY, "LAB//b") for subject in ids if subject % 6 == 3),  # not selected
+        Row(777, 99 * DAY, "DX//a"),  # no birth
+    ]
+    options = {"codes": ("DX//",), "min_count": 1, "tuning_fraction": 0.3, "held_out_fraction": 0.3}
+    for name, events in (("whole", rows), ("some", fate)):
+        prepare(source_of(events), PrepareConfig(output=tmp_path / name, **options))
+    whole, some = (read_prepared(tmp_path / name) for name in ("whole", "some"))
+    for split in SPLITS:
+        expected = whole.splits[split].subject_ids
+        births = some.births[split]
+        assert births.subject_ids.tolist() == expected[expected % 3 == 0].tolist() != []
+        assert births.times.tolist() == (births.subject_ids * DAY).tolist()
+        assert len(whole.births[split]) == 0
 
 
 def test_row_groups_do_not_depend_on_the_pieces(tmp_path, monkeypatch):
@@ -130,6 +162,7 @@ def test_a_folder_of_an_older_version(tmp_path):
     assert read_static(tmp_path / "out", "train").schema.names == ["subject_id", "code"]
     assert read_static(tmp_path / "out", "train").num_rows == 0
     assert read_deaths(tmp_path / "out", "train") is None
+    assert len(read_births(tmp_path / "out", "train")) == 0
     (tmp_path / "out" / "train" / "static.parquet").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"static\.parquet is damaged"):
         read_static(tmp_path / "out", "train")

@@ -17,7 +17,9 @@ def labels_of(kind, values):
         array = np.empty(len(values), object)
         array[:] = values
     else:
-        dtype = {"boolean": bool, "integer": np.int64, "categorical": object}.get(kind, np.float64)
+        dtype = {"boolean": bool, "integer": np.int64, "categorical": object, "none": object}.get(
+            kind, np.float64
+        )
         array = np.array(values, dtype)
     ids = np.arange(len(values), dtype=np.int64)
     return Labels(ids, ids, array, kind)
@@ -35,6 +37,12 @@ EXAMPLES = {
     "regression": ("float", [1.0, 2.0, 6.0]),
     "survival": ("survival", [(10, 1), (20, 0), (30, 1)]),
 }
+
+
+def test_no_task_fits_labels_without_values():
+    for kind, values in EXAMPLES.values():
+        task = fitted(kind, values)
+        assert task.fits(labels_of(kind, values)) and not task.fits(labels_of("none", [None]))
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)

@@ -1,4 +1,5 @@
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import doctor_command
@@ -279,6 +280,7 @@ def test_no_subject_id_is_shown_or_written(prepared, task, tmp_path, capsys):
 MISTAKES = {
     "no such folder": (["--data", "{tmp}/none"], "none is no prepared data set"),
     "no such labels": (["--labels", "{tmp}/none"], "none does not exist"),
+    "labels without values": (["--labels", "{tmp}/keys.parquet"], "has no value in any of its 1 rows"),
     "delay without days": (["--labels", "{labels}", "--delays", "DX//"], "--delays has 'DX//': write REGEX="),
     "negative delay": (["--labels", "{labels}", "--delays", "DX//=-1"], "--delays has 'DX//=-1'"),
     "delay of no code": (["--labels", "{labels}", "--delays", "ZZ=1"], "no code of the vocabulary matches"),
@@ -293,6 +295,8 @@ MISTAKES = {
 def test_one_clear_error(mistake, prepared, task, tmp_path, capsys):
     options, expected = MISTAKES[mistake]
     labels = task.write(tmp_path / "labels.parquet")
+    keys = pq.read_table(labels).slice(0, 1).drop_columns("boolean_value")
+    pq.write_table(keys, tmp_path / "keys.parquet")
     arguments = [option.format(tmp=tmp_path, labels=labels) for option in options]
     folder = [] if "--data" in arguments else ["--data", str(prepared)]
     assert doctor_command([*folder, *arguments]) == 2

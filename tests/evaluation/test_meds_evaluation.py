@@ -4,10 +4,14 @@ import warnings
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from behrt_jax.data.labels import Labels
 from behrt_jax.data.prediction_columns import prediction_schema
+from behrt_jax.data.prediction_rows import prediction_rows
 from behrt_jax.data.predictions import PredictionWriter, read_predictions
+from behrt_jax.data.tasks import Task
 from behrt_jax.evaluation.measures import scorer_of
 
 polars = pytest.importorskip("polars")
@@ -46,3 +50,12 @@ def test_meds_evaluation_reads_binary_predictions_and_agrees(tmp_path, tied):
     }
     for name, other in pairs.items():
         np.testing.assert_allclose(ours[name][0], theirs[other], rtol=1e-12, err_msg=name)
+
+
+def test_binary_predictions_without_labels_keep_its_schema(tmp_path):
+    schema, labels = prediction_schema("binary"), Labels(np.arange(3), np.arange(3), np.full(3, None), "none")
+    path = tmp_path / "predictions.parquet"
+    with PredictionWriter(path, schema, {"kind": "binary"}) as writer:
+        writer.write(prediction_rows(schema, Task("binary"), labels, np.full((3, 1), 0.5), 0.5, None))
+    aligned = meds_evaluation.PredictionSchema.align(pq.read_table(path))
+    assert aligned.num_rows == aligned["boolean_value"].null_count == 3

@@ -9,28 +9,30 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.config import EvaluateConfig, PredictConfig
+from behrt_jax.data.events import BIRTH_CODE
+from behrt_jax.data.label_columns import VALUE_COLUMNS
 from behrt_jax.data.predictions import read_predictions
 from behrt_jax.errors import InputError
+from behrt_jax.training.pretrained import open_pretrained
 from behrt_jax.workflows import predict as predict_module
 from behrt_jax.workflows.evaluate import evaluate
+from behrt_jax.workflows.finetune import finetune
+from behrt_jax.workflows.labelled_data import label_data, read_labelled
 from behrt_jax.workflows.predict import predict
 from tests.data.meds_folder import DAY, Row
 from tests.workflows.evaluated import CODES, FIRST_ID, TIME
 from tests.workflows.finetune_case import ONE
 
-KINDS = ("binary", "multiclass", "multilabel", "regression", "survival")
-FIGURE = {
-    "binary": "auroc",
-    "multiclass": "auroc",
-    "multilabel": "sample_auroc",
-    "regression": "r2",
-    "survival": "concordance",
-}
+KINDS = [
+    "binary",
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("multiclass", "multilabel", "regression", "survival")
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "binary" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_task_is_predicted_and_evaluated(case, tmp_path, kind):
     labelled = case.labelled(kind)
     table = case.predicted(tmp_path / "predictions.parquet", kind)
@@ -62,6 +64,24 @@ def test_each_kind_of_task_is_predicted_and_evaluated(case, tmp_path, kind):
     record = evaluate(config)
     assert record["task"]["kind"] == kind
     assert (tmp_path / "evaluation" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_two_keys_are_enough_to_predict(case, tmp_path, kind):
+    labels = pq.read_table(case.labelled(kind).labels)
+    keys, output = tmp_path / "keys.parquet", tmp_path / "unknown.parquet"
+    pq.write_table(labels.select(["subject_id", "prediction_time"]), keys)
+    known = case.predicted(tmp_path / "known.parquet", kind)
+    unknown = case.predicted(output, kind, labels=keys)
+    assert unknown.schema.equals(known.schema)
+    of_labels = [name for name in known.column_names if name in VALUE_COLUMNS]
+    assert all(unknown[name].null_count == len(unknown) for name in of_labels)
+    assert unknown.drop_columns(of_labels).equals(known.drop_columns(of_labels))
+    with pytest.raises(InputError, match=r"no label in any .* nothing to compare the predictions with"):
+        evaluate(EvaluateConfig(predictions=output, output=tmp_path / "evaluation", baselines=False))
+    with pytest.raises(InputError, match=r"keys\.parquet has no value in any of its 300 rows"):
+        finetune(replace(case.config(kind), labels=keys, output=tmp_path / "run"), ONE)
+    assert not (tmp_path / "evaluation").exists() and not (tmp_path / "run").exists()
 
 
 def test_the_adapter_on_its_base_predicts_what_the_run_predicts(case, tmp_path):
@@ -209,6 +229,45 @@ def test_events_after_the_prediction_time_change_nothing(case, tmp_path, kind):
     assert {row.subject for row in later} < set(shifted.ids)  # some have nothing after it any more
     after = shifted.predicted("changed", known + later)
     assert after.replace_schema_metadata(None).equals(before.replace_schema_metadata(None))
+
+
+def test_a_subject_without_any_event_is_predicted_as_one_whose_first_event_comes_later(case, tmp_path):
+    shifted = Shifted(case, "binary", tmp_path / "alone")
+    alone, unborn = shifted.ids[:5], shifted.ids[5]
+    of_train = shifted.labelled.splits["train"][:3].tolist()
+    rows = [
+        row
+        for row in shifted.labelled.rows
+        if row.subject != unborn and (row.code == BIRTH_CODE or row.subject not in [*alone, *of_train])
+    ]
+    later = [Row(subject, shifted.times[subject] + DAY, CODES[0]) for subject in alone]
+    table = shifted.predicted("never", rows)
+    assert table.equals(shifted.predicted("later", rows + later))
+    assert table["subject_id"].to_pylist() == [subject for subject in shifted.ids if subject != unborn]
+
+    known = {
+        row.subject
+        for row in rows
+        if row.code != BIRTH_CODE and row.time <= shifted.times.get(row.subject, 0)
+    }
+    counts = {"examples": len(table), "unknown_subjects": 1, "duplicates": 0}
+    counts["empty_histories"] = len(table) - len(known & set(shifted.ids))
+    for name in ("never", "later"):
+        assert read_predictions(shifted.folder / f"{name}.parquet").metadata["counts"] == counts
+    judged = tmp_path / "judged"
+    record = evaluate(
+        EvaluateConfig(predictions=shifted.folder / "never.parquet", output=judged, baselines=False, draws=20)
+    )
+    assert record["task"]["counts"] == counts and record["without_groups"] is None
+    assert f"{counts['empty_histories']} examples had no known event" in (judged / "SUMMARY.txt").read_text()
+
+    # Their labels are there to be learned from, too.
+    data, labels, delays = read_labelled(shifted.folder / "never", case.labelled("binary").labels)
+    config, model = case.config(), open_pretrained(case.base)
+    found = label_data(config, model.model, model.vocabulary, data, labels, delays).counts
+    assert found["train"]["empty_histories"] == np.isin(labels.subject_ids, of_train).sum() > 0
+    assert found["train"]["examples"] == np.isin(labels.subject_ids, shifted.labelled.splits["train"]).sum()
+    assert found["labels_of_unknown_subjects"] == (labels.subject_ids == unborn).sum()
 
 
 def test_an_event_at_the_prediction_time_counts_and_one_just_after_it_does_not(case, tmp_path):
