@@ -126,7 +126,7 @@ def find_examples(
     for examples, kept, *_ in pieces:
         lengths[examples] = kept
     empty = lengths == 0
-    sequences, windows = part, Windows(begins, lengths.astype(np.int32))
+    sequences, windows = data.splits[split], Windows(begins, lengths.astype(np.int32))
     if pieces or sep_token or empty.any():
         ids = labels.subject_ids[rows]
         sequences = _copied(part, ids, times, begins, lengths, pieces)

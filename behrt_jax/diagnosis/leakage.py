@@ -61,7 +61,7 @@ def _findings(
     binary = labels.positive() is not None
     yield from check_subjects(labels, data)
     yield from check_rows(placed)
-    yield from check_histories(placed)
+    yield from check_histories(labels, data, placed)
     yield from check_classes(placed, binary)
     recorded = manifest.get("options", {}).get("delays", ())
     yield from check_delays(placed, data.vocabulary, config.delays or recorded, recorded)

@@ -6,6 +6,7 @@ import numpy as np
 
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.labels import Labels
+from behrt_jax.data.places import find_subjects
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.visits import DAY
 from behrt_jax.diagnosis.finding import Finding
@@ -73,18 +74,27 @@ def check_rows(placed: Mapping[str, PlacedLabels]) -> Iterator[Finding]:
         )
 
 
-def check_histories(placed: Mapping[str, PlacedLabels]) -> Iterator[Finding]:
+def check_histories(
+    labels: Labels, data: SequenceSet, placed: Mapping[str, PlacedLabels]
+) -> Iterator[Finding]:
     """Prediction times before birth, and labels without any event up to the prediction time."""
     total = unborn = empty = 0
-    for labels in placed.values():
-        if not len(labels):
+    for of_split in placed.values():
+        if not len(of_split):
             continue
-        first = labels.starts
-        births = labels.part.times[first] - labels.part.ages[first].astype(np.float64) * _YEAR
-        before = labels.times < births - DAY
-        total += len(labels)
+        first = of_split.starts
+        births = of_split.part.times[first] - of_split.part.ages[first].astype(np.float64) * _YEAR
+        before = of_split.times < births - DAY
+        total += len(of_split)
         unborn += int(np.count_nonzero(before))
-        empty += int(np.count_nonzero((labels.up_to() == first) & ~before))
+        empty += int(np.count_nonzero((of_split.up_to() == first) & ~before))
+    for born in data.births.values():  # of subjects without any event
+        place = find_subjects(born.subject_ids, labels.subject_ids)
+        own = place >= 0
+        before = labels.times[own] < born.times[place[own]] - DAY
+        total += len(before)
+        unborn += int(np.count_nonzero(before))
+        empty += int(np.count_nonzero(~before))
     if unborn:
         yield Finding(
             "label-before-birth",

@@ -153,7 +153,7 @@ def test_the_files_do_not_depend_on_order_or_cut(tmp_path_factory, seed, units, 
     )
     one = contents(folder / "one")
     assert one == contents(folder / "two")
-    assert len(one) == 14
+    assert len(one) == 17
 
 
 def test_processes_read_side_by_side(tmp_path):

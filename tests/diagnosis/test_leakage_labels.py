@@ -1,4 +1,7 @@
+import shutil
+
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -117,6 +120,20 @@ def test_prediction_times_before_birth_and_before_any_event(data, prepared, task
     assert found["label-before-birth"]["severity"] == "error"
     assert found["label-before-birth"]["seen"].startswith("5 of")
     assert found["label-without-history"]["seen"].startswith("2 of")
+
+
+def test_subjects_without_events_are_known_and_their_histories_empty(prepared, task, tmp_path):
+    ids = np.array([2**40, 2**41])
+    times = np.array([-10 * DAY, 10 * DAY])
+    folder = shutil.copytree(prepared, tmp_path / "prepared")
+    more = Task(*map(np.append, task, (ids, times, np.array([True, False]))))
+    assert findings(folder, tmp_path, more)["label-subject-unknown"]["seen"].startswith("2 of")
+    births = pa.table({"subject_id": ids, "time": pa.array(np.zeros(2, np.int64), pa.timestamp("us"))})
+    pq.write_table(births, folder / "train" / "births.parquet")
+    found = findings(folder, tmp_path, more)
+    assert "label-subject-unknown" not in found
+    for name in ("label-before-birth", "label-without-history"):
+        assert found[name]["seen"].startswith(f"1 of {len(more.times):,} labels")
 
 
 @pytest.mark.parametrize(("share", "severity"), [(1.0, "error"), (0.02, "warning")])
