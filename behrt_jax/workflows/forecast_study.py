@@ -66,7 +66,7 @@ def forecast_study(
     if unknown := set(config.ways) - set(names):
         raise InputError(f"ways: there is no {min(unknown)}: choose among {', '.join(names)}.")
     finetunes = [finetune for finetune in finetunes if not config.ways or finetune.name in config.ways]
-    base, finetunes = _with_subjects(config.subjects, base, finetunes)
+    base, finetunes = with_subjects(config.subjects, base, finetunes)
     with open_console() as console:
         pretrained = config.output / "pretrained"
         if not (pretrained / SUMMARY_FILE).is_file():
@@ -114,7 +114,7 @@ def forecast_study(
     return result
 
 
-def _with_subjects(
+def with_subjects(
     subjects: int | None, base: PretrainConfig, finetunes: Sequence[FinetuneConfig]
 ) -> tuple[PretrainConfig, Sequence[FinetuneConfig]]:
     """The runs with another number of subjects, and about as many steps as before."""

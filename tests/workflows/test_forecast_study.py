@@ -16,7 +16,7 @@ from behrt_jax.config import (
     TrainConfig,
 )
 from behrt_jax.errors import InputError
-from behrt_jax.workflows.forecast_study import forecast_study
+from behrt_jax.workflows.forecast_study import forecast_study, with_subjects
 
 BASE = PretrainConfig(
     model=ModelConfig(embedding_size=16, hidden_size=16, layers=1, heads=2, positions=32, dropout=0.0),
@@ -60,3 +60,16 @@ def test_other_data_has_no_known_optimum(tmp_path):
     base = replace(BASE, data=DataConfig(source="clinical"))
     with pytest.raises(InputError, match="must be latent"):
         forecast_study(ForecastStudyConfig(output=tmp_path), base, ())
+
+
+def test_an_unknown_way_is_refused(tmp_path):
+    with pytest.raises(InputError, match="there is no lora: choose among scratch"):
+        forecast_study(ForecastStudyConfig(ways=("lora",), output=tmp_path), BASE, (PROBE,))
+
+
+def test_twice_the_subjects_get_half_of_the_epochs():
+    base = replace(BASE, train=replace(BASE.train, epochs=9))
+    more, (way,) = with_subjects(2 * base.data.subjects, base, (PROBE,))
+    assert more.data == replace(base.data, subjects=2 * base.data.subjects)
+    assert (more.train.epochs, way.train.epochs) == (4, 1)
+    assert with_subjects(None, base, (PROBE,)) == (base, (PROBE,))
