@@ -137,6 +137,7 @@ def test_temporaries_grow_linearly_and_stay_small():
     assert sizes[8192] < 150 * 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_a_whole_model_with_adapters(rate):
     """Logits, and gradients of all parameters and adapters."""

@@ -81,6 +81,7 @@ def test_data_parallel_devices_send_the_gradients_of_what_trains_and_nothing_els
     assert len(step.found) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_split_parameters_are_gathered_and_frozen_ones_have_no_gradient_to_send(name):
     step = compiled(name, fsdp=8)
@@ -97,6 +98,7 @@ def test_split_parameters_are_gathered_and_frozen_ones_have_no_gradient_to_send(
     assert max(map(size, ([shape] for shape in shapes))) <= max(size([shape]) for shape in step.trainable)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_micro_batches_send_no_more_than_one_batch(fsdp):
     one, parts = compiled("merged", fsdp), compiled("merged", fsdp, micro_batches=2)
@@ -104,6 +106,7 @@ def test_micro_batches_send_no_more_than_one_batch(fsdp):
     assert {found.times for found in parts.found} == {1}
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_stopped_is_found(monkeypatch):
     """The measure can tell: with the frozen leaves' gradient in the norm, it is sent."""
     from behrt_jax.training import update as module

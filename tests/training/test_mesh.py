@@ -10,6 +10,7 @@ from tests.models.rows import random_batch
 from tests.training.test_step import TINY, start
 
 
+@pytest.mark.slow
 def test_each_device_holds_its_share_of_the_rows_and_all_parameters():
     _, state, _, mesh = start(TINY, devices=jax.devices())
     batch = put_rows(random_batch(0, rows=16), mesh)

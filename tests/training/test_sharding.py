@@ -81,6 +81,7 @@ def test_moments_of_the_real_optimizer_lie_with_their_parameters():
     assert share < 0.35 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_initialisation_does_not_depend_on_the_mesh():
     one, split = (jax.device_get(fresh(TINY, mesh_of(name))) for name in ("1", "1x8"))
     chex.assert_trees_all_equal(one, split)

@@ -67,6 +67,7 @@ def test_the_same_start_trains_the_same_way_in_both_layouts(regime):
     chex.assert_trees_all_close(unstack_layers(after), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [STACKED, APART], ids=["stacked", "apart"])
 def test_weight_decay_falls_on_matrices_and_never_on_vectors(config):
     variables = set_up(config, VOCABULARY).shapes

@@ -102,6 +102,7 @@ def test_each_regime_moves_its_leaves_and_no_other(regime):
         assert flatten_dict(moved)[path] == trains, path
 
 
+@pytest.mark.slow
 def test_clipping_and_gradient_norm_are_over_trainable_leaves_alone():
     config = replace(TINY, optimizer=replace(TINY.optimizer, clip_norm=1e-3))
     setup, state, step, mesh = start(config)
@@ -134,6 +135,7 @@ def test_micro_batches_equal_one_batch(adapter_dropout):
     chex.assert_trees_all_close(whole_metrics, parts_metrics, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_uneven_micro_batches_are_weighted_by_their_targets():
     """Parts with many and with few targets: the mean over targets, not the mean of means."""
     config = replace(TINY, model=tiny_model(dropout=0.0), optimizer=replace(TINY.optimizer, clip_norm=None))
@@ -154,6 +156,7 @@ def test_eight_devices_equal_one():
     chex.assert_trees_all_close(one.variables, eight.variables, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_empty_rows_change_nothing():
     config = replace(TINY, model=tiny_model(dropout=0.0))
     batch = random_batch(0, rows=4)

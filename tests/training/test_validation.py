@@ -34,6 +34,7 @@ def batches_of(window="all", cls_token=False, packed=True, seed=0):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls_token", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_sums_over_single_codes_equal_the_validation_step(cls_token, packed):

@@ -89,6 +89,7 @@ def test_without_a_best_checkpoint_the_last_is_read(full, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, started.variables["params"], state.variables["params"])
 
 
+@pytest.mark.slow
 def test_adapters_of_the_source_are_merged_and_the_new_ones_stay_fresh(adapted):
     _, theirs = stored(adapted, SHORT)
     merged = lora.merge(theirs.params, theirs.lora, SHORT.lora)
@@ -127,6 +128,7 @@ def test_frozen_embeddings_stay_those_of_the_source(full, tmp_path):
         np.testing.assert_array_equal(ours[path], leaf)
 
 
+@pytest.mark.slow
 def test_resuming_does_not_read_the_source_again(full, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(full, source)

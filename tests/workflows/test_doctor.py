@@ -142,6 +142,7 @@ def test_a_leaf_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
     assert doctor_command(["--run", str(tmp_path / "run")]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", "small_lora"])
 def test_no_alarm_before_a_shipped_configuration_trains(name, tmp_path, monkeypatch):
     check_before(PRETRAIN[name], tmp_path, monkeypatch)

@@ -47,6 +47,7 @@ def by_hand(data, split, subjects, times, model, vocabulary_size, params, poolin
     return network.apply({"params": {"behrt": params}}, codes, ages, visits, positions, segments, 1)[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_embeddings_of_a_base_at_the_labels(case, tmp_path, monkeypatch, pooling):
     monkeypatch.setattr(embed_module, "AT_ONCE", 41)

@@ -215,6 +215,7 @@ def test_some_unknown_subjects_and_repeated_labels_are_counted(case, tmp_path):
     assert (counts["labels"], counts["duplicate_labels"], counts["labels_of_unknown_subjects"]) == (307, 4, 7)
 
 
+@pytest.mark.slow
 def test_one_class_alone_is_no_crash(case, tmp_path):
     def change(table):
         return replaced(table, "boolean_value", pa.array([True] * len(table)))

@@ -82,6 +82,7 @@ def probabilities(case, output, **options):
     return case.predicted(output, **options)["predicted_boolean_probability"].to_numpy()
 
 
+@pytest.mark.slow
 def test_each_member_is_the_single_run_of_its_table(case, run, tmp_path):
     tables, result = run
     folder, summary = result.folder, result.summary

@@ -71,6 +71,7 @@ def test_embeddings_come_from_the_full_run_of_the_same_seed(miniature):
     assert record["settings"]["train"]["static_masks"]
 
 
+@pytest.mark.slow
 def test_costs_are_relative_to_full(miniature):
     costs = miniature[1]["costs"]
     assert costs["full"]["flops_of_full"] == 1 and costs["full"]["trainable_percent"] == 100
