@@ -1,5 +1,6 @@
 """In what the members of a population differ: seeds, learning rates, ranks, folds or tasks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +20,7 @@ class Variation:
     seeds: list[int]
     rates: list[float]
     """Factors on the learning rate."""
-    adapters: list[LoRAConfig | None]
+    adapters: Sequence[LoRAConfig | None]
     labelled: list[LabelledData]
     """Each member's own examples."""
     tuning: list[np.ndarray]
@@ -59,7 +60,7 @@ def vary(config: FinetuneConfig, labelled: LabelledData) -> Variation:
     if population.vary == "rank":
         assert config.lora is not None
         ranks = [int(value) for value in population.values] or [2**k for k in range(size)]
-        adapters: list[LoRAConfig | None] = [replace(config.lora, rank=rank) for rank in ranks]
+        adapters = [replace(config.lora, rank=rank) for rank in ranks]
         return replace(alike, names=[f"rank {rank}" for rank in ranks], adapters=adapters)
     if population.vary == "fold":
         return _folds(alike, labelled, config.train.seed)
