@@ -65,19 +65,20 @@ def train_population(
     every = config.train.validate_every or batches.steps_per_epoch
     found = [Best() for _ in range(variation.size)]
 
-    def read(number: int) -> tuple[TaskBatch, dict[str, Any]]:
+    def read(number: int) -> tuple[TaskBatch, dict[str, Any], int]:
         batch = batches.batch(number)
+        tokens = int(np.count_nonzero(batch.rows.segment_ids))
         own = jax.device_put(own_fields(batch, variation), replicated(run.mesh))
-        return put_rows(batch, run.mesh), own
+        return put_rows(batch, run.mesh), own, tokens
 
     def outputs_of(part: TaskBatches) -> np.ndarray:
         return outputs_of_members(population._replace(state=state), part, run)
 
     console.start(run.total_steps, 0, batches.steps_per_epoch)
     with reading_ahead(map(read, range(run.total_steps)), AHEAD) as ahead:
-        for number, (batch, own) in enumerate(ahead, start=1):
+        for number, (batch, own, tokens) in enumerate(ahead, start=1):
             state, totals = population.step(state, population.members, batch, own)
-            console.step(number, 0, None)
+            console.step(number, tokens, None)
             if number % every and number != run.total_steps:
                 continue
             outputs = outputs_of(run.tuning)
