@@ -112,6 +112,7 @@ def test_both_products_have_equal_outputs_and_gradients(params):
     chex.assert_trees_all_close(gradients("merged"), gradients("activations"), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_kernels_merged_beforehand_give_the_same_outputs_and_gradients(params):
     config = LoRAConfig(rank=4, targets=ALL_LINEARS)
     adapters, batch = trained(params, config), random_batch(2)

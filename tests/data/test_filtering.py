@@ -49,7 +49,9 @@ def test_events_are_sorted_and_days_are_visits():
 
 def test_the_arrays_have_their_types():
     selected = select_events(event_set([born(1, -DAY), Row(1, DAY, "A")]), (), (), "keep")
-    kinds = {name: str(array.dtype) for name, array in vars(selected).items() if name != "names"}
+    alone = vars(selected.without_events)
+    arrays = {**vars(selected), **{f"without_events.{name}": array for name, array in alone.items()}}
+    kinds = {name: str(a.dtype) for name, a in arrays.items() if name not in ("names", "without_events")}
     assert kinds == {
         "subject_ids": "int64",
         "births": "int64",
@@ -57,6 +59,8 @@ def test_the_arrays_have_their_types():
         "codes": "int32",
         "times": "int64",
         "visits": "int32",
+        "without_events.subject_ids": "int64",
+        "without_events.times": "int64",
     }
     assert selected.births.tolist() == [-DAY]
 

@@ -127,6 +127,7 @@ def test_dropout_needs_a_key_and_changes_the_output():
     assert np.abs(still - noisy).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cls", "mean", "max"])
 def test_pooled_packed_subjects_equal_padded_ones(how):
     config = tiny_model(cls_token=True)

@@ -305,6 +305,7 @@ def test_no_gradient_of_frozen_weights_is_computed():
     assert found < 0.8 * full
 
 
+@pytest.mark.slow
 def test_a_linear_probe_encodes_once_for_all_members():
     """Without adapters and with one dropout key: eight members cost little more than one."""
     case = make_case(config=None)

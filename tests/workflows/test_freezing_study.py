@@ -79,6 +79,7 @@ def test_costs_are_relative_to_full(miniature):
     assert costs["full"]["step_seconds"] is None and costs["full"]["time_of_full"] is None
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated_and_others_are_refused(miniature, monkeypatch):
     config, study = miniature
 
