@@ -18,7 +18,7 @@ from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS
 from behrt_jax.data.filtering import select_events
 from behrt_jax.data.preparation import prepare
 from behrt_jax.data.sequences import build_sequences
-from behrt_jax.data.store import read_prepared
+from behrt_jax.data.store import read_births, read_prepared
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
 from tests.data.meds_folder import DAY, HOUR, Row, born, by_remainder, event_set, events_table, history_rows
@@ -140,7 +140,7 @@ def options(output, **more) -> PrepareConfig:
 @settings(max_examples=8)
 @given(seed=st.integers(0, 99), units=st.integers(1, 3), partition_events=st.integers(1, 200))
 def test_the_files_do_not_depend_on_order_or_cut(tmp_path_factory, seed, units, partition_events):
-    rows = history_rows(20)
+    rows = [*history_rows(20), *(born(subject, -subject * DAY) for subject in range(21, 31))]
     splits = by_remainder(rows)
     folder = tmp_path_factory.mktemp("prepared")
     shuffled = random.Random(seed).sample(rows, len(rows))
@@ -154,6 +154,7 @@ def test_the_files_do_not_depend_on_order_or_cut(tmp_path_factory, seed, units, 
     one = contents(folder / "one")
     assert one == contents(folder / "two")
     assert len(one) == 17
+    assert read_births(folder / "one", "train").subject_ids.tolist() == [*range(21, 29)]
 
 
 def test_processes_read_side_by_side(tmp_path):
