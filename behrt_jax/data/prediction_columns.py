@@ -26,8 +26,7 @@ def prediction_schema(kind: TaskKind, label: str | None = None) -> pa.Schema:
 
     Args:
         kind: of the task.
-        label: multiclass: ``integer`` or ``categorical``, as the labels are, or the classes where there are
-            none.
+        label: multiclass: ``integer`` or ``categorical``, as the labels are.
     """
     columns: list[tuple[str, pa.DataType]] = [
         ("subject_id", pa.int64()),

@@ -9,8 +9,15 @@ import pyarrow as pa
 from behrt_jax.data.examples import Examples
 from behrt_jax.data.label_columns import VALUE_COLUMNS
 from behrt_jax.data.labels import Labels
+from behrt_jax.data.prediction_columns import prediction_schema
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import UNK
+
+
+def schema_of(task: Task, labels: Labels) -> pa.Schema:
+    """The columns for these labels; for kind ``none``, those for labels as the task was fitted on."""
+    without = "integer" if task.of_integers else "categorical"
+    return prediction_schema(task.kind, without if labels.kind == "none" else labels.kind)
 
 
 def prediction_rows(
@@ -24,7 +31,7 @@ def prediction_rows(
     """Rows of a table of predictions, in the order of the labels; label columns of kind ``none`` are null.
 
     Args:
-        schema: of `prediction_columns.prediction_schema`.
+        schema: of :func:`schema_of`.
         task: what is predicted.
         labels: of the examples, one each.
         predicted: float64 ``[examples, outputs]``, of `evaluation.decisions.predictions`.

@@ -33,23 +33,20 @@ class Task:
     """Regression: of the train labels."""
     deviation: float = 1.0
     """Regression: standard deviation of the train labels."""
+    of_integers: bool = False
+    """Multi-class: the classes are those of integer_value, not text (which may be digits, such as 007)."""
 
     @property
     def outputs(self) -> int:
         """Numbers that a model gives for an example."""
         return len(self.classes or self.edges_days) or 1
 
-    @property
-    def of_integers(self) -> bool:
-        """Whether all classes are integers."""
-        return all(name.lstrip("-").isdecimal() for name in self.classes)
-
     def fits(self, labels: Labels) -> bool:
         """Whether labels are of this kind."""
         if self.kind == "binary":
             return labels.positive() is not None
         if labels.kind == "integer" and self.kind == "multiclass":
-            return self.of_integers
+            return all(name.lstrip("-").isdecimal() for name in self.classes)
         return OF_LABELS.get(labels.kind) == self.kind
 
     def targets(self, labels: Labels, rows: np.ndarray) -> np.ndarray:
@@ -126,7 +123,7 @@ def fit_task(labels: Labels, rows: np.ndarray, intervals: int = 10) -> Task:
         classes = tuple(str(value) for value in found)
         if len(classes) < 2:
             raise InputError("All train labels have the same class: there is nothing to learn.")
-        return Task(kind, classes=classes)
+        return Task(kind, classes=classes, of_integers=labels.kind == "integer")
     if kind == "multilabel":
         codes = sorted({code for row in values for code in row})
         if not codes:

@@ -12,8 +12,7 @@ from behrt_jax.config import PredictConfig
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.examples import find_examples, of_unknown_subjects
 from behrt_jax.data.labels import Labels
-from behrt_jax.data.prediction_columns import prediction_schema
-from behrt_jax.data.prediction_rows import codes_seen, member_rows, member_schema, prediction_rows
+from behrt_jax.data.prediction_rows import codes_seen, member_rows, member_schema, prediction_rows, schema_of
 from behrt_jax.data.predictions import PredictionWriter, members_path
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.task_batches import task_batches
@@ -76,8 +75,7 @@ def predict(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict
                 f"--labels: none of the {len(labels):,} labels is of a subject of the split {config.split} "
                 f"({counts['unknown_subjects']:,} are of subjects that the data lacks)."
             )
-        without = "integer" if task.of_integers else "categorical"
-        schema = prediction_schema(task.kind, without if labels.kind == "none" else labels.kind)
+        schema = schema_of(task, labels)
         metadata = _metadata(config, finetuned) | {"counts": counts}  # complete when the file is closed
         console.start(counts["examples"], 0, None)
         done = 0

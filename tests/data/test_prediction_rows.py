@@ -5,8 +5,7 @@ import pytest
 
 from behrt_jax.data.examples import find_examples
 from behrt_jax.data.label_columns import VALUE_COLUMNS
-from behrt_jax.data.prediction_columns import prediction_schema
-from behrt_jax.data.prediction_rows import codes_seen, prediction_rows
+from behrt_jax.data.prediction_rows import codes_seen, prediction_rows, schema_of
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.visits import DAY
 from tests.data.histories import Event, labels_at, sequence_set
@@ -14,7 +13,7 @@ from tests.data.test_tasks import labels_of
 
 
 def rows_of(task, labels, predicted, threshold=None, seen=None):
-    schema = prediction_schema(task.kind, labels.kind)
+    schema = schema_of(task, labels)
     table = prediction_rows(schema, task, labels, np.array(predicted, np.float64), threshold, seen)
     assert table.schema == schema
     assert table["subject_id"].to_pylist() == labels.subject_ids.tolist()
@@ -65,15 +64,16 @@ def test_labels_that_nobody_knows_are_null_and_all_else_is_the_same():
     tasks = [
         (Task("binary"), labels_of("boolean", [True, False])),
         (Task("multiclass", ("a", "b")), labels_of("categorical", ["a", "b"])),
-        (Task("multiclass", ("-1", "2")), labels_of("integer", [2, -1])),
+        (Task("multiclass", ("-1", "2"), of_integers=True), labels_of("integer", [2, -1])),
+        (Task("multiclass", ("1", "001")), labels_of("categorical", ["1", "001"])),
         (Task("multilabel", ("A//1", "B//1")), labels_of("codes", [("A//1",), ()])),
         (Task("regression", mean=2.0), labels_of("float", [1.0, 2.0])),
         (Task("survival", edges_days=(5.0, 9.0)), labels_of("survival", [(3.0, 1), (8.0, 0)])),
     ]
     for task, labels in tasks:
-        schema = prediction_schema(task.kind, labels.kind)
+        schema = schema_of(task, labels)
         known, without = (
-            prediction_rows(schema, task, table, np.array(shares), 0.5, np.ones((2, 2), bool))
+            prediction_rows(schema_of(task, table), task, table, np.array(shares), 0.5, np.ones((2, 2), bool))
             for table in (labels, unknown)
         )
         assert without.schema == schema

@@ -60,13 +60,17 @@ def test_integers_are_binary_where_they_are_0_and_1_and_classes_otherwise():
     targets = task.targets(labels_of("integer", [1, 0]), np.array([0, 1]))
     assert targets.tolist() == [[1], [0]] and targets.dtype == np.float32
     task = fitted("integer", [10, -3, 2, 2, 10, -3])
-    assert task == Task("multiclass", classes=("-3", "2", "10"))  # as numbers, not as text
+    assert task == Task("multiclass", ("-3", "2", "10"), of_integers=True)  # as numbers, not as text
     assert task.targets(labels_of("integer", [2, 10, -3]), np.arange(3)).tolist() == [[1], [2], [0]]
 
 
 def test_integer_labels_do_not_fit_classes_that_are_no_integers():
     assert fitted("integer", [3, 4, 3, 4]).fits(labels_of("integer", [0, 1]))
     assert not fitted("categorical", ["b", "a", "b", "a"]).fits(labels_of("integer", [3, 4]))
+
+
+def test_text_that_is_digits_stays_text():
+    assert fitted("categorical", ["1", "001", "1", "001"]) == Task("multiclass", ("001", "1"))
 
 
 def test_classes_codes_and_scale_come_from_the_train_labels_alone():

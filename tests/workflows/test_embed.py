@@ -1,6 +1,7 @@
 """Embeddings of subjects equal those of the model applied by hand."""
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -73,6 +74,12 @@ def test_embeddings_of_an_adapted_model_at_the_last_events(case, tmp_path):
     np.testing.assert_array_equal(ids, part.subject_ids)
     last = [part.times[start:stop].max() for start, stop in zip(part.offsets, part.offsets[1:], strict=False)]
     np.testing.assert_array_equal(times, last)
+    keys = {"subject_id": ids, "prediction_time": pa.array(times, pa.timestamp("us"))}
+    pq.write_table(pa.table(keys), tmp_path / "keys.parquet")
+    at_keys = written(
+        case, tmp_path / "k.parquet", model=case.run(), split="tuning", labels=tmp_path / "keys.parquet"
+    )
+    np.testing.assert_array_equal(at_keys[2], vectors)
     found = open_finetuned(case.run(), None, make_mesh(ONE))
     (variables,), adapters = found.members, found.setup.predictor.lora
     params = lora.merge(variables["params"], variables["lora"], adapters)["behrt"]
