@@ -1,6 +1,7 @@
 """Mistakes in the configuration of a fine-tuning run that can be told before any data is read."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 from behrt_jax.config import FinetuneConfig, ModelConfig
 from behrt_jax.errors import InputError
@@ -38,6 +39,11 @@ def check_finetune(config: FinetuneConfig) -> None:
         )
     if has_members(config):
         _check_population(config)
+        require(
+            find_spec("safetensors") is not None,
+            "population: members are written as adapters, with safetensors, which is not installed: "
+            "pip install safetensors.",
+        )
 
 
 def has_members(config: FinetuneConfig) -> bool:

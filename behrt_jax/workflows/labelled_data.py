@@ -116,7 +116,7 @@ def examples_to_train(
     delays: Sequence[str],
 ) -> tuple[Examples, Examples, VocabularyMap]:
     """Examples of the train split (as many as ``task.label_fraction`` says), of the tuning split, and how the
-    codes were mapped onto those of the model. Arguments and errors of :func:`label_data`.
+    codes were mapped onto those of the model. Arguments as of :func:`label_data`, errors of `find_examples`.
     """
     data, mapped = in_vocabulary(data, vocabulary, config.extend_vocabulary)
     train, tuning = (
