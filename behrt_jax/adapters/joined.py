@@ -72,6 +72,7 @@ def choosing(numbers: jax.Array) -> Iterator[None]:
             return dense(*args, **kwargs)
         (x,) = args
         y = dense(x)  # [B, L, O]
+        x = x.astype(module.dtype or x.dtype)
         a, b = (module.get_variable("bank", side).astype(x.dtype) for side in ("a", "b"))
         if numbers.ndim == 1:
             own = module.get_variable("bank", "slots")[numbers]  # [B, most]

@@ -12,14 +12,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from behrt_jax.adapters.products import activation_product, merged_kernel, merged_product
+from behrt_jax.adapters.products import (
+    Product,
+    activation_product,
+    extended_product,
+    merged_kernel,
+    merged_product,
+)
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import is_stacked, unstacked_path
@@ -149,7 +155,7 @@ def merged_kernels(params: Tree, lora: Tree, config: LoRAConfig) -> dict[str, An
 @contextmanager
 def applying(
     config: LoRAConfig,
-    product: Literal["activations", "merged"] = "activations",
+    product: Product = "activations",
     deterministic: bool = True,
     rows: jax.Array | None = None,
 ) -> Iterator[None]:
@@ -160,7 +166,7 @@ def applying(
 
     Args:
         config: gives scale and dropout.
-        product: how the product is computed, see :func:`resolve_product`.
+        product: how the product is computed, see :func:`products.resolve_product`.
         deterministic: no adapter dropout; otherwise a `dropout` PRNG key is needed.
         rows: number of each row of the batch, for dropout, see `models.dropout`.
 
@@ -182,9 +188,14 @@ def applying(
                 merged = module.get_variable("merged", "kernel")
             else:
                 merged = merged_kernel(module.get_variable("params", "kernel"), a, b, scale(config))
-            bias: Any = module.get_variable("params", "bias")
-            y: Any = merged_product(x, merged, a, b, scale(config))
-            return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+            return _with_bias(module, merged_product(x, merged, a, b, scale(config)))
+        # In the layer's own precision: what comes out of a LayerNorm is float32.
+        dtype = module.dtype or x.dtype
+        x = x.astype(dtype)
+        if product == "extended" and module.dot_general is None:
+            kernel = module.get_variable("params", "kernel")
+            y = extended_product(x, *(part.astype(dtype) for part in (kernel, a, b)), scale(config))
+            return _with_bias(module, y)
         key = None if deterministic or config.dropout == 0.0 else module.make_rng("dropout")
         y = dense(x)
         return y + activation_product(x, a, b, scale(config), config.dropout, key, rows).astype(y.dtype)
@@ -193,28 +204,9 @@ def applying(
         yield
 
 
-def resolve_product(
-    config: LoRAConfig, compute_dtype: str, adapted_kernels_frozen: bool
-) -> Literal["activations", "merged"]:
-    """Choose between the two forms of the adapted product.
-
-    Raises:
-        InputError: `merged` is asked for where it would be wrong: its backward pass leaves out the
-            kernel's gradient, it has no place for adapter dropout, and in bfloat16 the update of a
-            young adapter is rounded away.
-    """
-    reasons = []
-    if not adapted_kernels_frozen:
-        reasons.append("adapted kernels are trained")
-    if config.dropout > 0.0:
-        reasons.append("lora.dropout is above 0")
-    if compute_dtype != "float32":
-        reasons.append(f"model.compute_dtype is {compute_dtype}")
-    if config.product == "merged" and reasons:
-        raise InputError(f"lora.product merged: not possible while {' and '.join(reasons)}. Use auto.")
-    if config.product == "auto":
-        return "activations" if reasons else "merged"
-    return config.product
+def _with_bias(module: nn.Dense, y: Any) -> Any:
+    bias: Any = module.get_variable("params", "bias")
+    return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _matches(target: str, layer: AdaptedLayer) -> bool:

@@ -74,7 +74,8 @@ class LoRAConfig:
     it, by a glob pattern over the whole path (behrt/encoder/layer_0/*)."""
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA: Kalajdzievski 2023, arXiv 2312.03732)."""
-    product: Literal["auto", "activations", "merged"] = "auto"
-    """How x @ (W + scale * a @ b) is computed: on activations, or with the weights merged in the
-    forward pass and a low-rank backward pass (faster in float32). Equal results. `auto` takes
-    `merged` where it is allowed: float32, no adapter dropout, adapted kernels frozen."""
+    product: Literal["auto", "activations", "extended", "merged"] = "auto"
+    """How x @ (W + scale * a @ b) is computed: on activations; in one product with x extended by x @ a and
+    W by b (faster on an accelerator); or with the weights merged in the forward pass and a low-rank backward
+    pass (faster in float32 on a CPU). Equal results. `auto` takes `merged` where it is allowed (float32, no
+    adapter dropout, adapted kernels frozen), `extended` where only the precision forbids that."""

@@ -30,6 +30,7 @@ class BEHRT(nn.Module):
         segment_ids: jax.Array,
         deterministic: bool = True,
         rows: jax.Array | None = None,
+        packed: bool = True,
     ) -> jax.Array:
         """Encode rows of events, in each of which several subjects may stand one after the other.
 
@@ -41,6 +42,7 @@ class BEHRT(nn.Module):
             segment_ids: subject within the row from 1, int32 `[batch, length]`; 0 is padding.
             deterministic: no dropout; otherwise a `dropout` PRNG key is needed.
             rows: number of each row in its batch, int32 `[batch]`, for dropout; 0, 1, ... where not given.
+            packed: False promises that no row holds more than one subject, see `SelfAttention`.
 
         Returns:
             float32 `[batch, length, hidden]`; at padding, numbers without meaning.
@@ -50,7 +52,7 @@ class BEHRT(nn.Module):
         x = Embeddings(self.config, self.vocabulary_size, name="embeddings")(
             codes, ages, visits, positions, deterministic, rows
         )
-        return Encoder(self.config, name="encoder")(x, segment_ids, deterministic, rows)
+        return Encoder(self.config, name="encoder")(x, segment_ids, deterministic, rows, packed)
 
 
 class BEHRTForMLM(nn.Module):
@@ -70,6 +72,7 @@ class BEHRTForMLM(nn.Module):
         targets: jax.Array | None = None,
         deterministic: bool = True,
         rows: jax.Array | None = None,
+        packed: bool = True,
         decode: bool = True,
     ) -> jax.Array:
         """Logits over the vocabulary.
@@ -84,13 +87,14 @@ class BEHRTForMLM(nn.Module):
                 where not given. The head is the widest layer: evaluate it only where it is asked.
             deterministic: no dropout.
             rows: see :class:`BEHRT`.
+            packed: see :class:`BEHRT`.
             decode: False for the input of the head's last layer in place of its logits.
 
         Returns:
             float32 `[batch, targets or length, vocabulary]`, or `[batch, targets or length, hidden]`.
         """
         hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(
-            codes, ages, visits, positions, segment_ids, deterministic, rows
+            codes, ages, visits, positions, segment_ids, deterministic, rows, packed
         )
         if targets is not None:
             chex.assert_shape(targets, (codes.shape[0], None))
@@ -121,12 +125,13 @@ class PatientEmbedding(nn.Module):
         segments: int,
         deterministic: bool = True,
         rows: jax.Array | None = None,
+        packed: bool = True,
     ) -> jax.Array:
         """Return float32 `[batch, segments, hidden]`; inputs as in :class:`BEHRT`."""
         if self.pooling == "cls" and not self.config.cls_token:
             raise ValueError("cls pooling needs sequences with a [CLS] token: set model.cls_token")
         hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(
-            codes, ages, visits, positions, segment_ids, deterministic, rows
+            codes, ages, visits, positions, segment_ids, deterministic, rows, packed
         )
         return pool_segments(hidden, segment_ids, self.pooling, segments)
 

@@ -19,7 +19,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array, deterministic: bool, rows: jax.Array | None = None
+        self,
+        x: jax.Array,
+        segment_ids: jax.Array,
+        deterministic: bool,
+        rows: jax.Array | None = None,
+        packed: bool = True,
     ) -> jax.Array:
         """Map `x` `[batch, length, hidden]` to the same shape; other arguments as in `SelfAttention`."""
         config = self.config
@@ -29,7 +34,7 @@ class Block(nn.Module):
 
         branch = LayerNorm(name="attention_norm")(x)
         branch = SelfAttention(config.heads, attention_dropout, dtype, config.attention, name="attention")(
-            branch, segment_ids, deterministic, rows
+            branch, segment_ids, deterministic, rows, packed
         )
         x = x + drop(branch, deterministic, rows)
 
@@ -49,19 +54,27 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array, deterministic: bool = True, rows: jax.Array | None = None
+        self,
+        x: jax.Array,
+        segment_ids: jax.Array,
+        deterministic: bool = True,
+        rows: jax.Array | None = None,
+        packed: bool = True,
     ) -> jax.Array:
         """Encode `x` `[batch, length, hidden]`; float32 out; other arguments as in `SelfAttention`."""
         config, block = self.config, Block
         if config.rematerialise:
-            # Dropout must be static for the branches above, hence argument 3 (self counts). Inside a scan
+            # What branches depend on must be static, hence arguments 3 and 5 (self counts). Inside a scan
             # nothing can undo the recomputation: the barriers against it are not needed there.
-            block = nn.remat(Block, static_argnums=(3,), prevent_cse=not config.scan_layers)
+            block = nn.remat(Block, static_argnums=(3, 5), prevent_cse=not config.scan_layers)
         if config.scan_layers:
             # Every collection and every random stream goes by the layer, whatever its name: adapters come in
             # a collection that this module does not know.
             scanned = nn.scan(
-                lambda layer, x, segment_ids, rows: (layer(x, segment_ids, deterministic, rows), None),
+                lambda layer, x, segment_ids, rows: (
+                    layer(x, segment_ids, deterministic, rows, packed),
+                    None,
+                ),
                 variable_axes={True: 0},
                 split_rngs={True: True},
                 in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
@@ -70,5 +83,5 @@ class Encoder(nn.Module):
             x, _ = scanned(block(config, name=STACKED), x, segment_ids, rows)
         else:
             for layer in range(config.layers):
-                x = block(config, name=layer_name(layer))(x, segment_ids, deterministic, rows)
+                x = block(config, name=layer_name(layer))(x, segment_ids, deterministic, rows, packed)
         return LayerNorm(name="norm")(x)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from behrt_jax.models.platform import on_cpu
+
 EPSILON = 1e-5
 
 
@@ -44,8 +46,19 @@ def _backward(residuals, gradient):
     scaled = gradient * scale.reshape((1,) * (x.ndim - 1) + (-1,))
     along = (scaled * normal).mean(-1, keepdims=True)  # [..., 1]
     dx = inverse * (scaled - scaled.mean(-1, keepdims=True) - normal * along)
-    lead = tuple(range(x.ndim - 1))
-    return dx.astype(x.dtype), (gradient * normal).sum(lead), gradient.sum(lead)
+    return dx.astype(x.dtype), *_sums(gradient * normal, gradient)
+
+
+def _sums(left, right):
+    """Each summed over all axes but the last."""
+    axes = tuple(range(left.ndim - 1))
+    if on_cpu():
+        return left.sum(axes), right.sum(axes)
+    # A GPU's compiler does not see that both read the same arrays: the sums took 1.7 times as long apart.
+    zero = jnp.zeros((), left.dtype)
+    return jax.lax.reduce(
+        (left, right), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), dimensions=axes
+    )
 
 
 layer_norm.defvjp(_forward, _backward)

@@ -6,6 +6,7 @@ largest part that fits the memory is the fastest. The result of a step does not 
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,8 @@ import jax
 
 CACHED_BYTES = 2**22
 """Without a search, a CPU's parts are such that the widest activation takes about this much."""
+EVEN_TOKENS = 512
+MOST_EMPTY = 1 / 16
 MOST_CANDIDATES = 4
 TIMED_STEPS = 3
 
@@ -33,6 +36,27 @@ def likely_parts(rows: int, row_length: int, ffn_size: int, platform: str) -> in
         return 1
     rows_of_part = max(1, CACHED_BYTES // (4 * ffn_size * row_length))
     return -(-rows // rows_of_part)
+
+
+def even_rows(rows: int, row_length: int, platform: str) -> int:
+    """Of what number the rows of a part are best a multiple, filled up with empty ones.
+
+    An accelerator cuts sums over all tokens, which the gradients of all weights are, into parts of a power
+    of two, and copies what does not divide: measured on an H200, 13 % of a step of `large` in 123 rows of
+    200 tokens, none in 128. So the tokens of a part are brought to a multiple of 512, or of the largest
+    power of two below for which at most a sixteenth of the rows is empty.
+
+    Args:
+        rows: of a part of a batch, on one device.
+        row_length: tokens of a row.
+        platform: of the device, such as ``cpu``.
+    """
+    if platform == "cpu":
+        return 1
+    multiple = EVEN_TOKENS // math.gcd(EVEN_TOKENS, row_length)
+    while -(-rows // multiple) * multiple > rows * (1 + MOST_EMPTY):
+        multiple //= 2
+    return multiple
 
 
 def candidates(rows: int, likely: int) -> list[int]:

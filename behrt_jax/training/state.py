@@ -1,7 +1,7 @@
 """The first train state, and what follows from model, adapters and regime alone."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
+from behrt_jax.adapters.products import Product, resolve_product
 from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.training.compilation import RUN_ONCE
@@ -42,7 +43,8 @@ def set_up(config: PretrainConfig, vocabulary_size: int, mesh: Mesh | None = Non
     model = BEHRTForMLM(config.model, vocabulary_size)
     shapes = jax.eval_shape(lambda: _init_variables(model, config, jax.random.key(0)))
     trains = what_trains(shapes, config.freezing, config.lora, config.model.compute_dtype)
-    return Setup(Predictor(model, config.lora, trains.product, mesh), shapes, trains.mask, trains.layers)
+    predictor = Predictor(model, config.lora, trains.product, mesh, config.data.packed)
+    return Setup(predictor, shapes, trains.mask, trains.layers)
 
 
 class Trains(NamedTuple):
@@ -50,7 +52,7 @@ class Trains(NamedTuple):
 
     mask: Any
     """As in :class:`Setup`."""
-    product: Literal["activations", "merged"]
+    product: Product
     layers: list[lora.AdaptedLayer]
 
 
@@ -65,7 +67,7 @@ def what_trains(
     mask = trainable(shapes, regime(freezing))
     if adapters is None:
         return Trains(mask, "activations", [])
-    product = lora.resolve_product(adapters, compute_dtype, adapted_kernels_frozen(shapes, mask))
+    product = resolve_product(adapters, compute_dtype, adapted_kernels_frozen(shapes, mask))
     return Trains(mask, product, lora.adapted_layers(shapes["params"], adapters))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
+from behrt_jax.adapters.products import Product
 from behrt_jax.config import LoRAConfig, MaskingConfig
 from behrt_jax.data.rows import Batch
 from behrt_jax.evaluation.code_losses import CodeLosses, decoder_losses, logit_losses, vocabulary_chunk
@@ -25,9 +26,11 @@ class Predictor(NamedTuple):
 
     model: BEHRTForMLM
     lora: LoRAConfig | None = None
-    product: Literal["activations", "merged"] = "activations"
+    product: Product = "activations"
     mesh: Mesh | None = None
     """Devices that share the rows of a batch; a single one where not given."""
+    packed: bool = True
+    """Rows may hold several subjects, see `models.attention.SelfAttention`."""
 
     def adapters(self, deterministic: bool, rows: jax.Array | None = None) -> AbstractContextManager[None]:
         """Context in which the model is applied."""
@@ -64,6 +67,7 @@ class Predictor(NamedTuple):
                 masked.columns,
                 deterministic=key is None,
                 rows=rows,
+                packed=self.packed,
                 decode=decode,
                 rngs=None if key is None else {"dropout": key},
             )

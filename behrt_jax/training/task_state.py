@@ -48,6 +48,7 @@ def set_up_task(
     mesh: Mesh | None = None,
     first_outputs: np.ndarray | None = None,
     new_codes: int = 0,
+    packed: bool = True,
 ) -> TaskSetup:
     """Work out model, adapters and what trains, without computing anything.
 
@@ -62,6 +63,7 @@ def set_up_task(
         first_outputs: bias of the head before training, float32 `[outputs]`, see
             :func:`behrt_jax.training.task_losses.base_outputs`; zero where not given.
         new_codes: rows of embeddings beside the pretrained ones, see `adapters.new_codes`.
+        packed: rows may hold several examples.
 
     Raises:
         InputError: adapters that match nothing, a regime that trains nothing, and the like.
@@ -83,7 +85,7 @@ def set_up_task(
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     trains = what_trains(shapes, freezing, adapters, model.compute_dtype)
-    predictor = TaskPredictor(network, task.kind, adapters, trains.product, mesh)
+    predictor = TaskPredictor(network, task.kind, adapters, trains.product, mesh, packed)
     return TaskSetup(predictor, init_with, init, shapes, trains.mask, trains.layers)
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.new_codes import with_new_codes
+from behrt_jax.adapters.products import Product
 from behrt_jax.config import LoRAConfig, TaskKind
 from behrt_jax.data.rows import Batch
 from behrt_jax.data.task_batches import TaskBatch
@@ -24,8 +25,10 @@ class TaskPredictor(NamedTuple):
     model: BEHRTForTask
     kind: TaskKind
     lora: LoRAConfig | None = None
-    product: Literal["activations", "merged"] = "activations"
+    product: Product = "activations"
     mesh: Mesh | None = None
+    packed: bool = True
+    """Rows may hold several examples, see `models.attention.SelfAttention`."""
 
     def merged(self, variables: Variables) -> dict[str, Any]:
         """What a step works out once for all its micro-batches, see `lora.merged_kernels`."""
@@ -58,6 +61,7 @@ class TaskPredictor(NamedTuple):
                 segments,
                 deterministic=deterministic,
                 rows=rows,
+                packed=self.packed,
                 rngs=None if key is None else {"dropout": key},
             )
 

@@ -84,6 +84,7 @@ def open_finetuning(
         mesh,
         first_outputs=None if labelled.tasks else labelled.base_outputs(),
         new_codes=len(labelled.vocabulary) - len(pretrained.vocabulary),
+        packed=config.task.packed,
     )
     parameters = parameter_report(config.freezing, setup)
     announce.parameters(console, parameters, setup.predictor.product)

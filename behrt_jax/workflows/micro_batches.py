@@ -13,11 +13,18 @@ from behrt_jax.data.batches import TrainingBatches, with_rows_a_multiple_of
 from behrt_jax.tracking.run_folder import CONFIG_FILE, read_json
 from behrt_jax.training.compilation import default_folder, host_fingerprint
 from behrt_jax.training.mesh import put_rows
-from behrt_jax.training.micro_batches import candidates, fastest, likely_parts, remembered
+from behrt_jax.training.micro_batches import candidates, even_rows, fastest, likely_parts, remembered
 from behrt_jax.training.update import TrainState
 
 SEARCH_FROM = 2000
 """Steps of a run from which on a search pays: it compiles and times up to four programs."""
+
+
+def rows_multiple(batches: TrainingBatches, mesh: Mesh, parts: int) -> int:
+    """Of what number the rows of each batch are made a multiple: all devices and parts alike, evenly."""
+    shares = mesh.size * parts
+    rows, platform = -(-batches.rows_per_batch // shares), mesh.devices.flat[0].platform
+    return shares * even_rows(rows, batches.row_length, platform)
 
 
 def choose_micro_batches(
@@ -66,7 +73,7 @@ def choose_micro_batches(
     }
 
     def make_trial(parts: int) -> Callable[[], Any]:
-        batch = put_rows(with_rows_a_multiple_of(batches, mesh.size * parts).batch(0), mesh)
+        batch = put_rows(with_rows_a_multiple_of(batches, rows_multiple(batches, mesh, parts)).batch(0), mesh)
         step, state = program(parts), first_state()
 
         def trial() -> Any:

@@ -53,7 +53,7 @@ from behrt_jax.workflows.baselines import predict_baselines
 from behrt_jax.workflows.checks import check
 from behrt_jax.workflows.examination import Examination
 from behrt_jax.workflows.facts import gather_facts
-from behrt_jax.workflows.micro_batches import choose_micro_batches
+from behrt_jax.workflows.micro_batches import choose_micro_batches, rows_multiple
 from behrt_jax.workflows.pretraining_batches import split_batches
 from behrt_jax.workflows.restoring import restore_latest
 from behrt_jax.workflows.results import RunResult, parameter_report, try_write_adapter, write_summary
@@ -129,7 +129,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Ru
             lambda: init_state(config, setup, optimizer, init_key, mesh),
             console.log,
         )
-        batches = with_rows_a_multiple_of(batches, mesh.size * micro_batches)
+        batches = with_rows_a_multiple_of(batches, rows_multiple(batches, mesh, micro_batches))
         train_step = step_in_parts(micro_batches=micro_batches)
         program = one_step(train_step, jit_step)
 

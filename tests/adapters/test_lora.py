@@ -1,5 +1,7 @@
 """LoRA as a tree transform."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,10 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from behrt_jax.adapters import lora
-from behrt_jax.adapters.products import activation_product, merged_kernel, merged_product
+from behrt_jax.adapters.products import activation_product, merged_kernel, merged_product, resolve_product
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
@@ -63,7 +66,7 @@ def test_shapes_and_first_values(params, targets):
             assert 0.5 * inputs**-0.5 < np.abs(leaf).max() <= inputs**-0.5
 
 
-@pytest.mark.parametrize("product", ["activations", "merged"])
+@pytest.mark.parametrize("product", ["activations", "extended", "merged"])
 def test_fresh_adapters_leave_the_output_identical(params, product):
     config = LoRAConfig(rank=4, targets=ALL_LINEARS)
     batch = random_batch(0)
@@ -98,7 +101,8 @@ def test_unmerge_undoes_merge_and_touches_no_other_leaf(params):
     assert changed == {(*path[:-1], "kernel") for path in flatten_dict(adapters)}
 
 
-def test_both_products_have_equal_outputs_and_gradients(params):
+@pytest.mark.parametrize("product", ["extended", "merged"])
+def test_all_products_have_equal_outputs_and_gradients(params, product):
     config = LoRAConfig(rank=4, targets=ALL_LINEARS)
     adapters, batch = trained(params, config), random_batch(2)
 
@@ -109,7 +113,32 @@ def test_both_products_have_equal_outputs_and_gradients(params):
 
         return jax.jit(jax.value_and_grad(loss))(adapters)
 
-    chex.assert_trees_all_close(gradients("merged"), gradients("activations"), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(gradients(product), gradients("activations"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("product", ["activations", "extended"])
+def test_adapters_compute_in_the_precision_of_their_layer(product):
+    """The input of most layers is a LayerNorm's, in float32: no product of a bfloat16 model may be."""
+    model = BEHRTForMLM(replace(MODEL.config, compute_dtype="bfloat16"), VOCABULARY)
+    config, batch = LoRAConfig(rank=7, targets=ALL_LINEARS), random_batch(0)
+
+    def loss(adapters, params):
+        with lora.applying(config, product):
+            return model.apply({"params": params, "lora": adapters}, *batch[:5]).mean()
+
+    params = jax.eval_shape(lambda key: model.init(key, *batch[:5])["params"], jax.random.key(0))
+    adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, config))
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters, params).jaxpr
+    operands = [x.aval for p in dot_generals(jaxpr) for x in p.invars if 7 in x.aval.shape]
+    assert {x.dtype for x in operands} == {jnp.dtype("bfloat16")}
+
+
+def dot_generals(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from dot_generals(inner)
 
 
 @pytest.mark.slow
@@ -222,15 +251,20 @@ def test_scale():
 
 
 def test_product_is_merged_only_where_that_is_right():
-    assert lora.resolve_product(LoRAConfig(), "float32", True) == "merged"
+    assert resolve_product(LoRAConfig(), "float32", True) == "merged"
+    assert resolve_product(LoRAConfig(), "bfloat16", True) == "extended"
     for config, dtype, frozen in [
         (LoRAConfig(dropout=0.1), "float32", True),
-        (LoRAConfig(), "bfloat16", True),
+        (LoRAConfig(dropout=0.1), "bfloat16", True),
         (LoRAConfig(), "float32", False),
+        (LoRAConfig(), "bfloat16", False),
     ]:
-        assert lora.resolve_product(config, dtype, frozen) == "activations"
-    with pytest.raises(InputError, match="adapted kernels are trained"):
-        lora.resolve_product(LoRAConfig(product="merged"), "float32", False)
+        assert resolve_product(config, dtype, frozen) == "activations"
+    for product in ("merged", "extended"):
+        with pytest.raises(InputError, match=f"{product}: not possible while adapted kernels are trained"):
+            resolve_product(LoRAConfig(product=product), "float32", False)
+    with pytest.raises(InputError, match="compute_dtype is bfloat16"):
+        resolve_product(LoRAConfig(product="merged"), "bfloat16", True)
 
 
 def test_adapters_work_under_a_scan_over_layers():

@@ -13,9 +13,10 @@ from jax.extend.core import jaxprs_in_params
 
 from behrt_jax.adapters import lora
 from behrt_jax.config import LoRAConfig
-from behrt_jax.models.attention import SelfAttention, cudnn_attention, segment_mask
+from behrt_jax.models.attention import SelfAttention
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.models.chunked_attention import chunked_attention
+from behrt_jax.models.cudnn_attention import cudnn_attention, segment_mask
 from behrt_jax.models.dense_attention import dense_attention
 from behrt_jax.models.dropout import dropout
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
@@ -175,6 +176,38 @@ def test_auto_takes_the_chunked_form_for_long_rows_alone():
 
     assert [loops("auto", length) for length in (200, 2048)] == [False, True]
     assert [loops("dense", 2048), loops("chunked", 200)] == [False, True]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_auto_takes_cudnn_where_it_is_to_be_had(packed, monkeypatch):
+    """CuDNN's own numbers need its GPU; what is asked of it does not."""
+    asked = []
+
+    def stand_in(queries, keys, values, segment_ids, *, scale, packed, **options):
+        asked.append((scale, packed))
+        return dense_attention(queries * scale, keys, values, segment_ids, **options)
+
+    monkeypatch.setattr("behrt_jax.models.attention.cudnn_attention", stand_in)
+    x = jax.random.normal(jax.random.key(1), (2, 6, 64), jnp.bfloat16)
+    segment_ids = jnp.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+
+    def attend(size=8, dtype="bfloat16", rate=0.0, length=6):
+        module = SelfAttention(64 // size, rate, jnp.dtype(dtype))
+        inputs = x[:, :length], segment_ids[:, :length]
+        params = module.init(jax.random.key(0), *inputs)
+        asked.clear()
+        rngs = {"dropout": jax.random.key(2)}
+        return module.apply(params, *inputs, deterministic=False, packed=packed, rngs=rngs)
+
+    monkeypatch.setattr("behrt_jax.models.cudnn_attention.has_cudnn", lambda: False)
+    dense = attend()
+    assert not asked
+    monkeypatch.setattr("behrt_jax.models.cudnn_attention.has_cudnn", lambda: True)
+    np.testing.assert_allclose(attend().astype("f4"), dense.astype("f4"), atol=2e-2)
+    assert asked == [(8**-0.5, packed)]
+    for unfit in ({"dtype": "float32"}, {"rate": 0.1}, {"size": 4}, {"length": 5}):
+        attend(**unfit)
+        assert not asked, unfit
 
 
 def test_dropout_is_refused_without_a_key_and_by_cudnn():

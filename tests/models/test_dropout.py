@@ -57,3 +57,20 @@ def test_masks_of_rows_layers_and_steps_are_independent():
     assert runs == 0.0  # 0.9 ** 512
     per_mask = (kept > 0).mean(1)
     assert abs(per_mask.std() / np.sqrt(0.09 / 512) - 1) < 0.2
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_gradient_passes_where_a_number_was_kept(cpu, monkeypatch):
+    monkeypatch.setattr("behrt_jax.models.dropout.on_cpu", lambda: cpu)
+    x, gradient = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+    keys = jax.random.split(jax.random.key(1), 3)
+
+    def outcome(key, x, gradient):
+        out, pull = jax.vjp(lambda x: dropout(key, x, 0.3), x)
+        return out, *pull(gradient)
+
+    out, passed = jax.jit(jax.vmap(outcome))(keys, x, gradient)
+    kept = np.asarray(out != 0)
+    assert 0 < kept.mean() < 1
+    np.testing.assert_allclose(out, np.where(kept, x / 0.7, 0), rtol=1e-6)
+    np.testing.assert_allclose(passed, np.where(kept, gradient / 0.7, 0), rtol=1e-6)

@@ -6,14 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.models.gelu import gelu
 from behrt_jax.models.layer_norm import EPSILON, LayerNorm
 
 
+@pytest.fixture(params=["cpu", "accelerator"])
+def sums(request, monkeypatch):
+    monkeypatch.setattr("behrt_jax.models.layer_norm.on_cpu", lambda: request.param == "cpu")
+
+
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**16), st.floats(-3, 3), st.floats(0.1, 10))
 def test_layer_norm_and_its_gradients_are_those_of_flax(dtype, seed, mean, spread):
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -46,4 +53,12 @@ def test_gelu_and_its_gradient_are_exact():
     np.testing.assert_allclose(gelu(x), exact, atol=2e-6)
     slopes = (jax.vmap(jax.grad(f))(x) for f in (gelu, lambda x: jax.nn.gelu(x, approximate=False)))
     np.testing.assert_allclose(*slopes, atol=2e-6)
-    assert gelu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_gelu_in_bfloat16_is_rounded_once():
+    x = jnp.linspace(-9, 9, 4001).astype(jnp.bfloat16)
+    wide, slope = jax.vmap(jax.value_and_grad(gelu))(x.astype(jnp.float32))
+    value, gradient = jax.vmap(jax.value_and_grad(gelu))(x)
+    for ours, exact in ((value, wide), (gradient, slope)):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16))

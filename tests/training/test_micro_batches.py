@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.training import micro_batches
-from behrt_jax.training.micro_batches import candidates, fastest, likely_parts, remembered
+from behrt_jax.training.micro_batches import candidates, even_rows, fastest, likely_parts, remembered
 
 
 @given(st.integers(1, 500), st.integers(8, 1024), st.integers(16, 4096))
@@ -28,6 +28,23 @@ def test_candidates_are_few_different_and_waste_less_than_a_part(rows, likely):
     for parts in found:
         part = -(-rows // parts)
         assert (parts - 1) * part < rows <= parts * part
+
+
+@given(st.integers(1, 5000), st.integers(1, 2048))
+def test_rows_on_an_accelerator_are_even_and_few_of_them_empty(rows, row_length):
+    multiple = even_rows(rows, row_length, "gpu")
+    assert multiple & (multiple - 1) == 0  # a power of two
+    filled = -(-rows // multiple) * multiple
+    assert filled <= rows * (1 + micro_batches.MOST_EMPTY)
+    doubled = -(-rows // (2 * multiple)) * 2 * multiple
+    even = filled * row_length % micro_batches.EVEN_TOKENS == 0
+    assert even or doubled > rows * (1 + micro_batches.MOST_EMPTY)
+    assert even_rows(rows, row_length, "cpu") == 1
+
+
+def test_even_rows_of_the_named_configurations():
+    assert [even_rows(rows, 200, "gpu") for rows in (123, 10, 1)] == [64, 2, 1]
+    assert [even_rows(128, length, "gpu") for length in (512, 1024)] == [1, 1]
 
 
 def test_the_fastest_that_fits_is_taken(monkeypatch):

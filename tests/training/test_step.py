@@ -73,7 +73,7 @@ def on_host(tree):
     return jax.tree.map(np.array, tree)
 
 
-@pytest.mark.parametrize("product", ["activations", "merged"])
+@pytest.mark.parametrize("product", ["activations", "extended", "merged"])
 def test_after_two_steps_every_adapter_has_moved_and_the_base_is_bit_identical(product):
     config = replace(TINY, lora=replace(TINY.lora, product=product))
     setup, state, step, mesh = start(config)
@@ -253,7 +253,7 @@ def test_a_step_with_adapters_takes_little_more_than_twice_the_forward_pass():
 def test_compiled_flops_of_the_lora_step_of_large():
     """Frozen gradients are never computed, although the norm is clipped and logged."""
     full = compiled_flops(PretrainConfig(model=LARGE))
-    for product in ("merged", "activations"):
+    for product in ("merged", "extended", "activations"):
         adapters = LoRAConfig(rank=16, product=product)
         adapted = compiled_flops(PretrainConfig(model=LARGE, lora=adapters, freezing=FreezingConfig("lora")))
         assert adapted / full < 0.80, product
