@@ -64,8 +64,8 @@ def benchmark_ablation(
         "regime": config.regime,
         "patients": config.patients,
         "vocabulary_size": config.vocabulary_size,
-        "count_flops": False,
         "micro_batches": None,
+        "steps_per_turn": None,
     }
     results: dict[str, Any] = {}
     print(f"{config.size} {config.regime}, {config.patients} patients: time of a step without")
@@ -75,7 +75,7 @@ def benchmark_ablation(
         with contest({"as it is": {**common, "without": None}, **tasks}, config.rounds) as contenders:
             whole, *others = contenders
             for other in others:
-                patients = whole.facts["patients_per_turn"] / other.facts["patients_per_turn"]
+                patients = whole.facts["patients_per_step"] / other.facts["patients_per_step"]
                 ratio = patients * np.array(other.seconds) / np.array(whole.seconds)  # [rounds]
                 low, middle, high = (float(value) for value in np.percentile(ratio, [25, 50, 75]))
                 results[other.name] = {

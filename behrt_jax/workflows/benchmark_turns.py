@@ -18,10 +18,11 @@ class Contender:
     """A process of `benchmark_contender`, idle but in its turns."""
 
     def __init__(self, name: str, task: Mapping[str, Any], errors: Path):
-        """Start it; it builds and compiles what it runs before the constructor returns. What it writes to
-        its standard error goes to the file `errors`.
+        """Start it; it builds and compiles what it runs, see :meth:`wait`. What it writes to its standard
+        error goes to the file `errors`.
         """
         self.name = name
+        self.facts: dict[str, Any] = {}
         self.seconds: list[float] = []
         self.peak_bytes = 0
         root = Path(behrt_jax.__file__).parents[1]
@@ -37,11 +38,10 @@ class Contender:
                 stderr=error_file,
                 text=True,
             )
-        try:
-            self.facts: dict[str, Any] = self._answer()
-        except BaseException:
-            self.kill()
-            raise
+
+    def wait(self) -> None:
+        """Return when it is built, with its facts."""
+        self.facts = self._answer()
 
     def take_turn(self) -> None:
         """Run once and note the seconds."""
@@ -75,12 +75,15 @@ class Contender:
 
 
 @contextmanager
-def contest(tasks: Mapping[str, Mapping[str, Any]], rounds: int) -> Iterator[list[Contender]]:
+def contest(
+    tasks: Mapping[str, Mapping[str, Any]], rounds: int, together: bool = False
+) -> Iterator[list[Contender]]:
     """Run all contenders in turns, A B C A B C, so that whatever else the machine does falls on all alike.
 
     Args:
         tasks: name -> what `benchmark_contender` is to build.
         rounds: turns of each.
+        together: build all at the same time, not one after the other.
 
     Yields:
         The contenders, each with `seconds` `[rounds]`, `facts` and `peak_bytes`.
@@ -93,6 +96,10 @@ def contest(tasks: Mapping[str, Mapping[str, Any]], rounds: int) -> Iterator[lis
         try:
             for name, task in tasks.items():
                 contenders.append(Contender(name, task, Path(folder) / f"{len(contenders)}.txt"))
+                if not together:
+                    contenders[-1].wait()
+            for contender in contenders if together else ():
+                contender.wait()
             for _ in range(rounds):
                 for contender in contenders:
                     contender.take_turn()

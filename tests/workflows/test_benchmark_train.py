@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -10,7 +10,8 @@ from behrt_jax.errors import InputError
 from behrt_jax.workflows import benchmark_ablation, benchmark_train
 from behrt_jax.workflows.benchmark_ablation import AblationBenchmark
 from behrt_jax.workflows.benchmark_ablations import ABLATIONS, LORA_ONLY
-from behrt_jax.workflows.benchmark_train import TrainBenchmark, as_table, figures, tasks_of
+from behrt_jax.workflows.benchmark_figures import as_table, figures
+from behrt_jax.workflows.benchmark_train import TrainBenchmark, tasks_of
 from tests.models.rows import tiny_model
 from tests.workflows.small_run import SMALL_RUN
 
@@ -24,7 +25,7 @@ class Fake:
     def __init__(self, name, seconds, patients, tokens, flops=None):
         self.name, self.seconds, self.peak_bytes = name, seconds, 100 * patients
         self.facts = {
-            "patients_per_turn": patients, "patients_in_flight": patients, "tokens_per_turn": tokens,
+            "patients_per_step": patients, "patients_in_flight": patients, "tokens_per_step": tokens,
             "flops": flops, "row_length": 24, "compile_seconds": 1.0, "micro_batches": 1, "fill": 0.5,
         }  # fmt: skip
 
@@ -46,6 +47,18 @@ def test_padded_rows_have_the_shapes_of_pytorch_and_without_it_ours_run_alone():
     assert list(alone) == ["ours packed", "ours padded"]
 
 
+def test_options_of_the_model_are_those_of_the_configuration_where_not_given():
+    def models(**options):
+        tasks = tasks_of(replace(TINY, **options), CONFIGURATIONS["tiny"], "tiny", "lora", with_torch=True)
+        assert all(task["model"] == tasks["ours packed"]["model"] for task in tasks.values())
+        return tasks["ours packed"]["model"]
+
+    usual = asdict(CONFIGURATIONS["tiny"].model)
+    assert models() == usual
+    changes = {"attention": "dense", "attention_dropout": 0.0, "rematerialise": True, "scan_layers": True}
+    assert models(**changes, precision="bfloat16") == {**usual, **changes, "compute_dtype": "bfloat16"}
+
+
 def test_ratios_are_of_patients_a_second_round_by_round():
     ours = Fake("ours packed", [1.0, 2.0, 1.0], 100, 1500, flops=5e9)
     theirs = Fake("torch eager float32 10", [2.0, 1.0, 2.0], 10, 150)
@@ -62,6 +75,8 @@ def test_ratios_are_of_patients_a_second_round_by_round():
 def test_unknown_names_are_refused_before_anything_starts():
     with pytest.raises(InputError, match="--sizes: 'huge' is unknown, choose from tiny"):
         benchmark_train.benchmark_train(replace(TINY, sizes=("huge",)), CONFIGURATIONS)
+    with pytest.raises(InputError, match="--layouts: full rows are of other patients"):
+        benchmark_train.benchmark_train(replace(TINY, layouts=("packed", "full")), CONFIGURATIONS)
     with pytest.raises(InputError, match="--size: 'huge' is unknown"):
         benchmark_ablation.benchmark_ablation(AblationBenchmark(size="huge"), CONFIGURATIONS)
     with pytest.raises(InputError, match="--without: 'sleep' is unknown"):
@@ -75,10 +90,12 @@ def test_a_contest_from_end_to_end(tmp_path, capsys, monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name)
     )
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    report = benchmark_train.benchmark_train(replace(TINY, output=tmp_path), CONFIGURATIONS)
+    options = {"output": tmp_path, "build_together": True, "steps_per_turn": 2}
+    report = benchmark_train.benchmark_train(replace(TINY, **options), CONFIGURATIONS)
     said = capsys.readouterr().out
     assert "PyTorch is not installed" in said and "train.png" in said
     packed, padded = report["results"]
+    assert report["machine"]["device"] == packed["device"]
     assert packed["fill"] > 0.9 > padded["fill"]
     assert packed["flops"] > 0 and len(packed["all_seconds"]) == 2
     assert json.loads((tmp_path / "train.json").read_text())["results"][0]["contender"] == "ours packed"
@@ -95,14 +112,3 @@ def test_each_optimisation_can_be_undone(tmp_path, monkeypatch):
     assert report["results"].keys() == ABLATIONS.keys() and set(LORA_ONLY) < ABLATIONS.keys()
     written = json.loads((tmp_path / "ablation.json").read_text())["results"]
     assert all(result["step_seconds"] > 0 for result in written.values())
-
-
-def test_a_contender_that_fails_says_why():
-    from behrt_jax.workflows.benchmark_turns import contest
-
-    wrong = {"wrong": {"kind": "nonsense"}}
-    with (
-        pytest.raises(InputError, match="The contender wrong failed: KeyError: 'nonsense'"),
-        contest(wrong, 1),
-    ):
-        pass
