@@ -41,6 +41,5 @@ def ceiling(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[str, An
     products = max(1, round(TURN_SECONDS / (time.perf_counter() - started)))
     return lambda index: run(products), {
         "flops": 2.0 * size**3 * products,
-        "products": products,
         "device": jax.devices()[0].device_kind,
     }

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from behrt_jax.config import LoRAConfig, ModelConfig, OptimizerConfig, PretrainConfig
-from behrt_jax.data.batches import training_batches
+from behrt_jax.data.batches import training_batches, with_rows_a_multiple_of
 from behrt_jax.training.host_memory import keep_freed_memory
 from behrt_jax.training.mesh import make_mesh, put_rows
 from behrt_jax.training.micro_batches import likely_parts
@@ -19,6 +19,7 @@ from behrt_jax.training.step import Predictor, make_train_step
 from behrt_jax.workflows.benchmark_ablations import ABLATIONS, no_change
 from behrt_jax.workflows.benchmark_patients import DISTINCT_BATCHES, load_patients, steps_of
 from behrt_jax.workflows.matrix_flops import matrix_flops
+from behrt_jax.workflows.micro_batches import rows_multiple
 
 
 def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[str, Any]]:
@@ -47,17 +48,19 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[s
         "packed": packed,
     }
     mesh = make_mesh(jax.devices()[:1])
-    rows = training_batches(data.splits["train"], **packing).rows_per_batch
+    batches = training_batches(data.splits["train"], **packing)
     platform = jax.devices()[0].platform
-    likely = likely_parts(rows, model.positions, model.ffn_size or 4 * model.hidden_size, platform)
+    rows, width = batches.rows_per_batch, model.ffn_size or 4 * model.hidden_size
+    likely = likely_parts(rows, model.positions, width, platform)
     parts = ablation.micro_batches or task["micro_batches"] or likely
-    batches = training_batches(data.splits["train"], **packing, multiple_of=parts)
+    batches = with_rows_a_multiple_of(batches, rows_multiple(batches, mesh, parts))
     distinct = min(DISTINCT_BATCHES, max(1, batches.steps_per_epoch - 1))  # an epoch's last one is smaller
     host = [batches.batch(step) for step in range(distinct)]
     placed = [put_rows(batch, mesh) for batch in host]
 
     with ExitStack() as stack:
         stack.enter_context(ablation.patched())
+        config = replace(config, data=replace(config.data, packed=packed))
         setup = set_up(config, len(data.vocabulary))
         optimizer = optimizer_for(config, setup, total_steps=1000)
         init_key, step_key, _ = run_keys(0)

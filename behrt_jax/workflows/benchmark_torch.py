@@ -41,6 +41,7 @@ def torch_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict
     steps = steps_of(task, device)
 
     def turn(index: int) -> float:
+        loss = torch.zeros(())
         for number in range(index * steps, (index + 1) * steps):
             loss = step(placed[number % len(placed)])
         if device == "cuda":

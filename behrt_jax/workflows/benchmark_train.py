@@ -86,13 +86,16 @@ def benchmark_train(config: TrainBenchmark, configurations: Mapping[str, Pretrai
         for each contender, see :func:`benchmark_figures.figures`.
 
     Raises:
-        InputError: an unknown size, layouts that do not go together, or a contender that failed.
+        InputError: an unknown size, layouts that do not go together, no steps in a turn, or a contender
+            that failed.
     """
     for size in config.sizes:
         if size not in configurations:
             raise InputError(f"--sizes: {size!r} is unknown, choose from {', '.join(configurations)}.")
     if "full" in config.layouts and set(config.layouts) != {"full"}:
         raise InputError("--layouts: full rows are of other patients than the rest: run full by itself.")
+    if config.steps_per_turn is not None and config.steps_per_turn < 1:
+        raise InputError(f"--steps_per_turn is {config.steps_per_turn}: give 1 or more.")
     with_torch = importlib.util.find_spec("torch") is not None
     if not with_torch:
         print('PyTorch is not installed (extra "torch"): ours runs alone.')

@@ -35,7 +35,8 @@ def _equation_flops(equation: JaxprEqn) -> int:
     name = equation.primitive.name
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
-        left, out = equation.invars[0].aval, equation.outvars[0].aval
+        avals: list[Any] = [equation.invars[0].aval, equation.outvars[0].aval]
+        left, out = avals
         return 2 * prod(out.shape) * prod(left.shape[axis] for axis in contracted)
     nested = [_flops(jaxpr) for jaxpr in _jaxprs(list(equation.params.values()))]
     if name == "scan":

@@ -72,11 +72,13 @@ def test_ratios_are_of_patients_a_second_round_by_round():
     assert "ours packed / torch eager float32 10: 20.00 x" in as_table([result, other])
 
 
-def test_unknown_names_are_refused_before_anything_starts():
+def test_wrong_options_are_refused_before_anything_starts():
     with pytest.raises(InputError, match="--sizes: 'huge' is unknown, choose from tiny"):
         benchmark_train.benchmark_train(replace(TINY, sizes=("huge",)), CONFIGURATIONS)
     with pytest.raises(InputError, match="--layouts: full rows are of other patients"):
         benchmark_train.benchmark_train(replace(TINY, layouts=("packed", "full")), CONFIGURATIONS)
+    with pytest.raises(InputError, match="--steps_per_turn is 0"):
+        benchmark_train.benchmark_train(replace(TINY, steps_per_turn=0), CONFIGURATIONS)
     with pytest.raises(InputError, match="--size: 'huge' is unknown"):
         benchmark_ablation.benchmark_ablation(AblationBenchmark(size="huge"), CONFIGURATIONS)
     with pytest.raises(InputError, match="--without: 'sleep' is unknown"):
