@@ -45,7 +45,8 @@ class ModelConfig:
     attention: Attention = "auto"
     """dense holds all weights of a batch at once; chunked works them out in tiles, with memory linear in the
     length, and skips tiles between separate subjects: equal results. cudnn is NVIDIA's library (bfloat16,
-    no attention dropout). auto takes dense for short rows and chunked for long ones."""
+    no attention dropout): equal up to rounding. auto takes cudnn where it can, else dense for short rows and
+    chunked for long ones."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products; parameters, softmax, LayerNorm and loss stay float32."""
     rematerialise: bool = False

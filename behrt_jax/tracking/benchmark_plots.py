@@ -9,10 +9,12 @@ from behrt_jax.tracking.plots import DPI
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/): ours blue and sky blue, PyTorch's warm.
 OURS = ("#0072B2", "#56B4E9", "#009E73")
 THEIRS = ("#D55E00", "#E69F00", "#CC79A7", "#999999")
+WIDE_RANGE = 30
+"""The fastest by the slowest, from which on the scale is logarithmic."""
 
 
 def plot_speeds(results: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draw bars of events per second, on a logarithmic scale, for each size and regime.
+    """Draw bars of events per second for each size and regime; where they differ by far, on a log scale.
 
     Args:
         results: of the training benchmark: ``size``, ``regime``, ``contender``, ``tokens_per_second``.
@@ -47,7 +49,10 @@ def plot_speeds(results: Sequence[Mapping[str, Any]], file: Path) -> None:
             axes.annotate(f"{value:,.0f}", (place, value), ha="center", va="bottom", fontsize=7, rotation=45)
             place += 1
         place += 0.8
-    axes.set_yscale("log")
+    if max(speeds.values()) > WIDE_RANGE * min(speeds.values()):
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.margins(y=0.12)
     axes.set_xticks(ticks, [" ".join(group) for group in groups])
     axes.set_ylabel("events per second (padding not counted)")
