@@ -183,6 +183,7 @@ def test_held_out_histories_decide_nothing(run):
     assert_same_leaves(leaves, other_leaves)
 
 
+@pytest.mark.slow
 def test_tuning_histories_are_validated_on_and_never_trained_on(run):
     """The best epoch chosen on another split (BEHRT): other tuning histories change validations alone."""
     config, other = run("plain")[0], run("tuning", other_histories("tuning"))[0]

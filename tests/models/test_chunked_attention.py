@@ -1,6 +1,7 @@
 """Attention in tiles and attention at once: the same values, gradients and dropout."""
 
 import functools
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -16,7 +17,7 @@ from behrt_jax.config import LoRAConfig
 from behrt_jax.models.attention import SelfAttention
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.models.chunked_attention import chunked_attention
-from behrt_jax.models.cudnn_attention import cudnn_attention, segment_mask
+from behrt_jax.models.cudnn_attention import cudnn_attention, cudnn_takes, has_cudnn, segment_mask
 from behrt_jax.models.dense_attention import dense_attention
 from behrt_jax.models.dropout import dropout
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
@@ -191,23 +192,37 @@ def test_auto_takes_cudnn_where_it_is_to_be_had(packed, monkeypatch):
     x = jax.random.normal(jax.random.key(1), (2, 6, 64), jnp.bfloat16)
     segment_ids = jnp.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
 
-    def attend(size=8, dtype="bfloat16", rate=0.0, length=6):
-        module = SelfAttention(64 // size, rate, jnp.dtype(dtype))
-        inputs = x[:, :length], segment_ids[:, :length]
-        params = module.init(jax.random.key(0), *inputs)
-        asked.clear()
-        rngs = {"dropout": jax.random.key(2)}
-        return module.apply(params, *inputs, deterministic=False, packed=packed, rngs=rngs)
+    module = SelfAttention(8, 0.0, jnp.bfloat16)
+    params = module.init(jax.random.key(0), x, segment_ids)
+
+    def attend():
+        return module.apply(params, x, segment_ids, packed=packed).astype("f4")
 
     monkeypatch.setattr("behrt_jax.models.cudnn_attention.has_cudnn", lambda: False)
     dense = attend()
     assert not asked
     monkeypatch.setattr("behrt_jax.models.cudnn_attention.has_cudnn", lambda: True)
-    np.testing.assert_allclose(attend().astype("f4"), dense.astype("f4"), atol=2e-2)
+    np.testing.assert_allclose(attend(), dense, atol=2e-2)
     assert asked == [(8**-0.5, packed)]
-    for unfit in ({"dtype": "float32"}, {"rate": 0.1}, {"size": 4}, {"length": 5}):
-        attend(**unfit)
-        assert not asked, unfit
+
+
+def test_cudnn_is_asked_for_what_it_can_do_alone(monkeypatch):
+    fitting = {"length": 6, "size": 8, "dtype": jnp.dtype("bfloat16"), "rate": 0.0}
+    monkeypatch.setattr("behrt_jax.models.cudnn_attention.has_cudnn", lambda: True)
+    assert cudnn_takes(**fitting)
+    for unfit in ({"dtype": jnp.dtype("float32")}, {"rate": 0.1}, {"size": 4}, {"size": 136}, {"length": 5}):
+        assert not cudnn_takes(**(fitting | unfit)), unfit
+    monkeypatch.setattr("behrt_jax.models.cudnn_attention.has_cudnn", lambda: False)
+    assert not cudnn_takes(**fitting)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has"), [("9.0", True), ("7.5", False), ("gfx90a", False), (None, False)]
+)
+def test_cudnn_is_on_nvidia_gpus_from_ampere_on(capability, has, monkeypatch):
+    device = SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert has_cudnn.__wrapped__() == has
 
 
 def test_dropout_is_refused_without_a_key_and_by_cudnn():

@@ -180,6 +180,7 @@ def test_one_compilation_for_all_steps():
     assert validation._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_masks_are_new_at_each_step_unless_they_are_static():
     """The first historic data mistake, reproduced on demand."""
     config = replace(

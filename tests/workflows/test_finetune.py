@@ -61,6 +61,7 @@ def test_each_regime_learns_more_than_the_base_rate_and_leaves_the_whole_folder(
         assert read(folder / "adapter", "task.json")["base"] == str(case.base)
 
 
+@pytest.mark.slow
 def test_the_frozen_encoder_is_that_of_the_base_bit_for_bit(case):
     import jax
 

@@ -109,6 +109,7 @@ def test_each_member_is_the_single_run_of_its_table(case, run, tmp_path):
     assert abs(losses[0] - losses[1]) > 0.05
 
 
+@pytest.mark.slow
 def test_the_run_names_its_tasks_and_predicts_by_its_members_alone(case, run, tmp_path):
     tables, result = run
     assert result.summary == read(result.folder, "summary.json")
