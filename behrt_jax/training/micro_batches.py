@@ -18,7 +18,9 @@ import jax
 CACHED_BYTES = 2**22
 """Without a search, a CPU's parts are such that the widest activation takes about this much."""
 EVEN_TOKENS = 512
+"""On an accelerator the tokens of a part are a multiple of this, see :func:`even_rows`."""
 MOST_EMPTY = 1 / 16
+"""Of the rows of a part, how many may be empty for that."""
 MOST_CANDIDATES = 4
 TIMED_STEPS = 3
 

@@ -65,8 +65,6 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[s
         optimizer = optimizer_for(config, setup, total_steps=1000)
         init_key, step_key, _ = run_keys(0)
 
-        predictor = setup.predictor
-
         def train_step(predictor: Predictor, parts: int) -> Callable[..., Any]:
             return make_train_step(
                 predictor,
@@ -85,7 +83,11 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[s
         flops = matrix_flops(train_step(whole, 1), state, placed[0])
         donated = (0,) if ablation.donate else ()
         started = time.perf_counter()
-        step = jax.jit(train_step(predictor, parts), donate_argnums=donated).lower(state, placed[0]).compile()
+        step = (
+            jax.jit(train_step(setup.predictor, parts), donate_argnums=donated)
+            .lower(state, placed[0])
+            .compile()
+        )
         compile_seconds = time.perf_counter() - started
 
     steps = steps_of(task, platform)
