@@ -3,14 +3,12 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from inspect import cleandoc
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from behrt_jax.config import (
     DoctorConfig,
     EvaluateConfig,
     FinetuneConfig,
-    ForecastStudyConfig,
-    FreezingStudyConfig,
     MakeLabelsConfig,
     PredictConfig,
     PrepareConfig,
@@ -18,7 +16,7 @@ from behrt_jax.config import (
 )
 from behrt_jax.errors import InputError
 
-C = TypeVar("C", PretrainConfig, FinetuneConfig, FreezingStudyConfig)
+C = TypeVar("C", bound=Any)
 
 
 def parse(arguments: Sequence[str], configurations: Mapping[str, C], default: str, prog: str) -> C:
@@ -171,7 +169,7 @@ def doctor_command(arguments: Sequence[str]) -> int:
         if config.run is not None:
             from behrt_jax.workflows.doctor import examine_run as examine
         else:
-            from behrt_jax.workflows.audit import audit_data as examine
+            from behrt_jax.workflows.doctor import audit_data as examine
         findings = examine(config)
         return 1 if any(finding.severity == "error" for finding in findings) else 0
 
@@ -194,44 +192,6 @@ def evaluate_command(arguments: Sequence[str]) -> int:
         from behrt_jax.workflows.evaluate import evaluate
 
         evaluate(config)
-        return 0
-
-    return exit_status(run)
-
-
-def freezing_study_command(
-    arguments: Sequence[str], configurations: Mapping[str, FreezingStudyConfig], default: str
-) -> int:
-    """Run the freezing study; ``--quick`` is short for ``--config quick``. As :func:`pretrain_command`."""
-
-    def run() -> int:
-        spelt_out = [part for a in arguments for part in (("--config", "quick") if a == "--quick" else (a,))]
-        config = parse(spelt_out, configurations, default, "freezing_study.py")
-        from behrt_jax.workflows.freezing_study import freezing_study
-
-        return freezing_study(config)[1]
-
-    return exit_status(run)
-
-
-def forecast_study_command(
-    arguments: Sequence[str], base: PretrainConfig, finetunes: Sequence[FinetuneConfig]
-) -> int:
-    """Run the study of forecasts; returns the exit status of :func:`exit_status`."""
-    import tyro
-
-    config = tyro.cli(
-        ForecastStudyConfig,
-        prog="forecast_study.py",
-        description=ForecastStudyConfig.__doc__,
-        args=list(arguments),
-        use_underscores=True,
-    )
-
-    def run() -> int:
-        from behrt_jax.workflows.forecast_study import forecast_study
-
-        forecast_study(config, base, finetunes)
         return 0
 
     return exit_status(run)

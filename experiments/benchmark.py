@@ -7,11 +7,7 @@ from collections.abc import Sequence
 
 from behrt_jax.cli import exit_status
 from behrt_jax.errors import InputError
-
-if __package__:
-    from experiments.configs import PRETRAIN
-else:  # started as a script, whose folder is where Python looks first
-    from configs import PRETRAIN
+from behrt_jax.presets import PRETRAIN
 
 BENCHMARKS = {
     "ablation": ("AblationBenchmark", "benchmark_ablation"),
@@ -23,7 +19,7 @@ BENCHMARKS = {
     "train": ("TrainBenchmark", "benchmark_train"),
     "vocabulary": ("VocabularyBenchmark", "benchmark_vocabulary"),
 }
-"""Name -> dataclass of its options and function that runs it, both in ``workflows.benchmark_NAME``."""
+"""Name -> dataclass of its options and function that runs it, both in ``experiments.benchmarks.NAME``."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         if name not in BENCHMARKS:
             known = " or ".join(f"benchmark.py {known}" for known in BENCHMARKS)
             raise InputError(f"Name a benchmark: {known} (--help after it shows its options).")
-        module = importlib.import_module(f"behrt_jax.workflows.benchmark_{name}")
+        module = importlib.import_module(f"experiments.benchmarks.{name}")
         options, benchmark = (getattr(module, part) for part in BENCHMARKS[name])
         config = tyro.cli(
             options, prog=f"benchmark.py {name}", args=list(arguments[1:]), use_underscores=True

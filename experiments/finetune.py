@@ -2,9 +2,8 @@
 
 import sys
 
-from configs import FINETUNE
-
 from behrt_jax.cli import finetune_command
+from behrt_jax.presets import FINETUNE
 
 if __name__ == "__main__":
     sys.exit(finetune_command(sys.argv[1:], FINETUNE, default="lora"))

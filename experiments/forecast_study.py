@@ -1,10 +1,11 @@
 """How near fine-tuned forecasts come to the best possible: ``python experiments/forecast_study.py``."""
 
 import sys
+from pathlib import Path
 
-from configs import FORECAST_BASE, FORECASTS
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of the package `experiments`
 
-from behrt_jax.cli import forecast_study_command
+from experiments.studies.forecast import FORECAST_BASE, FORECASTS, forecast_study_command
 
 if __name__ == "__main__":
     sys.exit(forecast_study_command(sys.argv[1:], FORECAST_BASE, FORECASTS))

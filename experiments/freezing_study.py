@@ -1,10 +1,11 @@
 """Compare freezing regimes: ``python experiments/freezing_study.py --quick``."""
 
 import sys
+from pathlib import Path
 
-from configs import FREEZING_STUDIES
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of the package `experiments`
 
-from behrt_jax.cli import freezing_study_command
+from experiments.studies.freezing import FREEZING_STUDIES, freezing_study_command
 
 if __name__ == "__main__":
     sys.exit(freezing_study_command(sys.argv[1:], FREEZING_STUDIES, default="large"))

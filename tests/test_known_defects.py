@@ -64,17 +64,16 @@ from behrt_jax.data.vocabulary import MASK, PAD, Vocabulary
 from behrt_jax.diagnosis.before import check_before
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.presets import LARGE, PRETRAIN
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.freezing import trainable_leaves
-from behrt_jax.training.mesh import put_rows
-from behrt_jax.training.objectives import mask_codes
-from behrt_jax.training.parameter_report import count_parameters
+from behrt_jax.training.devices import put_rows
+from behrt_jax.training.freezing import count_parameters, trainable_leaves
+from behrt_jax.training.masking import mask_codes
 from behrt_jax.training.state import set_up
 from behrt_jax.workflows import announce
 from behrt_jax.workflows.checks import check
 from behrt_jax.workflows.pretrain import pretrain
-from behrt_jax.workflows.run_settings import settings
-from experiments.configs import LARGE, PRETRAIN
+from behrt_jax.workflows.run import settings
 from tests.data import test_known_pitfalls
 from tests.data.meds_folder import DAY, Row, by_remainder, history_rows, write_meds
 from tests.models.rows import VOCABULARY, random_batch, tiny_model

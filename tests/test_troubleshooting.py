@@ -28,8 +28,9 @@ def test_every_check_is_on_the_page_and_the_page_names_no_other():
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`--([a-z_.]+)", PAGE.read_text()))))
 def test_every_option_on_the_page_exists(option):
     from behrt_jax import config
+    from experiments.studies.freezing import FreezingStudyConfig
 
-    commands = config.PretrainConfig, config.PrepareConfig, config.DoctorConfig, config.FreezingStudyConfig
+    commands = config.PretrainConfig, config.PrepareConfig, config.DoctorConfig, FreezingStudyConfig
 
     def has(kind, path):
         field = getattr(kind, "__dataclass_fields__", {}).get(path[0])

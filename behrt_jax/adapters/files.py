@@ -14,7 +14,7 @@ Source of the tensor format: https://github.com/huggingface/safetensors.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,116 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import behrt_jax
-from behrt_jax.adapters.fingerprint import fingerprint_tree
-from behrt_jax.adapters.folders import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    TENSOR_FILE,
-    check_shape,
-    import_safetensors,
-    read_config,
-    read_tensors,
-    refuse_other_files,
-    replace_folder,
-)
-from behrt_jax.adapters.groups import label
+from behrt_jax.adapters.lora import label
 from behrt_jax.errors import InputError
+from behrt_jax.files import replace_folder
 from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers
+
+# A short name for the exact values of a tree of arrays.
+
+
+def fingerprint_tree(tree: Any) -> str:
+    """SHA-256, in hexadecimal, of every leaf's path, shape, dtype and bytes.
+
+    Leaves are taken in the order of their paths, so the order in which a dict was filled does not
+    matter. Leaves may have any shape and dtype; all of their values must be reachable from this
+    process.
+    """
+    leaves = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    digest = hashlib.sha256()
+    for path, leaf in sorted(leaves, key=lambda item: item[0]):
+        values = np.asarray(leaf)
+        # Shape and dtype fix the number of bytes that follow, so two trees never give one stream.
+        digest.update(f"{path}\n{values.dtype}{list(values.shape)}\n".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+# The folder of an adapter: replaced in one go, and its two files read back with all checks on them.
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter.safetensors"
+FORMAT_VERSION = 1
+
+
+def import_safetensors() -> Any:
+    """The module ``safetensors.numpy``; raises InputError, which names the package, where it is missing."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise InputError("adapter files need the package safetensors: pip install safetensors") from error
+    return safetensors.numpy
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Replacing a folder deletes what is in it: raise InputError unless this is an adapter's or absent."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder for the adapter")
+    other = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG_FILE, TENSOR_FILE))
+    if other:
+        raise InputError(f"{folder} holds {other[0]}, which is no adapter's; give a folder of its own")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration; raises InputError where it is missing, damaged or of another format version."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing; give the folder of an adapter") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged (not JSON); save the adapter again") from error
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format_version {version}; this version of behrt_jax reads {FORMAT_VERSION}"
+        )
+    for entry in ("vocabulary_fingerprint", "base_fingerprint", "tensors_sha256", "tensors"):
+        if entry not in config:
+            raise InputError(f"{path} has no entry {entry}; save the adapter again")
+    return config
+
+
+def read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """All tensors, after a check against the table and the digest in the configuration.
+
+    Raises:
+        InputError: the file is missing or damaged, or safetensors is not installed.
+    """
+    path = folder / TENSOR_FILE
+    deserialise = import_safetensors().load
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing; copy the whole adapter folder") from error
+    try:
+        tensors = deserialise(data)
+    except Exception as error:  # the reader's own error type, and others on garbage
+        raise InputError(f"{path} is damaged (not a safetensors file); save the adapter again") from error
+    table = config["tensors"]
+    for key in sorted(table.keys() ^ tensors.keys()):
+        state = "is missing" if key in table else f"is not in the table of {CONFIG_FILE}"
+        raise InputError(f"{path}: tensor {key} {state}; save the adapter again")
+    for key in sorted(table):
+        check_shape(folder, key, tensors[key].shape, table[key])
+    if hashlib.sha256(data).hexdigest() != config["tensors_sha256"]:
+        raise InputError(f"{path} is damaged (its digest differs); save the adapter again")
+    return {key: tensors[key] for key in sorted(tensors)}
+
+
+def check_shape(folder: Path, key: str, found: Iterable[int], expected: Iterable[int]) -> None:
+    """Raise InputError, which names the tensor, where two shapes differ."""
+    if tuple(found) != tuple(expected):
+        raise InputError(
+            f"{folder}: tensor {key} has shape {list(found)} where {list(expected)} is expected; "
+            "use the configuration that the adapter was trained with"
+        )
+
 
 NEW_ROWS, CODE_TABLE = "new_codes/rows", "behrt/embeddings/code/embedding"
 

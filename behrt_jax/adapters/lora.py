@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.tree_util import DictKey, tree_map_with_path
 
 from behrt_jax.adapters.products import (
     Product,
@@ -29,6 +30,43 @@ from behrt_jax.adapters.products import (
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import is_stacked, unstacked_path
+
+# Parameter groups by path: lora, embedding, head, base.
+
+GROUPS = ("lora", "embedding", "head", "base")
+
+
+def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Names along a key path of nested dicts."""
+    return tuple(str(key.key) if isinstance(key, DictKey) else str(key) for key in path)
+
+
+def label(path: tuple[str, ...]) -> str:
+    """Group of the leaf at `path` in ``{"params": ..., "lora": ...}``: exactly one of `GROUPS`.
+
+    Raises:
+        ValueError: the path fits no group, or more than one.
+    """
+    collection, inner = path[0], path[1:]
+    rules = {
+        # Embedding rows that an adapter adds are a part of it.
+        "lora": collection == "lora" or path[:2] == ("params", "new_codes"),
+        "embedding": collection == "params" and "embeddings" in inner,
+        "head": collection == "params" and any(name.endswith("_head") for name in inner),
+        "base": collection == "params" and "encoder" in inner,
+    }
+    fitting = [group for group, fits in rules.items() if fits]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"leaf {'/'.join(path)} must belong to one parameter group, found: {fitting or 'none'}"
+        )
+    return fitting[0]
+
+
+def labels(variables: Mapping[str, Any]) -> Any:
+    """Tree of group names with the structure of `variables`."""
+    return tree_map_with_path(lambda path, _: label(path_names(path)), variables)
+
 
 Tree = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -236,3 +274,33 @@ def _check(config: LoRAConfig) -> None:
         raise InputError(f"lora.alpha is {config.alpha}: give a number above 0.")
     if not config.targets:
         raise InputError("lora.targets is empty: name layers to adapt, such as query key value out.")
+
+
+# Adapters of several ranks in one shape, so that they can be stacked and trained together.
+
+
+def pad(adapters: Any, rank: int) -> Any:
+    """Adapters (see `adapters.lora`) filled up with zeros to `rank`."""
+
+    def longer(path, leaf):
+        axis = leaf.ndim - 1 if _is_a(path) else leaf.ndim - 2
+        widths = [(0, rank - leaf.shape[axis] if place == axis else 0) for place in range(leaf.ndim)]
+        return jnp.pad(leaf, widths)
+
+    return tree_map_with_path(longer, adapters)
+
+
+def cut(adapters: Any, rank: int) -> Any:
+    """The first `rank` ranks: undoes :func:`pad`."""
+    return tree_map_with_path(
+        lambda path, leaf: leaf[..., :rank] if _is_a(path) else leaf[..., :rank, :], adapters
+    )
+
+
+def scaled(adapters: Any, factor: jax.Array | float) -> Any:
+    """Adapters whose product ``a @ b`` is `factor`, a scalar, times as large."""
+    return tree_map_with_path(lambda path, leaf: leaf if _is_a(path) else factor * leaf, adapters)
+
+
+def _is_a(path: Any) -> bool:
+    return path[-1].key == "a"

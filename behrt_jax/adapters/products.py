@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
-from behrt_jax.models.dropout import dropout
+from behrt_jax.models.layers import dropout
 
 Product = Literal["activations", "extended", "merged"]
 

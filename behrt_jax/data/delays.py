@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from behrt_jax.data.selection import matches
+from behrt_jax.data.event_rules import DAY, matches
+from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import Sequences
-from behrt_jax.data.visits import DAY
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, Vocabulary
-from behrt_jax.data.windows import ragged_indices
 from behrt_jax.errors import InputError
 
 

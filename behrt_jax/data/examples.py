@@ -5,20 +5,120 @@ itself is in. Nothing that lies later changes an example, but whether a visit of
 ``visit`` has ended by then. A subject without any event is as one whose first event comes later.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
-from behrt_jax.data.delays import code_delays
-from behrt_jax.data.hidden_tokens import Known, known_where_hidden
+from behrt_jax.data.batches import Batch, gather_rows
+from behrt_jax.data.delays import CodeDelays, code_delays
+from behrt_jax.data.event_rules import DAY, number_visits
 from behrt_jax.data.labels import Labels
-from behrt_jax.data.places import find_subjects, place_in
+from behrt_jax.data.packing import RowPlan, Windows, one_per_row, pack_lengths, plan_rows
+from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import YEAR, Sequences, SequenceSet, with_separators
-from behrt_jax.data.visits import DAY
+from behrt_jax.data.sorting import find_subjects, place_in
 from behrt_jax.data.vocabulary import UNK
-from behrt_jax.data.windows import Windows, ragged_indices
 from behrt_jax.errors import InputError
+
+# Which tokens of a history are not known yet at a prediction time, and what is left without them.
+
+_PIECE_TOKENS = 1 << 22
+"""Tokens looked at together."""
+
+Known = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Examples ``[n]``, tokens of each that are known ``[n]``, places of those tokens in the split and their
+visits ``[sum of the tokens]``."""
+
+
+def known_where_hidden(
+    part: Sequences,
+    delays: CodeDelays,
+    subjects: np.ndarray,
+    times: np.ndarray,
+    up_to: np.ndarray,
+    max_tokens: int,
+) -> Iterator[Known]:
+    """The last known tokens of those examples from which a delay hides some token.
+
+    Visits are numbered anew, in the order of their first known tokens: a number that is skipped would tell
+    that there is something hidden.
+
+    Args:
+        part: the histories.
+        delays: of the codes.
+        subjects: int64 ``[examples]``, places in ``part``.
+        times: prediction times, int64 ``[examples]``.
+        up_to: one after the last token at or before that time, int64 ``[examples]``.
+        max_tokens: most tokens of an example.
+    """
+    if not delays.delayed.any() or not len(subjects):
+        return
+    order = np.argsort(subjects, kind="stable")
+    own, first = np.unique(subjects[order], return_index=True)
+    first = np.append(first, len(order))
+    for begin, end in _runs(np.cumsum(part.lengths[own]) // _PIECE_TOKENS):
+        examples = order[first[begin] : first[end]]
+        rank = np.repeat(np.arange(end - begin), np.diff(first[begin : end + 1]))  # [examples]
+        yield from _known_of(
+            part, delays, own[begin:end], examples, rank, times[examples], up_to[examples], max_tokens
+        )
+
+
+def _known_of(
+    part: Sequences,
+    delays: CodeDelays,
+    own: np.ndarray,
+    examples: np.ndarray,
+    rank: np.ndarray,
+    times: np.ndarray,
+    up_to: np.ndarray,
+    max_tokens: int,
+) -> Iterator[Known]:
+    """Those of some subjects, places ``own`` in the split; ``rank`` is an example's place in ``own``."""
+    known_at = delays.known_at(part, own)  # [T], the tokens of these subjects
+    tokens = ragged_indices(part.offsets[own], part.lengths[own])
+    offsets = np.concatenate([[0], np.cumsum(part.lengths[own])])
+    starts, stops = offsets[rank], offsets[rank + 1]
+    up_to = starts + up_to - part.offsets[own[rank]]
+
+    late = np.flatnonzero(known_at > part.times[tokens])
+    owner = np.searchsorted(offsets, late, side="right")
+    by_known = known_at[late][np.lexsort([known_at[late], owner])]
+    begin = np.searchsorted(late, starts)
+    recorded = np.searchsorted(late, up_to) - begin
+    known = place_in(by_known, begin, np.searchsorted(late, stops), times, inclusive=True) - begin
+    affected = np.flatnonzero(recorded > known)
+    lengths = (up_to - starts)[affected]
+    for first, last in _runs(np.cumsum(lengths) // _PIECE_TOKENS):
+        chosen = affected[first:last]
+        place = ragged_indices(starts[chosen], lengths[first:last])
+        example = np.repeat(np.arange(len(chosen), dtype=np.int32), lengths[first:last])
+        seen = known_at[place] <= times[chosen][example]
+        place, example = tokens[place[seen]], example[seen]
+        visits = _renumbered(example, part.times[place], part.visits[place])
+        count = np.bincount(example, minlength=len(chosen))
+        kept = np.minimum(count, max_tokens)
+        recent = ragged_indices(np.cumsum(count) - kept, kept)
+        yield examples[chosen], kept, place[recent], visits[recent]
+
+
+def _renumbered(example: np.ndarray, times: np.ndarray, visits: np.ndarray) -> np.ndarray:
+    """Visits of each example from 0, in the order of their first tokens: int32 ``[tokens]``."""
+    if not len(example):
+        return np.zeros(0, np.int32)
+    number = number_visits(example, times, np.ones(len(example), bool), visits.astype(np.int64))
+    leads = np.concatenate([[True], example[1:] != example[:-1]])
+    return number - number[leads][np.cumsum(leads) - 1]
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where runs of equal values begin and end."""
+    if len(values):
+        yield from pairwise([0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)])
+
 
 _HOUR = DAY // 24
 
@@ -198,3 +298,132 @@ def of_unknown_subjects(data: SequenceSet, labels: Labels) -> int:
     """How many labels are of subjects that no split of the data has."""
     known = np.concatenate([data.subject_ids(name) for name in data.splits])
     return int(np.count_nonzero(~np.isin(labels.subject_ids, known)))
+
+
+# Batches of labelled examples: a pure function of (seed, step), as those of pretraining are.
+
+
+class TaskBatch(NamedTuple):
+    """Packed rows, each segment of which is one example."""
+
+    rows: Batch
+    examples: np.ndarray
+    """Number of the example in each segment, -1 for none, int32 ``[rows, segments]``."""
+    targets: np.ndarray
+    """float32 ``[rows, segments, targets]``, 0 where there is no example."""
+    weights: np.ndarray
+    """1 where there is an example, else 0, float32 ``[rows, segments]``."""
+
+    @property
+    def segment_ids(self) -> np.ndarray:
+        """Of the rows, int32 ``[rows, length]``."""
+        return self.rows.segment_ids
+
+
+@dataclass(frozen=True, eq=False)
+class TaskBatches:
+    """Batches of equal shapes; made by :func:`task_batches`. An epoch shows each example once."""
+
+    examples: Examples
+    targets: np.ndarray
+    row_length: int
+    rows_per_batch: int
+    """Rows of a batch without the empty ones that fill it up."""
+    batch_rows: int
+    segments: int
+    """Segments of a batch's rows, at least those of the fullest row."""
+    rows: int
+    """Rows of an epoch."""
+    seed: int | None
+    packed: bool
+    cls_token: bool
+    _drawn: dict[int, RowPlan] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return -(-self.rows // self.rows_per_batch)
+
+    def of_rows(self, rows: int, multiple_of: int = 1) -> "TaskBatches":
+        """The same rows in batches of a fixed number of rows."""
+        return replace(self, rows_per_batch=rows, batch_rows=-(-rows // multiple_of) * multiple_of)
+
+    def batch(self, step: int) -> TaskBatch:
+        """Gather the batch of a step, counted from 0 over all epochs."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        plan = self._plan(epoch)
+        rows = np.arange(index * self.rows_per_batch, min(self.rows, (index + 1) * self.rows_per_batch))
+        rows = np.pad(rows, (0, self.batch_rows - len(rows)), constant_values=-1)
+        found = gather_rows(
+            self.examples.sequences, self.examples.windows, plan, rows, self.row_length, self.cls_token
+        )
+        first = plan.row_offsets[np.maximum(rows, 0)]
+        count = np.where(rows < 0, 0, plan.row_offsets[rows + 1] - first)  # [B]
+        places = first[:, None] + np.arange(self.segments)  # [B, S]
+        filled = np.arange(self.segments) < count[:, None]
+        examples = np.where(filled, plan.windows[np.where(filled, places, 0)], -1).astype(np.int32)
+        targets = self.targets[np.maximum(examples, 0)] * filled[:, :, None]  # [B, S, T]
+        return TaskBatch(found, examples, targets.astype(np.float32), filled.astype(np.float32))
+
+    def _plan(self, epoch: int) -> RowPlan:
+        if self.seed is None:
+            epoch = 0
+        if epoch not in self._drawn:
+            rng = np.random.default_rng((self.seed or 0, epoch))
+            lengths = self.examples.windows.lengths + self.cls_token
+            packed = self.packed
+            plan = plan_rows(lengths, self.row_length, rng) if packed else one_per_row(len(lengths), rng)
+            self._drawn.clear()
+            self._drawn[epoch] = plan
+        return self._drawn[epoch]
+
+
+def task_batches(
+    examples: Examples,
+    targets: np.ndarray,
+    *,
+    row_length: int,
+    batch_size: int,
+    seed: int | None,
+    packed: bool = True,
+    cls_token: bool = False,
+    multiple_of: int = 1,
+    least_segments: int = 1,
+) -> TaskBatches:
+    """Arrange batches.
+
+    Args:
+        examples: at least one.
+        targets: float32 ``[examples, targets]``.
+        row_length: tokens of a row.
+        batch_size: examples a batch, on average.
+        seed: each epoch draws anew from it; None for the same order in each.
+        packed: several examples share a row.
+        cls_token: each example starts with [CLS].
+        multiple_of: the number of rows of a batch is brought to a multiple of this with empty rows.
+        least_segments: segments that a batch has room for at least.
+
+    Raises:
+        InputError: no example, or a batch size below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"train.batch_size is {batch_size}: give 1 or more.")
+    if not len(examples):
+        raise InputError("There is no example to make batches of.")
+    rows, most = len(examples), 1
+    if packed:
+        packing = pack_lengths(examples.windows.lengths + cls_token, row_length)
+        rows, most = packing.rows, int(np.diff(packing.offsets).max())
+    rows_per_batch = -(-rows // -(-len(examples) // batch_size))
+    return TaskBatches(
+        examples=examples,
+        targets=targets,
+        row_length=row_length,
+        rows_per_batch=rows_per_batch,
+        batch_rows=-(-rows_per_batch // multiple_of) * multiple_of,
+        segments=max(most, least_segments),
+        rows=rows,
+        seed=seed,
+        packed=packed,
+        cls_token=cls_token,
+    )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from behrt_jax.data.events import SPLITS
-from behrt_jax.data.ordering import distinct
+from behrt_jax.data.sorting import distinct
 from behrt_jax.errors import InputError
 
 _GOLDEN = 0x9E3779B97F4A7C15

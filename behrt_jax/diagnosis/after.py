@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from behrt_jax.diagnosis.during import MIN_STEPS
 from behrt_jax.diagnosis.finding import Finding, is_number
-from behrt_jax.diagnosis.loss_checks import MIN_STEPS
 
 Values = Mapping[str, Any]
 

@@ -10,14 +10,8 @@ from behrt_jax.diagnosis.before import check_before
 from behrt_jax.diagnosis.during import check_during
 from behrt_jax.diagnosis.finding import Finding, by_severity, from_json
 from behrt_jax.errors import InputError
-from behrt_jax.tracking.run_folder import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    PARAMETERS_FILE,
-    SUMMARY_FILE,
-    read_json,
-    read_metrics,
-)
+from behrt_jax.files import read_json
+from behrt_jax.run_folder import CONFIG_FILE, METRICS_FILE, PARAMETERS_FILE, SUMMARY_FILE, read_metrics
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,25 @@ from behrt_jax.data.delays import parse_delay
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.diagnosis.finding import Finding
-from behrt_jax.diagnosis.label_inputs import place_labels
-from behrt_jax.diagnosis.leakage_codes import check_codes
-from behrt_jax.diagnosis.leakage_data import check_quantiles, check_splits, check_vocabulary
-from behrt_jax.diagnosis.leakage_delays import check_delays
+from behrt_jax.diagnosis.leakage_codes import check_codes, place_labels
+from behrt_jax.diagnosis.leakage_data import (
+    check_ages,
+    check_deaths,
+    check_quantiles,
+    check_repeats,
+    check_splits,
+    check_visit_ends,
+    check_vocabulary,
+)
 from behrt_jax.diagnosis.leakage_labels import (
     check_classes,
+    check_delays,
+    check_follow_up,
     check_histories,
+    check_outcome,
     check_rows,
     check_subjects,
 )
-from behrt_jax.diagnosis.leakage_outcome import check_follow_up, check_outcome
-from behrt_jax.diagnosis.leakage_times import check_ages, check_deaths
-from behrt_jax.diagnosis.leakage_visits import check_repeats, check_visit_ends
 from behrt_jax.errors import InputError
 
 

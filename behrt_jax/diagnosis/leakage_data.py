@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from behrt_jax.data.event_rules import DAY, REPEATS, matches
 from behrt_jax.data.events import SPLITS
-from behrt_jax.data.filtering import REPEATS
-from behrt_jax.data.sequences import SequenceSet, set_fingerprint
+from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint
+from behrt_jax.data.sorting import place_in
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.diagnosis.finding import Finding
 
@@ -149,3 +150,205 @@ def code_counts(data: SequenceSet) -> dict[str, np.ndarray]:
     return {
         name: np.bincount(part.codes, minlength=len(data.vocabulary)) for name, part in data.splits.items()
     }
+
+
+# Checks of the times in prepared data: order, ages, life and death.
+
+OLDEST = 120.0
+"""Ages above, in years, are taken for mistakes."""
+_MUCH = 0.01
+"""Share of the events above which those outside of a life are a warning."""
+_YEAR = 365.25 * DAY
+
+
+def check_ages(data: SequenceSet) -> Iterator[Finding]:
+    """Order of the events, ages out of range, and ages that do not fit the times."""
+    tokens = unordered = below = above = off = subjects = 0
+    for part in data.splits.values():
+        if not len(part):
+            continue
+        steps = np.diff(part.times)
+        steps[part.offsets[1:-1] - 1] = 0  # from one subject to the next
+        unordered += int(np.count_nonzero(steps < 0))
+        below += int(np.count_nonzero(part.ages < 0))
+        above += int(np.count_nonzero(part.ages > OLDEST))
+        births = part.times - part.ages.astype(np.float64) * _YEAR  # [T]
+        starts = part.offsets[:-1]
+        spread = np.maximum.reduceat(births, starts) - np.minimum.reduceat(births, starts)
+        off += int(np.count_nonzero(spread > DAY))
+        tokens += len(part.codes)
+        subjects += len(part)
+    if unordered:
+        yield Finding(
+            "events-out-of-order",
+            "error",
+            f"{unordered:,} of {tokens:,} events come before the one listed ahead of them.",
+            "What lies before a prediction time cannot be told, and positions mean nothing.",
+            "Run prepare again, which sorts each history by time.",
+        )
+    if below:
+        yield Finding(
+            "events-before-birth",
+            "error",
+            f"{below:,} of {tokens:,} events have a negative age.",
+            "They belong to someone else, or the birth is wrong.",
+            "Mend the births in the source, and run prepare again, which drops and counts such events.",
+        )
+    if above:
+        yield Finding(
+            "age-implausible",
+            "warning",
+            f"{above:,} of {tokens:,} events have an age above {OLDEST:.0f} years.",
+            "A placeholder for an unknown birth is likely, and the age embedding learns it.",
+            "Mend the births in the source, or leave such subjects out.",
+        )
+    if off:
+        yield Finding(
+            "ages-against-times",
+            "error",
+            f"In {off:,} of {subjects:,} subjects, age and time of the events give births more than a day "
+            "apart.",
+            "Ages or times were computed wrongly, as when months are added to years.",
+            "Compute the age as time minus birth: run prepare again.",
+        )
+
+
+def check_deaths(data: SequenceSet, death_codes: tuple[str, ...]) -> Iterator[Finding]:
+    """Events after a code of death, and what preparing dropped because it lay outside of a life."""
+    is_death = matches(data.vocabulary.codes, death_codes, "--death_codes")
+    is_death[:FIRST_CODE] = False
+    late = dead = 0
+    for part in data.splits.values():
+        if not len(part):
+            continue
+        never = np.iinfo(np.int64).max
+        at = np.where(is_death[part.codes], part.times // DAY, never)
+        first = np.minimum.reduceat(at, part.offsets[:-1])  # [S]
+        late += int(np.count_nonzero(part.times // DAY > np.repeat(first, part.lengths)))
+        dead += int(np.count_nonzero(first < never))
+    named = ", ".join(code for code, death in zip(data.vocabulary.codes, is_death, strict=True) if death)
+    if late:
+        yield Finding(
+            "events-after-death",
+            "error",
+            f"{late:,} events lie on a later day than a code of death ({named}) of their subject.",
+            "Records written after a death tell of it, and belong to no prediction.",
+            "Write the death as MEDS_DEATH, so that prepare drops what follows it.",
+        )
+    elif dead:
+        yield Finding(
+            "death-among-codes",
+            "info",
+            f"{named} says of {dead:,} subjects that they died, and is among the inputs.",
+            "Where the label is about death, it is the outcome in disguise.",
+            "Leave it out with exclude_codes for such labels.",
+        )
+    dropped = {rule: data.counts.dropped.get(rule, 0) for rule in ("before birth", "after death", "no birth")}
+    lost = sum(dropped.values())
+    if lost:
+        share = lost / (lost + sum(len(part.codes) for part in data.splits.values()))
+        rules = ", ".join(f"{rule}: {count:,}" for rule, count in dropped.items() if count)
+        yield Finding(
+            "events-outside-life",
+            "warning" if share > _MUCH else "info",
+            f"Preparing dropped {lost:,} events ({share:.1%}) that lay outside of a known life ({rules}).",
+            "Many of them mean that births, deaths or clocks are wrong, also where nothing was dropped.",
+            "Look at the births and deaths of the source.",
+        )
+
+
+# Checks of the visits in prepared data: codes that are stamped at their end, and repeated codes.
+
+_LEAST_VISITS = 20
+_MOST = 0.9  # of the visits of a family, and of the other events of a visit
+
+
+def check_repeats(data: SequenceSet) -> Iterator[Finding]:
+    """How many codes of a visit the subject already had in an earlier one."""
+    later = repeats = 0
+    for part in data.splits.values():
+        codes = part.codes >= FIRST_CODE
+        subject = np.repeat(np.arange(len(part)), part.lengths)[codes]
+        code, visit = part.codes[codes], part.visits[codes]
+        order = np.lexsort([visit, code, subject])
+        subject, code, visit = subject[order], code[order], visit[order]
+        new = np.ones(len(code), bool)  # a code of a subject
+        new[1:] = (subject[1:] != subject[:-1]) | (code[1:] != code[:-1])
+        in_visit = new.copy()
+        in_visit[1:] |= visit[1:] != visit[:-1]
+        counted = in_visit & (visit > 0)
+        later += int(np.count_nonzero(counted))
+        repeats += int(np.count_nonzero(counted & ~new))
+    if later:
+        yield Finding(
+            "repeated-codes",
+            "info",
+            f"{repeats / later:.1%} of the {later:,} codes of visits after the first are repeats of the "
+            "subject's earlier codes.",
+            "Repeats are easy, and hide how well new codes are predicted.",
+            "Report metrics of new and of repeated codes apart.",
+        )
+
+
+def check_visit_ends(data: SequenceSet) -> Iterator[Finding]:
+    """Families of codes (what stands before the first //) that close their visits, as billing codes do.
+
+    A family closes a visit if all its events have one time, by which most others of the visit are past.
+    Only stays of a day and more count, so visits need ids: what is done last in a consultation is no sign.
+    """
+    families, family_of = np.unique(
+        [code.split("//")[0] for code in data.vocabulary.codes], return_inverse=True
+    )
+    visits = np.zeros(len(families), np.int64)  # stays in which it is among others
+    closed = visits.copy()
+    chance = np.zeros(len(families))  # logarithm, that a random order closes all of those
+    for part in data.splits.values():
+        if len(part):
+            _add_visit_ends(part, family_of, visits, closed, chance)
+    alarm = (visits >= _LEAST_VISITS) & (closed >= _MOST * visits)
+    alarm &= chance < np.log(0.01 / len(families))
+    # What is called a discharge belongs there.
+    alarm &= np.array(["DISCHARGE" not in family.upper() for family in families.tolist()])
+    alarm[family_of[:FIRST_CODE]] = False
+    for row in np.flatnonzero(alarm):
+        yield Finding(
+            "stamped-at-visit-end",
+            "warning",
+            f"{families[row]} codes come all at once at the end of {closed[row]:,} of {visits[row]:,} visits "
+            "of a day or more.",
+            "They look written at discharge: during the visit they are not known, though other sources date "
+            "them at its beginning.",
+            "Predict before or after the whole visit, and say with delays when they are known.",
+        )
+
+
+def _add_visit_ends(
+    part: Sequences, family_of: np.ndarray, visits: np.ndarray, closed: np.ndarray, chance: np.ndarray
+) -> None:
+    """Add the visits of one split to the counts of each family, ``[families]``."""
+    per_subject = np.maximum.reduceat(part.visits, part.offsets[:-1]).astype(np.int64) + 1  # [S]
+    visit = np.repeat(np.cumsum(per_subject) - per_subject, part.lengths) + part.visits  # [T]
+    order = np.lexsort([part.times, family_of[part.codes], visit])
+    by_visit, family, time = visit[order], family_of[part.codes][order], part.times[order]
+    leads = np.ones(len(order), bool)
+    leads[1:] = (by_visit[1:] != by_visit[:-1]) | (family[1:] != family[:-1])
+    first = np.flatnonzero(leads)  # of each family in each visit
+    size = np.diff(first, append=len(order))
+    at, family, begin, end = by_visit[first], family[first], time[first], time[first + size - 1]
+
+    order = np.lexsort([part.times, visit])
+    time, by_visit = part.times[order], visit[order]
+    starts = np.searchsorted(by_visit, at)
+    stops = np.searchsorted(by_visit, at, side="right")
+    new_time = np.ones(len(time), bool)
+    new_time[1:] = (by_visit[1:] != by_visit[:-1]) | (time[1:] != time[:-1])
+    distinct = np.bincount(by_visit[new_time])[at]  # times of the visit
+    others = stops - starts - size
+    past = place_in(time, starts, stops, end, inclusive=True) - starts - size
+    span = time[stops - 1] - time[starts]
+    counted = (others > 0) & (span >= DAY)
+    closes = counted & (begin == end) & (past >= _MOST * others)
+    visits += np.bincount(family[counted], minlength=len(visits))
+    closed += np.bincount(family[closes], minlength=len(visits))
+    likely = np.log(np.minimum(1 / distinct[closes] + 1 - _MOST, 1))
+    chance += np.bincount(family[closes], likely, minlength=len(visits))

@@ -1,16 +1,95 @@
 """Checks of a label table beside prepared data: subjects, classes, times and follow-up."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from behrt_jax.data.delays import matching_codes, parse_delay
+from behrt_jax.data.event_rules import DAY
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.labels import Labels
-from behrt_jax.data.places import find_subjects
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.visits import DAY
+from behrt_jax.data.sorting import find_subjects, place_in
+from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.diagnosis.finding import Finding
-from behrt_jax.diagnosis.label_inputs import PlacedLabels
+from behrt_jax.diagnosis.leakage_codes import PlacedLabels
+from behrt_jax.errors import InputError
+
+# Check of codes that are recorded before they are known: delays by pattern of codes.
+
+
+def check_delays(
+    placed: Mapping[str, PlacedLabels],
+    vocabulary: Vocabulary,
+    delays: Sequence[str],
+    recorded: Sequence[str] = (),
+) -> Iterator[Finding]:
+    """Events up to the prediction time that were not known yet then.
+
+    Args:
+        placed: the labels.
+        vocabulary: of the data.
+        delays: to check.
+        recorded: those of the data's manifest, which prediction keeps to; they may match no code.
+    """
+    for option in delays:
+        pattern, days = parse_delay(option)
+        chosen = matching_codes(vocabulary, (pattern,), "--delays")
+        if not chosen.any() and option not in recorded:
+            raise InputError(f"--delays has {pattern!r}, but no code of the vocabulary matches: mend it.")
+        early = total = affected = count = 0
+        for labels in placed.values():
+            known, unknown = _known(labels, chosen, days)
+            total += int(known.sum() + unknown.sum())
+            early += int(unknown.sum())
+            affected += int(np.count_nonzero(unknown))
+            count += len(labels)
+        known_at = "at the end of the visit" if days is None else f"{days:g} days later"
+        if early and option in recorded:
+            yield Finding(
+                "kept-until-known",
+                "info",
+                f"{early:,} of {total:,} events of {pattern} up to the prediction times of {affected:,} of "
+                f"{count:,} labels are only known {known_at}, as the data's manifest says.",
+                "Fine-tuning and prediction do not show them to the model.",
+                "None needed; whatever else reads the events must leave them out too.",
+            )
+        elif early:
+            yield Finding(
+                "not-yet-known",
+                "error",
+                f"{early:,} of {total:,} events of {pattern} in the inputs of {affected:,} of {count:,} "
+                f"labels are only known {known_at}, which is after the prediction time.",
+                "In use the model will not have them.",
+                "Predict later, or give the delay to prepare, so that predictions keep to it.",
+            )
+
+
+def _known(labels: PlacedLabels, chosen: np.ndarray, days: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Events of chosen codes in each input that are known, and that are not: int64 ``[labels]`` each."""
+    part = labels.part
+    if not len(part):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    subject = np.repeat(np.arange(len(part)), part.lengths)
+    if days is None:
+        per_subject = np.maximum.reduceat(part.visits, part.offsets[:-1]) + 1  # [S]
+        visit = np.repeat(np.cumsum(per_subject) - per_subject, part.lengths) + part.visits  # [T]
+        known_at = np.full(int(per_subject.sum()), np.iinfo(np.int64).min)
+        np.maximum.at(known_at, visit, part.times)
+        known_at = known_at[visit]
+    else:
+        known_at = part.times + int(days * DAY)
+    rows = np.flatnonzero(chosen[part.codes])
+    subject, time, known_at = subject[rows], part.times[rows], known_at[rows]
+    known_at = known_at[np.lexsort([known_at, subject])]
+    starts = np.searchsorted(subject, labels.subjects)
+    stops = np.searchsorted(subject, labels.subjects, side="right")
+    if not len(rows):
+        return np.zeros(len(labels), np.int64), np.zeros(len(labels), np.int64)
+    recorded = place_in(time, starts, stops, labels.times, inclusive=True) - starts
+    known = place_in(known_at, starts, stops, labels.times, inclusive=True) - starts
+    return known, recorded - known
+
 
 _SURE = 4.0
 """Standard errors between two prevalences that are not taken for chance."""
@@ -187,3 +266,111 @@ def _prevalences(placed: Mapping[str, PlacedLabels]) -> Iterator[Finding]:
                 "The splits were not drawn alike, so thresholds and calibration do not carry over.",
                 "Split the subjects at random, or label all splits by the same rule.",
             )
+
+
+# Checks of the outcome: subjects that nobody followed, and the codes that define the label.
+
+MUCH_UNFOLLOWED = 0.1
+"""Share of the negative labels without follow-up above which it is an error."""
+
+
+def check_follow_up(
+    placed: Mapping[str, PlacedLabels], horizon_days: float | None, stated: str | None = None
+) -> Iterator[Finding]:
+    """Negative labels of subjects who are not seen afterwards.
+
+    Args:
+        placed: binary labels.
+        horizon_days: up to when they have to be seen; some time after the prediction where not given.
+        stated: follow-up that the label table says it has, whatever is seen of a subject.
+    """
+    negatives = unfollowed = 0
+    for labels in placed.values():
+        negative = labels.values == 0
+        if not negative.any():
+            continue
+        last = labels.part.times[labels.stops - 1]
+        followed = last > labels.times
+        if horizon_days is not None:
+            followed = last >= labels.times + int(horizon_days * DAY)
+        negatives += int(np.count_nonzero(negative))
+        unfollowed += int(np.count_nonzero(negative & ~followed))
+    if unfollowed:
+        when = (
+            "after the prediction time"
+            if horizon_days is None
+            else f"{horizon_days:g} days after the prediction time or later"
+        )
+        by_labels = "" if stated is None else f" (by the labels, follow-up goes on to {stated})"
+        yield Finding(
+            "negative-without-follow-up",
+            "error" if unfollowed > MUCH_UNFOLLOWED * negatives and stated is None else "warning",
+            f"{unfollowed:,} of {negatives:,} negative labels ({unfollowed / negatives:.1%}) are of subjects "
+            f"without any event {when}{by_labels}.",
+            "That nothing was recorded is no proof that nothing happened; the model learns who is not seen "
+            "again. (Follow-up is seen by the selected codes alone, not by deaths or the end of the data.)",
+            "Leave such labels out, or censor them; keep those where a death or discharge ends the follow-up "
+            "by definition.",
+        )
+
+
+def check_outcome(
+    placed: Mapping[str, PlacedLabels],
+    vocabulary: Vocabulary,
+    outcome_codes: tuple[str, ...],
+    horizon_days: float | None,
+) -> Iterator[Finding]:
+    """The codes that define the label: in the history, at the prediction time, and after a negative one."""
+    if not outcome_codes:
+        return
+    is_outcome = matching_codes(vocabulary, outcome_codes, "--outcome_codes")
+    if not is_outcome.any():
+        yield Finding(
+            "outcome-not-among-codes",
+            "info",
+            f"No code of the vocabulary matches {', '.join(outcome_codes)}.",
+            "The outcome itself is then no input, but repeats of it cannot be counted.",
+            "None needed, unless a pattern is misspelt.",
+        )
+        return
+    positives = history = exactly = negatives = contradicted = 0
+    for labels in placed.values():
+        if not len(labels):
+            continue
+        seen = np.concatenate([[0], np.cumsum(is_outcome[labels.part.codes])])  # [T + 1]
+        positive = labels.values == 1
+        end, before = labels.up_to(), labels.up_to(inclusive=False)
+        positives += int(positive.sum())
+        history += int(np.count_nonzero(positive & (seen[before] > seen[labels.starts])))
+        exactly += int(np.count_nonzero(positive & (seen[end] > seen[before])))
+        if horizon_days is not None:
+            later = labels.up_to(int(horizon_days * DAY))
+            negatives += int(np.count_nonzero(~positive))
+            contradicted += int(np.count_nonzero(~positive & (seen[later] > seen[end])))
+    if positives:
+        yield Finding(
+            "outcome-repeated",
+            "warning" if history > positives / 2 else "info",
+            f"In {history:,} of {positives:,} positive labels ({history / positives:.1%}) the subject had an "
+            "outcome code before.",
+            "Predicting a repeat is easy, and says little about new cases.",
+            "Predict the first occurrence, or report new and repeated cases apart.",
+        )
+    if exactly:
+        yield Finding(
+            "outcome-at-prediction-time",
+            "error",
+            f"{exactly:,} of {positives:,} positive labels have an outcome code at exactly the prediction "
+            "time.",
+            "The prediction time is inclusive, so the outcome is in the input.",
+            "Set the prediction time before the outcome.",
+        )
+    if contradicted:
+        yield Finding(
+            "negative-with-outcome",
+            "error",
+            f"{contradicted:,} of {negatives:,} negative labels are followed by an outcome code within "
+            f"{horizon_days:g} days.",
+            "The labels are wrong, or mean another horizon or other codes.",
+            "Compute the labels again, or give the horizon and the codes that they were made with.",
+        )

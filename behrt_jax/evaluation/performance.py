@@ -5,16 +5,130 @@ from typing import Any
 
 import numpy as np
 
+from behrt_jax.config import TaskKind
 from behrt_jax.data.predictions import PredictionFile
-from behrt_jax.evaluation.baseline import Baseline
-from behrt_jax.evaluation.binary import binary_scorer, curves, decision_curve
 from behrt_jax.evaluation.bootstrap import Figures, Scorer, bootstrap, mean_figures, subject_draws
 from behrt_jax.evaluation.calibration import regression_bins, reliability_bins
-from behrt_jax.evaluation.groups import too_small
-from behrt_jax.evaluation.measures import COMPARED, LESS_IS_BETTER, scorer_of, why_undefined
-from behrt_jax.evaluation.multilabel import over_codes
-from behrt_jax.evaluation.regression import regression_scorer
-from behrt_jax.evaluation.survival import survival_by_edge
+from behrt_jax.evaluation.scores import (
+    binary_scorer,
+    curves,
+    decision_curve,
+    multiclass_scorer,
+    multilabel_scorer,
+    over_codes,
+    regression_scorer,
+)
+from behrt_jax.evaluation.survival import survival_by_edge, survival_scorer
+from behrt_jax.evaluation.task_baselines import Baseline
+
+# Groups of examples for which figures are given apart: by sex and by age at the prediction time.
+
+AGE_BANDS = ((0, 17), (18, 39), (40, 64), (65, 79), (80, None))
+"""Completed years, both ends in."""
+SEX_PREFIXES = ("GENDER//", "SEX//")
+LEAST = 10
+"""Fewer positives or negatives (binary), events (survival) or examples (else) are too few for figures."""
+
+
+def age_groups(ages: np.ndarray) -> dict[str, np.ndarray]:
+    """Band -> which examples are in it, bool ``[n]``; ages in years, ``[n]``. Empty bands are left out."""
+    bands = {
+        f"{low}-{high}" if high is not None else f"{low}+": (ages >= low)
+        & (ages < (np.inf if high is None else high + 1))
+        for low, high in AGE_BANDS
+    }
+    return {name: inside for name, inside in bands.items() if inside.any()}
+
+
+def sex_groups(
+    subject_ids: np.ndarray, fact_subjects: Sequence[int], fact_codes: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Sex -> which examples are of it, bool ``[n]``; empty where no subject has such a code.
+
+    Args:
+        subject_ids: of the examples, int64 ``[n]``.
+        fact_subjects: subjects of static facts.
+        fact_codes: the facts; those that begin with GENDER// or SEX// count, by what follows.
+    """
+    found: dict[int, set[str]] = {}
+    for subject, code in zip(fact_subjects, fact_codes, strict=True):
+        if code.startswith(SEX_PREFIXES):
+            found.setdefault(subject, set()).add(code.split("//", 1)[1] or "unknown")
+    if not found:
+        return {}
+    names = np.array(
+        [" and ".join(sorted(found.get(subject, {"unknown"}))) for subject in subject_ids.tolist()]
+    )
+    return {str(name): names == name for name in np.unique(names)}
+
+
+def too_small(kind: str, labels: np.ndarray) -> str | None:
+    """Why a group with these labels (as in `PredictionFile`) is too small; None where it is not."""
+    counts: Mapping[str, int] = {"examples": len(labels)}
+    if kind == "binary":
+        counts = {"positives": int(labels.sum()), "negatives": int((~labels).sum())}
+    if kind == "survival":
+        counts = {"events": int(labels[:, 1].sum())}
+    few = [f"{count} {name}" for name, count in counts.items() if count < LEAST]
+    return f"too small: {' and '.join(few)} (fewer than {LEAST})" if few else None
+
+
+# Which figures each kind of task has, which of them models are compared by, and which way is better.
+
+COMPARED: dict[TaskKind, tuple[str, ...]] = {
+    "binary": ("auroc", "average_precision", "brier", "log_loss"),
+    "multiclass": ("macro_auroc", "accuracy", "log_loss", "brier"),
+    "multilabel": ("average_precision", "auroc", "incident_average_precision", "repeat_average_precision"),
+    "regression": ("mae", "rmse", "r2", "spearman"),
+    "survival": ("c_index", "integrated_brier"),
+}
+"""By these a model is compared with baselines; the first is the main one."""
+LESS_IS_BETTER = frozenset({"brier", "log_loss", "mae", "rmse", "integrated_brier", "ece"})
+
+
+def scorer_of(
+    file: PredictionFile, predictions: np.ndarray | None = None, rows: np.ndarray | None = None
+) -> Scorer:
+    """The scorer of the kind of task.
+
+    Args:
+        file: labels, and the model's predictions.
+        predictions: a baseline's, in place of the model's; what a decision threshold gives is left out.
+        rows: bool or int, some examples; all where not given.
+    """
+    chosen = slice(None) if rows is None else rows
+    labels = file.labels[chosen]
+    ours = predictions is None
+    predicted = (file.predictions if predictions is None else predictions)[chosen]
+    if file.kind == "binary":
+        decisions = file.decisions[chosen] if ours and file.decisions is not None else None
+        return binary_scorer(labels, predicted, decisions)
+    if file.kind == "multiclass":
+        return multiclass_scorer(labels, predicted)
+    if file.kind == "multilabel":
+        assert file.seen_before is not None
+        return multilabel_scorer(labels, predicted, file.seen_before[chosen])
+    if file.kind == "regression":
+        return regression_scorer(labels, predicted)
+    return survival_scorer(labels, predicted, file.edges_days)
+
+
+def why_undefined(kind: TaskKind, labels: np.ndarray, name: str) -> str:
+    """Why a figure has no value; labels as in `PredictionFile`."""
+    count = len(labels)
+    if kind == "binary":
+        if labels.all() or not labels.any():
+            return f"one class only: all {count:,} labels are {'positive' if labels.any() else 'negative'}"
+        if name == "precision":
+            return "nothing is predicted positive"
+        return "all predictions are the same, or they separate the classes without error"
+    if kind == "multiclass":
+        return f"one class only: all {count:,} labels are the same"
+    if kind == "multilabel":
+        return "no example has both a code to find and one to tell it from"
+    if kind == "regression":
+        return "all labels, or all predictions, are the same"
+    return "no pair can be compared" if name == "c_index" else "nobody is followed up to the first edge"
 
 
 def assess_predictions(

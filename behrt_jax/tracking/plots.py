@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+
 # Okabe and Ito's colours, told apart by colour-blind readers (https://jfly.uni-koeln.de/color/).
 TRAIN_COLOUR = "#0072B2"
 VALIDATION_COLOUR = "#D55E00"

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from behrt_jax.tracking.formats import format_cell, format_duration, table_text
+from behrt_jax.tracking.console import format_cell, format_duration, table_text
 
 # A gain this small (nats) is within what another seed would change.
 SMALL_GAIN = 0.01

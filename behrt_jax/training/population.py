@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from behrt_jax.adapters import lora, ranks
+from behrt_jax.adapters import lora
+from behrt_jax.adapters import lora as ranks
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.training.freezing import part, whole
-from behrt_jax.training.update import Objective, Totals, TrainState, Variables, make_update_step
+from behrt_jax.training.step import Objective, Totals, TrainState, Variables, make_update_step
 
 Init = Callable[[jax.Array, LoRAConfig | None], Variables]
 

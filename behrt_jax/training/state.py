@@ -5,19 +5,69 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.products import Product, resolve_product
-from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
-from behrt_jax.training.compilation import RUN_ONCE
+from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from behrt_jax.data.tasks import Task
+from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, Pooling, example_inputs
+from behrt_jax.training.devices import replicated, shardings_of
 from behrt_jax.training.freezing import adapted_kernels_frozen, optimizer_labels, regime, trainable
 from behrt_jax.training.optimizer import make_optimizer
-from behrt_jax.training.sharding import LARGE, shardings_of, state_shardings
-from behrt_jax.training.step import Predictor
-from behrt_jax.training.update import TrainState, Variables
+from behrt_jax.training.runtime import RUN_ONCE
+from behrt_jax.training.step import Predictor, TaskPredictor, TrainState, Variables
+
+LARGE = 2**16
+
+
+def state_shardings(state: "TrainState", mesh: Mesh, large: int = LARGE) -> "TrainState":
+    """Sharding of each leaf of a train state.
+
+    Args:
+        state: arrays, or ``jax.ShapeDtypeStruct``.
+        mesh: with the axis `fsdp`; where that is 1, every leaf is replicated.
+        large: elements from which on a leaf is split, along its largest axis that `fsdp` divides.
+
+    Returns:
+        The same tree with a ``NamedSharding`` for each leaf.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        adapter = _names(path)[0] == "lora"
+        return replicated(mesh) if adapter else _split(leaf.shape, mesh, large)
+
+    variables = tree_map_with_path(sharding, state.variables)
+    leaves = {_names(path): leaf for path, leaf in tree_leaves_with_path(state.variables)}
+    shardings = {_names(path): leaf for path, leaf in tree_leaves_with_path(variables)}
+
+    def like_its_parameter(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        """A moment has the path of its parameter at the end of its own, and the same shape."""
+        names = _names(path)
+        for start in range(len(names)):
+            own = names[start:]
+            if own in leaves and leaves[own].shape == leaf.shape:
+                return shardings[own]
+        return replicated(mesh)
+
+    opt_state = tree_map_with_path(like_its_parameter, state.opt_state)
+    return state._replace(step=replicated(mesh), variables=variables, opt_state=opt_state)
+
+
+def _split(shape: tuple[int, ...], mesh: Mesh, large: int) -> NamedSharding:
+    parts = mesh.shape["fsdp"]
+    axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or np.prod(shape) < large or not axes:
+        return replicated(mesh)
+    axis = max(axes, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "fsdp"))
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 class Setup(NamedTuple):
@@ -147,3 +197,93 @@ def _init_variables(model: BEHRTForMLM, config: PretrainConfig, key: jax.Array) 
     params = model.init(params_key, *example_inputs(config.model))["params"]
     adapters = {} if config.lora is None else lora.init(lora_key, params, config.lora)
     return {"params": params, "lora": adapters}
+
+
+# Model, adapters and first state of a fine-tuning run.
+
+
+class TaskSetup(NamedTuple):
+    """What a fine-tuning run trains and how."""
+
+    predictor: TaskPredictor
+    init_with: Callable[[jax.Array, LoRAConfig | None], Variables]
+    """From a key and adapters, of whatever rank, to random variables."""
+    init: Callable[[jax.Array], Variables]
+    """The same with the adapters of the run."""
+    shapes: Any
+    """The variables as ``jax.ShapeDtypeStruct``."""
+    mask: Any
+    """Tree of booleans with the structure of the variables: does this leaf train?"""
+    layers: list[lora.AdaptedLayer]
+    """Adapted layers; empty without LoRA."""
+
+
+def set_up_task(
+    model: ModelConfig,
+    vocabulary_size: int,
+    task: Task,
+    pooling: Pooling,
+    adapters: LoRAConfig | None,
+    freezing: FreezingConfig,
+    mesh: Mesh | None = None,
+    first_outputs: np.ndarray | None = None,
+    new_codes: int = 0,
+    packed: bool = True,
+) -> TaskSetup:
+    """Work out model, adapters and what trains, without computing anything.
+
+    Args:
+        model: of the encoder.
+        vocabulary_size: rows of the pretrained embedding table.
+        task: what the head is for.
+        pooling: see `models.pooling`.
+        adapters: LoRA, or None.
+        freezing: what trains.
+        mesh: the devices; one where not given.
+        first_outputs: bias of the head before training, float32 `[outputs]`, see
+            :func:`behrt_jax.models.losses.base_outputs`; zero where not given.
+        new_codes: rows of embeddings beside the pretrained ones, see `adapters.new_codes`.
+        packed: rows may hold several examples.
+
+    Raises:
+        InputError: adapters that match nothing, a regime that trains nothing, and the like.
+    """
+    base = BEHRTForTask(model, vocabulary_size, task.outputs, pooling)
+    network = BEHRTForTask(model, vocabulary_size + new_codes, task.outputs, pooling)
+
+    def init_with(key: jax.Array, adapters: LoRAConfig | None) -> Variables:
+        params_key, lora_key = jax.random.split(key)
+        params: Any = base.init(params_key, *example_inputs(model), segments=1)["params"]
+        if first_outputs is not None:
+            params["task_head"]["dense"]["bias"] = jnp.asarray(first_outputs, jnp.float32)
+        if new_codes:
+            params["new_codes"] = {"rows": jnp.zeros((new_codes, model.embedding_size))}
+        return {"params": params, "lora": lora.init(lora_key, params, adapters) if adapters else {}}
+
+    def init(key: jax.Array) -> Variables:
+        return init_with(key, adapters)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    trains = what_trains(shapes, freezing, adapters, model.compute_dtype)
+    predictor = TaskPredictor(network, task.kind, adapters, trains.product, mesh, packed)
+    return TaskSetup(predictor, init_with, init, shapes, trains.mask, trains.layers)
+
+
+def task_optimizer(
+    config: OptimizerConfig, setup: TaskSetup, total_steps: int
+) -> optax.GradientTransformation:
+    """AdamW for what trains in `setup`, nothing for the rest."""
+    return make_optimizer(config, total_steps, optimizer_labels(setup.shapes, setup.mask))
+
+
+def with_encoder(state: TrainState, encoder: Any, new_rows: np.ndarray | None = None) -> TrainState:
+    """The state with the parameters of `encoder` in place of its own, spread over the devices as these.
+
+    `new_rows` are the first values of the rows of new codes, float32 `[codes, embedding]`.
+    """
+    params = state.variables["params"]
+    found = {"behrt": encoder} if new_rows is None else {"behrt": encoder, "new_codes": {"rows": new_rows}}
+    shardings = {name: shardings_of(params[name]) for name in found}
+    return state._replace(
+        variables={**state.variables, "params": {**params, **jax.device_put(found, shardings)}}
+    )

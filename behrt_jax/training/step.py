@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +11,146 @@ import optax
 from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
+from behrt_jax.adapters.new_codes import with_new_codes
 from behrt_jax.adapters.products import Product
-from behrt_jax.config import LoRAConfig, MaskingConfig
-from behrt_jax.data.rows import Batch
-from behrt_jax.evaluation.code_losses import CodeLosses, decoder_losses, logit_losses, vocabulary_chunk
-from behrt_jax.evaluation.metrics import totals
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
-from behrt_jax.training.objectives import MaskedCodes, mask_codes
-from behrt_jax.training.sharding import gather
-from behrt_jax.training.update import Objective, Totals, TrainState, Variables, make_update_step
+from behrt_jax.config import LoRAConfig, MaskingConfig, TaskKind
+from behrt_jax.data.batches import Batch
+from behrt_jax.data.examples import TaskBatch
+from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_inputs
+from behrt_jax.models.layers import batch_rows
+from behrt_jax.models.losses import (
+    CodeLosses,
+    add_totals,
+    decoder_losses,
+    logit_losses,
+    task_losses,
+    totals,
+    vocabulary_chunk,
+)
+from behrt_jax.training.devices import gather, sum_over_devices
+from behrt_jax.training.freezing import stop_frozen, trainable_leaves
+from behrt_jax.training.masking import MaskedCodes, mask_codes
+from behrt_jax.training.optimizer import clip_factor
+
+# One step of training, whatever is predicted: differentiate, sum, clip, update.
+
+Variables = dict[str, Any]
+Totals = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step."""
+
+    step: jax.Array
+    """Steps done, int32 scalar."""
+    variables: Variables
+    """``{"params": ..., "lora": ...}``."""
+    opt_state: optax.OptState
+
+
+class Objective(NamedTuple):
+    """What is predicted of a batch, and how well it was."""
+
+    inputs: Callable[[jax.Array, Any], Any]
+    """(key, batch) -> arrays `[rows, ...]` that the loss is computed from; all that is drawn at random for
+    whole rows, such as masks, is drawn here."""
+    loss: Callable[[Variables, Any, jax.Array, jax.Array], tuple[jax.Array, Totals]]
+    """(variables, inputs, number of each row in the batch, dropout key) -> sum of the losses, and totals by
+    name, ``targets`` (how many losses were summed) among them. Sums, so that parts of a batch add up."""
+    same_inputs: bool = False
+    """Draw the same inputs at every step."""
+
+
+def make_update_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mask: Any,
+    key: jax.Array,
+    *,
+    clip_norm: float | None,
+    micro_batches: int = 1,
+    merged: Callable[[Variables], Any] = lambda variables: {},
+    mesh: Mesh | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, Totals]]:
+    """Build a train step. Its result depends on the state and the batch alone; jit it with its first argument
+    donated.
+
+    Args:
+        objective: inputs and loss of a batch.
+        optimizer: a transformation of the whole variables tree, see `optimizer.make_optimizer`.
+        mask: tree of booleans with the structure of the variables, True where a leaf trains.
+        key: typed PRNG key of the run; inputs and dropout come from it and the step.
+        clip_norm: largest norm of the gradient over all trainable leaves.
+        micro_batches: parts into which the batch is cut; it must divide the number of rows.
+        merged: what is worked out once for all parts, see `lora.merged_kernels`.
+        mesh: devices that share the rows of a batch; a single one where not given.
+
+    Returns:
+        A function from (state, batch) to the new state and the objective's totals, with ``gradient_norm``
+        (before clipping, trainable leaves only) and ``gradient_squares``, the sum of squares of each
+        trainable leaf's, float32 `[leaves]`.
+    """
+    # Steps built from one key (to compare their speed, say) draw the same.
+    input_key, dropout_key = jax.random.split(jax.random.clone(key))
+
+    def loss_of(variables: Variables, merged: Any, inputs: Any, rows: jax.Array, key: jax.Array):
+        return objective.loss({**stop_frozen(variables, mask), "merged": merged}, inputs, rows, key)
+
+    def gradient_of(variables: Variables, merged: Any, inputs: Any, rows: jax.Array, key: jax.Array):
+        gradient, sums = jax.grad(loss_of, has_aux=True)(variables, merged, inputs, rows, key)
+        return trainable_leaves(gradient, mask), sums
+
+    def sums_of(variables: tuple[Variables, Any], keys: tuple[jax.Array, jax.Array], rows: tuple[Any, Any]):
+        batch, numbers = rows
+        inputs = objective.inputs(keys[0], batch)
+        return _accumulate(partial(gradient_of, *variables), inputs, numbers, keys[1], micro_batches)
+
+    def update_step(state: TrainState, batch: Any) -> tuple[TrainState, Totals]:
+        step_input_key = input_key if objective.same_inputs else jax.random.fold_in(input_key, state.step)
+        keys = step_input_key, jax.random.fold_in(dropout_key, state.step)
+        variables = state.variables, merged(state.variables)
+        # Dropout goes by the row, whatever device and part it is on.
+        rows = batch, batch_rows(jax.tree.leaves(batch)[0])
+        gradient, sums = sum_over_devices(sums_of, mesh)(variables, keys, rows)
+
+        gradient = [leaf / jnp.maximum(sums["targets"], 1.0) for leaf in gradient]
+        norm = optax.tree.norm(gradient)
+        telemetry = {
+            "gradient_norm": norm,
+            # The norm is made of the same sums: the compiler works them out once.
+            "gradient_squares": jnp.stack([jnp.square(leaf).sum() for leaf in gradient]),
+        }
+        factor = clip_factor(norm, clip_norm)
+        gradient = iter([leaf * factor for leaf in gradient])
+        full_gradient = jax.tree.map(
+            lambda leaf, trains: next(gradient) if trains else jnp.zeros_like(leaf), state.variables, mask
+        )
+        updates, opt_state = optimizer.update(full_gradient, state.opt_state, state.variables)
+        variables = jax.tree.map(
+            lambda leaf, update, trains: leaf + update if trains else leaf, state.variables, updates, mask
+        )
+        return TrainState(state.step + 1, variables, opt_state), {**sums, **telemetry}
+
+    return update_step
+
+
+def _accumulate(gradient_of, inputs, rows, key, parts):
+    """Sums of gradients and totals over parts of the batch, one part in memory at a time."""
+    if parts == 1:
+        return gradient_of(inputs, rows, key)
+    # Part p takes the rows p, p + parts, ...
+    split = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), (inputs, rows)
+    )
+
+    def add_part(sums, part):
+        gradient, totals = gradient_of(*part, key)
+        return ([a + b for a, b in zip(sums[0], gradient, strict=True)], add_totals(sums[1], totals)), None
+
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(gradient_of, *first, key)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.scan(add_part, zeros, split)[0]
 
 
 class Predictor(NamedTuple):
@@ -119,7 +251,7 @@ def make_train_step(
     micro_batches: int = 1,
     static_masks: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Totals]]:
-    """Build the train step of masked-code prediction, see :func:`behrt_jax.training.update.make_update_step`.
+    """Build the train step of masked-code prediction, see :func:`behrt_jax.training.step.make_update_step`.
 
     Args:
         predictor: model and adapters.
@@ -165,3 +297,81 @@ def make_validation_step(
         return totals(found.loss, found.ranks, masked.weights)
 
     return validation_step
+
+
+# The jitted steps of a labelled task.
+
+
+class TaskPredictor(NamedTuple):
+    """How rows of examples become outputs: the model and, if any, its adapters."""
+
+    model: BEHRTForTask
+    kind: TaskKind
+    lora: LoRAConfig | None = None
+    product: Product = "activations"
+    mesh: Mesh | None = None
+    packed: bool = True
+    """Rows may hold several examples, see `models.attention.SelfAttention`."""
+
+    def merged(self, variables: Variables) -> dict[str, Any]:
+        """What a step works out once for all its micro-batches, see `lora.merged_kernels`."""
+        if self.lora is None or self.product != "merged":
+            return {}
+        return lora.merged_kernels(variables["params"], variables["lora"], self.lora)
+
+    def outputs(
+        self,
+        variables: Variables,
+        batch: Batch,
+        segments: int,
+        key: jax.Array | None = None,
+        rows: jax.Array | None = None,
+    ) -> jax.Array:
+        """Outputs of each segment, float32 `[batch, segments, outputs]`; no key, no dropout.
+
+        `rows` numbers the rows, int32 `[batch]`, where they are not 0, 1, ...
+        """
+        deterministic = key is None
+        adapters = lora.applying(self.lora, self.product, deterministic, rows) if self.lora else nullcontext()
+        with adapters:
+            return self.model.apply(  # pyright: ignore[reportReturnType]
+                with_new_rows(gather(variables, self.mesh)),
+                batch.codes,
+                batch.ages,
+                batch.visits,
+                batch.positions,
+                batch.segment_ids,
+                segments,
+                deterministic=deterministic,
+                rows=rows,
+                packed=self.packed,
+                rngs=None if key is None else {"dropout": key},
+            )
+
+
+def with_new_rows(variables: Variables) -> Variables:
+    """Variables whose code table ends with the rows of new codes, if there are any."""
+    return {**variables, "params": with_new_codes(variables["params"])}
+
+
+def task_objective(predictor: TaskPredictor) -> Objective:
+    """The task's loss, each example weighed as its batch says."""
+    local = predictor._replace(mesh=None)
+
+    def loss(
+        variables: Variables, batch: TaskBatch, rows: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Totals]:
+        outputs = local.outputs(variables, batch.rows, batch.targets.shape[1], key, rows)  # [B, S, O]
+        losses = task_losses(local.kind, outputs, batch.targets) * batch.weights  # [B, S]
+        return losses.sum(), {"loss": losses.sum(), "targets": batch.weights.sum()}
+
+    return Objective(lambda key, batch: batch, loss)
+
+
+def make_output_step(predictor: TaskPredictor) -> Callable[[Variables, TaskBatch], jax.Array]:
+    """Build what tells the outputs of a batch, float32 `[rows, segments, outputs]`, without dropout."""
+
+    def output_step(variables: Variables, batch: TaskBatch) -> jax.Array:
+        return predictor.outputs(variables, batch.rows, batch.weights.shape[1])
+
+    return output_step

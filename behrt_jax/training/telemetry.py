@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_leaves_with_path
 
-from behrt_jax.adapters.groups import label, path_names
+from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.models.stacked_layers import unstack_layers
-from behrt_jax.training.compilation import RUN_ONCE
-from behrt_jax.training.update import TrainState
+from behrt_jax.training.runtime import RUN_ONCE
+from behrt_jax.training.step import TrainState
 
 CODE_TABLE = ("embeddings", "code", "embedding")
 SURELY_SHOWN = 10.0

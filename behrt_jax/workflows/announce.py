@@ -10,12 +10,11 @@ from jax.sharding import Mesh
 
 from behrt_jax.config import InitConfig, PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
-from behrt_jax.evaluation.assessment import share_of_attainable_gain
-from behrt_jax.evaluation.masked_codes import MaskedCodeResults
+from behrt_jax.evaluation.masked_codes import MaskedCodeResults, share_of_attainable_gain
+from behrt_jax.run_folder import append_metrics
 from behrt_jax.tracking.console import Console
-from behrt_jax.tracking.run_folder import append_metrics
 from behrt_jax.tracking.summary import verdict
-from behrt_jax.training.parameter_report import report_rows
+from behrt_jax.training.freezing import report_rows
 
 
 def data(console: Console, config: PretrainConfig, description: Mapping[str, Any]) -> None:

@@ -8,24 +8,20 @@ from typing import Any
 
 import jax
 
-from behrt_jax.adapters.groups import GROUPS
+from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, truncate_metrics
 from behrt_jax.tracking.console import open_console
-from behrt_jax.tracking.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, truncate_metrics
 from behrt_jax.training.checkpoints import open_checkpoints
+from behrt_jax.training.devices import put_rows, replicated, shapes_of, shardings_of
 from behrt_jax.training.feeding import from_host, one_step
-from behrt_jax.training.interruption import catching_signals
-from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
-from behrt_jax.training.mesh import put_rows, replicated, shapes_of
+from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, catching_signals, train
 from behrt_jax.training.optimizer import rates_on_host
 from behrt_jax.training.pretrained import read_encoder
-from behrt_jax.training.sharding import shardings_of
-from behrt_jax.training.state import abstract_state, first_state, run_keys
-from behrt_jax.training.task_scores import score, task_metrics
-from behrt_jax.training.task_state import with_encoder
-from behrt_jax.training.task_step import make_output_step, task_objective
+from behrt_jax.training.state import abstract_state, first_state, run_keys, with_encoder
+from behrt_jax.training.step import TrainState, make_output_step, make_update_step, task_objective
 from behrt_jax.training.telemetry import (
     gradient_metrics,
     leaves_not_finite,
@@ -33,14 +29,11 @@ from behrt_jax.training.telemetry import (
     offending_leaf,
     trainable_names,
 )
-from behrt_jax.training.update import TrainState, make_update_step
-from behrt_jax.workflows.finetune_checks import check_finetune, has_members
-from behrt_jax.workflows.finetune_results import TaskReporter, calibrate, write_results
-from behrt_jax.workflows.finetune_setup import open_finetuning
+from behrt_jax.training.validation import score, task_metrics
+from behrt_jax.workflows.checks import check_finetune, has_members
+from behrt_jax.workflows.finetune_run import TaskReporter, calibrate, open_finetuning, write_results
 from behrt_jax.workflows.labelled_data import read_labelled
-from behrt_jax.workflows.restoring import restore_latest
-from behrt_jax.workflows.results import RunResult
-from behrt_jax.workflows.run_settings import settings
+from behrt_jax.workflows.run import RunResult, restore_latest, settings
 
 
 def finetune(config: FinetuneConfig, devices: Sequence[Any] | None = None) -> RunResult:
@@ -56,7 +49,7 @@ def finetune(config: FinetuneConfig, devices: Sequence[Any] | None = None) -> Ru
     """
     check_finetune(config)
     if has_members(config):
-        from behrt_jax.workflows.finetune_population import finetune_population
+        from behrt_jax.workflows.population import finetune_population
 
         return finetune_population(config, devices)
     data, labels, delays = read_labelled(config.data, config.labels)

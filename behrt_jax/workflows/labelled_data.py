@@ -9,19 +9,90 @@ import numpy as np
 from jax.sharding import Mesh
 
 from behrt_jax.adapters.new_codes import new_rows
-from behrt_jax.config import FinetuneConfig, ModelConfig
-from behrt_jax.data.examples import Examples, find_examples
+from behrt_jax.config import FinetuneConfig, ModelConfig, TaskKind
+from behrt_jax.data.examples import Examples, TaskBatches, find_examples, of_unknown_subjects, task_batches
 from behrt_jax.data.labels import Labels, read_labels
-from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.store import read_manifest, read_prepared
-from behrt_jax.data.task_batches import TaskBatches, task_batches
-from behrt_jax.data.tasks import Task, fit_task
+from behrt_jax.data.prepared import read_manifest, read_prepared
+from behrt_jax.data.sequences import SequenceSet, VocabularyMap, map_vocabulary
+from behrt_jax.data.tasks import BINARY, LabelTables, Task, fit_task
 from behrt_jax.data.vocabulary import Vocabulary
-from behrt_jax.data.vocabulary_map import VocabularyMap, map_vocabulary
 from behrt_jax.errors import InputError
+from behrt_jax.models.losses import base_outputs
+from behrt_jax.tracking.console import Console
 from behrt_jax.training.micro_batches import likely_parts
-from behrt_jax.training.task_losses import base_outputs
-from behrt_jax.workflows.label_counts import TRAINS, count_codes, count_labels, describe
+
+# What there is to learn from, counted and said.
+
+TRAINS = ("train", "tuning")
+
+
+def count_labels(labels: Labels, unknown: int) -> dict[str, int]:
+    """What a table has, and what is left out of it."""
+    return {
+        "labels": len(labels),
+        "duplicate_labels": labels.duplicates,
+        "labels_of_unknown_subjects": unknown,
+    }
+
+
+def count_codes(mapped: VocabularyMap, vocabulary: Vocabulary) -> dict[str, int]:
+    """What became of the codes that the model does not know."""
+    return {
+        "codes_unknown_to_the_model": len(mapped.new_codes),
+        "train_events_of_such_codes": mapped.new_events,
+        "codes_added": len(mapped.vocabulary) - len(vocabulary),
+    }
+
+
+def describe(examples: Examples, task: Task, targets: np.ndarray) -> dict[str, Any]:
+    """Counts of a split: of its examples and of what their targets, float32 ``[examples, targets]``, say."""
+    found: dict[str, Any] = {
+        "examples": len(examples),
+        "subjects": len(np.unique(examples.subject_ids)),
+        "empty_histories": int(examples.empty.sum()),
+    }
+    if task.kind == "binary":
+        found["positive"] = int(targets.sum())
+    if task.kind == "multiclass":
+        found["smallest_class"] = int(np.bincount(targets[:, 0].astype(int), minlength=task.outputs).min())
+    if task.kind == "multilabel":
+        found["codes_per_example"] = round(float(targets.sum(axis=1).mean()), 2)
+    if task.kind == "survival":
+        found["events"] = int(targets[:, 1].sum())
+    return found
+
+
+def announce_labels(console: Console, kind: TaskKind, counts: Mapping[str, Any]) -> None:
+    """Say what there is to learn from, and what was left out.
+
+    Args:
+        console: where to.
+        kind: of the task or tasks.
+        counts: of `labelled_data.LabelledData`.
+    """
+    tables: Mapping[str, Any] = counts.get("tasks") or {"": counts}
+    columns = list(next(iter(tables.values()))["train"])
+    several = "tasks" in counts
+    console.table(
+        f"Labels ({kind})",
+        (*(["task"] if several else []), "split", *(column.replace("_", " ") for column in columns)),
+        [
+            (*([name] if several else []), split, *(table[split][column] for column in columns))
+            for name, table in tables.items()
+            for split in TRAINS
+        ],
+    )
+    for name, table in tables.items():
+        of_table = f" of {name}" if several else ""
+        if unknown := table["labels_of_unknown_subjects"]:
+            labels = f"{table['labels']:,} labels{of_table}"
+            console.log(f"{unknown:,} of {labels} are of subjects that the data lacks.")
+        if duplicates := table["duplicate_labels"]:
+            console.log(f"{duplicates:,} labels{of_table} came twice and were taken once.")
+    if unknown := counts["codes_unknown_to_the_model"]:
+        what = "got embeddings of their own" if counts["codes_added"] else "are read as [UNK]"
+        events = f"{counts['train_events_of_such_codes']:,} train events"
+        console.log(f"{unknown:,} codes that the model does not know ({events}) {what}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,3 +255,56 @@ def split_batches(
     parts = config.train.micro_batches or likely_parts(rows, train.row_length, width, platform)
     multiple = mesh.size * parts
     return replace(train, batch_rows=-(-train.rows_per_batch // multiple) * multiple), tuning, parts
+
+
+# Examples of several binary tasks: each subject and prediction time is read once for all of them.
+
+
+def label_tasks(
+    config: FinetuneConfig,
+    model: ModelConfig,
+    vocabulary: Vocabulary,
+    data: SequenceSet,
+    tables: LabelTables,
+    delays: Sequence[str],
+) -> LabelledData:
+    """As `labelled_data.label_data`, of several tables.
+
+    Raises:
+        InputError: a table without a label of the train or the tuning split; it names the table.
+    """
+    train, tuning, mapped = examples_to_train(config, model, vocabulary, data, tables.pairs, delays)
+    targets = {"train": tables.targets[train.rows], "tuning": tables.targets[tuning.rows]}
+    found = {"train": train, "tuning": tuning}
+    fraction = config.task.label_fraction
+    limited = f" (task.label_fraction is {fraction:g})" if fraction < 1 else ""
+    tasks: dict[str, LabelledData] = {}
+    whole = LabelledData(
+        BINARY, mapped.vocabulary, vocabulary.codes, train, targets["train"], tuning, targets["tuning"], {}
+    )
+    for k, (name, labels) in enumerate(zip(tables.names, tables.tables, strict=True)):
+        unknown = of_unknown_subjects(data, labels)
+        own, of_task = {}, {}
+        for split, examples in found.items():
+            labelled = ~np.isnan(targets[split][:, k])
+            own[split], of_task[split] = examples.take(labelled), targets[split][labelled, k : k + 1]
+            whose = f"population.labels: the labels of {name}{limited}"
+            require_labels(whose, split, len(own[split]), unknown, len(labels))
+        counts = {
+            **count_labels(labels, unknown),
+            **{split: describe(own[split], BINARY, of_task[split]) for split in found},
+        }
+        tasks[name] = replace(
+            whole,
+            train=own["train"],
+            train_targets=of_task["train"],
+            tuning=own["tuning"],
+            tuning_targets=of_task["tuning"],
+            counts=counts,
+        )
+    counts = {
+        **count_codes(mapped, vocabulary),
+        **{split: {"examples": len(examples)} for split, examples in found.items()},
+        "tasks": {name: one.counts for name, one in tasks.items()},
+    }
+    return replace(whole, counts=counts, tasks=tasks)

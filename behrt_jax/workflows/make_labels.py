@@ -13,18 +13,21 @@ import pyarrow.parquet as pq
 
 from behrt_jax.config import MakeLabelsConfig
 from behrt_jax.data.delays import matching_codes
+from behrt_jax.data.event_rules import DAY
 from behrt_jax.data.events import SPLITS
-from behrt_jax.data.label_makers.death import label_death
-from behrt_jax.data.label_makers.first_occurrence import label_first_occurrence
-from behrt_jax.data.label_makers.next_visit import label_next_visit
-from behrt_jax.data.label_makers.prediction_times import MadeLabels
-from behrt_jax.data.label_makers.readmission import label_readmission
-from behrt_jax.data.label_makers.split_history import NEVER, SplitHistory
-from behrt_jax.data.places import find_subjects
+from behrt_jax.data.prepared import read_deaths, read_prepared
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.store import read_deaths, read_prepared
-from behrt_jax.data.visits import DAY
+from behrt_jax.data.sorting import find_subjects
 from behrt_jax.errors import InputError
+from behrt_jax.records.label_makers import (
+    NEVER,
+    MadeLabels,
+    SplitHistory,
+    label_death,
+    label_first_occurrence,
+    label_next_visit,
+    label_readmission,
+)
 from behrt_jax.tracking.console import open_console
 
 MAKERS = {

@@ -3,30 +3,297 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pyarrow as pa
+from jax.sharding import Mesh
 
-from behrt_jax.config import PredictConfig
+from behrt_jax.adapters import lora
+from behrt_jax.adapters.files import CONFIG_FILE as ADAPTER_FILE
+from behrt_jax.adapters.files import load_adapter
+from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, PredictConfig, from_stored
 from behrt_jax.data.events import SPLITS
-from behrt_jax.data.examples import find_examples, of_unknown_subjects
-from behrt_jax.data.labels import Labels
-from behrt_jax.data.prediction_rows import codes_seen, member_rows, member_schema, prediction_rows, schema_of
-from behrt_jax.data.predictions import PredictionWriter, members_path
+from behrt_jax.data.examples import TaskBatch, find_examples, of_unknown_subjects, task_batches
+from behrt_jax.data.labels import Labels, read_labels
+from behrt_jax.data.predictions import (
+    PredictionWriter,
+    codes_seen,
+    member_rows,
+    member_schema,
+    members_path,
+    prediction_rows,
+    schema_of,
+)
+from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.task_batches import task_batches
+from behrt_jax.data.tasks import Task
+from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.decisions import mean_predictions, predictions
+from behrt_jax.files import read_json
+from behrt_jax.models.behrt import PatientEmbedding, Pooling
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER
 from behrt_jax.tracking.console import open_console
-from behrt_jax.training.compilation import use_compilation_cache
-from behrt_jax.training.mesh import make_mesh
-from behrt_jax.training.task_scores import score
-from behrt_jax.training.task_step import make_output_step
-from behrt_jax.workflows.finetuned import Finetuned, open_finetuned
+from behrt_jax.training.checkpoints import open_checkpoints
+from behrt_jax.training.devices import make_mesh, replicated
+from behrt_jax.training.pretrained import open_pretrained, read_encoder
+from behrt_jax.training.runtime import use_compilation_cache
+from behrt_jax.training.state import TaskSetup, set_up_task
+from behrt_jax.training.step import make_output_step, with_new_rows
+from behrt_jax.training.validation import score
+from behrt_jax.workflows.finetune_run import MEMBERS_FOLDER, TASK_FILE, Calibration
 from behrt_jax.workflows.labelled_data import examples_of, in_vocabulary, read_labelled
 
+# A fine-tuned model from its run folder, or from an adapter and the base that it belongs to.
+
+
+class Finetuned(NamedTuple):
+    """A model that is ready to predict."""
+
+    task: Task
+    setup: TaskSetup
+    members: list[dict[str, Any]]
+    """Variables of each model whose mean predicts, one where it is no ensemble; on the devices, whole on
+    each, frozen leaves shared."""
+    vocabulary: Vocabulary
+    model: ModelConfig
+    max_length: int | None
+    calibration: Calibration
+    trained: dict[str, Any]
+    """Regime, and counts of parameters, for the record of predictions."""
+
+
+def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
+    """Read a model.
+
+    Args:
+        folder: a run of finetune (a population predicts with its chosen members), or an adapter in it.
+        base: of an adapter: the pretraining run; the one that the adapter names where not given.
+        mesh: the devices.
+
+    Raises:
+        InputError: neither a finished fine-tuning run nor an adapter, a run of several tasks, or an adapter
+            of another base.
+    """
+    record = _record(folder)
+    if "tasks" in record:
+        tasks = ", ".join(f"{k} ({name})" for k, name in enumerate(record["tasks"]))
+        raise InputError(
+            f"--model: {folder} has a model for each of several tasks: give {folder / MEMBERS_FOLDER / 'K'}, "
+            f"where K is one of {tasks}."
+        )
+    is_adapter = (folder / ADAPTER_FILE).is_file()
+    if "members" in record and not is_adapter:
+        folders = [folder / MEMBERS_FOLDER / str(k) for k in record["members"]]
+        setup, members, vocabulary = _from_adapters(folders, base, mesh)
+    elif is_adapter:
+        setup, members, vocabulary = _from_adapters([folder], base, mesh)
+    else:
+        vocabulary = Vocabulary.read(folder / "vocabulary.parquet")
+        setup = _set_up(record, len(vocabulary) - record["new_codes"], mesh)
+        members = [_restored(folder, setup, mesh)]
+    freezing = from_stored(FreezingConfig, record["freezing"])
+    return Finetuned(
+        Task.from_json(record["task"]),
+        setup,
+        members,
+        vocabulary,
+        setup.predictor.model.config,
+        record["max_length"],
+        Calibration(**record["calibration"]),
+        {"regime": "+".join(freezing.groups) or freezing.regime, **record["parameters"]},
+    )
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    if not (folder / TASK_FILE).is_file():
+        raise InputError(
+            f"--model: {folder} holds no fine-tuned model ({TASK_FILE} is not there): give a finished run of "
+            "finetune.py, or the adapter in it."
+        )
+    return read_json(folder / TASK_FILE)
+
+
+def _set_up(record: dict[str, Any], vocabulary_size: int, mesh: Mesh) -> TaskSetup:
+    return set_up_task(
+        from_stored(ModelConfig, record["model"]),
+        vocabulary_size,
+        Task.from_json(record["task"]),
+        record["pooling"],
+        None if record["lora"] is None else from_stored(LoRAConfig, record["lora"]),
+        from_stored(FreezingConfig, record["freezing"]),
+        mesh,
+        new_codes=record["new_codes"],
+    )
+
+
+def _from_adapters(
+    folders: Sequence[Path], base: Path | None, mesh: Mesh
+) -> tuple[TaskSetup, list[dict[str, Any]], Vocabulary]:
+    """Adapters of equal shapes on one base."""
+    record = _record(folders[0])
+    pretrained = open_pretrained(base or Path(record["base"]))
+    setup = _set_up(record, len(pretrained.vocabulary), mesh)
+    head = setup.init(jax.random.key(0))["params"]["task_head"]
+    params = {"behrt": read_encoder(pretrained, mesh).params, "task_head": head}
+    members, new_codes = [], ()
+    for folder in folders:
+        found, lora, config = load_adapter(folder, params, pretrained.vocabulary.fingerprint())
+        members.append(jax.device_put({"params": found, "lora": lora}, replicated(mesh)))
+        new_codes = config.get("new_codes", ())
+    return setup, members, pretrained.vocabulary.extended(new_codes)
+
+
+def _restored(folder: Path, setup: TaskSetup, mesh: Mesh) -> dict[str, Any]:
+    whole = replicated(mesh)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), setup.shapes
+    )
+    with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
+        step = checkpoints.best_step()
+        if step is None:
+            raise InputError(f"--model: {folder} has no checkpoint with a validation: train it further.")
+        found = checkpoints.restore(step, params=shapes["params"], lora=shapes["lora"])
+    return {"params": found.params, "lora": found.lora}
+
+
+# Vectors of subjects at prediction times, or at their last events, for use in other models.
+
 AT_ONCE = 8192
+"""Examples that are held in memory together."""
+
+
+class _Encoder(NamedTuple):
+    model: ModelConfig
+    vocabulary: Vocabulary
+    params: Any
+    pooling: Pooling
+    max_length: int | None
+
+
+def embed(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Write a Parquet file of ``subject_id``, ``time`` and ``vector`` (float32, hidden_size numbers).
+
+    Args:
+        config: with ``embeddings``; checked by :func:`behrt_jax.workflows.predict.predict`.
+        devices: to compute on; all where not given.
+
+    Returns:
+        Counts: ``vectors``, and ``unknown_subjects`` of the labels.
+
+    Raises:
+        InputError: something in the options, the model, the data or the labels is wrong.
+    """
+    assert config.model is not None and config.output is not None
+    if config.data is None:
+        raise InputError("--data is missing: give the folder that prepare wrote.")
+    mesh = make_mesh(devices)
+    with open_console() as console:
+        if reason := use_compilation_cache(config.compilation_cache):
+            console.log(reason)
+        encoder = _open(config, config.model, mesh)
+        data, _ = in_vocabulary(read_prepared(config.data), encoder.vocabulary)
+        delays = tuple(read_manifest(config.data)["options"].get("delays", ()))
+        splits = SPLITS if config.split == "all" else (config.split,)
+        if config.labels is None:
+            wanted = {name: _last_events(data, name) for name in splits}
+            unknown = 0
+        else:
+            labels = read_labels(config.labels, as_written=True, without_values=True)
+            wanted = {
+                name: labels.take(np.isin(labels.subject_ids, data.subject_ids(name))) for name in splits
+            }
+            unknown = of_unknown_subjects(data, labels)
+        total = sum(len(part) for part in wanted.values())
+        if not total:
+            raise InputError(f"There is no subject of the split {config.split} to embed.")
+        schema = pa.schema(
+            [
+                ("subject_id", pa.int64()),
+                ("time", pa.timestamp("us")),
+                ("vector", pa.list_(pa.float32(), encoder.model.hidden_size)),
+            ]
+        )
+        console.start(total, 0, None)
+        done = 0
+        with PredictionWriter(config.output, schema, {"pooling": encoder.pooling}) as writer:
+            for part, vectors in _vectors(config, encoder, data, wanted, delays, mesh):
+                lists = pa.FixedSizeListArray.from_arrays(
+                    pa.array(vectors.reshape(-1)), encoder.model.hidden_size
+                )
+                columns = [pa.array(part.subject_ids), pa.array(part.times, pa.timestamp("us")), lists]
+                writer.write(pa.table(columns, schema=schema))
+                done += len(part)
+                console.step(done, len(part))
+        console.close()
+        if unknown:
+            console.log(f"{unknown:,} labels are of subjects that the data lacks: left out.")
+        console.log(f"Written to {config.output}: {total:,} vectors of {encoder.model.hidden_size}.")
+    return {"vectors": total, "unknown_subjects": unknown}
+
+
+def _open(config: PredictConfig, folder: Path, mesh: Mesh) -> _Encoder:
+    if (folder / TASK_FILE).is_file():
+        found = open_finetuned(folder, config.base, mesh)
+        if len(found.members) > 1:
+            raise InputError(f"--model: {folder} is an ensemble: give one of its members/.")
+        variables, predictor = with_new_rows(found.members[0]), found.setup.predictor
+        params = variables["params"]
+        if predictor.lora is not None:
+            params = lora.merge(params, variables["lora"], predictor.lora)
+        pooling = config.pooling or predictor.model.pooling
+        opened = _Encoder(found.model, found.vocabulary, params["behrt"], pooling, found.max_length)
+    else:
+        pretrained = open_pretrained(folder)
+        params = read_encoder(pretrained, mesh).params
+        opened = _Encoder(pretrained.model, pretrained.vocabulary, params, config.pooling or "mean", None)
+    if opened.pooling == "cls" and not opened.model.cls_token:
+        raise InputError("pooling is cls, but the model reads no [CLS] token: give mean, max or last.")
+    return opened
+
+
+def _last_events(data: SequenceSet, split: str) -> Labels:
+    part = data.splits[split]
+    times = part.times[part.offsets[1:] - 1]
+    return Labels(part.subject_ids, times, np.zeros(len(part), bool), "boolean")
+
+
+def _vectors(
+    config: PredictConfig,
+    encoder: _Encoder,
+    data: SequenceSet,
+    wanted: dict[str, Labels],
+    delays: Sequence[str],
+    mesh: Mesh,
+) -> Iterator[tuple[Labels, np.ndarray]]:
+    """Labels and vectors of a few thousand examples at a time."""
+    network = PatientEmbedding(encoder.model, len(encoder.vocabulary), encoder.pooling)
+
+    def embed_step(params: Any, batch: TaskBatch) -> jax.Array:
+        rows = batch.rows
+        inputs = rows.codes, rows.ages, rows.visits, rows.positions, rows.segment_ids
+        return network.apply({"params": {"behrt": params}}, *inputs, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
+
+    step, segments = jax.jit(embed_step), 1
+    for split, labels in wanted.items():
+        for start in range(0, len(labels), AT_ONCE):
+            part = labels.take(np.arange(start, min(start + AT_ONCE, len(labels))))
+            examples = examples_of(data, split, part, encoder.model, encoder.max_length, delays)
+            batches = task_batches(
+                examples,
+                np.zeros((len(examples), 1), np.float32),
+                row_length=encoder.max_length or encoder.model.positions,
+                batch_size=len(examples),
+                seed=None,
+                cls_token=encoder.model.cls_token,
+                least_segments=segments,
+            ).of_rows(config.rows, mesh.size)
+            segments = batches.segments
+            yield part, score(step, encoder.params, batches, mesh)
+
+
 """Examples that are held in memory together."""
 
 
@@ -47,7 +314,7 @@ def predict(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict
     if config.rows < 1:
         raise InputError(f"rows is {config.rows}: give 1 or more.")
     if config.embeddings:
-        from behrt_jax.workflows.embed import embed
+        from behrt_jax.workflows.predict import embed
 
         return embed(config, devices)
     mesh = make_mesh(devices)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.meds_export import export_meds
-from behrt_jax.data.preparation import prepare
-from behrt_jax.data.sources.opening import DEFAULT_CODES, open_source
 from behrt_jax.errors import InputError
+from behrt_jax.records.meds_export import export_meds
+from behrt_jax.records.prepare.pipeline import prepare
+from behrt_jax.records.sources.opening import DEFAULT_CODES, open_source
 from behrt_jax.tracking.console import Console, open_console
 
 SECONDS_BETWEEN_LINES = 5.0

@@ -8,36 +8,41 @@ from typing import Any
 
 import jax
 
-from behrt_jax.adapters.groups import GROUPS
+from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import PretrainConfig
-from behrt_jax.data.batches import with_rows_a_multiple_of
-from behrt_jax.data.load import load_sequences
-from behrt_jax.data.sequences import describe
+from behrt_jax.data.batches import (
+    TrainingBatches,
+    ValidationBatches,
+    training_batches,
+    validation_batches,
+    with_rows_a_multiple_of,
+)
+from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.doctor import RunRecord
-from behrt_jax.evaluation.assessment import assess
-from behrt_jax.tracking.console import open_console
-from behrt_jax.tracking.run_folder import (
+from behrt_jax.evaluation.masked_codes import Cooccurrence, MaskedCodeResults, MaskedSplit, Unigram, assess
+from behrt_jax.evaluation.oracle import oracle_of
+from behrt_jax.files import write_json
+from behrt_jax.records.load import load_sequences
+from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     METRICS_FILE,
     PARAMETERS_FILE,
     prepare_run_folder,
     truncate_metrics,
-    write_json,
 )
-from behrt_jax.tracking.startup import Startup
+from behrt_jax.tracking.console import open_console
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.compilation import use_compilation_cache
+from behrt_jax.training.devices import make_mesh, put_rows, replicated, shapes_of, shardings_of
 from behrt_jax.training.feeding import PlacedBatches, on_device, one_step, open_feed
-from behrt_jax.training.host_memory import keep_freed_memory
-from behrt_jax.training.interruption import catching_signals
-from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
-from behrt_jax.training.mesh import make_mesh, put_rows, replicated, shapes_of
-from behrt_jax.training.objectives import FIRST_CODE
+from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, catching_signals, train
+from behrt_jax.training.masking import FIRST_CODE
+from behrt_jax.training.micro_batches import choose_micro_batches, rows_multiple
 from behrt_jax.training.optimizer import rates_on_host
-from behrt_jax.training.sharding import shardings_of
+from behrt_jax.training.pretrained import check_source, check_vocabulary, start_from
+from behrt_jax.training.runtime import Startup, keep_freed_memory, use_compilation_cache
 from behrt_jax.training.state import abstract_state, init_state, optimizer_for, run_keys, set_up
-from behrt_jax.training.step import make_train_step, make_validation_step
+from behrt_jax.training.step import TrainState, make_train_step, make_validation_step
 from behrt_jax.training.telemetry import (
     gradient_metrics,
     leaves_not_finite,
@@ -45,19 +50,71 @@ from behrt_jax.training.telemetry import (
     offending_leaf,
     trainable_names,
 )
-from behrt_jax.training.update import TrainState
 from behrt_jax.training.validation import make_scoring_step, mask_split, score_masked_codes, validate
-from behrt_jax.training.warm_start import check_source, check_vocabulary, start_from
 from behrt_jax.workflows import announce
-from behrt_jax.workflows.baselines import predict_baselines
 from behrt_jax.workflows.checks import check
-from behrt_jax.workflows.examination import Examination
+from behrt_jax.workflows.doctor import Examination
 from behrt_jax.workflows.facts import gather_facts
-from behrt_jax.workflows.micro_batches import choose_micro_batches, rows_multiple
-from behrt_jax.workflows.pretraining_batches import split_batches
-from behrt_jax.workflows.restoring import restore_latest
-from behrt_jax.workflows.results import RunResult, parameter_report, try_write_adapter, write_summary
-from behrt_jax.workflows.run_settings import check_same_run, default_folder, run_record, settings
+from behrt_jax.workflows.run import (
+    RunResult,
+    check_same_run,
+    default_folder,
+    parameter_report,
+    restore_latest,
+    run_record,
+    settings,
+    try_write_adapter,
+    write_summary,
+)
+
+# Predictors without training, scored on the very codes that the validation step masks.
+
+
+def predict_baselines(
+    config: PretrainConfig, data: SequenceSet, masked: MaskedSplit
+) -> dict[str, MaskedCodeResults]:
+    """Results of ``unigram`` and ``co-occurrence``, and of the ``oracle`` where the optimum is known."""
+    unigram = Unigram(data.vocabulary.counts, FIRST_CODE)
+    cooccurrence = Cooccurrence(data.splits["train"], unigram, FIRST_CODE)
+    found = {"unigram": unigram.predict(masked), "co-occurrence": cooccurrence.predict(masked)}
+    oracle = oracle_of(config.data, data.vocabulary.codes)
+    if oracle is not None:
+        found["oracle"] = oracle.predict(masked, config.masking)
+    return found
+
+
+# The batches that a pretraining run reads, by its settings.
+
+
+def split_batches(
+    config: PretrainConfig, data: SequenceSet, multiple_of: int
+) -> tuple[TrainingBatches, ValidationBatches]:
+    """Batches of the train split and of the tuning split.
+
+    Args:
+        config: of the run.
+        data: its sequences.
+        multiple_of: by which the rows of each batch can be divided: devices, or parts of a step.
+
+    Raises:
+        InputError: a split without events.
+    """
+    common: dict[str, Any] = {
+        "row_length": config.data.max_length or config.model.positions,
+        "window": config.data.window,
+        "packed": config.data.packed,
+        "cls_token": config.model.cls_token,
+        "multiple_of": multiple_of,
+    }
+    batches = training_batches(
+        data.splits["train"],
+        **common,
+        batch_size=config.train.batch_size,
+        batch_tokens=config.train.batch_tokens,
+        seed=config.train.seed,
+        static=config.train.static_masks,
+    )
+    return batches, validation_batches(data.splits["tuning"], **common, rows_per_batch=batches.rows_per_batch)
 
 
 def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> RunResult:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from behrt_jax.adapters import bank, lora
 from behrt_jax.adapters.files import save_adapter
-from behrt_jax.adapters.groups import label, path_names
+from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForTask, example_inputs

@@ -14,8 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import behrt_jax
-from behrt_jax.adapters.files import load_adapter, save_adapter
-from behrt_jax.adapters.fingerprint import fingerprint_tree
+from behrt_jax.adapters.files import fingerprint_tree, load_adapter, save_adapter
 from behrt_jax.errors import InputError
 
 WIDTH, RANK = 8, 2

@@ -11,7 +11,7 @@ import pytest
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import load_adapter, save_adapter
-from behrt_jax.adapters.groups import label, path_names
+from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.adapters.new_codes import new_rows, with_new_codes
 from behrt_jax.config import LoRAConfig, OptimizerConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS

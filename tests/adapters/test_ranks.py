@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from behrt_jax.adapters import ranks
+from behrt_jax.adapters import lora as ranks
 
 RNG = np.random.default_rng(0)
 

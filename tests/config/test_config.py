@@ -11,8 +11,7 @@ import textwrap
 import pytest
 
 from behrt_jax import config
-from behrt_jax.config import LoRAConfig, ModelConfig
-from behrt_jax.config.stored import from_stored
+from behrt_jax.config import LoRAConfig, ModelConfig, from_stored
 
 KINDS = [value for name in config.__all__ if dataclasses.is_dataclass(value := getattr(config, name))]
 COMMANDS = [kind for kind in KINDS if any(field.name == "output" for field in dataclasses.fields(kind))]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
-from behrt_jax.data.sources.omop import OmopSource
+from behrt_jax.records.sources.omop import OmopSource
 
 Form = Literal["csv", "csv.gz", "parquet"]
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]

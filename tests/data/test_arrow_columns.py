@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from behrt_jax.data import arrow_columns
-from behrt_jax.data.arrow_columns import read_columns, write_columns
+from behrt_jax.data import prepared as arrow_columns
+from behrt_jax.data.prepared import read_columns, write_columns
 
 SCHEMA = pa.schema([("small", pa.int32()), ("large", pa.int64()), ("real", pa.float32())])
 

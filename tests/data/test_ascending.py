@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.config import PrepareConfig, TableColumns
-from behrt_jax.data import finishing, preparation
-from behrt_jax.data.ascending import OutOfOrder, ascending_units, whole_subjects
-from behrt_jax.data.preparation import prepare
-from behrt_jax.data.sources.meds import open_meds
-from behrt_jax.data.sources.table import open_table
+from behrt_jax.records.prepare import pipeline as finishing
+from behrt_jax.records.prepare import pipeline as preparation
+from behrt_jax.records.prepare.encode import OutOfOrder, ascending_units, whole_subjects
+from behrt_jax.records.prepare.pipeline import prepare
+from behrt_jax.records.sources.meds import open_meds
+from behrt_jax.records.sources.table import open_table
 from tests.data.meds_folder import (
     DAY,
     Row,

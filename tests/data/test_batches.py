@@ -8,17 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.data import batches as batches_module
-from behrt_jax.data.batches import (
-    Batch,
-    TrainingBatches,
-    gather_rows,
-    training_batches,
-    validation_batches,
-)
-from behrt_jax.data.packing import RowPlan
+from behrt_jax.data.batches import Batch, TrainingBatches, gather_rows, training_batches, validation_batches
+from behrt_jax.data.packing import RowPlan, Windows
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS, PAD
-from behrt_jax.data.windows import Windows
 from behrt_jax.errors import InputError
 
 FIRST_CODE = 5

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.data.batches import TrainingBatches, training_batches
-from behrt_jax.data.device_rows import device_bytes, gather_on_device, tokens_of
+from behrt_jax.training.feeding import device_bytes, gather_on_device, tokens_of
 from tests.data.test_batches import assert_equal, histories, history_lengths, long_tailed
 
 

@@ -3,12 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data import hidden_tokens
+from behrt_jax.data import examples as hidden_tokens
+from behrt_jax.data.event_rules import DAY
 from behrt_jax.data.examples import find_examples
+from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import YEAR
-from behrt_jax.data.visits import DAY
 from behrt_jax.data.vocabulary import SEP, UNK
-from behrt_jax.data.windows import ragged_indices
 from behrt_jax.errors import InputError
 from tests.data.histories import CODES, Event, known_at, labels_at, sequence_set
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from behrt_jax.data.event_rules import Selected, select_events
 from behrt_jax.data.events import DEATH_CODE
-from behrt_jax.data.filtering import Selected, select_events
 from behrt_jax.errors import InputError
 from tests.data.meds_folder import DAY, HOUR, Row, born, event_set, history_rows
 

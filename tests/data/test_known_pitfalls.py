@@ -40,11 +40,11 @@ from hypothesis import strategies as st
 from behrt_jax.config import DataConfig, MaskingConfig, PrepareConfig
 from behrt_jax.data.batches import training_batches
 from behrt_jax.data.events import SPLITS
-from behrt_jax.data.preparation import prepare
+from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.sequences import build_sequences
-from behrt_jax.data.sources.meds import open_meds
-from behrt_jax.data.store import read_prepared
-from behrt_jax.training.objectives import mask_codes
+from behrt_jax.records.prepare.pipeline import prepare
+from behrt_jax.records.sources.meds import open_meds
+from behrt_jax.training.masking import mask_codes
 from tests.data.meds_folder import DAY, HOUR, Row, born, event_set, write_meds
 
 ALSO = [born(2), Row(2, DAY, "A")]

@@ -6,12 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.config import MakeLabelsConfig
-from behrt_jax.data.label_makers.death import label_death
-from behrt_jax.data.label_makers.first_occurrence import label_first_occurrence
-from behrt_jax.data.label_makers.next_visit import label_next_visit
-from behrt_jax.data.label_makers.readmission import label_readmission
-from behrt_jax.data.label_makers.split_history import NEVER, SplitHistory
-from behrt_jax.data.visits import DAY
+from behrt_jax.data.event_rules import DAY
+from behrt_jax.records.label_makers import (
+    NEVER,
+    SplitHistory,
+    label_death,
+    label_first_occurrence,
+    label_next_visit,
+    label_readmission,
+)
 from tests.data.histories import CODES, Event, sequence_set
 
 MAKERS = {

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.label_tables import read_label_tables, side_by_side
 from behrt_jax.data.labels import Labels
+from behrt_jax.data.tasks import read_label_tables, side_by_side
 from behrt_jax.errors import InputError
 
 pairs = st.tuples(st.integers(-3, 3), st.integers(-3, 3))

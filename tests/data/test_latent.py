@@ -7,9 +7,10 @@ import pytest
 
 from behrt_jax.config import DataConfig, PretrainConfig
 from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA
-from behrt_jax.data.load import load_events, load_sequences
-from behrt_jax.data.synthetic.histories import YEAR_DAYS
-from behrt_jax.data.synthetic.latent import (
+from behrt_jax.errors import InputError
+from behrt_jax.records.load import load_events, load_sequences
+from behrt_jax.records.synthetic.histories import YEAR_DAYS
+from behrt_jax.records.synthetic.latent import (
     NEVER,
     draw_latent_histories,
     draw_states,
@@ -17,7 +18,7 @@ from behrt_jax.data.synthetic.latent import (
     latent_paths,
     onset_labels,
 )
-from behrt_jax.data.synthetic.latent_model import (
+from behrt_jax.records.synthetic.latent_model import (
     AGE_BANDS,
     BAND_YEARS,
     LEAST_CODES,
@@ -25,7 +26,6 @@ from behrt_jax.data.synthetic.latent_model import (
     code_texts,
     latent_model,
 )
-from behrt_jax.errors import InputError
 from behrt_jax.workflows.checks import check
 
 OPTIONS = (3000, 200, 15.0, 0.9, 2)

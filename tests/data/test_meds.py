@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.config import DataConfig
+from behrt_jax.data import parquet as columns_files
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.data.sequences import MEDS_CODES, build_sequences, describe
-from behrt_jax.data.sources import meds as meds_source
-from behrt_jax.data.sources import meds_files, meds_units
-from behrt_jax.data.sources.meds import DEFAULT_CODES, open_meds, read_meds
 from behrt_jax.errors import InputError
+from behrt_jax.records.sources import meds as meds_source
+from behrt_jax.records.sources import parquet as meds_units
+from behrt_jax.records.sources.meds import DEFAULT_CODES, open_meds, read_meds
 from tests.data.meds_folder import (
     DAY,
     HOUR,
@@ -389,7 +390,7 @@ def test_a_data_set_of_awkward_events(tmp_path):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """A source that reads at most 40 rows at once."""
-    for module in (meds_units, meds_files):
+    for module in (meds_units, columns_files):
         monkeypatch.setattr(module, "CHUNK_ROWS", 40)
 
 
@@ -609,7 +610,7 @@ def test_the_mimic_iv_demo_in_pieces(monkeypatch):
     assert len(np.unique(source.sample_subjects())) == 100
     assert len(source.descriptions()) == 2_661
     whole = as_rows(pa.concat_tables([table for tables in read_units(source)[0] for table in tables]))
-    monkeypatch.setattr(meds_files, "CHUNK_ROWS", 100_000)
+    monkeypatch.setattr(columns_files, "CHUNK_ROWS", 100_000)
     read, counts = read_units(source)
     assert [len(tables) for tables in read] == [1, 9, 1]
     assert as_rows(pa.concat_tables([table for tables in read for table in tables])) == whole

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.meds_check import check_meds
-from behrt_jax.data.meds_writer import write_meds
-from behrt_jax.data.sources.meds import read_meds
 from behrt_jax.errors import InputError
+from behrt_jax.records.meds_check import check_meds
+from behrt_jax.records.meds_export import write_meds
+from behrt_jax.records.sources.meds import read_meds
 from tests.data.meds_folder import DAY, Row, born, by_remainder, events_table, history_rows
 
 ROWS = [

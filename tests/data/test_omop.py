@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.sources.omop import open_omop
 from behrt_jax.errors import InputError
+from behrt_jax.records.sources.omop import open_omop
 from tests.data.omop_folder import (
     HISTORY,
     codes_of,

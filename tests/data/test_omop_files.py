@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.data.events import EventCounts
-from behrt_jax.data.sources import cdm_files, csv_reading
-from behrt_jax.data.sources.csv_reading import read_csv
-from behrt_jax.data.sources.omop import open_omop
 from behrt_jax.errors import InputError
+from behrt_jax.records.sources import cdm as cdm_files
+from behrt_jax.records.sources import csv_files as csv_reading
+from behrt_jax.records.sources.csv_files import read_csv
+from behrt_jax.records.sources.omop import open_omop
 from tests.data.omop_folder import (
     HISTORY,
     codes_of,

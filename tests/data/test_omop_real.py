@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from behrt_jax.data.sources.omop import open_omop
 from behrt_jax.errors import InputError
+from behrt_jax.records.sources.omop import open_omop
 from tests.data.omop_folder import (
     read_all,
     rows_of,

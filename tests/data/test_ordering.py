@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.ordering import distinct, sort_rows
+from behrt_jax.data.sorting import distinct, sort_rows
 
 LIMITS = {"<i8": (-(2**63), 2**63 - 1), "<i4": (-(2**31), 2**31 - 1), "?": (0, 1)}
 

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.places import find_subjects, place_in
+from behrt_jax.data.sorting import find_subjects, place_in
 
 runs = st.lists(st.lists(st.integers(0, 9), max_size=8).map(sorted), min_size=1, max_size=6)
 ids = st.integers(-(2**63), 2**63 - 1)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from behrt_jax.data.event_rules import DAY
 from behrt_jax.data.examples import find_examples
-from behrt_jax.data.label_columns import VALUE_COLUMNS
-from behrt_jax.data.prediction_rows import codes_seen, prediction_rows, schema_of
+from behrt_jax.data.labels import VALUE_COLUMNS
+from behrt_jax.data.predictions import codes_seen, prediction_rows, schema_of
 from behrt_jax.data.tasks import Task
-from behrt_jax.data.visits import DAY
 from tests.data.histories import Event, labels_at, sequence_set
 from tests.data.test_tasks import labels_of
 

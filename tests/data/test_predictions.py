@@ -7,9 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.data.label_columns import VALUE_COLUMNS
-from behrt_jax.data.prediction_columns import prediction_schema
-from behrt_jax.data.predictions import PredictionWriter, members_path, read_predictions
+from behrt_jax.data.labels import VALUE_COLUMNS
+from behrt_jax.data.predictions import PredictionWriter, members_path, prediction_schema, read_predictions
 from behrt_jax.errors import InputError
 
 TIMES = [datetime(2020, 1, 1), datetime(2021, 6, 1), datetime(2020, 1, 1)]

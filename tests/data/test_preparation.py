@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.config import DataConfig, PrepareConfig
+from behrt_jax.data.event_rules import select_events
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS
-from behrt_jax.data.filtering import select_events
-from behrt_jax.data.preparation import prepare
+from behrt_jax.data.prepared import read_births, read_prepared
 from behrt_jax.data.sequences import build_sequences
-from behrt_jax.data.store import read_births, read_prepared
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
+from behrt_jax.records.prepare.pipeline import prepare
 from tests.data.meds_folder import DAY, HOUR, Row, born, by_remainder, event_set, events_table, history_rows
 from tests.data.memory_source import MemorySource
 
@@ -172,7 +172,7 @@ def test_input_larger_than_a_bucket_is_cut_by_the_sample(tmp_path, monkeypatch):
     rows = history_rows(20)
     file = tmp_path / "input.parquet"
     file.write_bytes(bytes(1000))
-    monkeypatch.setattr("behrt_jax.data.spill._BUCKET_BYTES", 100)
+    monkeypatch.setattr("behrt_jax.records.prepare.spill._BUCKET_BYTES", 100)
     told = []
     source = source_of(rows, input_files=[file], sample=np.arange(1, 21))
     prepare(source, options(tmp_path / "out"), lambda *what: told.append(what), partition_events=60)
@@ -267,7 +267,7 @@ def test_bins_of_a_sample_do_not_depend_on_order_or_cut(tmp_path_factory, seed):
     folder = tmp_path_factory.mktemp("prepared")
     shuffled = random.Random(seed).sample(rows, len(rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("behrt_jax.data.values.SAMPLE", 40)
+        patch.setattr("behrt_jax.data.event_rules.SAMPLE", 40)
         more = {"value_codes": ("LAB//",), "value_bins": 3, "duplicates": "keep"}
         prepare(source_of(rows, splits), options(folder / "one", **more))
         cut = {"boundaries": np.array([4, 8]), "partition_events": 1}

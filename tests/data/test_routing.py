@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data import routing
+from behrt_jax.records.prepare import spill as routing
 
 LOW, HIGH = -(2**63), 2**63 - 1
 NUMBERS = st.one_of(st.integers(0, 300), st.integers(-(10**6), 10**6), st.integers(LOW, HIGH))

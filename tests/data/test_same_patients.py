@@ -9,8 +9,8 @@ import pyarrow.csv
 import pytest
 
 from behrt_jax.data.events import EventCounts
-from behrt_jax.data.sources.meds import open_meds
-from behrt_jax.data.sources.omop import open_omop
+from behrt_jax.records.sources.meds import open_meds
+from behrt_jax.records.sources.omop import open_omop
 
 pytestmark = pytest.mark.skipif("EHR_TEST_DATA" not in os.environ, reason="needs the MIMIC-IV demo twice")
 

@@ -5,11 +5,11 @@ import pytest
 
 from behrt_jax.config import DataConfig, PrepareConfig
 from behrt_jax.data.events import SPLITS
-from behrt_jax.data.preparation import prepare
+from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.sequences import build_sequences
-from behrt_jax.data.store import read_manifest, read_prepared
 from behrt_jax.data.vocabulary import SEP, Vocabulary
 from behrt_jax.errors import InputError
+from behrt_jax.records.prepare.pipeline import prepare
 from tests.data.meds_folder import DAY, Row, born, by_remainder, event_set, events_table, history_rows
 from tests.data.memory_source import MemorySource
 

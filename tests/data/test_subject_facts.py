@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from behrt_jax.config import DataConfig, PrepareConfig
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS
-from behrt_jax.data.preparation import prepare
+from behrt_jax.data.prepared import read_births, read_deaths, read_manifest, read_prepared, read_static
 from behrt_jax.data.sequences import build_sequences
-from behrt_jax.data.store import read_births, read_deaths, read_manifest, read_prepared, read_static
 from behrt_jax.errors import InputError
+from behrt_jax.records.prepare.pipeline import prepare
 from tests.data.meds_folder import DAY, Row, born, event_set
 from tests.data.test_preparation import ALWAYS, SPLIT_IDS, assert_same, contents, row_lists, source_of
 
@@ -139,7 +139,7 @@ def test_births_of_subjects_without_events_follow_the_split_by_hash(tmp_path):
 
 
 def test_row_groups_do_not_depend_on_the_pieces(tmp_path, monkeypatch):
-    from behrt_jax.data import subject_facts
+    from behrt_jax.data import prepared as subject_facts
 
     monkeypatch.setattr(subject_facts, "_ROWS", 4)
     splits = {"train": list(range(1, 12)), "tuning": [12], "held_out": []}

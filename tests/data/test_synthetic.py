@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EVENT_SCHEMA, EventSet
-from behrt_jax.data.synthetic.clinical import LEAST_CODES, generate_clinical
-from behrt_jax.data.synthetic.conditions import CONDITIONS, code_of, themes, unspecific_codes
-from behrt_jax.data.synthetic.histories import VISIT_SIZES, history_lengths
-from behrt_jax.data.synthetic.uniform import generate_uniform
 from behrt_jax.errors import InputError
+from behrt_jax.records.synthetic.clinical import LEAST_CODES, generate_clinical
+from behrt_jax.records.synthetic.conditions import CONDITIONS, code_of, themes, unspecific_codes
+from behrt_jax.records.synthetic.histories import VISIT_SIZES, generate_uniform, history_lengths
 
 GENERATORS = {"clinical": generate_clinical, "uniform": generate_uniform}
 

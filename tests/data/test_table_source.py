@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from behrt_jax.config import TableColumns
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
-from behrt_jax.data.sources import csv_reading, table_parquet
-from behrt_jax.data.sources.table import DEFAULT_CODES, open_table
-from behrt_jax.data.sources.text_columns import hashed_id
 from behrt_jax.errors import InputError
+from behrt_jax.records.sources import csv_files as csv_reading
+from behrt_jax.records.sources import parquet as table_parquet
+from behrt_jax.records.sources.table import DEFAULT_CODES, open_table
+from behrt_jax.records.sources.table_columns import hashed_id
 
 ALL = TableColumns(value="value", visit="visit", birth="birth")
 BIG = 2**62 + 1

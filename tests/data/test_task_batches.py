@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.examples import find_examples
-from behrt_jax.data.task_batches import task_batches
-from behrt_jax.data.visits import DAY
+from behrt_jax.data.event_rules import DAY
+from behrt_jax.data.examples import find_examples, task_batches
 from behrt_jax.data.vocabulary import CLS
 from behrt_jax.errors import InputError
 from tests.data.histories import CODES, Event, labels_at, sequence_set

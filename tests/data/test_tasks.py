@@ -8,7 +8,7 @@ import pytest
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.tasks import Task, fit_task
 from behrt_jax.errors import InputError
-from behrt_jax.training.task_losses import base_outputs
+from behrt_jax.models.losses import base_outputs
 
 
 def labels_of(kind, values):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.visits import first_in_visit
+from behrt_jax.data.event_rules import first_in_visit
 
 
 def check(visit, code):

@@ -4,9 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.sequences import Sequences
+from behrt_jax.data.sequences import Sequences, map_vocabulary
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, Vocabulary
-from behrt_jax.data.vocabulary_map import map_vocabulary
 
 
 def vocabulary(codes, counts=None):

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from behrt_jax.data.packing import WindowChoice, consecutive_windows, subject_windows
+from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import Sequences
-from behrt_jax.data.windows import WindowChoice, consecutive_windows, ragged_indices, subject_windows
 from behrt_jax.errors import InputError
 
 history_lengths = st.lists(st.integers(0, 30), max_size=20)

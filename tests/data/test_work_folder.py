@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from behrt_jax.data import work_folder as module
-from behrt_jax.data.work_folder import work_folder
+from behrt_jax import files as module
+from behrt_jax.files import work_folder
 
 
 @pytest.fixture

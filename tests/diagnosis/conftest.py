@@ -1,6 +1,6 @@
 import pytest
 
-from behrt_jax.data.store import read_prepared
+from behrt_jax.data.prepared import read_prepared
 from tests.diagnosis.audited import OUTCOME, YEAR, first_occurrence, prepare_clinical
 
 

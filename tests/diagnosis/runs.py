@@ -4,10 +4,10 @@ from typing import Any
 
 from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.diagnosis.finding import Finding
-from behrt_jax.training.parameter_report import count_parameters
+from behrt_jax.presets import PRETRAIN
+from behrt_jax.training.freezing import count_parameters
 from behrt_jax.training.state import set_up
-from behrt_jax.workflows.run_settings import settings
-from experiments.configs import PRETRAIN
+from behrt_jax.workflows.run import settings
 
 RANK_8 = LoRAConfig(8)
 FACTS: dict[str, Any] = {

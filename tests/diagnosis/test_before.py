@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 from behrt_jax.config import InitConfig, LoRAConfig
-from behrt_jax.diagnosis import data_checks, parameter_checks, schedule_checks
+from behrt_jax.diagnosis import before as data_checks
+from behrt_jax.diagnosis import before as parameter_checks
+from behrt_jax.diagnosis import before as schedule_checks
 from behrt_jax.diagnosis.before import check_before
-from experiments.configs import PRETRAIN
+from behrt_jax.presets import PRETRAIN
 from tests.diagnosis.runs import BASELINES, FACTS, ids, only, parameters_of, settings_of
 
 LORA = settings_of()

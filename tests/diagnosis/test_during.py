@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.diagnosis import loss_checks, step_checks
+from behrt_jax.diagnosis import during as loss_checks
+from behrt_jax.diagnosis import during as step_checks
 from behrt_jax.diagnosis.during import check_during
 from tests.diagnosis.runs import (
     BASELINES,

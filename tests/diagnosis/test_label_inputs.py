@@ -6,9 +6,8 @@ from behrt_jax.data.events import EventCounts
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from behrt_jax.diagnosis import label_inputs
-from behrt_jax.diagnosis.label_inputs import count_codes, place_labels
-from behrt_jax.diagnosis.leakage_codes import revealing_codes, suspected_codes
+from behrt_jax.diagnosis import leakage_codes as label_inputs
+from behrt_jax.diagnosis.leakage_codes import count_codes, place_labels, revealing_codes, suspected_codes
 
 CODES = 4
 ROWS = len(SPECIAL_TOKENS) + CODES

@@ -125,7 +125,7 @@ def test_clean_data_of_the_clinical_generator(prepared, task, tmp_path):
 
 @pytest.mark.parametrize("visit_column", [(), ("--visit_column", "hadm_id")])
 def test_clean_data_of_a_small_meds_folder(visit_column, tmp_path):
-    from behrt_jax.data.store import read_prepared
+    from behrt_jax.data.prepared import read_prepared
 
     rows = history_rows(subjects=500, days=6)
     meds = write_meds(tmp_path / "meds", rows, splits=by_remainder(rows))

@@ -6,10 +6,10 @@ import numpy as np
 
 from behrt_jax.config import MaskingConfig
 from behrt_jax.data.sequences import Sequences
-from behrt_jax.data.synthetic.histories import YEAR_DAYS
-from behrt_jax.data.synthetic.latent_model import LatentModel
 from behrt_jax.data.vocabulary import MASK, UNK
 from behrt_jax.evaluation.masked_codes import MaskedSplit
+from behrt_jax.records.synthetic.histories import YEAR_DAYS
+from behrt_jax.records.synthetic.latent_model import LatentModel
 
 FIRST = 5
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from behrt_jax.evaluation.assessment import assess, share_of_attainable_gain
-from behrt_jax.evaluation.masked_codes import MaskedCodeResults
+from behrt_jax.evaluation.masked_codes import MaskedCodeResults, assess, share_of_attainable_gain
 
 COUNTS = np.array([0, 50, 30, 20])
 

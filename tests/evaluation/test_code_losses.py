@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.evaluation.code_losses import decoder_losses, logit_losses, vocabulary_chunk
+from behrt_jax.models.losses import decoder_losses, logit_losses, vocabulary_chunk
 
 
 def head(seed, slots, hidden, vocabulary, ties=False):

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from behrt_jax.evaluation.baselines import Unigram
-from behrt_jax.evaluation.cooccurrence import REACH, Cooccurrence
-from behrt_jax.evaluation.masked_codes import MaskedSplit
+from behrt_jax.evaluation.masked_codes import REACH, Cooccurrence, MaskedSplit, Unigram
 from tests.evaluation.masked import masked_split, sequences_of
 
 FIRST = 2
@@ -80,7 +78,7 @@ def test_chunks_change_nothing(monkeypatch):
     histories = rng.integers(FIRST, SIZE, (40, 12)).tolist()
     split = masked_split(rng.integers(FIRST, SIZE, (20, 12)).tolist(), targets=range(0, 240, 5))
     whole = fitted(histories)[0].predict(split)
-    monkeypatch.setattr("behrt_jax.evaluation.cooccurrence._CELLS", SIZE * 7)
+    monkeypatch.setattr("behrt_jax.evaluation.masked_codes._CELLS", SIZE * 7)
     parts = fitted(histories)[0].predict(split)
     np.testing.assert_allclose(parts.losses, whole.losses)
     np.testing.assert_array_equal(parts.ranks, whole.ranks)

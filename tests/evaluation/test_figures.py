@@ -5,16 +5,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.evaluation.binary import binary_scorer, curves, decision_curve
 from behrt_jax.evaluation.calibration import (
     calibration_line,
     quantile_bins,
     regression_bins,
     reliability_bins,
 )
-from behrt_jax.evaluation.multiclass import multiclass_scorer
-from behrt_jax.evaluation.multilabel import multilabel_scorer, over_codes
-from behrt_jax.evaluation.regression import regression_scorer
+from behrt_jax.evaluation.scores import (
+    binary_scorer,
+    curves,
+    decision_curve,
+    multiclass_scorer,
+    multilabel_scorer,
+    over_codes,
+    regression_scorer,
+)
 
 metrics = pytest.importorskip("sklearn.metrics")
 seeds = st.integers(0, 10_000)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from behrt_jax.evaluation.groups import age_groups, sex_groups, too_small
+from behrt_jax.evaluation.performance import age_groups, sex_groups, too_small
 
 
 def test_age_bands_are_of_completed_years():

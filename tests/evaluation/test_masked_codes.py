@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from behrt_jax.evaluation.baselines import Unigram
-from behrt_jax.evaluation.masked_codes import MaskedCodeResults, frequency_bands, mean_interval
+from behrt_jax.evaluation.masked_codes import MaskedCodeResults, Unigram, frequency_bands, mean_interval
 from tests.evaluation.masked import masked_split
 
 

@@ -8,11 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.data.labels import Labels
-from behrt_jax.data.prediction_columns import prediction_schema
-from behrt_jax.data.prediction_rows import prediction_rows
-from behrt_jax.data.predictions import PredictionWriter, read_predictions
+from behrt_jax.data.predictions import PredictionWriter, prediction_rows, prediction_schema, read_predictions
 from behrt_jax.data.tasks import Task
-from behrt_jax.evaluation.measures import scorer_of
+from behrt_jax.evaluation.performance import scorer_of
 
 polars = pytest.importorskip("polars")
 with warnings.catch_warnings():

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.evaluation.code_losses import logit_losses
-from behrt_jax.evaluation.metrics import add_totals, mean_metrics, target_ranks, totals
+from behrt_jax.models.losses import add_totals, logit_losses, mean_metrics, target_ranks, totals
 
 
 @jax.jit

@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.config import DataConfig, MaskingConfig
-from behrt_jax.data.load import load_sequences
 from behrt_jax.data.sequences import Sequences, with_separators
 from behrt_jax.data.vocabulary import MASK, SPECIAL_TOKENS, UNK
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.baselines import Unigram
-from behrt_jax.evaluation.masked_codes import MaskedSplit
+from behrt_jax.evaluation.masked_codes import MaskedSplit, Unigram
 from behrt_jax.evaluation.oracle import Oracle, make_oracle, oracle_of
+from behrt_jax.records.load import load_sequences
 from tests.evaluation.latent_cases import FIRST, brute_posterior, make_sequences, split_of, tiny_model
 
 PLAIN = MaskingConfig(mask_share=1.0, random_share=0.0)

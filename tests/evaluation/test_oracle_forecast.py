@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from behrt_jax.config import DataConfig
-from behrt_jax.data.load import load_sequences
-from behrt_jax.data.synthetic.latent import latent_paths, onset_labels
-from behrt_jax.data.synthetic.latent_model import LatentModel
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK
-from behrt_jax.evaluation import oracle_forecast
 from behrt_jax.evaluation.oracle import make_oracle, oracle_of
-from behrt_jax.evaluation.oracle_forecast import (
+from behrt_jax.records.load import load_sequences
+from behrt_jax.records.synthetic.latent import latent_paths, onset_labels
+from behrt_jax.records.synthetic.latent_model import LatentModel
+from experiments.studies import forecast as oracle_forecast
+from experiments.studies.forecast import (
     forecast_metrics,
     next_visit_codes,
     onset_probabilities,

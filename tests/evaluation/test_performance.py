@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from behrt_jax.data.predictions import PredictionFile
-from behrt_jax.evaluation.baseline import Baseline
 from behrt_jax.evaluation.performance import assess_predictions
+from behrt_jax.evaluation.task_baselines import Baseline
 
 
 def binary_file(seed=0, count=300, flipped=0.0):

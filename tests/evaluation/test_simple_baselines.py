@@ -9,10 +9,18 @@ from behrt_jax.data.examples import find_examples
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.baseline import BaselineData, targets_of
-from behrt_jax.evaluation.count_models import boosting_baseline, regression_baseline
-from behrt_jax.evaluation.histories import Histories, count_codes, join_histories
-from behrt_jax.evaluation.simple_baselines import history_baseline, prevalence_baseline, run_baselines
+from behrt_jax.evaluation.task_baselines import (
+    BaselineData,
+    Histories,
+    boosting_baseline,
+    count_codes,
+    history_baseline,
+    join_histories,
+    prevalence_baseline,
+    regression_baseline,
+    run_baselines,
+    targets_of,
+)
 from tests.data.histories import Event, labels_at, sequence_set
 
 sparse = pytest.importorskip("scipy.sparse")

@@ -12,10 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from behrt_jax.adapters import lora as adapters
 from behrt_jax.config import LoRAConfig, ModelConfig
 from behrt_jax.data.vocabulary import MASK, SPECIAL_TOKENS
-from behrt_jax.evaluation.code_losses import logit_losses
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.losses import logit_losses
+from behrt_jax.presets import LARGE, MEDIUM, SMALL
 from behrt_jax.training.step import Predictor
-from experiments.configs import LARGE, MEDIUM, SMALL
 
 VOCABULARY = 1000
 TARGETS = 6

@@ -7,8 +7,7 @@ pytest.importorskip("torch")
 
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
-from behrt_jax.interop.torch_parameters import load_params
-from behrt_jax.interop.torch_reference import TorchBEHRTForMLM
+from experiments.benchmarks.torch_model import TorchBEHRTForMLM, load_params
 from tests.interop.reference_cases import (
     ALL_LINEARS,
     SIZES,

@@ -15,11 +15,17 @@ from behrt_jax.config import LoRAConfig, MaskingConfig, OptimizerConfig
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import MASK, SPECIAL_TOKENS
 from behrt_jax.errors import InputError
-from behrt_jax.interop.torch_batches import TorchBatch, full_batches, padded_batches
-from behrt_jax.interop.torch_parameters import load_params
-from behrt_jax.interop.torch_training import IGNORED, make_torch_step, mask_codes
 from behrt_jax.models.behrt import BEHRTForMLM
 from behrt_jax.training.optimizer import clip_factor, make_optimizer
+from experiments.benchmarks.torch_model import load_params
+from experiments.benchmarks.torch_training import (
+    IGNORED,
+    TorchBatch,
+    full_batches,
+    make_torch_step,
+    mask_codes,
+    padded_batches,
+)
 from tests.interop.reference_cases import ALL_LINEARS, SIZES, VOCABULARY, padded_case, weights
 from tests.models.rows import random_batch, tiny_model
 

@@ -8,9 +8,8 @@ from flax.traverse_util import flatten_dict
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
 from behrt_jax.config import LoRAConfig, ModelConfig
-from behrt_jax.interop.torch_parameters import gradients_as_params, load_params
-from behrt_jax.interop.torch_reference import Regime, TorchBEHRTForMLM
-from behrt_jax.interop.torch_training import IGNORED
+from experiments.benchmarks.torch_model import Regime, TorchBEHRTForMLM, gradients_as_params, load_params
+from experiments.benchmarks.torch_training import IGNORED
 from tests.interop.reference_cases import VOCABULARY, Results, padded_case
 
 

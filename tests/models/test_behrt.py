@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from behrt_jax.models.behrt import BEHRT, BEHRTForMLM, PatientEmbedding, example_inputs
-from experiments.configs import LARGE, MEDIUM, PAPER, SMALL
+from behrt_jax.presets import LARGE, MEDIUM, PAPER, SMALL
 from tests.models.rows import VOCABULARY, padded_segment, random_batch, tiny_model
 
 PAPER_LIKE = {

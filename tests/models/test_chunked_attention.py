@@ -14,12 +14,17 @@ from jax.extend.core import jaxprs_in_params
 
 from behrt_jax.adapters import lora
 from behrt_jax.config import LoRAConfig
-from behrt_jax.models.attention import SelfAttention
+from behrt_jax.models.attention import (
+    SelfAttention,
+    cudnn_attention,
+    cudnn_takes,
+    dense_attention,
+    has_cudnn,
+    segment_mask,
+)
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
 from behrt_jax.models.chunked_attention import chunked_attention
-from behrt_jax.models.cudnn_attention import cudnn_attention, cudnn_takes, has_cudnn, segment_mask
-from behrt_jax.models.dense_attention import dense_attention
-from behrt_jax.models.dropout import dropout
+from behrt_jax.models.layers import dropout
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
 HEADS, SIZE = 2, 4
@@ -198,21 +203,21 @@ def test_auto_takes_cudnn_where_it_is_to_be_had(packed, monkeypatch):
     def attend():
         return module.apply(params, x, segment_ids, packed=packed).astype("f4")
 
-    monkeypatch.setattr("behrt_jax.models.cudnn_attention.has_cudnn", lambda: False)
+    monkeypatch.setattr("behrt_jax.models.attention.has_cudnn", lambda: False)
     dense = attend()
     assert not asked
-    monkeypatch.setattr("behrt_jax.models.cudnn_attention.has_cudnn", lambda: True)
+    monkeypatch.setattr("behrt_jax.models.attention.has_cudnn", lambda: True)
     np.testing.assert_allclose(attend(), dense, atol=2e-2)
     assert asked == [(8**-0.5, packed)]
 
 
 def test_cudnn_is_asked_for_what_it_can_do_alone(monkeypatch):
     fitting = {"length": 6, "size": 8, "dtype": jnp.dtype("bfloat16"), "rate": 0.0}
-    monkeypatch.setattr("behrt_jax.models.cudnn_attention.has_cudnn", lambda: True)
+    monkeypatch.setattr("behrt_jax.models.attention.has_cudnn", lambda: True)
     assert cudnn_takes(**fitting)
     for unfit in ({"dtype": jnp.dtype("float32")}, {"rate": 0.1}, {"size": 4}, {"size": 136}, {"length": 5}):
         assert not cudnn_takes(**(fitting | unfit)), unfit
-    monkeypatch.setattr("behrt_jax.models.cudnn_attention.has_cudnn", lambda: False)
+    monkeypatch.setattr("behrt_jax.models.attention.has_cudnn", lambda: False)
     assert not cudnn_takes(**fitting)
 
 

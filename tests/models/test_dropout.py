@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from behrt_jax.models.dropout import dropout, hashed_bits
+from behrt_jax.models.layers import dropout, hashed_bits
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -61,7 +61,7 @@ def test_masks_of_rows_layers_and_steps_are_independent():
 
 @pytest.mark.parametrize("cpu", [True, False])
 def test_gradient_passes_where_a_number_was_kept(cpu, monkeypatch):
-    monkeypatch.setattr("behrt_jax.models.dropout.on_cpu", lambda: cpu)
+    monkeypatch.setattr("behrt_jax.models.layers.on_cpu", lambda: cpu)
     x, gradient = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
     keys = jax.random.split(jax.random.key(1), 3)
 

@@ -9,13 +9,12 @@ from flax import linen as nn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.models.gelu import gelu
-from behrt_jax.models.layer_norm import EPSILON, LayerNorm
+from behrt_jax.models.layers import EPSILON, LayerNorm, gelu
 
 
 @pytest.fixture(params=["cpu", "accelerator"])
 def sums(request, monkeypatch):
-    monkeypatch.setattr("behrt_jax.models.layer_norm.on_cpu", lambda: request.param == "cpu")
+    monkeypatch.setattr("behrt_jax.models.layers.on_cpu", lambda: request.param == "cpu")
 
 
 @pytest.mark.usefixtures("sums")

@@ -15,7 +15,7 @@ from behrt_jax.adapters import lora
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
-from behrt_jax.models.dropout import Dropout
+from behrt_jax.models.layers import Dropout
 from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers, with_layout_of
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 

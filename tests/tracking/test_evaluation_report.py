@@ -5,11 +5,14 @@ import copy
 import pytest
 
 from behrt_jax.tracking import evaluation_plots
-from behrt_jax.tracking.evaluation_curves import draw_precision_recall, draw_roc
-from behrt_jax.tracking.evaluation_plots import plot_evaluation
-from behrt_jax.tracking.evaluation_report import write_evaluation_report
-from behrt_jax.tracking.evaluation_tables import evaluation_tables, summary_text
-from behrt_jax.tracking.evaluation_words import figure_text, plain_words
+from behrt_jax.tracking.evaluation_plots import draw_precision_recall, draw_roc, plot_evaluation
+from behrt_jax.tracking.evaluation_report import (
+    evaluation_tables,
+    figure_text,
+    plain_words,
+    summary_text,
+    write_evaluation_report,
+)
 from tests.tracking.test_report import Page
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.tracking.formats import (
+from behrt_jax.tracking.console import (
     format_cell,
     format_count,
     format_duration,

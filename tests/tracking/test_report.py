@@ -8,8 +8,9 @@ from itertools import combinations
 import pytest
 
 from behrt_jax.errors import InputError
+from behrt_jax.files import write_json
+from behrt_jax.run_folder import append_metrics
 from behrt_jax.tracking.report import write_report
-from behrt_jax.tracking.run_folder import append_metrics, write_json
 
 PNG = b"\x89PNG\r\n\x1a\nnot really"
 VOID = {"meta", "img"}

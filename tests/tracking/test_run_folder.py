@@ -11,15 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.errors import InputError
-from behrt_jax.tracking.run_folder import (
-    append_metrics,
-    prepare_run_folder,
-    read_json,
-    read_metrics,
-    truncate_metrics,
-    write_json,
-    write_text,
-)
+from behrt_jax.files import read_json, write_json, write_text
+from behrt_jax.run_folder import append_metrics, prepare_run_folder, read_metrics, truncate_metrics
 
 shared_folder = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50

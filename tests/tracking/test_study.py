@@ -8,10 +8,16 @@ import pytest
 from matplotlib.image import imread
 
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from behrt_jax.tracking.study_plots import STYLES, plot_study
-from behrt_jax.tracking.study_results import read_run, summarise_cells
-from behrt_jax.tracking.study_text import EXPLAINED, study_text
-from behrt_jax.tracking.study_verdicts import half_width, judge
+from experiments.studies.freezing_report import (
+    EXPLAINED,
+    STYLES,
+    half_width,
+    judge,
+    plot_study,
+    read_run,
+    study_text,
+    summarise_cells,
+)
 
 CODES = 100
 LN = math.log(CODES)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.tracking.run_folder import read_json, write_json
+from behrt_jax.files import read_json, write_json
 from behrt_jax.tracking.summary import (
     SMALL_GAIN,
     attained,

@@ -7,15 +7,12 @@ import numpy as np
 import optax
 
 from behrt_jax.config import FreezingConfig, LoRAConfig
-from behrt_jax.data.task_batches import TaskBatch
+from behrt_jax.data.examples import TaskBatch
 from behrt_jax.data.tasks import Task
-from behrt_jax.training.mesh import make_mesh, put_rows, replicated
-from behrt_jax.training.sharding import shardings_of
-from behrt_jax.training.state import first_state
-from behrt_jax.training.task_losses import base_outputs
-from behrt_jax.training.task_state import TaskSetup, set_up_task
-from behrt_jax.training.task_step import task_objective
-from behrt_jax.training.update import make_update_step
+from behrt_jax.models.losses import base_outputs
+from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
+from behrt_jax.training.state import TaskSetup, first_state, set_up_task
+from behrt_jax.training.step import make_update_step, task_objective
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 from tests.training.test_task_losses import random_targets
 

@@ -12,12 +12,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from behrt_jax.config import FreezingConfig, LoRAConfig, MeshConfig, PretrainConfig
-from behrt_jax.training.collectives import Array, Collective, bytes_by_kind, collectives
+from behrt_jax.training.devices import make_mesh, replicated, shardings_of, split_rows
 from behrt_jax.training.freezing import trainable_leaves
-from behrt_jax.training.mesh import make_mesh, replicated, split_rows
-from behrt_jax.training.sharding import shardings_of
 from behrt_jax.training.state import abstract_state, optimizer_for, set_up
 from behrt_jax.training.step import make_train_step
+from experiments.benchmarks.scaling import Array, Collective, bytes_by_kind, collectives
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
 SPLIT_FROM = 128
@@ -109,7 +108,7 @@ def test_micro_batches_send_no_more_than_one_batch(fsdp):
 @pytest.mark.slow
 def test_a_gradient_that_is_not_stopped_is_found(monkeypatch):
     """The measure can tell: with the frozen leaves' gradient in the norm, it is sent."""
-    from behrt_jax.training import update as module
+    from behrt_jax.training import step as module
 
     monkeypatch.setattr(module, "stop_frozen", lambda variables, mask: variables)
     honest = module.trainable_leaves

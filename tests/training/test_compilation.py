@@ -9,8 +9,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from behrt_jax.training import compilation
-from behrt_jax.training.compilation import default_folder, host_fingerprint, use_compilation_cache
+from behrt_jax.training import runtime as compilation
+from behrt_jax.training.runtime import default_folder, host_fingerprint, use_compilation_cache
 
 OPTIONS = (
     "jax_compilation_cache_dir",

@@ -14,9 +14,9 @@ from behrt_jax.config import FreezingConfig, TrainConfig
 from behrt_jax.data.batches import training_batches, validation_batches
 from behrt_jax.errors import InputError
 from behrt_jax.training import feeding
+from behrt_jax.training.devices import make_mesh, replicated, split_rows
 from behrt_jax.training.feeding import PlacedBatches, call_length, fits, one_step, open_feed
 from behrt_jax.training.loop import Actions, Cursor, Schedule, train
-from behrt_jax.training.mesh import make_mesh, replicated, split_rows
 from behrt_jax.training.state import init_state, optimizer_for, set_up
 from behrt_jax.training.step import make_train_step
 from tests.data.test_batches import assert_equal, histories

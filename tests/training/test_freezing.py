@@ -6,20 +6,21 @@ import jax
 import pytest
 from jax.tree_util import tree_leaves_with_path
 
-from behrt_jax.adapters.groups import GROUPS, label, labels, path_names
+from behrt_jax.adapters.lora import GROUPS, label, labels, path_names
 from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.errors import InputError
+from behrt_jax.presets import BASE, LARGE, LONG, MEDIUM, PAPER, SMALL, XL
 from behrt_jax.training.freezing import (
     FROZEN,
     REGIMES,
     adapted_kernels_frozen,
+    count_parameters,
     optimizer_labels,
     regime,
+    report_rows,
     trainable,
 )
-from behrt_jax.training.parameter_report import count_parameters, report_rows
 from behrt_jax.training.state import set_up
-from experiments.configs import BASE, LARGE, LONG, MEDIUM, PAPER, SMALL, XL
 
 ATTENTION = ("query", "key", "value", "out")
 OUT = LoRAConfig(16, targets=("out",))

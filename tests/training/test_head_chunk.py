@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
-from behrt_jax.training.mesh import put_rows
+from behrt_jax.training.devices import put_rows
 from behrt_jax.training.step import make_validation_step
 from behrt_jax.training.validation import make_scoring_step
 from tests.models.rows import random_batch

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from behrt_jax.training.host_memory import keep_freed_memory
+from behrt_jax.training.runtime import keep_freed_memory
 
 
 def faults_of_using(megabytes: int, times: int) -> int:

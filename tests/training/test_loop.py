@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, train
-from behrt_jax.training.metrics_window import IN_FLIGHT
-from behrt_jax.training.update import TrainState
+from behrt_jax.training.loop import IN_FLIGHT, Actions, Cursor, DivergenceError, Schedule, train
+from behrt_jax.training.step import TrainState
 
 SCHEDULE = Schedule(total_steps=12, steps_per_epoch=4, validate_every=4, log_every=3, patience=None)
 

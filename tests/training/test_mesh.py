@@ -5,7 +5,7 @@ import pytest
 
 from behrt_jax.config import MeshConfig
 from behrt_jax.errors import InputError
-from behrt_jax.training.mesh import make_mesh, put_rows, replicated
+from behrt_jax.training.devices import make_mesh, put_rows, replicated
 from tests.models.rows import random_batch
 from tests.training.test_step import TINY, start
 

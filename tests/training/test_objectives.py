@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from behrt_jax.config import MaskingConfig
 from behrt_jax.data.vocabulary import MASK, PAD
-from behrt_jax.training.objectives import FIRST_CODE, mask_codes, masking_budget
+from behrt_jax.training.masking import FIRST_CODE, mask_codes, masking_budget
 
 VOCABULARY = 40
 LENGTH = 32

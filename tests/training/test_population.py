@@ -12,14 +12,14 @@ import optax
 import pytest
 
 from behrt_jax.adapters import lora
-from behrt_jax.adapters.groups import path_names
+from behrt_jax.adapters.lora import path_names
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForTask, example_inputs
+from behrt_jax.models.losses import task_losses
 from behrt_jax.training import population as many
 from behrt_jax.training.freezing import REGIMES, trainable
-from behrt_jax.training.task_losses import task_losses
-from behrt_jax.training.update import Objective, TrainState, make_update_step
+from behrt_jax.training.step import Objective, TrainState, make_update_step
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
 SEGMENTS, ROWS, STEPS = 3, 4, 4

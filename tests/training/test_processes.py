@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from behrt_jax.config import MeshConfig
-from behrt_jax.training.mesh import make_mesh, put_rows
+from behrt_jax.training.devices import make_mesh, put_rows
 from tests.models.rows import random_batch
 from tests.training.test_step import TINY, start
 

@@ -12,10 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from behrt_jax.config import FreezingConfig, LoRAConfig, MeshConfig, PretrainConfig
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.mesh import make_mesh, put_rows, replicated
-from behrt_jax.training.sharding import shardings_of, state_shardings
-from behrt_jax.training.state import init_state, optimizer_for, set_up
-from behrt_jax.training.update import TrainState
+from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
+from behrt_jax.training.state import init_state, optimizer_for, set_up, state_shardings
+from behrt_jax.training.step import TrainState
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 from tests.training.test_step import ALL_LINEARS, TINY, sgd, start
 

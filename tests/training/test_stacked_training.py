@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from behrt_jax.config import FreezingConfig, LoRAConfig, OptimizerConfig, PretrainConfig
 from behrt_jax.models.stacked_layers import unstack_layers
-from behrt_jax.training.mesh import put_rows
+from behrt_jax.training.devices import put_rows
 from behrt_jax.training.optimizer import make_optimizer
 from behrt_jax.training.state import set_up
 from behrt_jax.training.telemetry import make_probe

@@ -11,16 +11,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from behrt_jax.config import FreezingConfig, LoRAConfig, OptimizerConfig, PretrainConfig
-from behrt_jax.data.rows import Batch
+from behrt_jax.data.batches import Batch
 from behrt_jax.models.behrt import example_inputs
+from behrt_jax.presets import LARGE
+from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
 from behrt_jax.training.freezing import trainable_leaves
-from behrt_jax.training.mesh import make_mesh, put_rows, replicated
-from behrt_jax.training.objectives import mask_codes
-from behrt_jax.training.sharding import LARGE as LARGE_LEAF
-from behrt_jax.training.sharding import shardings_of
+from behrt_jax.training.masking import mask_codes
+from behrt_jax.training.state import LARGE as LARGE_LEAF
 from behrt_jax.training.state import abstract_state, init_state, optimizer_for, set_up
 from behrt_jax.training.step import make_train_step, make_validation_step
-from experiments.configs import LARGE
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
 ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")

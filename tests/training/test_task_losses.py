@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.config import TaskKind
-from behrt_jax.training.task_losses import base_outputs, task_losses
+from behrt_jax.models.losses import base_outputs, task_losses
 
 KINDS: tuple[TaskKind, ...] = ("binary", "multiclass", "multilabel", "regression", "survival")
 

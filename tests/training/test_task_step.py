@@ -9,14 +9,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from behrt_jax.config import OptimizerConfig
-from behrt_jax.data.rows import Batch
-from behrt_jax.data.task_batches import TaskBatch
-from behrt_jax.training.mesh import make_mesh, put_rows
-from behrt_jax.training.state import abstract_state
-from behrt_jax.training.task_state import set_up_task, task_optimizer, with_encoder
-from behrt_jax.training.task_step import make_output_step, task_objective
-from behrt_jax.training.update import make_update_step
-from experiments.configs import LARGE
+from behrt_jax.data.batches import Batch
+from behrt_jax.data.examples import TaskBatch
+from behrt_jax.presets import LARGE
+from behrt_jax.training.devices import make_mesh, put_rows
+from behrt_jax.training.state import abstract_state, set_up_task, task_optimizer, with_encoder
+from behrt_jax.training.step import make_output_step, make_update_step, task_objective
 from tests.models.rows import padded_segment, tiny_model
 from tests.training.labelled import REGIMES, SEGMENTS, TASKS, labelled_batch, run, set_up, start
 
@@ -153,7 +151,7 @@ def test_what_trains_moves_and_what_is_frozen_stays_bit_for_bit(regime):
 
 
 def test_training_begins_at_the_base_rate_with_the_encoder_that_is_given():
-    from behrt_jax.training.task_losses import base_outputs
+    from behrt_jax.models.losses import base_outputs
 
     task = TASKS["multiclass"]
     setup = set_up(task, "lora")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from behrt_jax.config import MaskingConfig
-from behrt_jax.training.mesh import put_rows
+from behrt_jax.training.devices import put_rows
 from behrt_jax.training.telemetry import (
     SURELY_SHOWN,
     compilations,

@@ -9,8 +9,8 @@ from behrt_jax.data.batches import validation_batches
 from behrt_jax.data.vocabulary import MASK, PAD
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.feeding import PlacedBatches
-from behrt_jax.training.mesh import make_mesh
 from behrt_jax.training.step import Predictor, make_validation_step
 from behrt_jax.training.validation import make_scoring_step, mask_split, score_masked_codes, validate
 from tests.evaluation.masked import sequences_of

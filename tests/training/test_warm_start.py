@@ -12,11 +12,11 @@ from flax.traverse_util import flatten_dict
 from behrt_jax.adapters import lora
 from behrt_jax.config import FreezingConfig, InitConfig, PretrainConfig
 from behrt_jax.errors import InputError
-from behrt_jax.tracking.run_folder import read_metrics
+from behrt_jax.run_folder import read_metrics
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.mesh import make_mesh
+from behrt_jax.training.devices import make_mesh
+from behrt_jax.training.pretrained import check_source, start_from
 from behrt_jax.training.state import init_state, optimizer_for, set_up
-from behrt_jax.training.warm_start import check_source, start_from
 from behrt_jax.workflows import pretrain as workflow
 from behrt_jax.workflows.pretrain import pretrain
 from tests.workflows.small_run import SMALL_RUN, changed

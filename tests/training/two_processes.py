@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
     import numpy as np
 
-    from behrt_jax.training.mesh import put_rows
+    from behrt_jax.training.devices import put_rows
     from tests.training.test_processes import losses
 
     found = losses(fsdp)

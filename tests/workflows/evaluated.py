@@ -8,9 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.prediction_columns import prediction_schema
-from behrt_jax.data.predictions import PredictionWriter
-from behrt_jax.data.preparation import prepare
+from behrt_jax.data.predictions import PredictionWriter, prediction_schema
+from behrt_jax.records.prepare.pipeline import prepare
 from tests.data.meds_folder import DAY, Row, born, events_table
 from tests.data.memory_source import MemorySource
 

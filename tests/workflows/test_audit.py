@@ -9,10 +9,10 @@ import polars as pl
 import pytest
 
 from behrt_jax.config import DoctorConfig
-from behrt_jax.data.store import read_prepared
+from behrt_jax.data.prepared import read_prepared
 from behrt_jax.diagnosis.finding import Finding
 from behrt_jax.errors import InputError
-from behrt_jax.workflows.audit import audit_data
+from behrt_jax.workflows.doctor import audit_data
 from tests.data.meds_folder import by_remainder, history_rows, write_meds
 from tests.diagnosis.audited import (
     YEAR,

@@ -7,18 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.data.sources.meds import read_meds
 from behrt_jax.errors import InputError
-from behrt_jax.workflows import benchmark_events
-from behrt_jax.workflows import benchmark_prepare as module
-from behrt_jax.workflows.benchmark_events import write_events
-from behrt_jax.workflows.benchmark_prepare import (
-    STAGES,
-    PrepareBenchmark,
-    as_table,
-    benchmark_prepare,
-)
+from behrt_jax.records.sources.meds import read_meds
 from experiments.benchmark import main
+from experiments.benchmarks import prepare as benchmark_events
+from experiments.benchmarks import prepare as module
+from experiments.benchmarks.prepare import STAGES, PrepareBenchmark, as_table, benchmark_prepare, write_events
 
 EVENTS, SUBJECTS, CODES = 20_000, 300, 50
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from behrt_jax.errors import InputError
-from behrt_jax.workflows import benchmark_ceiling, benchmark_ours, benchmark_turns
-from behrt_jax.workflows.benchmark_train import TrainBenchmark, tasks_of
-from behrt_jax.workflows.benchmark_turns import Contender, contest
+from experiments.benchmarks import harness as benchmark_turns
+from experiments.benchmarks import ours as benchmark_ceiling
+from experiments.benchmarks import ours as benchmark_ours
+from experiments.benchmarks.harness import Contender, contest
+from experiments.benchmarks.train import TrainBenchmark, tasks_of
 from tests.workflows.small_run import SMALL_RUN, changed
 
 RUN = changed(SMALL_RUN, "model", positions=24)
@@ -39,7 +41,7 @@ def test_flops_are_of_the_model_whatever_is_computed_twice(monkeypatch):
 
 def test_a_turn_of_pytorch_has_as_many_steps(monkeypatch):
     pytest.importorskip("torch")
-    from behrt_jax.workflows import benchmark_torch
+    from experiments.benchmarks import torch_training as benchmark_torch
 
     made = []
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from behrt_jax.errors import InputError
-from behrt_jax.workflows import benchmark_population as module
-from behrt_jax.workflows.benchmark_population import PopulationBenchmark, benchmark_population
+from experiments.benchmarks import population as module
+from experiments.benchmarks.population import PopulationBenchmark, benchmark_population
 
 
 @pytest.mark.slow

@@ -9,13 +9,8 @@ import pytest
 from behrt_jax.config import MeshConfig
 from behrt_jax.errors import InputError
 from behrt_jax.training import state as state_module
-from behrt_jax.workflows.benchmark_scaling import (
-    ScalingBenchmark,
-    as_table,
-    benchmark_scaling,
-    step_cost,
-)
 from experiments.benchmark import main
+from experiments.benchmarks.scaling import ScalingBenchmark, as_table, benchmark_scaling, step_cost
 from tests.workflows.small_run import SMALL_RUN, changed
 
 CONFIGURATIONS = {"small_lora": SMALL_RUN}

@@ -7,11 +7,10 @@ from dataclasses import asdict, replace
 import pytest
 
 from behrt_jax.errors import InputError
-from behrt_jax.workflows import benchmark_ablation, benchmark_train
-from behrt_jax.workflows.benchmark_ablation import AblationBenchmark
-from behrt_jax.workflows.benchmark_ablations import ABLATIONS, LORA_ONLY
-from behrt_jax.workflows.benchmark_figures import as_table, figures
-from behrt_jax.workflows.benchmark_train import TrainBenchmark, tasks_of
+from experiments.benchmarks import ablation as benchmark_ablation
+from experiments.benchmarks import train as benchmark_train
+from experiments.benchmarks.ablation import ABLATIONS, LORA_ONLY, AblationBenchmark
+from experiments.benchmarks.train import TrainBenchmark, as_table, figures, tasks_of
 from tests.models.rows import tiny_model
 from tests.workflows.small_run import SMALL_RUN
 

@@ -14,11 +14,11 @@ from behrt_jax.adapters import lora
 from behrt_jax.cli import doctor_command
 from behrt_jax.config import DataConfig, OptimizerConfig, PretrainConfig, TrainConfig
 from behrt_jax.diagnosis.doctor import examine, read_run
+from behrt_jax.presets import PRETRAIN
 from behrt_jax.training import feeding
 from behrt_jax.training.loop import DivergenceError
 from behrt_jax.workflows import pretrain as module
 from behrt_jax.workflows.pretrain import pretrain
-from experiments.configs import PRETRAIN
 from tests.commands import run_command
 from tests.diagnosis.runs import ids, only
 from tests.models.rows import tiny_model

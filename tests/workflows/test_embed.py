@@ -7,14 +7,13 @@ import pytest
 
 from behrt_jax.adapters import lora
 from behrt_jax.config import PredictConfig
-from behrt_jax.data.store import read_prepared
+from behrt_jax.data.prepared import read_prepared
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import PatientEmbedding
-from behrt_jax.training.mesh import make_mesh
+from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.pretrained import open_pretrained, read_encoder
-from behrt_jax.workflows import embed as embed_module
-from behrt_jax.workflows.finetuned import open_finetuned
-from behrt_jax.workflows.predict import predict
+from behrt_jax.workflows import predict as embed_module
+from behrt_jax.workflows.predict import open_finetuned, predict
 from tests.workflows.finetune_case import ONE
 
 LENGTH = 24

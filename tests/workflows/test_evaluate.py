@@ -11,7 +11,7 @@ from behrt_jax.cli import evaluate_command
 from behrt_jax.config import EvaluateConfig
 from behrt_jax.data.predictions import members_path, read_predictions
 from behrt_jax.errors import InputError
-from behrt_jax.tracking.evaluation_words import MAIN
+from behrt_jax.tracking.evaluation_report import MAIN
 from behrt_jax.workflows import evaluate as workflow
 from behrt_jax.workflows.evaluate import evaluate
 from tests.workflows.evaluated import FIRST_ID, Evaluated

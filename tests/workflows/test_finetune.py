@@ -11,10 +11,10 @@ import pytest
 
 from behrt_jax.errors import InputError
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.mesh import make_mesh
+from behrt_jax.training.devices import make_mesh
 from behrt_jax.workflows.finetune import finetune
-from behrt_jax.workflows.finetune_results import TaskReporter
-from behrt_jax.workflows.finetuned import open_finetuned
+from behrt_jax.workflows.finetune_run import TaskReporter
+from behrt_jax.workflows.predict import open_finetuned
 from tests.data.meds_folder import DAY
 from tests.workflows.evaluated import FIRST_ID, TIME
 from tests.workflows.finetune_case import ONE, changed

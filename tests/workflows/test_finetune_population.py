@@ -111,7 +111,7 @@ def test_wrong_options(case, tmp_path, name, options, message):
 
 
 def test_members_that_could_not_be_written_are_not_trained(case, tmp_path, monkeypatch):
-    monkeypatch.setattr("behrt_jax.workflows.finetune_checks.find_spec", lambda name: None)
+    monkeypatch.setattr("behrt_jax.workflows.checks.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install safetensors"):
         population(case, tmp_path / "run", size=2)
     assert not (tmp_path / "run").exists()

@@ -12,19 +12,17 @@ import pytest
 
 from behrt_jax.cli import parse
 from behrt_jax.config import EvaluateConfig, FinetuneConfig, PopulationConfig
-from behrt_jax.data.label_tables import read_label_tables
 from behrt_jax.data.predictions import read_predictions
-from behrt_jax.data.store import read_prepared
+from behrt_jax.data.prepared import read_prepared
+from behrt_jax.data.tasks import read_label_tables
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold
-from behrt_jax.training.mesh import make_mesh
+from behrt_jax.presets import FINETUNE
+from behrt_jax.training.devices import make_mesh
 from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.finetune import finetune
-from behrt_jax.workflows.labelled_data import split_batches
-from behrt_jax.workflows.labelled_tasks import label_tasks
-from behrt_jax.workflows.population_training import own_fields
-from behrt_jax.workflows.population_variation import vary
-from experiments.configs import FINETUNE
+from behrt_jax.workflows.labelled_data import label_tasks, split_batches
+from behrt_jax.workflows.population import own_fields, vary
 from tests.models.rows import tiny_model
 from tests.workflows.finetune_case import ONE, changed
 

@@ -8,7 +8,6 @@ import pytest
 from behrt_jax.config import (
     DataConfig,
     FinetuneConfig,
-    ForecastStudyConfig,
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -16,7 +15,7 @@ from behrt_jax.config import (
     TrainConfig,
 )
 from behrt_jax.errors import InputError
-from behrt_jax.workflows.forecast_study import forecast_study, with_subjects
+from experiments.studies.forecast import ForecastStudyConfig, forecast_study, with_subjects
 
 BASE = PretrainConfig(
     model=ModelConfig(embedding_size=16, hidden_size=16, layers=1, heads=2, positions=32, dropout=0.0),

@@ -6,16 +6,23 @@ from dataclasses import replace
 import jax
 import pytest
 
-from behrt_jax.cli import freezing_study_command
-from behrt_jax.config import FreezingStudyConfig, InitConfig, LoRAConfig
+from experiments.studies.freezing import freezing_study_command
+from behrt_jax.config import InitConfig, LoRAConfig
 from behrt_jax.errors import InputError
-from behrt_jax.training.parameter_report import count_parameters
+from behrt_jax.presets import PRETRAIN
+from behrt_jax.training.freezing import count_parameters
 from behrt_jax.training.state import set_up
-from behrt_jax.workflows import freezing_study as workflow
-from behrt_jax.workflows.freezing_study import freezing_study
-from behrt_jax.workflows.results import RunResult
-from behrt_jax.workflows.study_runs import Cell, cells_of, config_of, regime_config
-from experiments.configs import FREEZING_STUDIES, PRETRAIN
+from behrt_jax.workflows.run import RunResult
+from experiments.studies import freezing as workflow
+from experiments.studies.freezing import (
+    FREEZING_STUDIES,
+    Cell,
+    FreezingStudyConfig,
+    cells_of,
+    config_of,
+    freezing_study,
+    regime_config,
+)
 from tests.commands import run_command
 from tests.workflows.small_run import SMALL_RUN, changed
 

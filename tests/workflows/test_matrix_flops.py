@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
-from behrt_jax.training.mesh import make_mesh
+from behrt_jax.presets import PRETRAIN
+from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.state import abstract_state, optimizer_for, run_keys, set_up
 from behrt_jax.training.step import make_train_step
-from behrt_jax.workflows.benchmark_train import ALL_LINEARS
-from behrt_jax.workflows.matrix_flops import matrix_flops
-from experiments.configs import PRETRAIN
+from experiments.benchmarks.ours import matrix_flops
+from experiments.benchmarks.train import ALL_LINEARS
 from tests.models.rows import random_batch
 
 SIZES = st.integers(1, 9)

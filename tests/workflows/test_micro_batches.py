@@ -9,10 +9,10 @@ import pytest
 
 from behrt_jax.config import PretrainConfig, TrainConfig
 from behrt_jax.data.batches import training_batches
-from behrt_jax.data.load import load_sequences
-from behrt_jax.training.mesh import make_mesh
-from behrt_jax.workflows import micro_batches
-from behrt_jax.workflows.micro_batches import choose_micro_batches
+from behrt_jax.records.load import load_sequences
+from behrt_jax.training import micro_batches
+from behrt_jax.training.devices import make_mesh
+from behrt_jax.training.micro_batches import choose_micro_batches
 from behrt_jax.workflows.pretrain import pretrain
 from tests.models.rows import tiny_model
 from tests.workflows.small_run import SMALL_RUN

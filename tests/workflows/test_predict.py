@@ -10,7 +10,7 @@ import pytest
 
 from behrt_jax.config import EvaluateConfig, PredictConfig
 from behrt_jax.data.events import BIRTH_CODE
-from behrt_jax.data.label_columns import VALUE_COLUMNS
+from behrt_jax.data.labels import VALUE_COLUMNS
 from behrt_jax.data.predictions import read_predictions
 from behrt_jax.errors import InputError
 from behrt_jax.training.pretrained import open_pretrained

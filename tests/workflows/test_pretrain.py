@@ -17,8 +17,8 @@ from behrt_jax.adapters.files import load_adapter
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.training.checkpoints import open_checkpoints
+from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.loop import DivergenceError
-from behrt_jax.training.mesh import make_mesh
 from behrt_jax.training.state import init_state, optimizer_for, set_up
 from behrt_jax.workflows.pretrain import pretrain
 from tests.data.meds_folder import by_remainder, history_rows, write_meds
@@ -94,7 +94,7 @@ def test_it_learns_more_than_the_unigram_baseline_and_says_so(finished):
 
 
 def test_no_subject_id_is_written_anywhere(finished):
-    from behrt_jax.data.load import load_events
+    from behrt_jax.records.load import load_events
 
     ids = {str(i) for i in load_events(SMALL_RUN.data).events["subject_id"].unique().to_pylist()}
     long_ids = {i for i in ids if len(i) > 6}
@@ -234,7 +234,7 @@ def test_meds_data_of_a_folder(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_mimic_demo_learns_more_than_the_unigram_baseline(tmp_path):
-    from experiments.configs import PRETRAIN
+    from behrt_jax.presets import PRETRAIN
 
     path = Path(os.environ["EHR_TEST_DATA"]) / "mimic-iv-demo-meds"
     config = replace(PRETRAIN["small_lora"], output=tmp_path / "mimic")

@@ -15,9 +15,9 @@ from behrt_jax.config import FreezingConfig, InitConfig, LoRAConfig
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.mesh import make_mesh
+from behrt_jax.training.devices import make_mesh
+from behrt_jax.training.pretrained import check_source, start_from
 from behrt_jax.training.state import init_state, optimizer_for, set_up
-from behrt_jax.training.warm_start import check_source, start_from
 from behrt_jax.workflows import announce
 from behrt_jax.workflows.pretrain import pretrain
 from tests.workflows.small_run import SMALL_RUN, changed

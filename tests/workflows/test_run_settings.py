@@ -7,7 +7,7 @@ import pytest
 
 from behrt_jax.config import LoRAConfig, PretrainConfig
 from behrt_jax.errors import InputError
-from behrt_jax.workflows.run_settings import check_same_run, settings
+from behrt_jax.workflows.run import check_same_run, settings
 
 CONFIG = PretrainConfig(lora=LoRAConfig(rank=4))
 

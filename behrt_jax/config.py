@@ -1,0 +1,622 @@
+"""Every setting of a run, as frozen dataclasses, cut by what they configure.
+
+A field's docstring is its ``--help`` text on the command line. Checks that concern several fields
+live in :mod:`behrt_jax.workflows.checks`; nothing here imports anything else of the package.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+# Where the events of a pretraining run come from.
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the events come from and how they become sequences."""
+
+    source: Literal["clinical", "uniform", "latent", "meds", "prepared"] = "clinical"
+    """clinical: generated, with structure to learn. uniform: generated, codes at random, nothing to
+    learn. latent: generated from a model whose best possible loss is known and reported. meds: a Medical
+    Event Data Standard folder at `path`. prepared: what prepare.py wrote to `path` (--data DIR for
+    short); codes, vocabulary and splits are fixed there."""
+    path: Path | None = None
+    """Folder of the MEDS data set (holds data/ and metadata/), or of prepared data."""
+    subjects: int = 5000
+    """Generated sources: how many subjects."""
+    vocabulary_size: int | None = None
+    """Rows of the vocabulary, special tokens included. Generated sources have exactly this many, 1000
+    where not given; of other sources the most frequent codes are kept, all where not given."""
+    min_count: int | None = None
+    """Codes seen fewer times in the train split become [UNK]. Default: 1 for generated sources, 5
+    for meds."""
+    events_mean: float = 15.0
+    """Generated sources: mean number of events in a subject's history."""
+    events_spread: float = 0.9
+    """Generated sources: standard deviation of the logarithm of that number (long-tailed)."""
+    codes: tuple[str, ...] = ()
+    """Regular expressions; a code is kept if one matches at its start. Default for meds:
+    DIAGNOSIS// PROCEDURE// MEDICATION//; for generated sources: all."""
+    exclude_codes: tuple[str, ...] = ()
+    """Regular expressions; a code is dropped if one matches at its start."""
+    duplicates: Literal["keep", "drop"] | None = None
+    """What to do with a code that comes again in the same visit. Default: drop; for latent, whose known
+    optimum counts on them, keep."""
+    difficulty: float = 0.5
+    """latent: from 0 (each condition has codes of its own) to 1 (conditions share codes, more noise)."""
+    visit_column: str | None = None
+    """Column of visit ids (hadm_id in MIMIC). Where it is absent or null, a visit is a calendar day."""
+    window: Literal["all", "random", "recent", "first"] = "all"
+    """What is read of a history longer than `max_length`. all: the whole of it, in consecutive windows,
+    each a sequence of its own. random: one window, drawn anew each epoch (validation reads all).
+    recent, first: the last or the first events."""
+    max_length: int | None = None
+    """Longest sequence in tokens; the model's positions where not given."""
+    packed: bool = True
+    """Several subjects share a row. Off: one subject a row, padded."""
+    tuning_fraction: float = 0.1
+    """Share of subjects in the tuning split where the source has no splits of its own."""
+    held_out_fraction: float = 0.1
+    """Share of subjects in the held_out split, likewise."""
+    seed: int = 0
+    """Seed of the generator and of the split."""
+
+
+# Examination of runs and data for mistakes.
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Examine a run, or prepared data and its labels, for mistakes. The exit status is 1 where a finding
+    is an error.
+    """
+
+    run: Path | None = None
+    """Folder of a training run, finished or not."""
+    data: Path | None = None
+    """Folder of prepared data, audited for leakage."""
+    labels: Path | None = None
+    """With `data`: a Parquet file or folder of MEDS labels to audit with it."""
+    output: Path | None = None
+    """JSON file to write the findings to."""
+    horizon_days: float | None = None
+    """With `labels`: days after the prediction time that the label speaks of. A negative label needs
+    events up to their end; without it, some event after the prediction time."""
+    outcome_codes: tuple[str, ...] = ()
+    """With `labels`: regular expressions of the codes that define the label; one matches at the start of
+    a code."""
+    delays: tuple[str, ...] = ()
+    """With `labels`: REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit
+    where it is known at the end of its visit, as diagnoses that are coded at discharge. Those that the data
+    were prepared with where not given."""
+    death_codes: tuple[str, ...] = (r"MEDS_DEATH", r"DOD$", r"DEATH\b", r".*//(DIED|EXPIRED)\b")
+    """With `data`: regular expressions of codes that say that the subject died."""
+
+
+# The encoder and its adapters.
+
+Attention = Literal["auto", "dense", "chunked", "cudnn"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of the BEHRT encoder and its MLM head."""
+
+    embedding_size: int = 64
+    """Width of the code, age, visit and position embeddings."""
+    hidden_size: int = 128
+    """Width of the encoder; the embeddings are projected to it where the two differ."""
+    layers: int = 2
+    """Number of transformer blocks."""
+    heads: int = 4
+    """Attention heads; hidden_size must be divisible by it."""
+    ffn_size: int | None = None
+    """Width of the feed-forward layer; 4 * hidden_size where not given."""
+    positions: int = 50
+    """Longest sequence, in tokens, that the model reads."""
+    position_embedding: Literal["learned", "sinusoidal"] = "learned"
+    """A trained table, or the fixed sinusoids of Vaswani et al. 2017."""
+    position_of: Literal["event", "visit"] = "event"
+    """What a position counts: tokens in the sequence, or (as in the BEHRT paper) visits."""
+    age_bin_years: float = 5.0
+    """Width of an age bin in years (0.08333333333333333 for months)."""
+    age_rows: int = 22
+    """Rows of the age table; older ages share the last row."""
+    visit_embedding: Literal["ordinal", "alternating"] = "ordinal"
+    """A row per visit ordinal, or (as in the BEHRT paper) two rows, A and B, in turn."""
+    visit_rows: int = 512
+    """Rows of the ordinal visit table; later visits share the last row."""
+    cls_token: bool = False
+    """Each sequence starts with [CLS] (needed for `cls` pooling)."""
+    sep_token: bool = False
+    """Each visit ends with [SEP]."""
+    dropout: float = 0.1
+    """Dropout rate on embeddings and residual branches."""
+    attention_dropout: float | None = None
+    """Dropout rate on attention weights; the same as `dropout` where not given."""
+    attention: Attention = "auto"
+    """dense holds all weights of a batch at once; chunked works them out in tiles, with memory linear in the
+    length, and skips tiles between separate subjects: equal results. cudnn is NVIDIA's library (bfloat16,
+    no attention dropout): equal up to rounding. auto takes cudnn where it can, else dense for short rows and
+    chunked for long ones."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of matrix products; parameters, softmax, LayerNorm and loss stay float32."""
+    rematerialise: bool = False
+    """Recompute each block's activations in the backward pass: less memory, more time. On a CPU memory is
+    saved with scan_layers alone."""
+    scan_layers: bool = False
+    """Compile one block and run it once a layer, its parameters stacked over layers. Deep models compile
+    faster by it, shallow ones run slower."""
+    head_chunk: int | None = None
+    """Codes of the vocabulary whose logits are held at once, for all masked codes. Where not given: the
+    whole vocabulary while its logits take little memory, else parts of it. Equal results."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = 8
+    """Inner width of every adapter."""
+    alpha: float | None = None
+    """The update is scaled by alpha / rank; alpha is 2 * rank where not given."""
+    dropout: float = 0.0
+    """Dropout rate on an adapter's input."""
+    targets: tuple[str, ...] = ("query", "key", "value", "out")
+    """Dense layers to adapt, by name (query key value out intermediate output) or, with a slash in
+    it, by a glob pattern over the whole path (behrt/encoder/layer_0/*)."""
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA: Kalajdzievski 2023, arXiv 2312.03732)."""
+    product: Literal["auto", "activations", "extended", "merged"] = "auto"
+    """How x @ (W + scale * a @ b) is computed: on activations; in one product with x extended by x @ a and
+    W by b (faster on an accelerator); or with the weights merged in the forward pass and a low-rank backward
+    pass (faster in float32 on a CPU). Equal results. `auto` takes `merged` where it is allowed (float32, no
+    adapter dropout, adapted kernels frozen), `extended` where only the precision forbids that."""
+
+
+@dataclass(frozen=True)
+class FreezingConfig:
+    """Which parameter groups (lora, embedding, head, base) are trained."""
+
+    regime: Literal["full", "lora", "lora_pretrained", "lora_only", "all_but_adapted"] = "full"
+    """full: all. lora: adapters, embeddings and head (right from scratch). lora_pretrained: adapters
+    and head (embeddings already pretrained). lora_only and all_but_adapted are known mistakes, kept
+    for study: they warn."""
+    groups: tuple[Literal["lora", "embedding", "head", "base"], ...] = ()
+    """An explicit set of groups to train, in place of a named regime."""
+
+
+@dataclass(frozen=True)
+class GroupValues:
+    """One value per parameter group; None takes the common value."""
+
+    lora: float | None = None
+    embedding: float | None = None
+    head: float | None = None
+    base: float | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) and its schedule."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    learning_rates: GroupValues = field(default_factory=GroupValues)
+    """Peak learning rate of single groups."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices (never of biases and LayerNorm)."""
+    weight_decays: GroupValues = field(default_factory=GroupValues)
+    """Weight decay of single groups."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Course of the learning rate after warm-up; cosine and linear end at zero."""
+    warmup_fraction: float = 0.05
+    """Share of all steps in which the learning rate rises from zero."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the gradient of all trainable parameters together."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Parameters to start from, in place of random ones."""
+
+    run: Path | None = None
+    """Folder of a finished run with the same model and vocabulary; its best checkpoint is read."""
+    groups: tuple[Literal["embedding", "head", "base"], ...] = ("embedding", "head", "base")
+    """Which of its parameter groups are taken."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices share the work: data * fsdp is their number."""
+
+    data: int | None = None
+    """Groups of devices that each hold all parameters; all that `fsdp` leaves where not given."""
+    fsdp: int = 1
+    """Devices over which large parameters and their optimizer moments are split, each gathered when it is
+    used (FSDP: Zhao et al. 2023, arXiv 2304.11277). The batch is split over all devices in any case."""
+
+
+# Fine-tuning: the task, its course, and all settings of a run.
+
+TaskKind = Literal["binary", "multiclass", "multilabel", "regression", "survival"]
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is made of the labels."""
+
+    pooling: Literal["mean", "max", "last", "cls"] = "mean"
+    """From the vectors of a subject's events to one: their mean, their maximum, the last one, or that of
+    [CLS], which only models with model.cls_token have."""
+    intervals: int = 10
+    """Survival: number of time intervals, each with about as many events."""
+    label_fraction: float = 1.0
+    """Share of the train split's subjects whose labels are used: for studies with few labels."""
+    max_length: int | None = None
+    """Most recent events that are read of a history, in tokens; the model's positions where not given."""
+    packed: bool = True
+    """Several examples share a row. Off: one example a row, padded."""
+    threshold: Literal["f1", "youden"] | float = "f1"
+    """Binary: above which probability a prediction is positive. f1 and youden: the one at which F1, or
+    sensitivity + specificity, is largest on the tuning split."""
+
+
+@dataclass(frozen=True)
+class TaskTrainConfig:
+    """Length, batch, validation and stopping of a fine-tuning run."""
+
+    epochs: int = 20
+    """Passes over the train examples."""
+    max_steps: int | None = None
+    """Stop after this many steps in all, if that comes first."""
+    batch_size: int = 128
+    """Examples a step, on average: packing turns them into rows."""
+    micro_batches: int | None = None
+    """Parts a batch is cut into, one after the other inside the step: less memory, same result; by a rule
+    where not given."""
+    validate_every: int | None = None
+    """Steps between validations; once an epoch where not given."""
+    patience: int | None = 5
+    """Stop after this many validations without a better validation loss."""
+    log_every: int = 20
+    """Steps between lines in metrics.jsonl."""
+    seed: int = 0
+    """Seed of initialisation, order of rows and dropout."""
+
+
+@dataclass(frozen=True)
+class PopulationConfig:
+    """Several members trained at once on one frozen base, in one program."""
+
+    size: int = 1
+    """Number of members; 1 trains a single model. With vary task, that of the label tables."""
+    vary: Literal["seed", "learning_rate", "rank", "fold", "task"] = "seed"
+    """In what members differ. seed: initialisation and dropout, an ensemble whose mean predicts.
+    learning_rate, rank: a search, whose best member predicts. fold: a cross-validation over the train
+    split, whose mean predicts. task: what is predicted, each member a binary task of its own."""
+    values: tuple[float, ...] = ()
+    """Learning rates or ranks, one a member; spread around the configured one where not given."""
+    labels: tuple[Path, ...] = ()
+    """With vary task, in place of labels: the label table of each member, with subjects and prediction times
+    of its own. A member learns from its own labels alone."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tune a pretrained BEHRT on labels at prediction times."""
+
+    name: str = "custom"
+    """Name of the configuration; the default run folder is called after it."""
+    data: Path | None = None
+    """Folder of the prepared data."""
+    labels: Path | None = None
+    """Label table by the MEDS schema: a Parquet file, or a folder of such files. Labels of all splits may
+    be in it; those of held_out are not read."""
+    init: Path | None = None
+    """Folder of the pretraining run to start from; gives model and vocabulary."""
+    from_scratch: bool = False
+    """Start from random parameters, with the model and vocabulary of `init`: for comparison."""
+    output: Path | None = None
+    """Run folder; runs/<name>-<time> where not given."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    lora: LoRAConfig | None = None
+    freezing: FreezingConfig = field(default_factory=FreezingConfig)
+    dropout: float | None = None
+    """Dropout rate of embeddings, residual branches and attention; the pretrained model's where not given."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of matrix products; the pretrained model's where not given."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TaskTrainConfig = field(default_factory=TaskTrainConfig)
+    population: PopulationConfig = field(default_factory=PopulationConfig)
+    extend_vocabulary: bool = False
+    """Codes of the data that the pretrained model has no embedding for get a row of their own, trained with
+    the adapter. Off: they are read as [UNK]."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    resume: bool = False
+    """Go on with the run in `output` where it stopped."""
+    compilation_cache: Literal["off"] | Path | None = None
+    """Folder in which compiled programs are kept for the next start; behrt_jax/compiled in the user's cache
+    folder where not given, off for none. JAX_COMPILATION_CACHE_DIR, where set, is used instead."""
+
+
+# Labels made of prepared data.
+
+
+@dataclass(frozen=True)
+class MakeLabelsConfig:
+    """Make a label table of prepared data, for all of its splits.
+
+    next_visit: the codes of the next visit (multi-label). first_occurrence: does a code of a set occur
+    within a horizon, of subjects who have had none so far. readmission: does another visit begin within
+    some days after the end of this one. death: does the subject die within a horizon. Labels are at ends of
+    visits; what is not known up to the end of the horizon gets no label, and is counted.
+    """
+
+    task: Literal["next_visit", "first_occurrence", "readmission", "death"] | None = None
+    """Which labels to make."""
+    data: Path | None = None
+    """Folder of prepared data."""
+    output: Path | None = None
+    """Parquet file to write, a MEDS label table sorted by subject and time."""
+    codes: tuple[str, ...] = ()
+    """Regular expressions; one matches at the start of a code. first_occurrence: the set, must be given.
+    next_visit: the codes to predict, the whole vocabulary where not given. readmission: only visits with such
+    a code count."""
+    horizon_days: float | None = None
+    """Length of the horizon, which begins after the gap. Default: 365, for readmission 30, with --survival
+    all of the follow-up. Not of next_visit."""
+    gap_days: float = 0.0
+    """Days after the prediction time that do not count: who has it then gets no label. Not of next_visit."""
+    survival: bool = False
+    """Days until it happens or is not known any more (boolean_value tells which), in place of yes and no. Not
+    of next_visit."""
+    times: Literal["all", "last", "random"] = "all"
+    """all: after each visit. last: one of each subject, the last that leaves room for the horizon before
+    follow-up ends (for next_visit, for another visit). random: one of each subject, by seed."""
+    min_events: int = 1
+    """Fewest events that a subject has at the prediction time."""
+    follow_up: str | None = None
+    """Until when it is known what happens to a subject. subject: the own last event, or death. data: the last
+    event of the data set, or an earlier death (wrong where dates are shifted by subject, as in MIMIC). Or a
+    date in place of that event, such as 2020-12-31. Default: subject, for readmission data. Not of
+    next_visit."""
+    seed: int = 0
+    """Seed of --times random."""
+
+
+# Predictions of a fine-tuned model, and how they are judged.
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Predict with a fine-tuned model, or write embeddings of subjects."""
+
+    model: Path | None = None
+    """Folder of a fine-tuning run or of an adapter; with embeddings also of a pretraining run."""
+    base: Path | None = None
+    """Folder of the pretraining run that an adapter belongs to; the run that the adapter names where not
+    given."""
+    data: Path | None = None
+    """Folder of the prepared data."""
+    labels: Path | None = None
+    """Label table whose subjects and prediction times are predicted; its values, if it has any, are only
+    copied."""
+    split: Literal["train", "tuning", "held_out", "all"] = "held_out"
+    """Subjects to predict."""
+    output: Path | None = None
+    """Parquet file to write."""
+    embeddings: bool = False
+    """Write a vector for each subject and prediction time (subject_id, time, vector), in place of
+    predictions; without labels, one a subject at its last event."""
+    pooling: Literal["mean", "max", "last", "cls"] | None = None
+    """Of embeddings; the model's own, or mean, where not given."""
+    rows: int = 64
+    """Rows that are computed at once."""
+    compilation_cache: Literal["off"] | Path | None = None
+    """As in finetune."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Judge predictions: figures with intervals, calibration, groups, and simple baselines beside them."""
+
+    predictions: Path | None = None
+    """Parquet file that predict wrote."""
+    output: Path | None = None
+    """Folder to write; made anew, never written into another's files."""
+    data: Path | None = None
+    """Folder of the prepared data, for baselines and groups; the one that the predictions name where not
+    given."""
+    labels: Path | None = None
+    """Label table, for baselines; the one that the predictions name where not given."""
+    baselines: bool = True
+    """Fit prevalence, logistic regression and gradient boosting on counts of codes in the same histories."""
+    max_train_examples: int = 20_000
+    """Most examples of the train split (and of tuning) that baselines are fitted on, drawn at random."""
+    boosting_codes: int = 200
+    """Most frequent codes that gradient boosting sees."""
+    draws: int = 1000
+    """Bootstrap draws of subjects for the intervals."""
+    seed: int = 0
+    """Seed of draws and baselines."""
+
+
+# Preparation: records of any source to a data set on disk.
+
+
+@dataclass(frozen=True)
+class TableColumns:
+    """Columns of a plain table (source `table`)."""
+
+    subject: str = "subject_id"
+    """Integer or text; text that is no integer becomes one by hashing (SHA-256)."""
+    time: str = "time"
+    """Timestamp, date, or ISO text."""
+    code: str = "code"
+    """Text or integer."""
+    value: str | None = None
+    """Number."""
+    visit: str | None = None
+    """Visit id; a visit is a calendar day where it is null or not given."""
+    birth: str | None = None
+    """Date of birth, the same in each of a subject's rows, where births are not events of their own."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Turn records of any source into a prepared data set, once."""
+
+    source: Literal["meds", "omop", "synthea", "table"] = "meds"
+    """meds: a Medical Event Data Standard folder. omop: OMOP CDM 5.3 or 5.4 as CSV, CSV.gz or Parquet.
+    synthea: a Synthea CSV export. table: one CSV or Parquet file."""
+    input: Path | None = None
+    """Folder (or, for a table, file) to read."""
+    output: Path | None = None
+    """Folder to write; made anew, never overwritten with other options."""
+    codes: tuple[str, ...] = ()
+    """Regular expressions; a code is kept if one matches at its start. Default: diagnoses, medications
+    and procedures, as the source names them."""
+    exclude_codes: tuple[str, ...] = ()
+    """Regular expressions; a code is dropped if one matches at its start."""
+    min_count: int = 5
+    """Codes seen fewer times in the train split become [UNK]."""
+    vocabulary_size: int | None = None
+    """Most rows of the vocabulary, special tokens included; the most frequent codes are kept."""
+    duplicates: Literal["keep", "drop", "count"] = "drop"
+    """A code that comes again in the same visit: keep each, drop the repeats, or count them (one event
+    whose code ends in //x2, //x3-5 or //x6+)."""
+    value_codes: tuple[str, ...] = ()
+    """Regular expressions of codes whose numeric value becomes part of the code, as a quantile bin
+    fitted on the train split (LAB//51006//Q3). They are selected in addition to `codes`."""
+    value_bins: int = 5
+    """How many quantile bins."""
+    static_codes: tuple[str, ...] = ("GENDER//", "SEX//", "RACE//", "ETHNICITY//")
+    """Regular expressions of codes that are kept as facts about the subject (static.parquet) where they have
+    no time, for evaluation by group; no token is made of them."""
+    delays: tuple[str, ...] = ()
+    """REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit where it is known at
+    the end of its visit, as diagnoses that are coded at discharge. Recorded alone: events stay as they are,
+    and fine-tuning, prediction and the doctor keep them from predictions until they are known."""
+    visit_column: str | None = None
+    """meds: column of visit ids, such as hadm_id; without one a visit is a calendar day."""
+    table: TableColumns = field(default_factory=TableColumns)
+    ancestors: bool = False
+    """omop: replace each concept by its most general ancestor in concept_ancestor that is in the same
+    domain, at most two levels up."""
+    tuning_fraction: float = 0.1
+    """Share of subjects in the tuning split where the source has no splits."""
+    held_out_fraction: float = 0.1
+    """Share of subjects in the held_out split, likewise."""
+    seed: int = 0
+    """Seed of that split."""
+    workers: int = 1
+    """Processes that read units of the source side by side."""
+    shard: str | None = None
+    """i/n: do only the i-th of n parts of the reading (from 0), into a folder beside `output`; on a
+    cluster, one job each. Afterwards run once with --merge."""
+    merge: bool = False
+    """Finish what jobs with --shard have read."""
+    to_meds: Path | None = None
+    """Also write all events, selected or not, as a MEDS 0.4 data set into this new folder."""
+    dry_run: bool = False
+    """Read and report, but write no data set."""
+
+
+# Pretraining: the objective, its course, and all settings of a run.
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Masked-code prediction (Devlin et al. 2018, arXiv 1810.04805)."""
+
+    probability: float = 0.15
+    """Share of codes to predict."""
+    mask_share: float = 0.8
+    """Share of those shown as [MASK]."""
+    random_share: float = 0.1
+    """Share of those shown as a random code; the rest are shown unchanged."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch, validation and stopping of a training run."""
+
+    epochs: int = 20
+    """Passes over the training subjects."""
+    max_steps: int | None = None
+    """Stop after this many steps in all, if that comes first."""
+    batch_size: int = 128
+    """Subjects a step, on average: packing turns them into rows. (A history that is cut into several
+    windows counts as several.)"""
+    batch_tokens: int | None = None
+    """Tokens a step, in place of batch_size."""
+    micro_batches: int | None = None
+    """Parts a batch is cut into, one after the other inside the step: less memory, same result. Where not
+    given, the fastest number: tried once on each machine for a run of 2,000 steps or more, and remembered;
+    by a rule for a shorter one."""
+    validate_every: int | None = None
+    """Steps between validations; once an epoch where not given."""
+    patience: int | None = None
+    """Stop after this many validations without a better validation loss."""
+    log_every: int = 20
+    """Steps between lines in metrics.jsonl."""
+    data_on_device: Literal["auto", "yes", "no"] = "auto"
+    """The train split lies in the memory of the accelerator, whole on each, and batches are gathered
+    there; many steps are then one call. auto: on an accelerator, where it fits. Otherwise the host reads
+    batches ahead. Same batches."""
+    steps_per_call: int | None = None
+    """With data on the device: most steps in one call, after which a signal is answered; log_every where
+    not given."""
+    static_masks: bool = False
+    """Draw the masks once and reuse them each epoch (a historic mistake, for study)."""
+    seed: int = 0
+    """Seed of initialisation, row order, masks and dropout."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Masked-code pretraining of BEHRT."""
+
+    name: str = "custom"
+    """Name of the configuration; the default run folder is called after it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig | None = None
+    freezing: FreezingConfig = field(default_factory=FreezingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    output: Path | None = None
+    """Run folder; runs/<name>-<time> where not given."""
+    resume: bool = False
+    """Go on with the run in `output` where it stopped."""
+    compilation_cache: Literal["off"] | Path | None = None
+    """Folder in which compiled programs are kept for the next start; behrt_jax/compiled in the user's cache
+    folder where not given, off for none. JAX_COMPILATION_CACHE_DIR, where set, is used instead."""
+
+
+# Settings read back from what a run or an adapter was stored with.
+
+C = TypeVar("C", ModelConfig, LoRAConfig, FreezingConfig)
+
+
+def from_stored(kind: type[C], values: Mapping[str, Any]) -> C:
+    """Settings of this kind from their JSON, which another version of behrt_jax may have written.
+
+    What is not there has its default, and what this version does not know is passed over.
+    """
+    known = {field.name for field in fields(kind)}
+    read: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if name in known
+    }
+    return kind(**read)

@@ -1,0 +1,484 @@
+"""Which events become tokens: every rule that leaves one out, each counted."""
+
+import bisect
+import functools
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from behrt_jax.data.events import (
+    BIRTH_CODE,
+    DEATH_CODE,
+    Births,
+    EventColumns,
+    EventCounts,
+    EventSet,
+    Selected,
+    event_columns,
+    rank_ids,
+)
+from behrt_jax.data.sorting import sort_rows
+from behrt_jax.data.splits import hash_words
+from behrt_jax.errors import InputError
+
+# Which codes are selected, by patterns, and the error where nothing is.
+
+
+@dataclass(frozen=True)
+class CodeChoice:
+    """Which codes are read, and what for; its methods raise `InputError` where a pattern is wrong."""
+
+    codes: tuple[str, ...] = ()
+    """Patterns of those that become tokens; none: all."""
+    exclude_codes: tuple[str, ...] = ()
+    value_codes: tuple[str, ...] = ()
+    """Tokens too, with the bin of their value."""
+    static_codes: tuple[str, ...] = ()
+    """Kept as facts about the subject where they have no time."""
+
+    def tokens(self, names: Sequence[str]) -> np.ndarray:
+        """Bool ``[names]``."""
+        wanted = selects(names, self.codes, self.exclude_codes, options="")
+        if not self.value_codes:
+            return wanted
+        valued = matches(names, self.value_codes, "value_codes")
+        return wanted | (valued & selects(names, (), self.exclude_codes, options=""))
+
+    def static(self, names: Sequence[str]) -> np.ndarray:
+        """Bool ``[names]``."""
+        return matches(names, self.static_codes, "static_codes")
+
+    def read(self, names: Sequence[str]) -> np.ndarray:
+        """Bool ``[names]``: one or the other."""
+        return self.tokens(names) | self.static(names)
+
+
+def selects(
+    names: Sequence[str], codes: tuple[str, ...], exclude_codes: tuple[str, ...], options: str = "data."
+) -> np.ndarray:
+    """Which codes the patterns select: bool ``[names]``.
+
+    Raises:
+        InputError: a pattern is no regular expression; ``options`` goes before the option's name.
+    """
+    wanted = matches(names, codes, f"{options}codes") if codes else np.ones(len(names), bool)
+    return wanted & ~matches(names, exclude_codes, f"{options}exclude_codes")
+
+
+def matches(names: Sequence[str], patterns: tuple[str, ...], option: str) -> np.ndarray:
+    """Whether any pattern matches at the start of each name: bool ``[names]``.
+
+    Raises:
+        InputError: a pattern is no regular expression; ``option`` is named as the place to mend it.
+    """
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise InputError(
+                f"{option} has {pattern!r}, which is no regular expression ({error}): mend it, or put a "
+                "backslash before the sign to take it literally."
+            ) from error
+    if not compiled:
+        return np.zeros(len(names), dtype=bool)
+    return np.array([any(pattern.match(name) for pattern in compiled) for name in names], dtype=bool)
+
+
+def nothing_left(by_code: Mapping[str, int], counts: EventCounts, options: str = "data.") -> InputError:
+    """The error of a data set from which the rules leave nothing.
+
+    Args:
+        by_code: code, or prefix of codes -> events read, markers of birth and death aside.
+        counts: what the rules dropped.
+        options: goes before the names of the options.
+    """
+    by_prefix = Counter()
+    for name, count in by_code.items():
+        by_prefix[name.split("//")[0]] += count
+    prefixes = ", ".join(prefix for prefix, count in by_prefix.most_common(10) if count)
+    rules = ", ".join(f"{rule}: {count}" for rule, count in counts.dropped.items())
+    return InputError(
+        f"No event is left after filtering ({rules}): choose {options}codes and {options}exclude_codes to "
+        f"fit the codes of the data set (most frequent prefixes: {prefixes or 'none'}), and see that "
+        f"subjects have a {BIRTH_CODE} event with a time."
+    )
+
+
+# Visits of sorted events: their numbers, and the codes that come again within one.
+
+DAY = 86_400_000_000
+"""Microseconds in a day."""
+_SHORT = 8
+"""Events of a visit that are compared with each other one by one."""
+
+
+def number_visits(
+    subject: np.ndarray, time: np.ndarray, named: np.ndarray | None = None, visit: np.ndarray | None = None
+) -> np.ndarray:
+    """Number the visits of all subjects through, in the order of their first events.
+
+    Args:
+        subject: int32 ``[events]``, ascending.
+        time: int64 ``[events]`` microseconds, ascending within a subject.
+        named: bool ``[events]``, whether the event has a visit id; none has where not given.
+        visit: int64 ``[events]``, that id. A visit without one is a calendar day.
+
+    Returns:
+        int32 ``[events]``.
+    """
+    if not len(subject):
+        return np.empty(0, np.int32)
+    day = time // DAY
+    columns = (
+        [subject, day] if named is None or visit is None else [subject, named, np.where(named, visit, day)]
+    )
+    leads = _leads(columns)  # an event that continues the visit of the one before it does not lead
+    run = np.cumsum(leads, dtype=np.int32) - np.int32(1)  # [events]
+    if named is None or not named.any():
+        return run
+    # Other visits may interrupt one, so that it has several runs.
+    runs = np.arange(run[-1] + 1, dtype=np.int32)
+    *key, grouped = sort_rows([*(column[leads] for column in columns), runs])
+    heads = _leads(key)
+    is_first = np.zeros(len(runs), bool)
+    is_first[grouped[heads]] = True
+    number = np.cumsum(is_first, dtype=np.int32) - np.int32(1)  # right where is_first
+    of_run = np.empty(len(runs), np.int32)
+    of_run[grouped] = number[grouped[heads]][np.cumsum(heads) - 1]
+    return of_run[run]
+
+
+def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first event of each code in each visit.
+
+    Args:
+        visit: int32 ``[events]``, as `number_visits` gives them.
+        code: int32 ``[events]``.
+
+    Returns:
+        Whether an event is the first, bool ``[events]``; the places of those firsts whose code comes again,
+        int32 ``[repeated]``; and how often that code is in the visit, int64 ``[repeated]``, 2 or more.
+    """
+    first = np.ones(len(code), bool)
+    again = _may_come_again(visit, code)
+    if not again.any():
+        return first, np.empty(0, np.int32), np.empty(0, np.int64)
+    # Only visits with such an event need sorting.
+    suspect = np.zeros(int(visit.max()) + 1, bool)
+    suspect[visit[again]] = True
+    shared = np.flatnonzero(suspect[visit]).astype(np.int32)
+    *key, place = sort_rows([visit[shared], code[shared], shared])
+    heads = np.flatnonzero(_leads(key))
+    times = np.diff(np.append(heads, len(shared)))
+    place = place[heads]
+    first[shared] = False
+    first[place] = True
+    return first, place[times > 1], times[times > 1]
+
+
+def _may_come_again(visit: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """Whether an event's code is in its visit before it; events of long or interrupted visits just may.
+
+    Comparing each event with the few before it is many times faster than sorting.
+
+    Returns:
+        bool ``[events]``.
+    """
+    again = np.zeros(len(code), bool)
+    for back in range(1, min(_SHORT, len(code))):
+        same = visit[back:] == visit[:-back]
+        if not same.any():
+            break
+        again[back:] |= same & (code[back:] == code[:-back])
+    if len(code) > _SHORT:
+        again[_SHORT:] |= visit[_SHORT:] == visit[:-_SHORT]
+    if (visit[1:] < visit[:-1]).any():
+        again = (np.bincount(visit) > 1)[visit]
+    return again
+
+
+def _leads(columns: list[np.ndarray]) -> np.ndarray:
+    """Whether a row differs from the one before it: bool ``[rows]``; the first one does."""
+    leads = np.ones(len(columns[0]), bool)
+    leads[1:] = columns[0][1:] != columns[0][:-1]
+    for column in columns[1:]:
+        leads[1:] |= column[1:] != column[:-1]
+    return leads
+
+
+__all__ = ["DAY", "Selected", "select_columns", "select_events"]
+
+_NEVER = np.iinfo(np.int64).max
+
+Duplicates = Literal["keep", "drop", "count"]
+
+REPEATS = ("//x2", "//x3-5", "//x6+")
+"""What ``duplicates="count"`` puts behind a code that occurs 2, 3 to 5, or 6 and more times in a visit."""
+
+
+def select_events(
+    event_set: EventSet,
+    codes: tuple[str, ...],
+    exclude_codes: tuple[str, ...],
+    duplicates: Duplicates,
+) -> Selected:
+    """Apply the rules below in this order, and number each subject's visits.
+
+    Each rule adds the events it drops to ``event_set.counts`` under its name:
+
+    1. ``birth or death marker``: MEDS_BIRTH and MEDS_DEATH set the birth and the day of death (the
+       earliest where there are several) and are no tokens;
+    2. ``code not selected``: no pattern of ``codes`` matches, or one of ``exclude_codes`` does;
+    3. ``null time (static)``;
+    4. ``no birth``: the subject's birth is not known, so the age is not either;
+    5. ``before birth``;
+    6. ``after death``: on a later calendar day than the death. The same day is kept, since deaths are
+       often known by the day alone and records of that day are signed after it;
+    7. ``duplicate in visit``: the code came earlier in the same visit (unless duplicates are kept; where
+       they are counted, the first event's code gets a suffix of ``REPEATS``, and is counted as changed).
+
+    A visit is a visit id where the event has one, else a calendar day. Events are in the order of time,
+    so one visit may be interrupted by another.
+
+    Args:
+        event_set: events in any row order; ``counts`` is filled.
+        codes: regular expressions, matched at the start of a code; none selects all.
+        exclude_codes: regular expressions likewise.
+        duplicates: what the seventh rule does.
+
+    Raises:
+        InputError: a pattern is no regular expression, or no event is left.
+    """
+    columns = event_columns(event_set.events)
+    wanted = selects(columns.names, codes, exclude_codes)
+    selected = select_columns(columns, wanted, duplicates, event_set.counts)
+    count_repeated(selected.codes, len(columns.names), event_set.counts)
+    if not len(selected.codes):
+        marker = np.isin(np.array(columns.names), [BIRTH_CODE, DEATH_CODE])  # [names]
+        by_code = np.bincount(columns.codes, minlength=len(marker))[~marker]
+        names = [name for name in columns.names if name not in (BIRTH_CODE, DEATH_CODE)]
+        raise nothing_left(dict(zip(names, by_code.tolist(), strict=True)), event_set.counts)
+    return selected
+
+
+def select_columns(
+    events: EventColumns, wanted: np.ndarray | None, duplicates: Duplicates, counts: EventCounts
+) -> Selected:
+    """Apply the rules of :func:`select_events` to columns; it may be that no event is left.
+
+    Args:
+        events: the events, in any order.
+        wanted: bool ``[names]``, the codes selected; None for all.
+        duplicates: what the seventh rule does.
+        counts: is filled.
+    """
+    subjects, births, kept = apply_rules(events, wanted, counts)
+    subject, time, *ties, code = sort_rows(kept)
+    visit = number_visits(subject, time, *ties)  # [K]
+    if duplicates != "keep":
+        first, repeated, times_seen = first_in_visit(visit, code)
+        if duplicates == "count":
+            suffix = (times_seen > 1).astype(np.int32) + (times_seen > 2) + (times_seen > 5)
+            code = code.copy()
+            code[repeated] += suffix * np.int32(len(events.names))
+        if len(repeated):
+            subject, time, code, visit = (column[first] for column in (subject, time, code, visit))
+        counts.drop("duplicate in visit", len(first) - len(code))
+    names = tuple(events.names)
+    if duplicates == "count":
+        names = _with_repeats(names)
+
+    starts = np.flatnonzero(np.diff(subject, prepend=np.int32(-1)))  # [S]
+    offsets = np.append(starts, len(subject))
+    present = subject[starts]
+    alone = births != _NEVER
+    alone[present] = False
+    # A subject's first event is of its first visit.
+    visit -= np.repeat(visit[starts], np.diff(offsets))
+    return Selected(
+        subject_ids=subjects[present],
+        births=births[present],
+        offsets=offsets,
+        codes=code,
+        times=time,
+        visits=visit,
+        names=names,
+        without_events=Births(subjects[alone], births[alone]),
+    )
+
+
+@functools.lru_cache(maxsize=2)  # the same for many partitions
+def _with_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
+    return names + tuple(f"{name}{repeats}" for repeats in REPEATS for name in names)
+
+
+def count_repeated(code: np.ndarray, names: int, counts: EventCounts) -> None:
+    """Count the events whose code got a suffix of ``REPEATS``, being beyond the ``names`` without one."""
+    counts.change("repeated in visit -> code with a count", int(np.count_nonzero(code >= names)))
+
+
+def apply_rules(
+    events: EventColumns, wanted: np.ndarray | None, counts: EventCounts, also: Sequence[np.ndarray] = ()
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Apply all rules but the one on duplicates.
+
+    Args:
+        events: the events, in any order.
+        wanted: bool ``[names]``, the codes selected; None for all.
+        counts: is filled.
+        also: more columns ``[events]``, to be returned for the events kept.
+
+    Returns:
+        The subjects' ids, ascending, and births, int64 ``[subjects]`` each, and columns ``[kept]`` in the
+        order in which events are sorted: place of the subject (int32), time, where there are any visit
+        ids whether the event has one and which, code, and those of ``also``.
+    """
+    code, time = events.codes, events.times
+    subjects, subject = rank_ids(events.subject_ids)
+    born, died = (code == _place(events.names, marker) for marker in (BIRTH_CODE, DEATH_CODE))
+    births, deaths = (
+        _earliest(np.flatnonzero(marked), events, subject, len(subjects)) for marked in (born, died)
+    )
+
+    keep = ~(born | died)  # [N]
+    counts.drop("birth or death marker", len(keep) - int(np.count_nonzero(keep)))
+
+    def drop(rule: str, broken: np.ndarray) -> None:
+        nonlocal keep
+        broken &= keep
+        counts.drop(rule, int(np.count_nonzero(broken)))
+        keep ^= broken
+
+    if wanted is not None and not wanted.all():
+        drop("code not selected", ~wanted[code])
+    if events.timed is not None:
+        drop("null time (static)", ~events.timed)
+    unborn = births == _NEVER  # [S]
+    if unborn.any():
+        drop("no birth", unborn[subject])
+    drop("before birth", time < births[subject])
+    if (deaths != _NEVER).any():
+        ends = np.where(deaths == _NEVER, _NEVER, (deaths // DAY + 1) * DAY)
+        drop("after death", time >= ends[subject])
+
+    columns = [subject, time, code, *also]
+    if events.visits is not None and events.named is not None:
+        # The time decides the day, so that only visit ids tell events of one time apart.
+        columns[2:2] = [events.named, np.where(events.named, events.visits, 0)]
+    return subjects, births, [column[keep] for column in columns]
+
+
+def _place(names: Sequence[str], name: str) -> int:
+    """Place of a name in names, ascending; -1 where it is not there."""
+    place = bisect.bisect_left(names, name)
+    return place if place < len(names) and names[place] == name else -1
+
+
+def _earliest(rows: np.ndarray, events: EventColumns, subject: np.ndarray, subjects: int) -> np.ndarray:
+    """Earliest time among some rows by subject: int64 ``[subjects]``, ``_NEVER`` where none."""
+    first = np.full(subjects, _NEVER)
+    if events.timed is not None:
+        rows = rows[events.timed[rows]]
+    np.minimum.at(first, subject[rows], events.times[rows])
+    return first
+
+
+# Numeric values as part of the code: a quantile bin, fitted on the train split.
+
+SAMPLE = 4096
+"""Most values of a code that its quantiles are taken of."""
+
+
+class ValueSample:
+    """A bounded sample of each code's values, the same in whatever order and pieces they are added."""
+
+    def __init__(self, names: Sequence[str], valued: np.ndarray):
+        """Begin with nothing.
+
+        Args:
+            names: the codes.
+            valued: bool ``[names]``, which of them to sample.
+        """
+        self.names = names
+        self.valued = valued
+        self.seen = np.zeros(len(names), np.int64)
+        """Values added of each code, ``[names]``."""
+        self._code = np.empty(0, np.int32)
+        self._hash = np.empty(0, np.int64)
+        self._value = np.empty(0, np.float32)
+
+    def add(self, subject_ids: np.ndarray, times: np.ndarray, codes: np.ndarray, values: np.ndarray) -> None:
+        """Add events: int64, int64, int32 places in ``names`` and float32, ``[events]`` each."""
+        chosen = np.flatnonzero(self.valued[codes] & np.isfinite(values))
+        code, value = codes[chosen], values[chosen] + np.float32(0)  # no negative zero
+        self.seen += np.bincount(code, minlength=len(self.names))
+        words = hash_words(subject_ids[chosen])
+        for part in (times[chosen], code.astype(np.int64), value.view(np.int32).astype(np.int64)):
+            words = hash_words((words ^ part.view(np.uint64)).view(np.int64))
+        code = np.concatenate([self._code, code])
+        hashed = np.concatenate([self._hash, (words >> np.uint64(1)).view(np.int64)])
+        bits = np.concatenate([self._value, value]).view(np.int32)
+        code, hashed, bits = sort_rows([code, hashed, bits])
+        starts = np.searchsorted(code, np.arange(len(self.names)))
+        kept = np.arange(len(code)) - starts[code] < SAMPLE
+        self._code, self._hash, self._value = code[kept], hashed[kept], bits[kept].view(np.float32)
+
+    def fit(self, bins: int, least: int) -> "ValueBins":
+        """Cut the values of each code with at least ``least`` of them into bins of equal frequency."""
+        fitted = np.flatnonzero(self.valued & (self.seen >= max(least, 1)))
+        shares = np.arange(1, bins) / bins
+        edges = [
+            np.quantile(self._value[self._code == code], shares, method="inverted_cdf")
+            for code in fitted.tolist()
+        ]
+        return ValueBins(
+            tuple(self.names[code] for code in fitted.tolist()),
+            np.array(edges, np.float32).reshape(len(fitted), bins - 1),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ValueBins:
+    """Quantile bins of the codes that have any."""
+
+    codes: tuple[str, ...]
+    edges: np.ndarray
+    """float32 ``[codes, bins - 1]``: bin Q1 ends with the first edge, which belongs to it, and so on. A
+    value that makes up more than a bin's share closes several bins at once, and some stay empty."""
+
+    def apply(self, events: EventColumns, values: np.ndarray) -> tuple[EventColumns, np.ndarray]:
+        """Put the bin behind the code (``CODE//Q3``) where the event has a value and the code has bins.
+
+        Args:
+            events: the events.
+            values: float32 ``[events]``, NaN where null.
+
+        Returns:
+            The events, with other ``names``, the same for whatever events; and which names are those of a
+            bin, bool ``[names]``.
+        """
+        count = self.edges.shape[1] + 1
+        binned = [[f"{code}//Q{place + 1}" for place in range(count)] for code in self.codes]
+        names = sorted({*events.names, *(name for row in binned for name in row)})
+        place = {name: index for index, name in enumerate(names)}
+        own = np.array([place[name] for name in events.names], np.int32)
+        of_bin = np.array([[place[name] for name in row] for row in binned], np.int32).reshape(-1, count)
+        row_of = np.full(len(events.names), -1, np.int32)  # row in edges of each code
+        given = {name: index for index, name in enumerate(events.names)}
+        row_of[[given[code] for code in self.codes]] = np.arange(len(self.codes))
+        row = row_of[events.codes]
+        changed = (row >= 0) & np.isfinite(values)
+        row, value = row[changed], values[changed]
+        bins = np.zeros(len(row), np.int32)
+        for edge in range(count - 1):
+            bins += value > self.edges[row, edge]
+        codes = own[events.codes]
+        codes[changed] = of_bin[row, bins]
+        is_bin = np.zeros(len(names), bool)
+        is_bin[of_bin.ravel()] = True
+        return replace(events, codes=codes, names=names), is_bin

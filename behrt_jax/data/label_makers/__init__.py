@@ -1,1 +1,0 @@
-"""Label tables made of prepared data, for those who have no labels: one task a module."""

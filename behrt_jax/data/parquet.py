@@ -1,0 +1,99 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from behrt_jax.data.events import EVENT_SCHEMA
+from behrt_jax.errors import InputError
+
+CHUNK_ROWS = 1 << 20
+
+_TEXT = EVENT_SCHEMA.field("code").type
+
+
+def open_parquet(file: Path) -> pq.ParquetFile:
+    """Open a file whose texts are read dictionary-encoded; its columns are in ``schema_arrow``.
+
+    Raises:
+        InputError: cut short, or no Parquet file.
+    """
+    try:
+        columns = [field.name for field in pq.read_schema(file) if not pt.is_nested(field.type)]
+        texts = [name for name in columns if name in ("code", "split", "description")]
+        return pq.ParquetFile(file, read_dictionary=texts)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file) from error
+
+
+def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...]) -> None:
+    """Refuse a file without these columns."""
+    names = opened.schema_arrow.names
+    for column in required:
+        if column not in names:
+            raise InputError(
+                f"{file} has no column {column}, which MEDS requires: add or rename it; the columns are "
+                f"{', '.join(names)}."
+            )
+
+
+def read_columns(file: Path, opened: pq.ParquetFile, columns: list[str]) -> pa.Table:
+    """All rows of some columns, at once; InputError where the file is damaged."""
+    try:
+        return opened.read(columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file) from error
+
+
+def _tables(
+    file: Path, opened: pq.ParquetFile, row_groups: tuple[int, ...], columns: list[str]
+) -> Iterator[pa.Table]:
+    """Read row groups at once where they fit into one table, else in pieces."""
+    rows = sum(opened.metadata.row_group(group).num_rows for group in row_groups)
+    try:
+        if rows <= CHUNK_ROWS:
+            yield opened.read_row_groups(list(row_groups), columns=columns)
+            return
+        for batch in opened.iter_batches(CHUNK_ROWS, row_groups=list(row_groups), columns=columns):
+            yield pa.Table.from_batches([batch])
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file) from error
+
+
+def _unreadable(file: Path) -> InputError:
+    return InputError(f"{file} is no readable Parquet file (cut short, or another format): write it again.")
+
+
+def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
+    """A column in a type of the events table; InputError where its type or a value does not fit."""
+    kind = values.type
+    if pt.is_int64(target):
+        fits, meant = pt.is_integer(kind), "integers"
+    elif pt.is_timestamp(target):
+        fits, meant = pt.is_timestamp(kind) or pt.is_date(kind), "timestamps or dates"
+    elif pt.is_float32(target):
+        fits, meant = pt.is_floating(kind) or pt.is_integer(kind), "numbers"
+    else:
+        fits, meant = kind == _TEXT, "strings"
+    if not fits and not pt.is_null(kind):
+        raise InputError(f"{file} has {kind} in the column {column}: write it as {meant}.")
+    # Values and nanoseconds may lose their last digits; anything else must come through exactly.
+    safe = not (pt.is_float32(target) or (pt.is_timestamp(kind) and kind.unit == "ns"))
+    try:
+        return values.cast(target, safe=safe)
+    except pa.ArrowInvalid as error:
+        raise InputError(
+            f"{file} has values in the column {column} that do not fit into {target}: mend or drop them."
+        ) from error
+
+
+def refuse_nulls(file: Path, column: str, values: pa.ChunkedArray) -> None:
+    """Refuse a column with nulls, naming the row of the first."""
+    if values.null_count:
+        row = int(np.argmax(values.is_null().to_numpy())) + 1
+        raise InputError(
+            f"{file} has no {column} in row {row} (the first of {values.null_count} such rows, counted "
+            "from 1): fill it in or leave the row out."
+        )

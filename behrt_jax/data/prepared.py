@@ -1,0 +1,466 @@
+"""The prepared data set on disk: sequences by split as memory-mapped Arrow files, vocabulary, manifest.
+
+A folder holds ``vocabulary.parquet``, ``manifest.json`` and, for each split, ``subjects.arrow`` (columns
+subject_id and start, the place of the subject's first event) and ``events.arrow`` (columns code, age,
+visit and time: one record batch, so that each column is one array on disk). Beside them lie what is known of
+the subjects themselves, ``static.parquet``, ``deaths.parquet`` and ``births.parquet``, see `subject_facts`.
+"""
+
+import json
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from behrt_jax.data.events import DEATH_CODE, SPLITS, Births, EventColumns, EventCounts
+from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
+from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.errors import InputError
+
+# Arrow files of one record batch, whose columns may be written part by part and are read as views.
+
+_FEW_ROWS = 1 << 16
+
+
+def write_columns(file: Path, schema: pa.Schema, rows: int, columns: Sequence[Iterable[np.ndarray]]) -> None:
+    """Write an Arrow file of one record batch, with no column in memory as a whole.
+
+    Args:
+        file: to write.
+        schema: types of the columns, numbers.
+        rows: how many there are.
+        columns: parts of each column, of its type, with ``rows`` values together.
+    """
+    if rows <= _FEW_ROWS:
+        batch = pa.RecordBatch.from_arrays(
+            [
+                pa.array(np.concatenate([np.empty(0, field.type.to_pandas_dtype()), *parts]))
+                for field, parts in zip(schema, columns, strict=True)
+            ],
+            schema=schema,
+        )
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(batch)
+        return
+    sizes = [rows * field.type.bit_width // 8 for field in schema]
+    with file.open("wb", buffering=0) as opened:
+        filling = _Filling(opened, sizes, columns)
+        # Never touched, so that it takes no memory: it only tells Arrow where columns are and how long.
+        blank = pa.py_buffer(mmap.mmap(-1, max(sizes)))
+        arrays = [
+            pa.Array.from_buffers(field.type, rows, [None, blank.slice(0, size)], null_count=0)
+            for field, size in zip(schema, sizes, strict=True)
+        ]
+        with pa.PythonFile(filling, mode="w") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    filling.check()
+
+
+class _Filling:
+    """A file in which the buffers of Arrow's columns are replaced by parts."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO, sizes: Sequence[int], columns: Sequence[Iterable[np.ndarray]]):
+        self._file = file
+        self._columns = list(zip(sizes, columns, strict=True))
+
+    def write(self, piece: bytes | pa.Buffer) -> int:
+        size = len(piece)
+        # What belongs to the format comes as short bytes, and the columns in their order.
+        if size <= _FEW_ROWS:
+            return self._all(piece)
+        expected, parts = self._columns.pop(0)
+        if size != expected or expected != sum(self._all(np.ascontiguousarray(part).data) for part in parts):
+            raise ValueError("parts of a column that are not as long as the column")
+        return size
+
+    def _all(self, piece: bytes | memoryview | pa.Buffer) -> int:
+        left = memoryview(piece).cast("B")
+        size = len(left)
+        while left:
+            left = left[self._file.write(left) :]
+        return size
+
+    def check(self) -> None:
+        if self._columns:
+            raise ValueError("columns that were not written")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def read_columns(file: Path, schema: pa.Schema) -> list[np.ndarray]:
+    """Columns as read-only views of the file, which is memory-mapped.
+
+    Raises:
+        InputError: no such file, or another one.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        if reader.schema != schema or reader.num_record_batches != 1:
+            raise pa.ArrowInvalid("another schema")
+        return [column.to_numpy(zero_copy_only=True) for column in reader.get_batch(0).columns]
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{file} is missing, cut short or of another format: run prepare again, with another output."
+        ) from error
+
+
+# What a prepared data set tells of its subjects beside their events: static facts, births and deaths.
+
+STATIC = pa.schema([("subject_id", pa.int64()), ("code", pa.string())])
+DEATHS = pa.schema([("subject_id", pa.int64()), ("time", pa.timestamp("us"))])
+BIRTHS = DEATHS
+_ROWS = 1 << 20  # of a row group
+
+
+@dataclass(frozen=True, eq=False)
+class SubjectFacts:
+    """Those of some subjects, ascending."""
+
+    static_ids: np.ndarray
+    """int64 ``[facts]``, subject ids."""
+    static_codes: np.ndarray
+    """object ``[facts]``, strings."""
+    death_ids: np.ndarray
+    """int64 ``[deaths]``, subject ids, distinct."""
+    deaths: np.ndarray
+    """int64 ``[deaths]``, microseconds since 1970."""
+    births: Births
+    """Of those without any event left."""
+
+
+def subject_facts(
+    events: EventColumns,
+    static: np.ndarray,
+    births: Births,
+    split_of: Callable[[np.ndarray], np.ndarray],
+) -> dict[str, SubjectFacts]:
+    """Split -> the facts of its subjects.
+
+    Args:
+        events: all events of whole subjects.
+        static: bool ``[names]``, codes that are static facts where they have no time.
+        births: of those without any event left.
+        split_of: from subject ids, ascending, to the places of their splits in `events.SPLITS`.
+    """
+    names = np.array(events.names, object)
+    rows = np.zeros(0, np.int64)
+    if events.timed is not None:
+        rows = np.flatnonzero(~events.timed & static[events.codes])
+    facts = np.unique(np.stack([events.subject_ids[rows], events.codes[rows]]), axis=1)  # [2, facts]
+    died = events.codes == (events.names.index(DEATH_CODE) if DEATH_CODE in events.names else -1)
+    if events.timed is not None:
+        died &= events.timed
+    ids, times = events.subject_ids[died], events.times[died]
+    order = np.lexsort([times, ids])
+    dead, first = np.unique(ids[order], return_index=True)
+    times = times[order][first]
+    split, split_of_dead, split_of_births = map(split_of, (facts[0], dead, births.subject_ids))
+    return {
+        name: SubjectFacts(
+            facts[0][split == index],
+            names[facts[1][split == index]],
+            dead[split_of_dead == index],
+            times[split_of_dead == index],
+            Births(births.subject_ids[split_of_births == index], births.times[split_of_births == index]),
+        )
+        for index, name in enumerate(SPLITS)
+    }
+
+
+class FactWriter:
+    """Writes the facts of one split, subjects ascending; row groups do not depend on how they come."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        schemas = {"static": STATIC, "deaths": DEATHS, "births": BIRTHS}
+        self._tables = [_Rows(folder / f"{name}.parquet", schema) for name, schema in schemas.items()]
+        self.subjects = 0
+        """Subjects with a static fact."""
+
+    def append(self, facts: SubjectFacts) -> None:
+        """Add the facts of further subjects."""
+        self.subjects += len(np.unique(facts.static_ids))
+        columns = [
+            (facts.static_ids, facts.static_codes),
+            (facts.death_ids, facts.deaths.astype("datetime64[us]")),
+            (facts.births.subject_ids, facts.births.times.astype("datetime64[us]")),
+        ]
+        for rows, (ids, values) in zip(self._tables, columns, strict=True):
+            if len(ids):
+                columns = [pa.array(ids), pa.array(values, rows.schema.field(1).type)]
+                rows.append(pa.table(columns, schema=rows.schema))
+
+    def counts(self) -> dict[str, int]:
+        """Static facts, subjects with any, deaths, and births of subjects without any event left."""
+        static, deaths, births = (table.rows for table in self._tables)
+        return {
+            "facts": static,
+            "subjects": self.subjects,
+            "deaths": deaths,
+            "births_without_events": births,
+        }
+
+    def __enter__(self) -> "FactWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for rows in self._tables:
+            rows.close()
+
+
+class _Rows:
+    """A Parquet file, written in row groups of `_ROWS`."""
+
+    def __init__(self, file: Path, schema: pa.Schema):
+        self.schema, self.rows = schema, 0
+        self._writer = pq.ParquetWriter(file, schema)
+        self._held: list[pa.Table] = []
+
+    def append(self, table: pa.Table) -> None:
+        before, self.rows = self.rows, self.rows + table.num_rows
+        self._held.append(table)
+        if before // _ROWS < self.rows // _ROWS:
+            held = pa.concat_tables(self._held)
+            whole = held.num_rows // _ROWS * _ROWS
+            self._write(held.slice(0, whole))
+            self._held = [held.slice(whole).combine_chunks()]
+
+    def close(self) -> None:
+        if self.rows % _ROWS:
+            self._write(pa.concat_tables(self._held))
+        self._writer.close()
+
+    def _write(self, table: pa.Table) -> None:
+        self._writer.write_table(table.combine_chunks(), row_group_size=_ROWS)
+
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+VOCABULARY = "vocabulary.parquet"
+EVENTS = pa.schema([("code", pa.int32()), ("age", pa.float32()), ("visit", pa.int32()), ("time", pa.int64())])
+SUBJECTS = pa.schema([("subject_id", pa.int64()), ("start", pa.int64())])
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, indented, in the order given."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of a prepared data set.
+
+    Raises:
+        InputError: the folder is none, or is of another version.
+    """
+    path = Path(path)
+    file = path / MANIFEST
+    if not file.is_file():
+        what = f"has no {MANIFEST}" if path.is_dir() else "is not a folder"
+        raise InputError(f"{path} is no prepared data set (it {what}): give the folder that prepare wrote.")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} is not the manifest of a prepared data set, or is damaged: run prepare again."
+        ) from error
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} was prepared in format {version}, but this version reads {FORMAT_VERSION}: run prepare "
+            "again, with another output."
+        )
+    return manifest
+
+
+def read_prepared(path: Path, sep_token: bool = False) -> SequenceSet:
+    """Open a prepared data set.
+
+    The arrays are views of memory-mapped files, so that opening reads almost nothing, and several
+    processes share them; with ``sep_token`` they are new arrays in memory.
+
+    Args:
+        path: the folder that ``prepare`` wrote.
+        sep_token: put a [SEP] after each run of events of one visit.
+
+    Raises:
+        InputError: the folder is no prepared data set, or one of another version, or incomplete.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    vocabulary = Vocabulary.read(path / VOCABULARY)
+    splits = {name: read_split(path / name) for name in SPLITS}
+    try:
+        matches = vocabulary.fingerprint() == manifest["vocabulary"]["fingerprint"] and all(
+            len(part) == manifest["splits"][name]["subjects"]
+            and len(part.codes) == manifest["splits"][name]["events"]
+            for name, part in splits.items()
+        )
+        counts = EventCounts(**manifest["events"])
+        fingerprint = manifest["fingerprint"]
+        without = manifest["subjects_without_events"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path / MANIFEST} is damaged: run prepare again, with another output.") from error
+    if not matches:
+        raise InputError(
+            f"{path} holds a vocabulary or events that are not those of its {MANIFEST}: files were changed "
+            "or mixed up; run prepare again, with another output."
+        )
+    if sep_token:
+        splits = {name: with_separators(part) for name, part in splits.items()}
+        fingerprint = set_fingerprint(vocabulary, splits)
+    births = {name: read_births(path, name) for name in SPLITS}
+    return SequenceSet(vocabulary, splits, counts, fingerprint, without, births)
+
+
+def read_split(folder: Path) -> Sequences:
+    """One split; see `read_prepared`."""
+    codes, ages, visits, times = read_columns(folder / "events.arrow", EVENTS)
+    subject_ids, starts = read_columns(folder / "subjects.arrow", SUBJECTS)
+    return Sequences(subject_ids, np.append(starts, len(codes)), codes, ages, visits, times)
+
+
+def read_static(folder: Path, split: str) -> pa.Table:
+    """Static facts of a split's subjects: subject_id (int64) and code (string), sorted, none twice.
+
+    None where the folder was prepared by an older version.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return _read_facts(folder, split, "static.parquet", STATIC)
+
+
+def read_deaths(folder: Path, split: str) -> pa.Table | None:
+    """Deaths of a split's subjects: subject_id (int64, ascending, none twice) and time (microseconds).
+
+    The time is what the source has, often the day alone. None where the folder was prepared by an older
+    version, so that it is not known who died.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not (Path(folder) / split / "deaths.parquet").is_file():
+        return None
+    return _read_facts(folder, split, "deaths.parquet", DEATHS)
+
+
+def read_births(folder: Path, split: str) -> Births:
+    """Births of a split's subjects without any event left; none where an older version prepared the folder.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    table = _read_facts(folder, split, "births.parquet", BIRTHS)
+    return Births(table["subject_id"].to_numpy(), table["time"].cast(pa.int64()).to_numpy())
+
+
+def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Table:
+    file = Path(folder) / split / name
+    if not file.is_file():
+        return schema.empty_table()
+    try:
+        return pq.ParquetFile(file).read().cast(schema)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{file} is damaged: run prepare again, with another output.") from error
+
+
+# The sequences of one split, collected and written as they belong into a prepared data set.
+
+_PART_ROWS = 1 << 20
+
+
+class SplitWriter:
+    """Collects the subjects of one split, ascending by id.
+
+    Events are held in memory, or in raw files after a `flush`. Codes are any numbers at first: the
+    vocabulary, which gives their ids, is only fitted when all are there.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self._name = name
+        self._raw = {field.name: folder / f"{name}-{field.name}.raw" for field in EVENTS}
+        self.held = 0
+        """Bytes of events in memory."""
+        self._parts: dict[str, list[np.ndarray]] = {field.name: [] for field in EVENTS}
+        self._stack = ExitStack()
+        self._files: dict[str, BinaryIO] = {}
+        self._subjects: list[np.ndarray] = []
+        self._lengths: list[np.ndarray] = []
+
+    def append(
+        self,
+        subject_ids: np.ndarray,
+        lengths: np.ndarray,
+        codes: np.ndarray,
+        ages: np.ndarray,
+        visits: np.ndarray,
+        times: np.ndarray,
+    ) -> None:
+        """Add subjects: ids and lengths int64 ``[subjects]``, the rest ``[events]`` as in `Sequences`."""
+        self._subjects.append(subject_ids)
+        self._lengths.append(lengths)
+        for name, column in zip(self._parts, (codes, ages, visits, times), strict=True):
+            # A view would keep all of what it is a part of.
+            self._parts[name].append(column if column.base is None else column.copy())
+            self.held += column.nbytes
+
+    def flush(self) -> None:
+        """Move what is held in memory to raw files."""
+        for name, parts in self._parts.items():
+            if name not in self._files:
+                self._files[name] = self._stack.enter_context(self._raw[name].open("wb"))
+            for part in parts:
+                self._files[name].write(part.data)
+            parts.clear()
+        self.held = 0
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def finish(self, folder: Path, ids: np.ndarray) -> Sequences:
+        """Write all that was added into the data set, once, and give it back memory-mapped.
+
+        Args:
+            folder: the data set's.
+            ids: vocabulary id of each code's number, int32.
+        """
+        lengths = np.concatenate([np.zeros(1, np.int64), *self._lengths])
+        subjects = np.concatenate([np.empty(0, np.int64), *self._subjects])
+        offsets = np.cumsum(lengths)
+        self._stack.close()
+        kinds = (field.type.to_pandas_dtype() for field in EVENTS)
+        columns = [self._events(name, kind) for name, kind in zip(self._parts, kinds, strict=True)]
+        columns[0] = (ids[part] for part in columns[0])
+        split = folder / self._name
+        split.mkdir(parents=True, exist_ok=True)
+        write_columns(split / "events.arrow", EVENTS, int(offsets[-1]), columns)
+        write_columns(split / "subjects.arrow", SUBJECTS, len(subjects), [[subjects], [offsets[:-1]]])
+        for file in self._raw.values():
+            file.unlink(missing_ok=True)
+        return read_split(split)
+
+    def _events(self, name: str, kind: type) -> Iterator[np.ndarray]:
+        """One column in parts; each leaves memory when the next one comes."""
+        if self._files:
+            with self._raw[name].open("rb") as file:
+                while len(part := np.fromfile(file, kind, _PART_ROWS)):
+                    yield part
+        parts = self._parts[name]
+        for place, part in enumerate(parts):
+            parts[place] = np.empty(0, kind)
+            yield part

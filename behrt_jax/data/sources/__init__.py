@@ -1,1 +1,0 @@
-"""Readers that turn a stored data set into MEDS-shaped events."""

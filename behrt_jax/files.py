@@ -1,0 +1,143 @@
+"""Temporary folders beside an output, recognised and removed where a process died without doing so."""
+
+import dataclasses
+import json
+import math
+import numbers
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from behrt_jax.errors import InputError
+
+
+def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files to a folder beside ``folder``, then let it take that one's place."""
+    folder = folder.absolute()
+    fresh = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    older = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    fresh.mkdir(parents=True)
+    try:
+        for name, data in files.items():
+            (fresh / name).write_bytes(data)
+        if folder.exists():
+            folder.rename(older)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(older, ignore_errors=True)
+        elif older.exists():
+            older.rename(folder)
+
+
+@contextmanager
+def work_folder(beside: Path, purpose: str) -> Iterator[Path]:
+    """A new hidden folder, removed in the end, whatever happens; those of dead processes are removed first.
+
+    A process that is killed leaves its folder behind. The name tells purpose, machine and process, so that
+    the next one for the same purpose on that machine can tell that it is not in use; folders of other
+    machines are left alone.
+
+    Args:
+        beside: folder to make it in.
+        purpose: such as ``preparing-NAME``.
+    """
+    prefix = f".{purpose}.{re.sub('[^A-Za-z0-9]', '-', platform.node())}."
+    for left in beside.glob(f"{_literal(prefix)}*"):
+        process = left.name.removeprefix(prefix).split(".")[0]
+        if process.isdecimal() and not _alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}.", dir=beside) as folder:
+        yield Path(folder)
+
+
+def _literal(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":  # elsewhere the question itself may end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all: a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: replacing is atomic
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all; equal input gives equal bytes.
+
+    Takes what ``json`` takes, and dataclasses, paths, numpy scalars and arrays (device arrays too);
+    keys stay in the order given.
+
+    Raises:
+        TypeError: a value of another type.
+    """
+    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}).") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}): mend it or write it anew.") from error
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types of JSON."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        if array.dtype.kind == "V":  # bfloat16: numpy has no type of its own for it
+            array = array.astype(np.float64)
+        if array.dtype.kind in "biufSU":
+            return _plain(array.tolist())
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON")

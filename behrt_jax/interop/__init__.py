@@ -1,1 +1,0 @@
-"""BEHRT outside JAX."""

@@ -1,0 +1,89 @@
+"""Sequences from whichever source the configuration names."""
+
+from dataclasses import fields
+
+from behrt_jax.config import DataConfig
+from behrt_jax.data.events import EventSet
+from behrt_jax.data.prepared import read_prepared
+from behrt_jax.data.sequences import SequenceSet, build_sequences
+from behrt_jax.data.vocabulary import SPECIAL_TOKENS
+from behrt_jax.errors import InputError
+from behrt_jax.records.synthetic.clinical import generate_clinical
+from behrt_jax.records.synthetic.histories import generate_uniform
+from behrt_jax.records.synthetic.latent import generate_latent
+
+GENERATED_VOCABULARY_SIZE = 1000
+
+
+# What training may choose anew on prepared data; the rest was settled when it was prepared.
+_OF_TRAINING = ("source", "path", "window", "max_length", "packed")
+
+
+def load_sequences(config: DataConfig, sep_token: bool) -> SequenceSet:
+    """Read or generate the events and turn them into sequences, or open prepared ones.
+
+    Raises:
+        InputError: options that do not fit the source, or a source that cannot be read.
+    """
+    if config.source != "prepared":
+        return build_sequences(load_events(config), config, sep_token)
+    if config.path is None:
+        raise InputError("data.path is missing: give the folder of the prepared data, as --data DIR.")
+    for field in fields(config):
+        if field.name not in _OF_TRAINING and getattr(config, field.name) != getattr(
+            DataConfig(), field.name
+        ):
+            raise InputError(
+                f"data.{field.name} has no effect on prepared data: leave it out, or prepare the data "
+                "with it."
+            )
+    return read_prepared(config.path, sep_token)
+
+
+def load_events(config: DataConfig) -> EventSet:
+    """Read or generate the events.
+
+    Raises:
+        InputError: options that do not fit the source, or a source that cannot be read.
+    """
+    if config.source == "meds":
+        if config.path is None:
+            raise InputError("data.path is missing: give the folder of the MEDS data set.")
+        from behrt_jax.records.sources.meds import read_meds  # slow to import, and few runs need it
+
+        return read_meds(config.path, config.visit_column)
+    if config.path is not None:
+        raise InputError(
+            f"data.path is given but data.source is {config.source}, which is generated: "
+            "add --data.source meds."
+        )
+    options = (
+        config.subjects,
+        generated_code_count(config),
+        config.events_mean,
+        config.events_spread,
+        config.seed,
+    )
+    if config.source == "latent":
+        _check_nothing_dropped(config)
+        return generate_latent(*options, config.difficulty)
+    return {"clinical": generate_clinical, "uniform": generate_uniform}[config.source](*options)
+
+
+def generated_code_count(config: DataConfig) -> int:
+    """How many codes a generated source has, special tokens aside."""
+    return (config.vocabulary_size or GENERATED_VOCABULARY_SIZE) - len(SPECIAL_TOKENS)
+
+
+def _check_nothing_dropped(config: DataConfig) -> None:
+    for name in ("codes", "exclude_codes"):
+        if getattr(config, name):
+            raise InputError(
+                f"data.{name} does not go with the latent source, whose optimum counts on every "
+                "event: leave it out."
+            )
+    if config.duplicates == "drop":
+        raise InputError(
+            "data.duplicates is drop, but the optimum of the latent source counts on every "
+            "event: leave it out, or give keep."
+        )

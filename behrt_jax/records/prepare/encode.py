@@ -1,0 +1,425 @@
+"""From the events of one partition to the sequences of its subjects, by split."""
+
+import functools
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from behrt_jax.config import PrepareConfig
+from behrt_jax.data.event_rules import (
+    CodeChoice,
+    Duplicates,
+    ValueBins,
+    ValueSample,
+    apply_rules,
+    count_repeated,
+    matches,
+    select_columns,
+)
+from behrt_jax.data.events import SPLITS, EventColumns, EventCounts
+from behrt_jax.data.prepared import SubjectFacts, subject_facts
+from behrt_jax.data.sequences import ages_in_years
+from behrt_jax.data.sorting import ascending, distinct
+from behrt_jax.data.splits import check_disjoint, hash_split_index, hash_splits, split_index
+from behrt_jax.records.prepare.spill import (
+    CodeNumbers,
+    Spill,
+    SubjectSet,
+    choose_partitions,
+    code_lookups,
+    columns_of,
+    load_partition,
+    read_ahead,
+    select_rows,
+)
+from behrt_jax.records.sources.source import Source
+
+ENCODERS = min(4, os.cpu_count() or 1)
+"""Threads that encode partitions."""
+
+SplitOf = Callable[[np.ndarray], np.ndarray]
+"""From subjects, int64 ``[n]`` ascending, to the place of their split in `events.SPLITS`, int8 ``[n]``; -1
+where a subject has none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """The sequences of one partition, with codes that are not vocabulary ids yet."""
+
+    parts: dict[str, tuple[np.ndarray, ...]]
+    """Split -> subject ids and lengths ``[subjects]``, codes, ages, visits and times ``[events]``, as in
+    `Sequences`, but that codes are places in ``names``."""
+    names: tuple[str, ...]
+    """Codes; the same object in many partitions."""
+    events: dict[str, np.ndarray]
+    """Split -> events of each code, int64 ``[names]``."""
+    counts: EventCounts
+    facts: dict[str, SubjectFacts]
+    """By split."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """A source's events on their way to sequences, partition by partition, subjects ascending.
+
+    Everything but the bins is only known once the partitions are exhausted.
+    """
+
+    partitions: Iterator[Encoded]
+    counts: EventCounts
+    """Of the reading; the partitions have those of the rules."""
+    prefixes: Callable[[], Mapping[str, int]]
+    """Start of a code, up to the first ``//`` -> events read, markers aside."""
+    splits: Callable[[], dict[str, np.ndarray]]
+    """Split -> int64 ids of its subjects, ascending, those without events included."""
+    bins: ValueBins | None = None
+
+
+def add_counts(counts: EventCounts, more: EventCounts) -> None:
+    """Add one account of events to another."""
+    counts.read += more.read
+    for rule, events in more.dropped.items():
+        counts.drop(rule, events)
+    for rule, events in more.changed.items():
+        counts.change(rule, events)
+
+
+def encode_events(
+    events: EventColumns,
+    values: np.ndarray | None,
+    bins: ValueBins | None,
+    split_of: SplitOf,
+    choice: CodeChoice,
+    duplicates: Duplicates,
+) -> Encoded:
+    """Apply the rules of `filtering.select_events` to whole subjects, and deal them out to the splits.
+
+    Args:
+        events: all events of these subjects.
+        values: float32 ``[events]``, NaN where null, where they were kept.
+        bins: of numeric values, if they are asked for.
+        split_of: gives the subjects' splits.
+        choice: which codes become tokens, and which are static facts.
+        duplicates: what becomes of a code that comes again in a visit.
+    """
+    counts = EventCounts()
+    recorded = events
+    wanted = chosen_codes(choice.tokens, tuple(events.names))
+    is_bin = None
+    if bins is not None and values is not None:
+        tokens = {name for name, chosen in zip(events.names, wanted.tolist(), strict=True) if chosen}
+        events, is_bin = bins.apply(events, values)
+        wanted = is_bin | np.array([name in tokens for name in events.names])
+    selected = select_columns(events, wanted, duplicates, counts)
+    ages = ages_in_years(selected)
+    split = split_of(selected.subject_ids)  # [S]
+    lengths = np.diff(selected.offsets)
+    counts.drop("subject in no split", int(lengths[split < 0].sum()))
+    parts, by_code = {}, {}
+    columns = selected.codes, ages, selected.visits, selected.times
+    for index, name in enumerate(SPLITS):
+        chosen = split == index
+        if chosen.all():
+            parts[name] = (selected.subject_ids, lengths, *columns)
+        else:
+            tokens = np.repeat(chosen, lengths)  # [N]
+            rows = (column[tokens] for column in columns)
+            parts[name] = (selected.subject_ids[chosen], lengths[chosen], *rows)
+        by_code[name] = np.bincount(parts[name][2], minlength=len(selected.names))
+        if duplicates == "count":
+            count_repeated(parts[name][2], len(events.names), counts)
+    if is_bin is not None:
+        binned = np.resize(is_bin, len(selected.names))  # names with a count come in the same order
+        changed = sum(int(found[binned].sum()) for found in by_code.values())
+        counts.change("value -> quantile bin", changed)
+    static = chosen_codes(choice.static, tuple(recorded.names))
+    facts = subject_facts(recorded, static, selected.without_events, split_of)
+    return Encoded(parts, selected.names, by_code, counts, facts)
+
+
+@functools.lru_cache(maxsize=4)  # the names are the same in many partitions
+def chosen_codes(choose: Callable[[Sequence[str]], np.ndarray], names: tuple[str, ...]) -> np.ndarray:
+    """Bool ``[names]``, as ``choose`` gives it; to be left as it is."""
+    return choose(names)
+
+
+def encode_all(encode: Callable[[Any], Encoded], partitions: Iterable[Any]) -> Iterator[Encoded]:
+    """Encode partitions in threads, with one more of them in memory than there are threads."""
+    with ThreadPoolExecutor(ENCODERS) as pool:
+        waiting = deque()
+        for partition in partitions:
+            waiting.append(pool.submit(encode, partition))
+            if len(waiting) == ENCODERS + 1:  # one more, while the caller takes the one that is done
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def fit_values(
+    spills: Sequence[Spill],
+    partitions: Sequence[range],
+    names: Sequence[str],
+    train: np.ndarray,
+    choice: CodeChoice,
+    config: PrepareConfig,
+) -> ValueBins:
+    """Fit quantile bins on the events of train subjects that the rules keep, duplicates included.
+
+    A code has bins if each of them can be expected to reach ``min_count``.
+
+    Args:
+        spills: all shards.
+        partitions: buckets of each partition.
+        names: all codes, ascending.
+        train: int64 ids of the train split, ascending.
+        choice: which codes become tokens.
+        config: its ``value_codes``, ``value_bins`` and ``min_count`` are read.
+    """
+    lookups = code_lookups(spills, names)
+    sample = ValueSample(names, choice.tokens(names) & matches(names, config.value_codes, "value_codes"))
+    for buckets in partitions:
+        events, values = load_partition(spills, buckets, names, lookups)
+        if values is None:
+            continue
+        subjects, _, kept = apply_rules(events, None, EventCounts(), also=[values])
+        subject, time, *_, code, value = kept
+        own = split_listed({"train": train})(subjects) == 0  # [S]
+        rows = own[subject]
+        sample.add(subjects[subject[rows]], time[rows], code[rows], value[rows])
+    return sample.fit(config.value_bins, config.value_bins * config.min_count)
+
+
+def split_listed(splits: Mapping[str, np.ndarray]) -> SplitOf:
+    """Splits as listed: name -> int64 ids, ascending."""
+
+    def split_of(ids: np.ndarray) -> np.ndarray:
+        if not len(ids):
+            return np.empty(0, np.int8)
+        near = {
+            name: listed[np.searchsorted(listed, ids[0]) : np.searchsorted(listed, ids[-1], side="right")]
+            for name, listed in splits.items()
+        }
+        return split_index(ids, near)
+
+    return split_of
+
+
+# Encoding by way of spill files: for input in any order, of any number of shards.
+
+
+def encode_spilled(
+    source: Source,
+    spills: Sequence[Spill],
+    choice: CodeChoice,
+    config: PrepareConfig,
+    most: int,
+    told: Callable[[int, int], None],
+) -> Encoding:
+    """Load the partitions of spill files, encode them, and tell how many are done.
+
+    Args:
+        source: its splits are read, and it learns what other processes have read.
+        spills: all shards.
+        choice: which codes are read, and what for.
+        config: the options.
+        most: events of a partition.
+        told: called with the partitions done, and how many there are.
+
+    Raises:
+        InputError: splits that share subjects, or a split by hash with a train or tuning split without any.
+    """
+    counts, prefixes = EventCounts(), Counter()
+    for spill in spills:
+        add_counts(counts, spill.counts)
+        prefixes.update(spill.prefixes)
+        source.learn(spill.learned)
+    splits = own_splits(source)
+    if splits is None:
+        subjects = np.concatenate([spill.subjects() for spill in spills])
+        splits = split_by_hash(subjects, config)
+    names = tuple(sorted({name for spill in spills for name in spill.codes}))
+    partitions = choose_partitions(spills, most)
+    bins = None
+    if config.value_codes:
+        bins = fit_values(spills, partitions, names, splits["train"], choice, config)
+    encode = functools.partial(
+        _encode_partition,
+        spills,
+        names=names,
+        lookups=code_lookups(spills, names),
+        bins=bins,
+        split_of=split_listed(splits),
+        choice=choice,
+        config=config,
+    )
+
+    def encoded() -> Iterator[Encoded]:
+        for done, partition in enumerate(encode_all(encode, partitions), start=1):
+            yield partition
+            told(done, len(partitions))
+
+    return Encoding(encoded(), counts, lambda: prefixes, lambda: splits, bins)
+
+
+def own_splits(source: Source) -> dict[str, np.ndarray] | None:
+    """The source's splits, ascending, all three names; None where it has none of its own.
+
+    Raises:
+        InputError: a subject is in two of them.
+    """
+    splits: Mapping[str, np.ndarray] = source.splits()
+    if not splits:
+        return None
+    check_disjoint(splits, f"The {source.name} source")
+    return {name: distinct(np.asarray(splits.get(name, ()), np.int64)) for name in SPLITS}
+
+
+def split_by_hash(subjects: np.ndarray, config: PrepareConfig) -> dict[str, np.ndarray]:
+    """See `splits.hash_splits`."""
+    return hash_splits(subjects, config.tuning_fraction, config.held_out_fraction, config.seed, options="")
+
+
+def _encode_partition(
+    spills: Sequence[Spill],
+    buckets: range,
+    names: tuple[str, ...],
+    lookups: Sequence[np.ndarray],
+    bins: ValueBins | None,
+    split_of: SplitOf,
+    choice: CodeChoice,
+    config: PrepareConfig,
+) -> Encoded:
+    events, values = load_partition(spills, buckets, names, lookups)
+    return encode_events(events, values, bins, split_of, choice, config.duplicates)
+
+
+# Encoding of input whose subjects ascend from unit to unit: while it is read, without spill files.
+
+
+class OutOfOrder(Exception):
+    """Subjects did not ascend from chunk to chunk after all; what was encoded so far is void."""
+
+
+def ascending_units(source: Source) -> list[int] | None:
+    """The source's units in the order of their subjects, if each ends where the next begins or before.
+
+    None where the source does not know the ranges of its units' subjects, or they overlap.
+    """
+    ranges = source.subject_ranges()
+    if ranges is None:
+        return None
+    order = np.lexsort((ranges[:, 1], ranges[:, 0]))
+    first, last = ranges[order].T
+    return order.tolist() if (first[1:] >= last[:-1]).all() else None
+
+
+def encode_ascending(
+    source: Source,
+    units: list[int],
+    choice: CodeChoice,
+    config: PrepareConfig,
+    most: int,
+    told: Callable[[int, int], None],
+) -> Encoding:
+    """Encode whole subjects while the source is read, and tell how many units are done.
+
+    Memory: two chunks of the source, a copy of one, and partitions of ``most`` events as in
+    `encoding.encode_all`; a subject with more events than that is a partition of its own.
+
+    Args:
+        source: what to read.
+        units: all of its units, as `ascending_units` gives them.
+        choice: which codes are read, and what for.
+        config: the options; ``value_codes`` need spill files.
+        most: events of a partition.
+        told: called with the units done, and how many there are.
+
+    Raises:
+        InputError: splits that share subjects.
+        OutOfOrder: from the partitions, where a chunk has smaller ids than the one before it.
+    """
+    counts, unselected = EventCounts(), EventCounts()  # one for each thread
+    codes, seen = CodeNumbers(choice.read), SubjectSet()
+    splits = own_splits(source)
+    fractions = config.tuning_fraction, config.held_out_fraction, config.seed
+    split_of: SplitOf = lambda ids: hash_split_index(ids, *fractions)  # noqa: E731
+    if splits is not None:
+        split_of = split_listed(splits)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        with ThreadPoolExecutor(1) as pool:
+            for done, unit in enumerate(units, start=1):
+                for table in read_ahead(source.read(unit, counts), pool):
+                    if table.num_rows:
+                        if splits is None:
+                            seen.add(table["subject_id"].to_numpy())
+                        yield select_rows(table, codes, False, unselected)
+                told(done, len(units))
+
+    def partitions() -> Iterator[tuple[list[pa.RecordBatch], tuple[str, ...], np.ndarray]]:
+        for group in whole_subjects(batches(), most):
+            yield group, *codes.ascending()
+
+    def encode(partition: tuple[list[pa.RecordBatch], tuple[str, ...], np.ndarray]) -> Encoded:
+        group, names, places = partition
+        tables = [(pa.Table.from_batches([batch]), places) for batch in group]
+        return encode_events(*columns_of(tables, names), None, split_of, choice, config.duplicates)
+
+    def encoded() -> Iterator[Encoded]:
+        yield from encode_all(encode, partitions())
+        for rule, dropped in unselected.dropped.items():
+            counts.drop(rule, dropped)
+
+    def all_splits() -> dict[str, np.ndarray]:
+        return split_by_hash(seen.all(), config) if splits is None else splits
+
+    return Encoding(encoded(), counts, codes.prefixes, all_splits)
+
+
+def whole_subjects(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[list[pa.RecordBatch]]:
+    """Cut batches into groups with all rows of their subjects, of ``most`` rows at most where it can be.
+
+    Args:
+        batches: with a column subject_id, in any order within a batch; no id is smaller than any in the
+            batch before.
+        most: rows of a group, but that a subject which would not fit stays with the rows held so far if it
+            began among them, and a subject with more rows than that is a group of its own.
+
+    Raises:
+        OutOfOrder: an id is smaller than one in the batch before.
+    """
+    held: list[pa.RecordBatch] = []
+    rows = 0
+    last = None  # subject of the last row so far
+    for batch in batches:
+        if not batch.num_rows:
+            continue
+        subject = batch["subject_id"].to_numpy()
+        if not ascending(subject):
+            order = np.argsort(subject, kind="stable")
+            batch, subject = batch.take(pa.array(order)), subject[order]
+        if last is not None and subject[0] < last:
+            raise OutOfOrder
+        start = 0
+        while rows + len(subject) - start > most:
+            # Before the subject that does not fit, unless it is the group's only one: then after it.
+            at = subject[start + max(most - rows, 0)]
+            cut = max(start, int(np.searchsorted(subject, at)))
+            if cut == start and (not held or last == at):
+                cut = int(np.searchsorted(subject, at, side="right"))
+                if cut == len(subject):
+                    break  # it may go on in the next batch
+            yield [*held, *([batch.slice(start, cut - start)] if cut > start else [])]
+            held, rows, start = [], 0, cut
+        if start < len(subject):
+            held.append(batch.slice(start))
+            rows += len(subject) - start
+        last = subject[-1]
+    if held:
+        yield held

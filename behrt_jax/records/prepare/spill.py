@@ -1,0 +1,445 @@
+"""Events of a source, cut by ranges of subjects and written to spill files while they are read.
+
+A bucket is a fine range of subject ids; its selected events are appended to a file of its own.
+"""
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EventColumns, EventCounts
+from behrt_jax.data.sorting import ascending, distinct
+from behrt_jax.records.sources.source import Source
+
+# What happens to each chunk of events as it is read: codes numbered and selected, subjects noted, rows cut
+
+_MANY_SUBJECTS = 1 << 22
+_MARKS = 1 << 25  # bytes of a table with a mark for each subject
+_CELLS = 1 << 16  # of a table that gives the bucket of most ids
+
+
+class CodeNumbers:
+    """Numbers of codes, given in the order in which they are met."""
+
+    def __init__(self, select: Callable[[Sequence[str]], np.ndarray]):
+        self._select = select
+        self._place: dict[str, int] = {}
+        self._known = pa.array([], pa.string())
+        self._ascending: tuple[str, ...] = ()
+        self._place_ascending = np.empty(0, np.int32)
+        self.selected = np.empty(0, bool)
+        self.events = np.empty(0, np.int64)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._place)
+
+    def numbers(self, dictionary: pa.Array) -> np.ndarray:
+        """int32 ``[codes]``."""
+        places = _places(dictionary, self._known)
+        if places.null_count:
+            new = dictionary.filter(places.is_null()).unique().to_pylist()
+            chosen = self._select(new)
+            markers = [name in (BIRTH_CODE, DEATH_CODE) for name in new]
+            self.selected = np.concatenate([self.selected, chosen | markers])
+            self.events = np.concatenate([self.events, np.zeros(len(new), np.int64)])
+            self._place |= {name: index for index, name in enumerate(new, start=len(self._place))}
+            self._known = pa.array(list(self._place), pa.string())
+            places = _places(dictionary, self._known)
+        return places.to_numpy()
+
+    def ascending(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """The names met so far, ascending, and the place among them of each number, int32 ``[names]``."""
+        known = len(self._ascending)
+        if known < len(self._place):
+            new = sorted(list(self._place)[known:])
+            self._ascending = tuple(sorted([*self._ascending, *new]))
+            numbers = [self._place[name] for name in self._ascending]
+            places = np.empty(len(numbers), np.int32)
+            places[numbers] = np.arange(len(numbers), dtype=np.int32)
+            self._place_ascending = places
+        return self._ascending, self._place_ascending
+
+    def prefixes(self) -> dict[str, int]:
+        found = Counter()
+        for name, events in zip(self._place, self.events.tolist(), strict=True):
+            if name not in (BIRTH_CODE, DEATH_CODE):
+                found[name.split("//")[0]] += events
+        return dict(found)
+
+
+def _places(names: pa.Array, known: pa.Array) -> pa.Array:
+    """Place of each name in ``known``, int32; null where it is not there."""
+    return pc.call_function("index_in", [names], pc.SetLookupOptions(known))
+
+
+class SubjectSet:
+    """The distinct subjects of many chunks: marks in a table while the ids lie close together."""
+
+    def __init__(self):
+        self._least = 0
+        self._marks = np.zeros(0, bool)
+        self._parts: list[np.ndarray] = []
+        self._held = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """Note int64 ids ``[n]``, n at least 1."""
+        if ascending(ids):
+            ids = distinct(ids)
+        least, most = int(ids.min()), int(ids.max())
+        if len(self._marks):
+            least, most = min(least, self._least), max(most, self._least + len(self._marks) - 1)
+        if most - least < _MARKS:
+            self._cover(least, most)
+            self._marks[ids - self._least] = True
+            return
+        self._parts.append(pa.array(ids).unique().to_numpy())
+        self._held += len(self._parts[-1])
+        if self._held > _MANY_SUBJECTS:
+            self._parts = [self.all()]
+            self._held = len(self._parts[0]) // 2  # grows, so that merging stays rare
+
+    def _cover(self, least: int, most: int) -> None:
+        """Let the table reach from ``least`` to ``most``, and further, so that it rarely grows."""
+        known = self._marks
+        if len(known) and self._least <= least and most < self._least + len(known):
+            return
+        size = min(_MARKS, 2 * (most - least + 1))
+        start = least if not len(known) or least == self._least else most - size + 1
+        start = max(start, np.iinfo(np.int64).min)
+        self._marks = np.zeros(max(size, most - start + 1), bool)
+        if len(known):
+            self._marks[self._least - start :][: len(known)] = known
+        self._least = start
+
+    def all(self) -> np.ndarray:
+        marked = np.flatnonzero(self._marks) + self._least
+        return distinct(np.concatenate([marked, *self._parts])) if self._parts else marked
+
+
+def select_rows(table: pa.Table, codes: CodeNumbers, values: bool, counts: EventCounts) -> pa.RecordBatch:
+    """The rows with a selected code, with that code's number."""
+    code = table["code"].combine_chunks()
+    lookup = codes.numbers(code.dictionary)
+    indices = code.indices.to_numpy()
+    np.add.at(codes.events, lookup, np.bincount(indices, minlength=len(lookup)))
+    columns = {
+        "subject_id": table["subject_id"],
+        "time": table["time"].cast(pa.int64()),
+        "code": lookup[indices],
+    }
+    if "visit_id" in table.column_names and table["visit_id"].null_count < table.num_rows:
+        columns["visit_id"] = table["visit_id"]
+    if values:
+        columns["numeric_value"] = table["numeric_value"]
+    rows = pa.table(columns)
+    wanted = codes.selected[lookup]
+    if not wanted.all():
+        rows = rows.filter(pa.array(wanted[indices]))
+        counts.drop("code not selected", table.num_rows - rows.num_rows)
+    batches = rows.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], rows.schema)
+
+
+class Buckets:
+    """Cuts rows by bucket of their subject."""
+
+    def __init__(self, boundaries: np.ndarray):
+        self._boundaries = boundaries
+        self._kind = np.uint8 if len(boundaries) < 256 else np.uint16  # narrow ones are sorted by radix
+        self._shift = 0
+        self._of_cell = self._cut = None
+        if len(boundaries) and (span := int(boundaries[-1]) - int(boundaries[0])) < 1 << 62:
+            # Cells are runs of ids, of equal length: only those that a boundary cuts must be searched.
+            self._shift = max(0, (span // _CELLS).bit_length())
+            starts = int(boundaries[0]) + (np.arange((span >> self._shift) + 1) << self._shift)
+            lowest, highest = (
+                np.searchsorted(boundaries, ids, side="right")
+                for ids in (starts, starts + (1 << self._shift) - 1)
+            )
+            self._of_cell = lowest.astype(self._kind)
+            self._cut = lowest != highest
+
+    def cut(self, batch: pa.RecordBatch) -> list[tuple[int, pa.RecordBatch]]:
+        """Bucket and rows; buckets without rows are left out."""
+        boundaries = self._boundaries
+        subject = batch["subject_id"].to_numpy()
+        if ascending(subject):
+            cuts = np.searchsorted(subject, boundaries)
+        else:
+            bucket = self._of(subject)
+            cuts = np.cumsum(np.bincount(bucket, minlength=len(boundaries) + 1))[:-1]
+            if len(boundaries):
+                order = np.argsort(bucket, kind="stable")
+                batch = batch.take(pa.array(order))
+        edges = [0, *cuts.tolist(), batch.num_rows]
+        return [
+            (bucket, batch.slice(edges[bucket], edges[bucket + 1] - edges[bucket]))
+            for bucket in range(len(edges) - 1)
+            if edges[bucket + 1] > edges[bucket]
+        ]
+
+    def _of(self, subject: np.ndarray) -> np.ndarray:
+        """Bucket of each subject ``[rows]``."""
+        boundaries = self._boundaries
+        if self._of_cell is None or self._cut is None:
+            return np.searchsorted(boundaries, subject, side="right").astype(self._kind)
+        cell = np.clip(subject, boundaries[0], boundaries[-1])
+        cell -= boundaries[0]
+        cell >>= self._shift
+        bucket = self._of_cell[cell]
+        doubtful = np.flatnonzero(self._cut[cell])
+        bucket[doubtful] = np.searchsorted(boundaries, subject[doubtful], side="right")
+        below = subject < boundaries[0]
+        bucket[below] = 0
+        return bucket
+
+
+BUCKETS = 256
+"""Most buckets: each costs an open file."""
+_BUCKET_BYTES = 2 << 20  # of input: about 200,000 events of Parquet
+_COMPRESSED = 8  # what a byte of gzip weighs
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What decides how events are read; the same for all shards."""
+
+    boundaries: np.ndarray
+    """int64 ``[buckets - 1]``, ascending: bucket i has the subjects below ``boundaries[i]``."""
+    select: Callable[[Sequence[str]], np.ndarray]
+    """Code names -> bool: which are selected (markers of birth and death always are)."""
+    values: bool
+    """Numeric values are kept."""
+    subjects: bool
+    """All subjects seen are listed, those without a selected event too."""
+
+
+@dataclass(frozen=True)
+class Spill:
+    """The selected events of one shard, on disk."""
+
+    folder: Path
+    counts: EventCounts
+    """Of the source, and ``code not selected``."""
+    codes: list[str]
+    """Names of the codes that the files hold as numbers."""
+    prefixes: dict[str, int]
+    """Start of a code, up to the first ``//`` -> events read, markers aside."""
+    bucket_events: list[int]
+    """Events of each bucket."""
+    learned: dict[str, Any] = field(default_factory=dict)
+    """See `sources.source.Source.learned`."""
+
+    @classmethod
+    def load(cls, folder: Path) -> "Spill":
+        """Read what :func:`spill_units` left in a folder."""
+        stored = json.loads((folder / "spill.json").read_text())
+        return cls(folder=folder, counts=EventCounts(**stored.pop("counts")), **stored)
+
+    def subjects(self) -> np.ndarray:
+        """int64 ids of all subjects seen, ascending, where they were listed; else none."""
+        file = self.folder / "subjects.arrow"
+        if not file.exists():
+            return np.empty(0, np.int64)
+        with pa.memory_map(str(file)) as mapped:
+            return pa.ipc.open_stream(mapped).read_all()["subject_id"].to_numpy()
+
+
+def choose_boundaries(source: Source) -> np.ndarray:
+    """Where to cut the subjects into buckets, by the size of the input and the source's sample of ids.
+
+    Returns:
+        int64 ``[buckets - 1]``, ascending.
+    """
+    sizes = (file.stat().st_size * (_COMPRESSED if file.suffix == ".gz" else 1) for file in source.files())
+    buckets = min(BUCKETS, sum(sizes) // _BUCKET_BYTES)
+    sample = np.sort(source.sample_subjects()) if buckets > 1 else np.empty(0, np.int64)
+    if not len(sample):
+        return np.empty(0, np.int64)
+    return np.unique(sample[np.arange(1, buckets) * len(sample) // buckets])
+
+
+def spill_units(
+    source: Source,
+    units: Sequence[int],
+    reading: Reading,
+    folder: Path,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Spill:
+    """Read units of a source, drop codes that are not selected, and write the rest into spill files.
+
+    Memory: two chunks of the source (one is read while the other is written), a copy of the selected
+    rows of one, and the list of subjects.
+
+    Args:
+        source: what to read.
+        units: which of its units.
+        reading: how.
+        folder: new folder to write into.
+        progress: called with the number of units done.
+    """
+    folder.mkdir(parents=True)
+    counts, unselected = EventCounts(), EventCounts()  # one for each thread
+    codes = CodeNumbers(reading.select)
+    seen = SubjectSet()
+    buckets = Buckets(reading.boundaries)
+    events = np.zeros(len(reading.boundaries) + 1, np.int64)
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        writers: dict[tuple[int, bool], pa.RecordBatchStreamWriter] = {}
+        for done, unit in enumerate(units, start=1):
+            for table in read_ahead(source.read(unit, counts), pool):
+                if not table.num_rows:
+                    continue
+                if reading.subjects:
+                    seen.add(table["subject_id"].to_numpy())
+                batch = select_rows(table, codes, reading.values, unselected)
+                visits = "visit_id" in batch.schema.names
+                for bucket, part in buckets.cut(batch):
+                    key = (bucket, visits)
+                    if key not in writers:
+                        file = folder / f"{bucket:04}{'-visits' if visits else ''}.arrow"
+                        sink = stack.enter_context(pa.OSFile(str(file), "wb"))
+                        writers[key] = stack.enter_context(pa.ipc.new_stream(sink, part.schema))
+                    writers[key].write_batch(part)
+                    events[bucket] += part.num_rows
+            progress(done)
+    for rule, dropped in unselected.dropped.items():
+        counts.drop(rule, dropped)
+    if reading.subjects:
+        _write(folder / "subjects.arrow", pa.table({"subject_id": seen.all()}))
+    spill = Spill(folder, counts, codes.names, codes.prefixes(), events.tolist(), source.learned())
+    stored = {name: value for name, value in vars(spill).items() if name != "folder"}
+    (folder / "spill.json").write_text(json.dumps(stored | {"counts": vars(counts)}))
+    return spill
+
+
+def read_ahead(tables: Iterator[pa.Table], pool: ThreadPoolExecutor) -> Iterator[pa.Table]:
+    """Read the next table while the one before it is worked on."""
+    coming = pool.submit(next, tables, None)
+    while (table := coming.result()) is not None:
+        coming = pool.submit(next, tables, None)
+        yield table
+
+
+def _write(file: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+# Spill files read back in partitions: runs of neighbouring buckets, chosen when their sizes are known.
+
+PARTITION_EVENTS = 262_144
+"""Selected events of a partition, unless a single bucket has more; so few that its columns stay in the
+processor's cache, which is faster than fewer, larger partitions."""
+
+
+def choose_partitions(spills: Sequence[Spill], most: int = PARTITION_EVENTS) -> list[range]:
+    """Join neighbouring buckets into partitions of at most ``most`` events, or of one bucket."""
+    sizes = np.sum([spill.bucket_events for spill in spills], axis=0).tolist()
+    partitions, start, held = [], 0, 0
+    for bucket, size in enumerate(sizes):
+        if held and held + size > most:
+            partitions.append(range(start, bucket))
+            start, held = bucket, 0
+        held += size
+    return [*partitions, range(start, len(sizes))]
+
+
+def code_lookups(spills: Sequence[Spill], names: Sequence[str]) -> list[np.ndarray]:
+    """Place in ``names`` of each code of each shard, int32 ``[codes]``."""
+    place = {name: index for index, name in enumerate(names)}
+    return [np.array([place[name] for name in spill.codes], np.int32) for spill in spills]
+
+
+def load_partition(
+    spills: Sequence[Spill],
+    buckets: range,
+    names: Sequence[str],
+    lookups: Sequence[np.ndarray] | None = None,
+) -> tuple[EventColumns, np.ndarray | None]:
+    """Read the events of a partition back.
+
+    Args:
+        spills: all shards.
+        buckets: those of the partition.
+        names: all codes of all shards, ascending.
+        lookups: what :func:`code_lookups` gives for these; to compute it once for all partitions.
+
+    Returns:
+        The events, and their numeric values (float32, NaN where null), where they were kept.
+    """
+    lookups = code_lookups(spills, names) if lookups is None else lookups
+    parts: list[tuple[pa.Table, np.ndarray]] = []
+    for spill, lookup in zip(spills, lookups, strict=True):
+        for bucket in buckets:
+            for file in (f"{bucket:04}.arrow", f"{bucket:04}-visits.arrow"):
+                if (spill.folder / file).exists():
+                    with pa.memory_map(str(spill.folder / file)) as mapped:
+                        parts.append((pa.ipc.open_stream(mapped).read_all(), lookup))
+    return columns_of(parts, names)
+
+
+def columns_of(
+    parts: Sequence[tuple[pa.Table, np.ndarray]], names: Sequence[str]
+) -> tuple[EventColumns, np.ndarray | None]:
+    """Events as columns.
+
+    Args:
+        parts: tables as `routing.select_rows` gives them, with the place in ``names`` of each of their
+            numbers of codes, int32.
+        names: codes, ascending.
+
+    Returns:
+        The events of all parts, and their numeric values (float32, NaN where null), where there are any.
+    """
+    tables = [table for table, _ in parts]
+    timed = visits = named = values = None
+    if any(table["time"].null_count for table in tables):
+        timed = _joined([_valid(table, "time") for table in tables], bool)
+    if any("visit_id" in table.column_names for table in tables):
+        named = _joined([_valid(table, "visit_id") for table in tables], bool)
+        visits = _joined([_filled(table, "visit_id") for table in tables], np.int64)
+    if tables and "numeric_value" in tables[0].column_names:
+        values = _joined([table["numeric_value"].to_numpy() for table in tables], np.float32)
+    codes = [lookup[chunk.to_numpy()] for table, lookup in parts for chunk in table["code"].chunks]
+    events = EventColumns(
+        subject_ids=_joined([table["subject_id"].to_numpy() for table in tables], np.int64),
+        codes=_joined(codes, np.int32),
+        times=_joined([_filled(table, "time") for table in tables], np.int64),
+        names=names,
+        timed=timed,
+        visits=visits,
+        named=named,
+    )
+    return events, values
+
+
+def _joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    """End to end; a single one as it is."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, dtype), *arrays])
+
+
+def _valid(table: pa.Table, name: str) -> np.ndarray:
+    if name not in table.column_names:
+        return np.zeros(table.num_rows, bool)
+    if not table[name].null_count:
+        return np.ones(table.num_rows, bool)
+    return table[name].is_valid().to_numpy()
+
+
+def _filled(table: pa.Table, name: str) -> np.ndarray:
+    """int64 ``[rows]``, 0 where null."""
+    if name not in table.column_names:
+        return np.zeros(table.num_rows, np.int64)
+    return (table[name].fill_null(0) if table[name].null_count else table[name]).to_numpy()

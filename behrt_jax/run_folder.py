@@ -1,0 +1,120 @@
+"""The files of a run folder: made once, written whole, readable after an interruption.
+
+::
+
+    config.json     the resolved configuration, versions, devices, data fingerprint
+    parameters.json counts of parameters, total and trainable, by group
+    metrics.jsonl   one JSON object a line, append only
+    summary.json    best and last figures; SUMMARY.txt is the same for a person
+    checkpoints/    adapter/    plots/    vocabulary.parquet    report.html
+
+Everything is strict JSON: a number that is not finite is written as ``null``.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from behrt_jax.errors import InputError
+from behrt_jax.files import _plain, write_text
+
+CONFIG_FILE = "config.json"
+PARAMETERS_FILE = "parameters.json"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+SUMMARY_TEXT_FILE = "SUMMARY.txt"
+CHECKPOINTS_FOLDER = "checkpoints"
+PLOTS_FOLDER = "plots"
+REPORT_FILE = "report.html"
+
+_SIGNS_OF_A_RUN = (CONFIG_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
+
+
+def prepare_run_folder(path: Path, resume: bool) -> Path:
+    """Make the run folder, or with `resume` find the one that is there; returns its absolute path.
+
+    Raises:
+        InputError: the folder holds another run or other files and `resume` is off; `resume` is on
+            and no run is there; or the folder cannot be made.
+    """
+    folder = path.expanduser().resolve()
+    if resume:
+        if not (folder / CONFIG_FILE).is_file():
+            raise InputError(
+                f"{folder} holds no run to go on with ({CONFIG_FILE} is not there): give the --output of "
+                "an earlier run, or leave out --resume to start a new one."
+            )
+        return folder
+    if any((folder / name).exists() for name in _SIGNS_OF_A_RUN):
+        raise InputError(
+            f"{folder} holds a run already: add --resume to go on with it, or give another --output."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        empty = not any(folder.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"cannot make the run folder {folder} ({error.strerror}): give another --output."
+        ) from error
+    if not empty:
+        raise InputError(f"{folder} holds other files: give an --output that is new or empty.")
+    return folder
+
+
+def append_metrics(path: Path, record: dict[str, Any]) -> None:
+    """Add one record, as one whole line, and hand it to the operating system at once."""
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(_line(record))
+        file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records, in the order written; none where the file does not exist yet.
+
+    A last line without its newline is what an interrupted writer leaves: it is taken if it is whole
+    and left out if it is not.
+
+    Raises:
+        InputError: any other line is not a JSON object with an integer ``step``.
+    """
+    if not path.exists():
+        return []
+    # A line that was written whole ends with a newline, so the last piece is empty, or torn.
+    *lines, rest = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _record(line)
+        if record is None:
+            raise InputError(f"{path}, line {number}, is not a metrics record: delete that line.")
+        records.append(record)
+    last = _record(rest)
+    return records if last is None else [*records, last]
+
+
+def truncate_metrics(path: Path, step: int) -> int:
+    """Drop the records past `step`, and a torn last line, so that a run resumed there has each step once.
+
+    Returns the number of records dropped (a torn line is no record). The file is rewritten whole or
+    not at all; a missing file stays missing.
+
+    Raises:
+        InputError: as :func:`read_metrics`.
+    """
+    if not path.exists():
+        return 0
+    records = read_metrics(path)
+    kept = [record for record in records if record["step"] <= step]
+    write_text(path, "".join(map(_line, kept)))
+    return len(records) - len(kept)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_plain(record), allow_nan=False) + "\n"
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None

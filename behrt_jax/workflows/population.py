@@ -1,0 +1,437 @@
+"""Several members fine-tuned at once on one frozen base: seeds, a search, a cross-validation, or tasks."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from behrt_jax.config import FinetuneConfig, LoRAConfig
+from behrt_jax.data.examples import TaskBatch, TaskBatches
+from behrt_jax.data.read_ahead import reading_ahead
+from behrt_jax.data.tasks import read_label_tables
+from behrt_jax.files import write_json, write_text
+from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics
+from behrt_jax.tracking.console import Console, open_console
+from behrt_jax.training.devices import put_rows, replicated
+from behrt_jax.training.feeding import AHEAD
+from behrt_jax.training.loop import DivergenceError
+from behrt_jax.training.population import (
+    Members,
+    PopulationState,
+    init_population,
+    largest,
+    make_members,
+    make_population_step,
+    member,
+    population_predict,
+)
+from behrt_jax.training.pretrained import read_encoder
+from behrt_jax.training.state import first_state, run_keys, with_encoder
+from behrt_jax.training.step import make_output_step, task_objective
+from behrt_jax.training.validation import score, task_metrics
+from behrt_jax.workflows.finetune_run import (
+    MEMBERS_FOLDER,
+    TASK_FILE,
+    Finetuning,
+    calibrate,
+    loss_of_base_rate,
+    open_finetuning,
+    task_record,
+    try_write_adapter,
+)
+from behrt_jax.workflows.labelled_data import LabelledData, read_data, read_labelled
+from behrt_jax.workflows.run import RunResult, settings
+
+# In what the members of a population differ: seeds, learning rates, ranks, folds or tasks.
+
+SEARCHES = ("learning_rate", "rank")
+"""What varies where the best member predicts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Variation:
+    """What each member has of its own."""
+
+    names: list[str]
+    seeds: list[int]
+    rates: list[float]
+    """Factors on the learning rate."""
+    adapters: Sequence[LoRAConfig | None]
+    labelled: list[LabelledData]
+    """Each member's own examples."""
+    tuning: list[np.ndarray]
+    """Which of the tuning examples of all are its own, bool ``[examples]``."""
+    weights: np.ndarray | None = None
+    """Where members learn from other examples: which of the train examples of all, bool
+    ``[members, examples]``."""
+    targets: np.ndarray | None = None
+    """Where members learn other things from them: float32 ``[members, examples, targets]``."""
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.names)
+
+
+def vary(config: FinetuneConfig, labelled: LabelledData) -> Variation:
+    """The members of a population, whose examples are these."""
+    population, size = config.population, config.population.size
+    alike = Variation(
+        names=[f"member {k}" for k in range(size)],
+        seeds=[config.train.seed] * size,
+        rates=[1.0] * size,
+        adapters=[config.lora] * size,
+        labelled=[labelled] * size,
+        tuning=[np.ones(len(labelled.tuning), bool)] * size,
+    )
+    if population.vary == "seed":
+        seeds = [config.train.seed + k for k in range(size)]
+        return replace(alike, names=[f"seed {seed}" for seed in seeds], seeds=seeds)
+    if population.vary == "learning_rate":
+        rates = [2.0 ** (2 * k / max(size - 1, 1) * 2 - 2) for k in range(size)]  # a quarter to four times
+        if population.values:
+            rates = [value / config.optimizer.learning_rate for value in population.values]
+        names = [f"learning rate {rate * config.optimizer.learning_rate:.2g}" for rate in rates]
+        return replace(alike, names=names, rates=rates)
+    if population.vary == "rank":
+        assert config.lora is not None
+        ranks = [int(value) for value in population.values] or [2**k for k in range(size)]
+        adapters = [replace(config.lora, rank=rank) for rank in ranks]
+        return replace(alike, names=[f"rank {rank}" for rank in ranks], adapters=adapters)
+    if population.vary == "fold":
+        return _folds(alike, labelled, config.train.seed)
+    return _tasks(alike, labelled)
+
+
+def _folds(alike: Variation, labelled: LabelledData, seed: int) -> Variation:
+    """Member k does not learn from the subjects of fold k."""
+    size = alike.size
+    subjects, place = np.unique(labelled.train.subject_ids, return_inverse=True)
+    of_subject = np.random.default_rng(seed).permutation(len(subjects)) % size
+    weights = of_subject[place] != np.arange(size)[:, None]  # [K, N]
+    own = [
+        replace(labelled, train=labelled.train.take(kept), train_targets=labelled.train_targets[kept])
+        for kept in weights
+    ]
+    return replace(alike, names=[f"fold {k}" for k in range(size)], labelled=own, weights=weights)
+
+
+def _tasks(alike: Variation, labelled: LabelledData) -> Variation:
+    """Member k learns from the labels of table k."""
+    targets = labelled.train_targets.T  # [K, N]
+    return replace(
+        alike,
+        names=list(labelled.tasks),
+        labelled=list(labelled.tasks.values()),
+        tuning=list(~np.isnan(labelled.tuning_targets.T)),
+        weights=~np.isnan(targets),
+        targets=np.nan_to_num(targets)[..., None],
+    )
+
+
+# The training loop of a population, and the best epoch of each member.
+
+
+class Population(NamedTuple):
+    """Members before their first step, and what is done with them."""
+
+    state: PopulationState
+    members: Members
+    step: Callable[..., Any]
+    """Jitted `population.make_population_step`."""
+    outputs: Callable[..., jax.Array]
+    """Jitted, from (state, members, batch) to float32 ``[members, rows, segments, outputs]``."""
+
+
+@dataclass(eq=False)
+class Best:
+    """The best epoch of a member so far."""
+
+    loss: float = np.inf
+    """Least tuning loss."""
+    step: int = 0
+    """Steps at which it was reached."""
+    variables: Any = None
+    """Variables then; while training goes on, None in place of frozen leaves."""
+    outputs: np.ndarray | None = None
+    """Of its own tuning examples, float32 ``[examples, outputs]``; None where no loss was finite."""
+    of_unseen: np.ndarray | None = None
+    """Folds: of the train examples that it did not learn from, likewise."""
+    waited: int = 0
+    """Validations since then."""
+    curve: list[float] = field(default_factory=list)
+    """Tuning loss after each epoch."""
+
+
+def train_population(
+    console: Console, config: FinetuneConfig, run: Finetuning, variation: Variation, population: Population
+) -> list[Best]:
+    """Train all members on the same batches and validate them every epoch. The first state is used up.
+
+    Raises:
+        DivergenceError: the loss of a member was never finite; of a search, that of all members.
+    """
+    state, batches, mask = population.state, run.batches, run.setup.mask
+    every = config.train.validate_every or batches.steps_per_epoch
+    found = [Best() for _ in range(variation.size)]
+
+    def read(number: int) -> tuple[TaskBatch, dict[str, Any], int]:
+        batch = batches.batch(number)
+        tokens = int(np.count_nonzero(batch.rows.segment_ids))
+        own = jax.device_put(own_fields(batch, variation), replicated(run.mesh))
+        return put_rows(batch, run.mesh), own, tokens
+
+    def outputs_of(part: TaskBatches) -> np.ndarray:
+        return outputs_of_members(population._replace(state=state), part, run)
+
+    console.start(run.total_steps, 0, batches.steps_per_epoch)
+    with reading_ahead(map(read, range(run.total_steps)), AHEAD) as ahead:
+        for number, (batch, own, tokens) in enumerate(ahead, start=1):
+            state, totals = population.step(state, population.members, batch, own)
+            console.step(number, tokens, None)
+            if number % every and number != run.total_steps:
+                continue
+            outputs = outputs_of(run.tuning)
+            on_train = outputs_of(replace(batches, seed=None)) if config.population.vary == "fold" else None
+            metrics = []
+            for k, best in enumerate(found):
+                mine, labelled = outputs[k, variation.tuning[k]], variation.labelled[k]
+                metrics.append(task_metrics(labelled.task.kind, mine, labelled.tuning_targets))
+                best.curve.append(metrics[k]["loss"])
+                best.waited += 1
+                if metrics[k]["loss"] < best.loss:
+                    best.loss, best.step, best.waited, best.outputs = metrics[k]["loss"], number, 0, mine
+                    alone = member(state, k, variation.adapters[k])
+                    # The frozen leaves go on with the state, which the next step uses up.
+                    best.variables = jax.tree.map(lambda x, t: np.asarray(x) if t else None, alone, mask)
+                    if on_train is not None and variation.weights is not None:
+                        best.of_unseen = on_train[k, ~variation.weights[k]]
+            train_losses = np.asarray(totals["loss"] / jnp.maximum(totals["targets"], 1.0))
+            append_metrics(
+                run.folder / METRICS_FILE,
+                {
+                    "step": number,
+                    "epoch": number / batches.steps_per_epoch,
+                    "split": "tuning",
+                    "loss": float(np.mean([one["loss"] for one in metrics])),
+                    "members": [{"loss": one["loss"], "auroc": one.get("auroc")} for one in metrics],
+                    "train_losses": train_losses.tolist(),
+                },
+            )
+            shown = "  ".join(f"{one['loss']:.4f}" for one in metrics)
+            console.log(f"epoch {number / batches.steps_per_epoch:.1f}  validation losses {shown}")
+            patience = config.train.patience
+            if patience is not None and all(best.waited >= patience for best in found):
+                break
+    console.close()
+    diverged = [name for name, best in zip(variation.names, found, strict=True) if best.outputs is None]
+    if len(diverged) > (len(found) - 1 if config.population.vary in SEARCHES else 0):
+        raise DivergenceError(
+            f"The loss of {', '.join(diverged)} was never finite: lower optimizer.learning_rate."
+        )
+    last = member(state, 0, variation.adapters[0])
+    for best in found:
+        best.variables = jax.tree.map(
+            lambda one, other: other if one is None else one,
+            best.variables,
+            last,
+            is_leaf=lambda x: x is None,
+        )
+    return found
+
+
+def own_fields(batch: TaskBatch, variation: Variation) -> dict[str, np.ndarray]:
+    """The fields of a batch in which the members differ: see `population.make_population_step`."""
+    own, examples = {}, np.maximum(batch.examples, 0)  # [B, S]
+    if variation.weights is not None:
+        own["weights"] = batch.weights * variation.weights[:, examples]  # [K, B, S]
+    if variation.targets is not None:
+        own["targets"] = variation.targets[:, examples]  # [K, B, S, T]
+    return own
+
+
+def outputs_of_members(population: Population, part: TaskBatches, run: Finetuning) -> np.ndarray:
+    """Outputs of all members for each example of `part`, float32 ``[members, examples, outputs]``."""
+
+    def stacked(state: Any, batch: TaskBatch) -> jax.Array:
+        found = population.outputs(state, population.members, batch)  # [K, B, S, O]
+        return jnp.moveaxis(found, 0, 2).reshape(*found.shape[1:3], -1)
+
+    found = score(stacked, population.state, part, run.mesh)  # pyright: ignore[reportArgumentType]
+    return np.moveaxis(found.reshape(len(found), -1, run.labelled.task.outputs), 1, 0)
+
+
+# What a population leaves behind: an adapter folder for each member, and who predicts.
+
+
+def write_population(
+    console: Console,
+    config: FinetuneConfig,
+    run: Finetuning,
+    variation: Variation,
+    found: Sequence[Best],
+    seconds: float,
+) -> dict[str, Any]:
+    """Write members/, task.json, summary.json and SUMMARY.txt; returns the summary."""
+    rows = [_write_member(console, config, run, variation, k, best) for k, best in enumerate(found)]
+    summary: dict[str, Any] = {
+        "task": run.labelled.task.kind,
+        "population": settings(config.population),
+        "members": rows,
+        "data": run.labelled.counts,
+        "parameters": {key: value for key, value in run.parameters.items() if key != "adapters"},
+        "wall_seconds": seconds,
+    }
+    if run.labelled.tasks:
+        write_json(run.folder / TASK_FILE, {"tasks": variation.names})
+        lines = [f"Each predicts its own task: predict.py --model {run.folder / MEMBERS_FOLDER / 'K'}."]
+    else:
+        together, lines = _predict_together(config, run, variation, found)
+        summary |= together
+    write_json(run.folder / SUMMARY_FILE, summary)
+
+    columns = ("member", "best step", "tuning loss", "of the base rate", "tuning AUROC")
+    table = [
+        (row["member"], row["best_step"],
+         *(_cell(row.get(name)) for name in ("loss", "base_rate_loss", "auroc")))
+        for row in rows
+    ]  # fmt: skip
+    console.table(f"Members ({summary['task']}, vary {config.population.vary})", columns, table)
+    for line in lines:
+        console.log(line)
+    rows_of_text = [
+        ", ".join(f"{name} {cell}" for name, cell in zip(columns, row, strict=True)) for row in table
+    ]
+    write_text(run.folder / SUMMARY_TEXT_FILE, "\n".join([*rows_of_text, *lines]) + "\n")
+    console.log(f"Written to {run.folder}: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
+    return summary
+
+
+def _write_member(
+    console: Console, config: FinetuneConfig, run: Finetuning, variation: Variation, k: int, best: Best
+) -> dict[str, Any]:
+    """Write the adapter of a member; returns its part of the summary."""
+    labelled, kind = variation.labelled[k], run.labelled.task.kind
+    if best.outputs is None:
+        return {"member": variation.names[k], "best_step": None, "tuning_losses": best.curve}
+    calibration = calibrate(config.task, kind, best.outputs[None], labelled.tuning_targets)
+    record = task_record(replace(config, lora=variation.adapters[k]), run, calibration)
+    folder = run.folder / MEMBERS_FOLDER / str(k)
+    try_write_adapter(console, folder, run, best.variables, {"name": variation.names[k], **record})
+    return {
+        "member": variation.names[k],
+        "best_step": best.step,
+        **task_metrics(kind, best.outputs, labelled.tuning_targets),
+        "base_rate_loss": loss_of_base_rate(labelled),
+        "calibration": asdict(calibration),
+        "tuning_losses": best.curve,
+    }
+
+
+def _predict_together(
+    config: FinetuneConfig, run: Finetuning, variation: Variation, found: Sequence[Best]
+) -> tuple[dict[str, Any], list[str]]:
+    """Choose who predicts, the best of a search or all, and calibrate it: what the summary says of it."""
+    labelled, kind = run.labelled, run.labelled.task.kind
+    searched = config.population.vary in SEARCHES
+    chosen = [int(np.argmin([best.loss for best in found]))] if searched else list(range(variation.size))
+    outputs = np.array([found[k].outputs for k in chosen])  # [K, N, O]
+    calibration = calibrate(config.task, kind, outputs, labelled.tuning_targets)
+    write_json(run.folder / TASK_FILE, {**task_record(config, run, calibration), "members": chosen})
+    together: dict[str, Any] = {
+        "predicting_members": chosen,
+        "baselines": {"base rate": {"loss": loss_of_base_rate(labelled)}},
+        "calibration": asdict(calibration),
+    }
+    lines = [f"Predicts: {', '.join(variation.names[k] for k in chosen)}."]
+    if variation.weights is not None:  # each train example by the one member that did not learn from it
+        unseen = np.zeros((len(labelled.train), labelled.task.outputs), np.float32)
+        for weights, best in zip(variation.weights, found, strict=True):
+            unseen[~weights] = best.of_unseen
+        metrics = together["out_of_fold"] = task_metrics(kind, unseen, labelled.train_targets)
+        auroc = f", AUROC {_cell(metrics['auroc'])}" if "auroc" in metrics else ""
+        lines.insert(0, f"Cross-validated on the train split: loss {_cell(metrics['loss'])}{auroc}.")
+    return together, lines
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def finetune_population(config: FinetuneConfig, devices: Sequence[Any] | None = None) -> RunResult:
+    """Train all members in one program, keep each one's best epoch, and leave a run folder behind.
+
+    Its ``members/0``, ``members/1``, ... are adapters of their own; task.json says which of them predict, or
+    which tasks they are for.
+
+    Args:
+        config: every setting of the run.
+        devices: devices to train on; all where not given.
+
+    Raises:
+        InputError: something in the configuration, the data or the labels is wrong; raised before training.
+        DivergenceError: the loss of a member was never finite; of a search, that of all members.
+    """
+    started = time.perf_counter()
+    population = config.population
+    if population.vary == "task":
+        labels = read_label_tables(population.labels)
+        data, delays = read_data(config.data)
+        config = replace(config, population=replace(population, size=len(population.labels)))
+    else:
+        data, labels, delays = read_labelled(config.data, config.labels)
+    with open_console() as console:
+        run = open_finetuning(config, data, labels, delays, devices, console)
+        variation = vary(config, run.labelled)
+        found = train_population(console, config, run, variation, make_population(config, run, variation))
+        summary = write_population(console, config, run, variation, found, time.perf_counter() - started)
+    return RunResult(run.folder, summary)
+
+
+def make_population(config: FinetuneConfig, run: Finetuning, variation: Variation) -> Population:
+    """Members before their first step, on the devices."""
+    setup, mesh = run.setup, run.mesh
+    keys = [run_keys(seed) for seed in variation.seeds]
+    first = first_state(setup.init, setup.shapes, run.optimizer, keys[0][0], mesh)
+    if not config.from_scratch:
+        encoder = read_encoder(run.pretrained, mesh)
+        first = with_encoder(first, encoder.params, run.labelled.first_rows(encoder.params))
+    given = first.variables["params"].get("new_codes")
+
+    def init(key: jax.Array, adapters: LoRAConfig | None) -> Any:
+        variables = setup.init_with(key, adapters)
+        if given is not None:  # what the rows begin with comes from the base
+            variables["params"]["new_codes"] = given
+        return variables
+
+    configs = variation.adapters
+    with_adapters = [one for one in configs if one is not None]
+    predictor = setup.predictor
+    if with_adapters:
+        predictor = predictor._replace(lora=largest(with_adapters))
+    alike = len(set(variation.seeds)) == 1
+    step_keys = keys[0][1] if alike else jnp.stack([key[1] for key in keys])
+    members = make_members(step_keys, variation.rates, with_adapters or None)
+    first_keys = jnp.stack([jax.random.clone(key[0]) for key in keys])
+    state = init_population(init, first_keys, configs, first.variables, setup.mask, run.optimizer)
+    head = state.trained["params"]["task_head"]["dense"]
+    if head["bias"] is not None:  # it trains: each member begins with the base rate of its own train examples
+        head["bias"] = jnp.stack([jnp.asarray(one.base_outputs()) for one in variation.labelled])
+    state, members = jax.device_put((state, members), replicated(mesh))
+    step = make_population_step(
+        task_objective(predictor),
+        run.optimizer,
+        setup.mask,
+        clip_norm=config.optimizer.clip_norm,
+        micro_batches=run.micro_batches,
+        merged=predictor.merged,
+        # On a CPU members side by side are no faster, and take more memory.
+        at_once=1 if mesh.devices.flat[0].platform == "cpu" else None,
+    )
+    outputs = make_output_step(predictor)
+    forward = jax.jit(lambda state, members, batch: population_predict(outputs, state, members, batch))
+    return Population(state, members, jax.jit(step, donate_argnums=0), forward)

@@ -1,0 +1,372 @@
+"""BEHRT in plain PyTorch: what the JAX model must equal, and what it is timed against.
+
+The settings of the reference models: learned positions of events, a row per visit. Rows are padded, one
+subject each, and the head runs at every position, as is usual in PyTorch.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+from flax.traverse_util import flatten_dict, unflatten_dict
+from torch import nn  # pyright: ignore[reportMissingImports]
+from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
+
+from behrt_jax.adapters.lora import scale
+from behrt_jax.config import LoRAConfig, ModelConfig
+from behrt_jax.errors import InputError
+
+# LoRA (Hu et al. 2021, arXiv 2106.09685) in PyTorch, on the layers of ``nn.TransformerEncoder``.
+
+ATTENTION_LINEARS = ("query", "key", "value", "out")
+FFN_LINEARS = ("intermediate", "output")
+
+
+class LoRALinear(nn.Module):
+    """A frozen ``nn.Linear`` with a low-rank product beside it: ``linear(x) + scale * x @ a @ b``."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.linear = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.a = nn.Parameter(torch.empty(inputs, rank).uniform_(-(inputs**-0.5), inputs**-0.5))
+        self.b = nn.Parameter(torch.zeros(rank, outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `x` `[..., inputs]` to `[..., outputs]`."""
+        y = self.linear(x)
+        through = x.reshape(-1, x.shape[-1]) @ self.a  # [N, R]
+        # One call adds the scaled product while it is made: no pass over [N, outputs] of its own.
+        return torch.addmm(y.view(-1, y.shape[-1]), through, self.b, alpha=self.scale).view(y.shape)
+
+
+class AdaptedSelfAttention(nn.Module):
+    """Stands in for the ``nn.MultiheadAttention`` of an encoder layer, whose packed projection has no room
+    for adapters: four linears and ``scaled_dot_product_attention``.
+
+    ``batch_first`` and ``in_proj_bias`` are there for the layer, which reads them before it decides for or
+    against its inference kernel; without a packed bias it decides against.
+    """
+
+    batch_first = True
+    in_proj_bias = None
+    _qkv_same_embed_dim = True
+
+    def __init__(
+        self, hidden: int, heads: int, dropout: float, rank: int, scale: float, targets: Collection[str]
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.linears = nn.ModuleDict(
+            {name: _linear(name, hidden, hidden, rank, scale, targets) for name in ATTENTION_LINEARS}
+        )
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        attn_mask: torch.Tensor | None = None,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = False,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend from and to `query` `[batch, length, hidden]`, which `key` and `value` equal.
+
+        Args:
+            query: as above.
+            key: as above.
+            value: as above.
+            attn_mask: none; an encoder over padded rows has no other mask than the next.
+            key_padding_mask: float `[batch, length]`, -inf at padding, 0 elsewhere.
+            need_weights: False; no weights are returned.
+            is_causal: False.
+
+        Returns:
+            `[batch, length, hidden]`, and None in place of weights.
+        """
+        batch, length, hidden = query.shape
+
+        def project(name: str) -> torch.Tensor:
+            return self.linears[name](query).view(batch, length, self.heads, -1).transpose(1, 2)
+
+        mask = None
+        if key_padding_mask is not None:
+            mask = key_padding_mask[:, None, None, :].expand(-1, self.heads, length, -1)  # [B, N, L, L]
+        mixed = F.scaled_dot_product_attention(
+            project("query"),
+            project("key"),
+            project("value"),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # [B, N, L, K]
+        return self.linears["out"](mixed.transpose(1, 2).reshape(batch, length, hidden)), None
+
+
+def adapt(layer: Any, rank: int, scale: float, targets: Collection[str]) -> None:
+    """Put adapters on the linears of `layer` that `targets` names; its other parameters are frozen.
+
+    Args:
+        layer: a fresh ``nn.TransformerEncoderLayer``, changed in place; the weights of its attention are
+            not carried over.
+        rank: inner width of the adapters.
+        scale: factor on their product.
+        targets: of `ATTENTION_LINEARS` and `FFN_LINEARS`.
+    """
+    layer.requires_grad_(False)
+    attention = layer.self_attn
+    layer.self_attn = AdaptedSelfAttention(
+        attention.embed_dim, attention.num_heads, attention.dropout, rank, scale, targets
+    )
+    inner = layer.linear1.out_features
+    layer.linear1 = _linear("intermediate", attention.embed_dim, inner, rank, scale, targets)
+    layer.linear2 = _linear("output", inner, attention.embed_dim, rank, scale, targets)
+
+
+def _linear(
+    name: str, inputs: int, outputs: int, rank: int, scale: float, targets: Collection[str]
+) -> nn.Module:
+    if name in targets:
+        return LoRALinear(inputs, outputs, rank, scale)
+    return nn.Linear(inputs, outputs).requires_grad_(False)
+
+
+Regime = Literal["full", "frozen", "lora"]
+
+
+class TorchBEHRTForMLM(nn.Module):
+    """The counterpart of :class:`behrt_jax.models.behrt.BEHRTForMLM`, of parts from ``torch.nn``.
+
+    Two of its parts are set apart from their defaults: the encoder layer's dropout between the two
+    feed-forward products is left out, since the JAX model has none there, and embedding tables and the
+    decoder start at a standard deviation of 0.02.
+
+    Args:
+        config: its sizes and dropout rates are read; `compute_dtype` is not, since in PyTorch autocast
+            decides.
+        vocabulary_size: rows of the code table, special tokens included.
+        regime: `full` trains everything. `frozen` freezes the encoder; embeddings and head train. `lora`
+            freezes the encoder and puts adapters beside its linears; adapters, embeddings and head train.
+        lora: adapters of regime `lora`: `rank`, `alpha`, `rank_stabilised` and `targets` (of query key
+            value out intermediate output) are read.
+
+    Raises:
+        InputError: an embedding setting or an adapter setting that the reference does not have.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary_size: int,
+        regime: Regime = "full",
+        lora: LoRAConfig | None = None,
+    ) -> None:
+        super().__init__()
+        _check(config, regime, lora)
+        size, hidden = config.embedding_size, config.hidden_size
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        self.code = nn.Embedding(vocabulary_size, size)
+        self.age = nn.Embedding(config.age_rows, size)
+        self.visit = nn.Embedding(config.visit_rows, size)
+        self.position = nn.Embedding(config.positions, size)
+        self.embedding_norm = nn.LayerNorm(size)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.projection = nn.Linear(size, hidden) if size != hidden else nn.Identity()
+        layer: Any = nn.TransformerEncoderLayer(
+            hidden,
+            config.heads,
+            config.ffn_size or 4 * hidden,
+            config.dropout,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        layer.dropout = nn.Identity()
+        if config.attention_dropout is not None:
+            layer.self_attn.dropout = config.attention_dropout
+        self.encoder = nn.TransformerEncoder(
+            layer, config.layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
+        )
+        decoder = nn.Linear(hidden, vocabulary_size)
+        self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden), decoder)
+        for table in (self.code, self.age, self.visit, self.position, decoder):
+            nn.init.normal_(table.weight, std=0.02)
+        if regime != "full":
+            self.encoder.requires_grad_(False)
+        if lora is not None:
+            for layer in self.encoder.layers:
+                adapt(layer, lora.rank, scale(lora), lora.targets)
+
+    def forward(
+        self,
+        codes: torch.Tensor,
+        ages: torch.Tensor,
+        visits: torch.Tensor,
+        padding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits over the vocabulary at every position.
+
+        Args:
+            codes: vocabulary ids, int64 `[batch, length]`.
+            ages: years at the event, float32 `[batch, length]`.
+            visits: ordinal of the visit from 0, int64 `[batch, length]`.
+            padding: bool `[batch, length]`, True at padding; none where every position holds an event. A
+                row needs one event at least.
+
+        Returns:
+            `[batch, length, vocabulary]`; at padding, numbers without meaning.
+        """
+        config = self.config
+        bins = (ages / config.age_bin_years).floor().long().clamp(0, config.age_rows - 1)
+        x = self.code(codes) + self.age(bins) + self.visit(visits.clamp(0, config.visit_rows - 1))
+        x = x + self.position.weight[: codes.shape[1]]  # [B, L, E]
+        x = self.projection(self.embedding_dropout(self.embedding_norm(x)))  # [B, L, D]
+        return self.head(self.encoder(x, src_key_padding_mask=padding))
+
+
+def _check(config: ModelConfig, regime: str, lora: LoRAConfig | None) -> None:
+    supported = {"position_embedding": "learned", "position_of": "event", "visit_embedding": "ordinal"}
+    for name, value in supported.items():
+        if getattr(config, name) != value:
+            raise InputError(
+                f"model.{name} is {getattr(config, name)!r}: the PyTorch reference has {value!r} alone."
+            )
+    if regime not in ("full", "frozen", "lora"):
+        raise InputError(f"regime is {regime!r}: choose one of full, frozen, lora.")
+    if (regime == "lora") != (lora is not None):
+        raise InputError(
+            f"regime is {regime!r} and lora is {lora}: give lora with regime 'lora', and only then."
+        )
+    if lora is not None:
+        _check_adapters(lora)
+
+
+def _check_adapters(lora: LoRAConfig) -> None:
+    names = (*ATTENTION_LINEARS, *FFN_LINEARS)
+    if not lora.targets or not set(lora.targets) <= set(names):
+        raise InputError(f"lora.targets is {lora.targets}: the PyTorch reference adapts {' '.join(names)}.")
+    if lora.rank < 1:
+        raise InputError(f"lora.rank is {lora.rank}: an adapter needs a rank of 1 or more.")
+    if lora.dropout:
+        raise InputError(f"lora.dropout is {lora.dropout}: the PyTorch reference has none, give 0.")
+
+
+# Parameters and gradients of the PyTorch reference under the names and shapes of the JAX model.
+
+Path = tuple[str, ...]
+
+
+class _Place(NamedTuple):
+    """Where a leaf of our tree lies in a parameter of the reference."""
+
+    parameter: nn.Parameter
+    transposed: bool = False
+    rows: slice = slice(None)
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The leaf within `tensor`, the parameter or its gradient."""
+        part = tensor.detach()[self.rows]
+        return part.T if self.transposed else part
+
+
+def load_params(
+    module: TorchBEHRTForMLM, params: Mapping[str, Any], lora: Mapping[str, Any] | None = None
+) -> None:
+    """Copy the parameters of a :class:`behrt_jax.models.behrt.BEHRTForMLM` into the reference.
+
+    Args:
+        module: written to, in its own dtype and on its own device.
+        params: the `params` collection, leaves that numpy can read.
+        lora: the `lora` collection, where the module has adapters; they stay as they are where not given.
+
+    Raises:
+        ValueError: the leaves are not those of the module, or not of their shapes.
+    """
+    given = _flatten({"params": params} if lora is None else {"params": params, "lora": lora})
+    collections = ("params",) if lora is None else ("params", "lora")
+    places = {path: place for path, place in _places(module) if path[0] in collections}
+    if given.keys() != places.keys():
+        names = ", ".join(sorted("/".join(path) for path in given.keys() ^ places.keys()))
+        raise ValueError(f"the tree and the PyTorch reference do not both have: {names}")
+    for path, place in places.items():
+        leaf, target = np.array(given[path]), place.view(place.parameter)
+        if leaf.shape != tuple(target.shape):
+            raise ValueError(
+                f"{'/'.join(path)} is {leaf.shape}, in the PyTorch reference {tuple(target.shape)}"
+            )
+        target.copy_(torch.from_numpy(leaf))
+
+
+def gradients_as_params(module: TorchBEHRTForMLM, collection: str = "params") -> dict[str, Any]:
+    """Gradients of the last backward pass as a tree of numpy arrays.
+
+    Args:
+        module: the reference after ``loss.backward()``.
+        collection: `params` or `lora`.
+
+    Returns:
+        A tree with the names and shapes of the JAX model's; parameters without a gradient are left out.
+    """
+    return unflatten_dict(
+        {
+            path[1:]: place.view(place.parameter.grad).cpu().numpy().copy()
+            for path, place in _places(module)
+            if path[0] == collection and place.parameter.grad is not None
+        }
+    )
+
+
+def _places(module: TorchBEHRTForMLM) -> Iterator[tuple[Path, _Place]]:
+    """Every leaf of our tree, its path with the collection in front."""
+    embeddings = ("params", "behrt", "embeddings")
+    for name in ("code", "age", "visit", "position"):
+        yield (*embeddings, name, "embedding"), _Place(getattr(module, name).weight)
+    yield from _norm((*embeddings, "norm"), module.embedding_norm)
+    if isinstance(module.projection, nn.Linear):
+        yield from _torch_parameters_linear((*embeddings, "projection"), module.projection)
+    for index, layer in enumerate(module.encoder.layers):
+        yield from _layer(("params", "behrt", "encoder", f"layer_{index}"), layer)
+    yield from _norm(("params", "behrt", "encoder", "norm"), module.encoder.norm)
+    dense, _, norm, decoder = module.head
+    yield from _torch_parameters_linear(("params", "mlm_head", "dense"), dense)
+    yield from _norm(("params", "mlm_head", "norm"), norm)
+    yield from _torch_parameters_linear(("params", "mlm_head", "decoder"), decoder)
+
+
+def _layer(path: Path, layer: Any) -> Iterator[tuple[Path, _Place]]:
+    yield from _norm((*path, "attention_norm"), layer.norm1)
+    attention, at = layer.self_attn, (*path, "attention")
+    if isinstance(attention, nn.MultiheadAttention):
+        for number, name in enumerate(("query", "key", "value")):
+            rows = slice(number * attention.embed_dim, (number + 1) * attention.embed_dim)
+            yield (*at, name, "kernel"), _Place(attention.in_proj_weight, True, rows)
+            yield (*at, name, "bias"), _Place(attention.in_proj_bias, rows=rows)
+        yield from _torch_parameters_linear((*at, "out"), attention.out_proj)
+    else:
+        for name in ATTENTION_LINEARS:
+            yield from _torch_parameters_linear((*at, name), attention.linears[name])
+    yield from _norm((*path, "ffn_norm"), layer.norm2)
+    yield from _torch_parameters_linear((*path, "intermediate"), layer.linear1)
+    yield from _torch_parameters_linear((*path, "output"), layer.linear2)
+
+
+def _torch_parameters_linear(path: Path, linear: Any) -> Iterator[tuple[Path, _Place]]:
+    if isinstance(linear, LoRALinear):
+        yield ("lora", *path[1:], "a"), _Place(linear.a)
+        yield ("lora", *path[1:], "b"), _Place(linear.b)
+        linear = linear.linear
+    yield (*path, "kernel"), _Place(linear.weight, True)
+    yield (*path, "bias"), _Place(linear.bias)
+
+
+def _norm(path: Path, norm: Any) -> Iterator[tuple[Path, _Place]]:
+    yield (*path, "scale"), _Place(norm.weight)
+    yield (*path, "bias"), _Place(norm.bias)
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
+    return flatten_dict(tree)  # pyright: ignore[reportReturnType, reportArgumentType]
