@@ -9,15 +9,16 @@ import tempfile
 # alone; the optimised HLO, its FLOPs and its collectives are those of a real run.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
-# Many tests compile the same programs: once a session is enough. The folder goes with the session; the
-# commands that tests start use it too, and never the user's own.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="behrt_jax-compiled-")
+# Many tests compile the same programs: once a session is enough, or once for several in a folder that is
+# given. Each process of a session has its own, since JAX writes programs bit by bit; the folder goes with it.
+# The commands that tests start use it too, and never the user's own.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="behrt_jax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 from hypothesis import settings
-
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -15,7 +15,7 @@ import pytest
 from behrt_jax.cli import parse, pretrain_command
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN
-from tests.data.meds_folder import by_remainder, history_rows, write_meds
+from tests.records.meds_folder import by_remainder, history_rows, write_meds
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "pretrain.py"
 

@@ -75,8 +75,8 @@ from behrt_jax.workflows.checks import check
 from behrt_jax.workflows.pretrain import pretrain
 from behrt_jax.workflows.run import settings
 from tests.data import test_known_pitfalls
-from tests.data.meds_folder import DAY, Row, by_remainder, history_rows, write_meds
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
+from tests.records.meds_folder import DAY, Row, by_remainder, history_rows, write_meds
 from tests.training.test_step import ALL_LINEARS, TINY, start
 from tests.workflows.small_run import SMALL_RUN, changed
 

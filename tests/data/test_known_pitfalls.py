@@ -45,7 +45,7 @@ from behrt_jax.data.sequences import build_sequences
 from behrt_jax.records.prepare.pipeline import prepare
 from behrt_jax.records.sources.meds import open_meds
 from behrt_jax.training.masking import mask_codes
-from tests.data.meds_folder import DAY, HOUR, Row, born, event_set, write_meds
+from tests.records.meds_folder import DAY, HOUR, Row, born, event_set, write_meds
 
 ALSO = [born(2), Row(2, DAY, "A")]
 TWO = {"train": [1], "tuning": [2]}

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from behrt_jax.data.vocabulary import UNK
-from tests.data.meds_folder import DAY, HOUR, Row, born, by_remainder, history_rows, write_meds
 from tests.diagnosis.audited import (
     OUTCOME,
     YEAR,
@@ -19,6 +18,7 @@ from tests.diagnosis.audited import (
     rewrite,
     taken,
 )
+from tests.records.meds_folder import DAY, HOUR, Row, born, by_remainder, history_rows, write_meds
 
 
 def two_splits(data):

@@ -14,7 +14,7 @@ from behrt_jax.training.devices import make_mesh, put_rows, replicated, sharding
 from behrt_jax.training.state import TaskSetup, first_state, set_up_task
 from behrt_jax.training.step import make_update_step, task_objective
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
-from tests.training.test_task_losses import random_targets
+from tests.models.test_losses import random_targets
 
 SEGMENTS = 3
 TASKS = {

@@ -1,5 +1,6 @@
 """The train step: what moves, what stays, and equal results by different ways."""
 
+import re
 from dataclasses import replace
 
 import chex
@@ -13,13 +14,18 @@ from flax.traverse_util import flatten_dict
 from behrt_jax.config import FreezingConfig, LoRAConfig, OptimizerConfig, PretrainConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.models.behrt import example_inputs
+from behrt_jax.models.stacked_layers import unstack_layers
 from behrt_jax.presets import LARGE
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
 from behrt_jax.training.freezing import trainable_leaves
 from behrt_jax.training.masking import mask_codes
+from behrt_jax.training.optimizer import make_optimizer
 from behrt_jax.training.state import LARGE as LARGE_LEAF
 from behrt_jax.training.state import abstract_state, init_state, optimizer_for, set_up
 from behrt_jax.training.step import make_train_step, make_validation_step
+from behrt_jax.training.telemetry import make_probe
+from behrt_jax.training.validation import make_scoring_step
+from behrt_jax.workflows.facts import unreached_adapters
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
 ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")
@@ -259,3 +265,160 @@ def test_compiled_flops_of_the_lora_step_of_large():
         assert adapted / full < 0.80, product
     plain = PretrainConfig(model=LARGE, lora=LoRAConfig(rank=16, product="activations"))
     assert compiled_flops(plain) / full > 1.0  # nothing frozen: the measure itself can tell
+
+
+# Training with the vocabulary in parts equals training with all logits.
+
+
+CHUNK = 17  # of a vocabulary of 60
+
+
+def in_parts(config: PretrainConfig) -> PretrainConfig:
+    return replace(config, model=replace(config.model, head_chunk=CHUNK))
+
+
+def assert_equal_training(config, **options):
+    whole, whole_metrics = sgd(config, 3, **options)
+    parts, parts_metrics = sgd(in_parts(config), 3, **options)
+    chex.assert_trees_all_close(whole_metrics, parts_metrics, rtol=1e-5)
+    chex.assert_trees_all_close(whole.variables, parts.variables, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lora", "regime"),
+    [
+        (None, "full"),
+        (LoRAConfig(rank=2, targets=("out",)), "lora_only"),
+        (LoRAConfig(rank=2, targets=("mlm_head/decoder", "query")), "lora_only"),
+        (LoRAConfig(rank=2, targets=("mlm_head/decoder",)), "lora"),
+    ],
+)
+def test_equal_training(lora, regime):
+    assert_equal_training(replace(TINY, lora=lora, freezing=FreezingConfig(regime)))
+
+
+@pytest.mark.slow
+def test_equal_training_by_micro_batches_on_eight_devices():
+    one, one_metrics = sgd(TINY, 2)
+    many, many_metrics = sgd(in_parts(TINY), 2, devices=jax.devices()[:4], micro_batches=2)
+    chex.assert_trees_all_close(one_metrics, many_metrics, rtol=1e-5)
+    chex.assert_trees_all_close(one.variables, many.variables, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [make_validation_step, make_scoring_step])
+def test_equal_validation(make):
+    results = []
+    for config in (TINY, in_parts(TINY)):
+        setup, state, _, mesh = start(config)
+        step = jax.jit(make(setup.predictor, config.masking, jax.random.key(1)))
+        results.append(jax.device_get(step(state.variables, put_rows(random_batch(0), mesh))))
+    chex.assert_trees_all_close(*results, rtol=1e-5)
+
+
+def products(regime):
+    """Shapes of the compiled step's matrix products, as the HLO writes them."""
+    config = replace(
+        in_parts(TINY), lora=LoRAConfig(rank=2, targets=("out",)), freezing=FreezingConfig(regime)
+    )
+    _, state, step, mesh = start(config)
+    program = step.lower(state, put_rows(random_batch(0, rows=5), mesh)).compile().as_text()
+    return set(re.findall(r"= f32(\[[0-9,]+\])\S* dot\(", program))
+
+
+@pytest.mark.slow
+def test_the_frozen_head_costs_no_gradient_of_its_kernel():
+    # 60 codes in parts of at most 17 are four parts of 15; the hidden size is 16, and there are 20
+    # slots for masked codes.
+    assert {"[16,15]", "[15,16]"} & products("lora_pretrained")
+    assert not {"[16,15]", "[15,16]"} & products("lora_only")
+
+
+# Training with stacked layers: the same steps as with layers one by one, and nothing left behind.
+
+
+LAYERS = 3
+STACKED = PretrainConfig(
+    model=tiny_model(layers=LAYERS, scan_layers=True, dropout=0.0),
+    lora=LoRAConfig(rank=2, targets=("query", "out", "intermediate", "output")),
+    freezing=FreezingConfig("lora"),
+    optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0),
+)
+APART = replace(STACKED, model=replace(STACKED.model, scan_layers=False))
+
+
+def after_steps(config, steps, variables=None, optimizer=None):
+    """Host copies of the variables, before and after, and the losses."""
+    _, state, step, mesh = start(config, optimizer=optimizer)
+    if variables is not None:
+        state = state._replace(variables=jax.device_put(variables, state.step.sharding))
+    before, losses = on_host(state.variables), []
+    for index in range(steps):
+        state, totals = step(state, put_rows(random_batch(index), mesh))
+        losses.append(float(totals["loss"] / totals["targets"]))
+    return before, on_host(state.variables), losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("product", ["activations", "merged"])
+@pytest.mark.parametrize("rematerialise", [False, True])
+def test_after_two_steps_every_layers_adapter_has_moved_and_the_base_is_bit_identical(product, rematerialise):
+    config = replace(STACKED, lora=replace(STACKED.lora, product=product))
+    config = replace(config, model=replace(config.model, rematerialise=rematerialise, dropout=0.1))
+    before, after, _ = after_steps(config, 2)
+    moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), unstack_layers(before), unstack_layers(after))
+    moved = flatten_dict(moved, sep="/")
+    trains = {name: name.startswith("lora/") or "embeddings" in name or "head" in name for name in moved}
+    assert moved == trains
+    assert sum(name.startswith("lora/") for name in moved) == 2 * 4 * LAYERS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", ["lora", "full", "all_but_adapted"])
+def test_the_same_start_trains_the_same_way_in_both_layouts(regime):
+    """By plain gradient descent: Adam would blow up the rounding of gradients that are zero."""
+    ours, theirs = (replace(config, freezing=FreezingConfig(regime)) for config in (STACKED, APART))
+    before, after, losses = after_steps(ours, 3, optimizer=optax.sgd(0.3))
+    _, expected, their_losses = after_steps(theirs, 3, unstack_layers(before), optax.sgd(0.3))
+    np.testing.assert_allclose(losses, their_losses, rtol=1e-5)
+    chex.assert_trees_all_close(unstack_layers(after), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [STACKED, APART], ids=["stacked", "apart"])
+def test_weight_decay_falls_on_matrices_and_never_on_vectors(config):
+    variables = set_up(config, VOCABULARY).shapes
+    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), variables)
+    labels = jax.tree.map(lambda _: "base", variables)
+    decay = replace(config.optimizer, weight_decay=0.5)
+    optimizer = make_optimizer(decay, 10, labels)
+    nothing = jax.tree.map(jnp.zeros_like, variables)
+    updates, _ = optimizer.update(nothing, optimizer.init(variables), variables)
+    for path, update in flatten_dict(updates).items():
+        decays = path[-1] in ("kernel", "embedding", "a", "b")
+        np.testing.assert_allclose(update, -5e-3 if decays else 0.0, rtol=1e-6, err_msg="/".join(path))
+
+
+def test_the_adapter_that_moved_least_is_named_with_its_layer():
+    _, state, _, _ = start(STACKED)
+    adapters = jax.tree.map(lambda x: x + 0.0, state.variables["lora"])
+    probe = make_probe(adapters, np.zeros(VOCABULARY), 1)
+    moved = jax.tree.map(lambda x: x.at[:, 0].add(1.0), adapters)
+    out = moved["behrt"]["encoder"]["layers"]["attention"]["out"]
+    for part, leaf in adapters["behrt"]["encoder"]["layers"]["attention"]["out"].items():
+        out[part] = out[part].at[2].set(leaf[2])
+    least = probe(state._replace(variables={**state.variables, "lora": moved}))["adapters"]
+    assert {value["layer"] for value in least.values()} == {"behrt/encoder/layer_2/attention/out"}
+    assert max(value["movement"] for value in least.values()) < 1e-6
+
+
+def test_adapters_on_stacked_layers_are_reached(monkeypatch):
+    assert unreached_adapters(set_up(STACKED, VOCABULARY)) == []
+    from behrt_jax.adapters import lora
+
+    # Adapters that nothing applies are found in stacked layers as well.
+    monkeypatch.setattr(lora, "activation_product", lambda x, a, b, *_: x[..., :1] * b.sum())
+    config = replace(STACKED, lora=replace(STACKED.lora, product="activations"))
+    unreached = unreached_adapters(set_up(config, VOCABULARY))
+    assert len(unreached) == 4
+    assert all("encoder/layers" in name and name.endswith("/a") for name in unreached)

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from behrt_jax.config import PrepareConfig
 from behrt_jax.data.predictions import PredictionWriter, prediction_schema
 from behrt_jax.records.prepare.pipeline import prepare
-from tests.data.meds_folder import DAY, Row, born, events_table
-from tests.data.memory_source import MemorySource
+from tests.records.meds_folder import DAY, Row, born, events_table
+from tests.records.memory_source import MemorySource
 
 CODES = tuple(f"CODE//{index}" for index in range(8))
 CLASSES = ("high", "low", "middle")

@@ -15,7 +15,7 @@ from behrt_jax.training.devices import make_mesh
 from behrt_jax.workflows.finetune import finetune
 from behrt_jax.workflows.finetune_run import TaskReporter
 from behrt_jax.workflows.predict import open_finetuned
-from tests.data.meds_folder import DAY
+from tests.records.meds_folder import DAY
 from tests.workflows.evaluated import FIRST_ID, TIME
 from tests.workflows.finetune_case import ONE, changed
 

@@ -1,0 +1,148 @@
+"""The folder of compiled programs: used by default, moved, turned off, and never in the way."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from behrt_jax.training import runtime as compilation
+from behrt_jax.training.runtime import (
+    default_folder,
+    host_fingerprint,
+    keep_freed_memory,
+    use_compilation_cache,
+)
+
+OPTIONS = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+)
+
+
+@pytest.fixture
+def no_cache_of_the_user(monkeypatch, tmp_path):
+    """As in a process whose user has set nothing; the settings of the tests come back afterwards."""
+    before = {name: getattr(jax.config, name) for name in OPTIONS}
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setattr(compilation, "_ours", None)
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax_cache.reset_cache()
+
+
+def compile_something(value: float) -> None:
+    jax.jit(lambda x: x * value + 1)(1.0).block_until_ready()
+
+
+def entries(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*-cache")}
+
+
+def test_default_folder_is_the_users_and_quick_programs_are_kept_too(no_cache_of_the_user, tmp_path):
+    assert use_compilation_cache() is None
+    compile_something(3.25)
+    place = tmp_path / "caches" / "behrt_jax" / "compiled" / host_fingerprint()
+    assert entries(place)
+
+
+def test_moved(no_cache_of_the_user, tmp_path):
+    assert use_compilation_cache(tmp_path / "first") is None
+    compile_something(4.25)
+    assert use_compilation_cache(tmp_path / "second") is None
+    compile_something(5.25)
+    assert entries(tmp_path / "first") and entries(tmp_path / "second")
+    assert not entries(tmp_path / "caches")
+
+
+def test_off_keeps_nothing_and_can_be_turned_on_again(no_cache_of_the_user, tmp_path):
+    use_compilation_cache()
+    assert use_compilation_cache("off") is None
+    compile_something(6.25)
+    assert not entries(tmp_path)
+    use_compilation_cache()
+    compile_something(7.25)
+    assert entries(tmp_path)
+
+
+def test_the_users_own_folder_wins(no_cache_of_the_user, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    assert use_compilation_cache(tmp_path / "other") is None
+    compile_something(8.25)
+    assert entries(tmp_path / "own") and not (tmp_path / "other").exists()
+
+
+def test_a_folder_that_cannot_be_written_gives_one_line_and_no_cache(no_cache_of_the_user, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    line = use_compilation_cache(tmp_path / "file" / "below")
+    assert line is not None and "\n" not in line and str(tmp_path / "file") in line
+    compile_something(9.25)  # and no error
+    assert not entries(tmp_path)
+
+
+def test_the_oldest_programs_are_removed_when_there_are_too_many(no_cache_of_the_user, tmp_path, monkeypatch):
+    place = tmp_path / "kept" / host_fingerprint()
+    place.mkdir(parents=True)
+    for age, name in enumerate(["new", "middle", "old"]):
+        (place / f"{name}-cache").write_bytes(bytes(100))
+        os.utime(place / f"{name}-cache", (1e9 - age, 1e9 - age))
+    monkeypatch.setattr(compilation, "MOST_BYTES", 250)
+    use_compilation_cache(tmp_path / "kept")
+    assert entries(place) == {"new-cache", "middle-cache"}
+
+
+def test_processors_with_other_instructions_have_other_folders(monkeypatch):
+    monkeypatch.setattr(compilation, "_processor", lambda: ["flags: sse avx2"])
+    ours = host_fingerprint()
+    monkeypatch.setattr(compilation, "_processor", lambda: ["flags: sse avx2 avx512f"])
+    assert host_fingerprint() != ours
+
+
+@pytest.mark.parametrize(("platform", "place"), [("linux", ".cache"), ("darwin", "Library/Caches")])
+def test_default_folder_without_xdg(monkeypatch, platform, place):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setenv("HOME", "/somebody")
+    assert default_folder() == Path("/somebody") / place / "behrt_jax" / "compiled"
+
+
+def test_training_imports_nothing_that_only_later_or_optional_parts_need():
+    unwanted = ("torch", "sklearn", "matplotlib", "polars", "tyro", "orbax", "tensorstore", "safetensors")
+    code = f"import sys, behrt_jax.workflows.pretrain; print([m for m in {unwanted!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# What a step frees stays with the process: no page is faulted in anew at each step.
+
+
+def faults_of_using(megabytes: int, times: int) -> int:
+    """Page faults of asking for memory, writing to it and freeing it again."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        np.ones(megabytes * 2**20, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is of glibc")
+def test_freed_memory_is_used_again_without_page_faults():
+    if not keep_freed_memory():
+        pytest.skip("the C library is not glibc")
+    faults_of_using(100, times=1)  # the heap grows to it once
+    assert faults_of_using(100, times=10) < 100  # otherwise 25,600 pages a time, or 500 huge ones
+
+
+def test_elsewhere_nothing_is_done(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not keep_freed_memory()
