@@ -9,10 +9,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from behrt_jax.config import MeshConfig
 from behrt_jax.errors import InputError
 
+Devices = Sequence[Any]
+"""Of ``jax.devices()``, whose class differs between versions of JAX."""
 AXES = ("data", "fsdp")
 
 
-def make_mesh(devices: Sequence[Any] | None = None, config: MeshConfig | None = None) -> Mesh:
+def make_mesh(devices: Devices | None = None, config: MeshConfig | None = None) -> Mesh:
     """Mesh over the given devices, by default all, and by default data-parallel.
 
     Raises:

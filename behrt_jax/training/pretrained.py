@@ -16,7 +16,7 @@ from behrt_jax.config import InitConfig, LoRAConfig, ModelConfig, from_stored
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import read_json
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.stacked_layers import count_stacked_layers, with_layout_of
 from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE
 from behrt_jax.training.checkpoints import open_checkpoints
@@ -66,9 +66,7 @@ def read_encoder(pretrained: Pretrained, mesh: Mesh) -> Encoder:
         InputError: there is no checkpoint, or it cannot be read.
     """
     model = BEHRTForMLM(pretrained.model, len(pretrained.vocabulary))
-    shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), *example_inputs(pretrained.model))["params"]
-    )
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(pretrained.model))["params"])
     params, step = read_parameters(pretrained.run, "--init", replicated_shapes(shapes, mesh))
     return Encoder(params["behrt"], step)
 

@@ -1,7 +1,8 @@
-"""What a running training tells of itself, leaf by leaf: gradients, adapters, rows of the code embedding."""
+"""A running training watched leaf by leaf: gradients, adapters, rows of the code embedding."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -29,29 +30,6 @@ def trainable_names(mask: Any) -> list[str]:
     return [name for name, trains in zip(leaf_names(mask), jax.tree.leaves(mask), strict=True) if trains]
 
 
-def gradient_metrics(names: Sequence[str], squares: np.ndarray) -> dict[str, Any]:
-    """Gradient norms by group, and which leaves got no gradient at all.
-
-    Args:
-        names: of the trainable leaves.
-        squares: sum of squares of each leaf's gradient, `[leaves]`.
-
-    Returns:
-        ``gradient_norms``: group -> norm, with ``lora_a`` and ``lora_b`` beside ``lora``; only what
-        trains. ``without_gradient``: names of leaves whose gradient is exactly zero.
-    """
-    sums: dict[str, float] = {}
-    for name, square in zip(names, squares.astype(np.float64), strict=True):
-        group = label(tuple(name.split("/")))
-        parts = [group, f"lora_{name[-1]}"] if name.startswith("lora/") else [group]
-        for part in parts:
-            sums[part] = sums.get(part, 0.0) + float(square)
-    return {
-        "gradient_norms": {part: math.sqrt(value) for part, value in sums.items()},
-        "without_gradient": [name for name, square in zip(names, squares, strict=True) if square == 0.0],
-    }
-
-
 def leaves_not_finite(variables: Mapping[str, Any]) -> list[str]:
     """Names of the leaves that hold a value that is not finite."""
     finite = jax.jit(
@@ -61,21 +39,53 @@ def leaves_not_finite(variables: Mapping[str, Any]) -> list[str]:
     return [name for name, good in zip(leaf_names(variables), flags, strict=True) if not good]
 
 
-def offending_leaf(names: Sequence[str], squares: np.ndarray | None, at_start: Sequence[str]) -> str:
-    """Where a training that is not finite any more went wrong first, as a clause for a person.
+@dataclass(frozen=True)
+class Telemetry:
+    """Everything that is watched of a training beside its loss."""
 
-    Args:
-        names: of the trainable leaves.
-        squares: sum of squares of each leaf's gradient, `[leaves]`, at the first step whose loss or
-            gradient is not finite.
-        at_start: leaves that were not finite before the first step, see :func:`leaves_not_finite`.
-    """
-    if at_start:
-        return f"the parameters {at_start[0]}, before the first step"
-    bad = [] if squares is None else [n for n, s in zip(names, squares, strict=True) if not np.isfinite(s)]
-    if not bad:
-        return "the loss alone"
-    return f"the gradient of {bad[0]} (and {len(bad) - 1} of {len(names)} leaves)"
+    learning_rates: Callable[[int], dict[str, float]]
+    """Step -> learning rate of each group that trains, see `optimizer.rates_on_host`."""
+    names: Sequence[str]
+    """Of the trainable leaves, see :func:`trainable_names`."""
+    probe: Callable[[TrainState], dict[str, Any]]
+    """Figures that join a validation's, see :func:`make_probe`."""
+    at_start: Sequence[str] = ()
+    """Leaves that were not finite before the first step, see :func:`leaves_not_finite`."""
+
+    def gradients(self, squares: np.ndarray) -> dict[str, Any]:
+        """Gradient norms by group, and which leaves got no gradient at all.
+
+        Args:
+            squares: sum of squares of each trainable leaf's gradient, `[leaves]`.
+
+        Returns:
+            ``gradient_norms``: group -> norm, with ``lora_a`` and ``lora_b`` beside ``lora``; only what
+            trains. ``without_gradient``: names of leaves whose gradient is exactly zero.
+        """
+        sums: dict[str, float] = {}
+        without = []
+        for name, square in zip(self.names, squares.astype(np.float64), strict=True):
+            group = label(tuple(name.split("/")))
+            parts = [group, f"lora_{name[-1]}"] if name.startswith("lora/") else [group]
+            for part in parts:
+                sums[part] = sums.get(part, 0.0) + float(square)
+            if square == 0.0:
+                without.append(name)
+        norms = {part: math.sqrt(value) for part, value in sums.items()}
+        return {"gradient_norms": norms, "without_gradient": without}
+
+    def offender(self, squares: np.ndarray | None) -> str:
+        """Where a training that is not finite any more went wrong first, as a clause for a person.
+
+        `squares` are those of :meth:`gradients` at the first step whose loss or gradient is not finite.
+        """
+        if self.at_start:
+            return f"the parameters {self.at_start[0]}, before the first step"
+        squares = np.zeros(len(self.names)) if squares is None else squares
+        bad = [name for name, square in zip(self.names, squares, strict=True) if not np.isfinite(square)]
+        if not bad:
+            return "the loss alone"
+        return f"the gradient of {bad[0]} (and {len(bad) - 1} of {len(self.names)} leaves)"
 
 
 def compilations(jitted: Any) -> int | None:
@@ -87,7 +97,7 @@ def compilations(jitted: Any) -> int | None:
 def make_probe(
     start: Mapping[str, Any], code_counts: np.ndarray, steps_per_epoch: int, static_masks: bool = False
 ) -> Callable[[TrainState], dict[str, Any]]:
-    """What is looked at when a validation is due: how far adapters moved, which rows were never updated.
+    """A look at a state when a validation is due: how far adapters moved, which rows were never updated.
 
     Args:
         start: the adapters (the ``lora`` tree) at the beginning of the run; they are copied.

@@ -103,7 +103,7 @@ def started_from(console: Console, init: InitConfig, step: int) -> None:
 
 @dataclass(frozen=True)
 class LoopReporter:
-    """Passes the training loop's reports on to console and metrics.jsonl."""
+    """Lines of metrics.jsonl as they come, those of validations also on the console."""
 
     console: Console
     metrics_path: Path
@@ -112,10 +112,6 @@ class LoopReporter:
     examine: Callable[[int], None]
     """Called after each validation with the number of lines written so far."""
     _lines: Counter[str] = field(default_factory=Counter)
-
-    def step(self, step: int, tokens: int, loss: float | None) -> None:
-        """A step was dispatched."""
-        self.console.step(step, tokens, loss)
 
     def record(self, metrics: dict[str, Any]) -> None:
         """Append to metrics.jsonl; a validation is also shown."""

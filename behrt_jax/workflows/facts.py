@@ -10,8 +10,8 @@ from behrt_jax.config import ModelConfig, PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
+from behrt_jax.models.behrt import example_batch
 from behrt_jax.training.state import Setup
-from behrt_jax.training.step import example_logits
 from behrt_jax.training.telemetry import leaf_names
 
 # Which leaves of a tree a function's result depends on, found without computing anything.
@@ -152,7 +152,10 @@ def unreached_adapters(setup: Setup) -> list[str]:
     """Names of adapter leaves that the prediction does not depend on; nothing is computed."""
     if not setup.layers:
         return []
-    unread = unread_leaves(lambda variables: example_logits(setup.predictor, variables), setup.shapes)
+    unread = unread_leaves(
+        lambda variables: setup.predictor.outputs(variables, example_batch(setup.predictor.model.config)),
+        setup.shapes,
+    )
     return [
         name
         for name, alone in zip(leaf_names(setup.shapes), unread, strict=True)

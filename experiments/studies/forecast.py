@@ -47,8 +47,7 @@ from behrt_jax.records.synthetic.latent import latent_paths, onset_labels
 from behrt_jax.run_folder import SUMMARY_FILE
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import make_mesh
-from behrt_jax.training.step import make_output_step
-from behrt_jax.training.validation import score
+from behrt_jax.training.validation import make_output_step, score
 from behrt_jax.workflows.finetune import finetune_on
 from behrt_jax.workflows.labelled_data import examples_of
 from behrt_jax.workflows.predict import open_finetuned

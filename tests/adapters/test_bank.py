@@ -15,7 +15,7 @@ from behrt_jax.adapters.files import save_adapter
 from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForTask, example_inputs
+from behrt_jax.models.behrt import BEHRTForTask, example_batch
 from behrt_jax.models.stacked_layers import unstack_layers
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
@@ -61,7 +61,7 @@ def case(request, tmp_path_factory):
     for number, (adapter, outputs) in enumerate(MEMBERS):
         model = BEHRTForTask(config, VOCABULARY, outputs)
         init = partial(model.init, segments=SEGMENTS)
-        shapes = jax.eval_shape(init, jax.random.key(0), *example_inputs(config))["params"]
+        shapes = jax.eval_shape(init, jax.random.key(0), example_batch(config))["params"]
         params = moved(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), 50 + number)
         behrt = params["behrt"] if behrt is None else behrt
         params["behrt"] = behrt
@@ -75,7 +75,7 @@ def case(request, tmp_path_factory):
 def alone(params, own, batch, model, adapter):
     """`[batch, segments, outputs]` of one adapter, by `lora.applying`."""
     with nullcontext() if adapter is None else lora.applying(adapter):
-        return model.apply({"params": params, "lora": own}, *batch[:5], segments=SEGMENTS)
+        return model.apply({"params": params, "lora": own}, batch, segments=SEGMENTS)
 
 
 def assert_each_as_alone(found, numbers, members, batch):
@@ -144,7 +144,7 @@ def test_gathered_adapters_cost_the_same_however_many_there_are(tmp_path):
     """And joined ones cost more with each."""
     config = tiny_model()
     model = BEHRTForTask(config, VOCABULARY, 1)
-    params = jax.jit(partial(model.init, segments=1))(jax.random.key(0), *example_inputs(config))["params"]
+    params = jax.jit(partial(model.init, segments=1))(jax.random.key(0), example_batch(config))["params"]
     adapter = LoRAConfig(rank=4)
     own = lora.init(jax.random.key(1), params, adapter)
     save(tmp_path / "adapter", params, own, adapter)

@@ -23,6 +23,7 @@ from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.training import feeding
 from behrt_jax.training.loop import DivergenceError
+from behrt_jax.training.state import Assembly
 from behrt_jax.workflows import pretrain as module
 from behrt_jax.workflows.doctor import audit_data
 from behrt_jax.workflows.pretrain import pretrain
@@ -142,15 +143,15 @@ def test_cut_histories_stalls_and_recompilations(tmp_path, monkeypatch, capsys):
 
 
 def test_a_leaf_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
-    original = module.init_state
+    original = Assembly.first_state
 
-    def spoilt(*arguments):
-        state = original(*arguments)
+    def spoilt(self):
+        state = original(self)
         head = state.variables["params"]["mlm_head"]["dense"]
         head["kernel"] = head["kernel"].at[0, 0].set(jnp.nan)
         return state
 
-    monkeypatch.setattr(module, "init_state", spoilt)
+    monkeypatch.setattr(Assembly, "first_state", spoilt)
     with pytest.raises(DivergenceError, match="the parameters params/mlm_head/dense/kernel"):
         pretrain(replace(TINY_LORA, output=tmp_path / "run"), ONE)
     finding = by_id(tmp_path / "run")["diverged"]
