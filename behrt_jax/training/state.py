@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from behrt_jax.adapters import lora
-from behrt_jax.adapters.products import Product, resolve_product
+from behrt_jax.adapters.lora import Product, resolve_product
 from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from behrt_jax.data.tasks import Task
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, Pooling, example_inputs

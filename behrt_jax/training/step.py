@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
+from behrt_jax.adapters.lora import Product
 from behrt_jax.adapters.new_codes import with_new_codes
-from behrt_jax.adapters.products import Product
 from behrt_jax.config import LoRAConfig, MaskingConfig, TaskKind
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.examples import TaskBatch

@@ -142,7 +142,7 @@ def _from_adapters(
     for folder in folders:
         found, lora, config = load_adapter(folder, params, pretrained.vocabulary.fingerprint())
         members.append(jax.device_put({"params": found, "lora": lora}, replicated(mesh)))
-        new_codes = config.get("new_codes", ())
+        new_codes = config.new_codes
     return setup, members, pretrained.vocabulary.extended(new_codes)
 
 

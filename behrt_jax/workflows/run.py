@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from behrt_jax import __version__
-from behrt_jax.adapters.files import save_adapter
+from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.files import read_json, write_json, write_text
@@ -192,15 +192,11 @@ def write_adapter(
     if config.lora is None:
         return []
     values = settings(config)
-    return save_adapter(
-        folder / "adapter",
-        params=variables["params"],
-        lora=variables["lora"],
-        trained=setup.mask["params"],
-        lora_config=values["lora"],
-        model_config=values["model"],
-        vocabulary_fingerprint=vocabulary_fingerprint,
+    adapter = AdapterConfig(
+        lora=values["lora"], model=values["model"], vocabulary_fingerprint=vocabulary_fingerprint
     )
+    trained = setup.mask["params"]
+    return save_adapter(folder / "adapter", variables["params"], variables["lora"], trained, adapter)
 
 
 def write_summary(
