@@ -6,9 +6,9 @@ Where the test stands with the code it is about, it is listed here; the others f
 BEHRT
 
 - Codes and labels misalign after a code that is kept:
-  tests/training/test_objectives.py::test_labels_are_the_codes_that_were_hidden_and_nothing_else_changes
+  tests/training/test_masking.py::test_labels_are_the_codes_that_were_hidden_and_nothing_else_changes
 - Special tokens as random replacements:
-  tests/training/test_objectives.py::test_shares_of_masked_random_and_kept_codes
+  tests/training/test_masking.py::test_shares_of_masked_random_and_kept_codes
 - The best epoch chosen on the test set: below, `test_held_out_*`, `test_tuning_*`, `test_the_best_*`.
 
 BONSAI

@@ -18,8 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from behrt_jax.adapters import lora
-from behrt_jax.adapters.lora import Tree, path_names
-from behrt_jax.adapters.products import resolve_product
+from behrt_jax.adapters.lora import Tree, path_names, resolve_product
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, OptimizerConfig, PretrainConfig
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_batch
 from behrt_jax.training.devices import replicated, shapes_of, shardings_of

@@ -15,11 +15,10 @@ import optax
 from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
+from behrt_jax.adapters.lora import Product
 from behrt_jax.adapters.new_codes import with_new_codes
-from behrt_jax.adapters.products import Product
 from behrt_jax.config import LoRAConfig, MaskingConfig, TaskKind
-from behrt_jax.data.batches import Batch
-from behrt_jax.data.examples import TaskBatch
+from behrt_jax.data.batches import Batch, TaskBatch
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask
 from behrt_jax.models.layers import batch_rows
 from behrt_jax.models.losses import (

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from behrt_jax.adapters.files import save_adapter
+from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.config import FinetuneConfig, TaskConfig, TaskKind
-from behrt_jax.data.examples import TaskBatches
+from behrt_jax.data.batches import TaskBatches
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.tasks import LabelTables
@@ -188,16 +188,14 @@ def try_write_adapter(
     codes = run.labelled.vocabulary.codes[len(run.labelled.base_codes) :]
     (folder / TASK_FILE).unlink(missing_ok=True)  # of the run before it was resumed
     try:
-        save_adapter(
-            folder,
-            params=variables["params"],
-            lora=variables["lora"],
-            trained=run.assembly.setup.mask["params"],
-            lora_config=record["lora"],
-            model_config=record["model"],
+        adapter = AdapterConfig(
+            lora=record["lora"],
+            model=record["model"],
             vocabulary_fingerprint=run.pretrained.vocabulary.fingerprint(),
             new_codes=codes,
         )
+        trained = run.assembly.setup.mask["params"]
+        save_adapter(folder, variables["params"], variables["lora"], trained, adapter)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
         return

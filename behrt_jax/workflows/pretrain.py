@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from behrt_jax.adapters.files import save_adapter
+from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import (
+    RowShape,
     TrainingBatches,
     ValidationBatches,
     training_batches,
     validation_batches,
-    with_rows_a_multiple_of,
 )
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.doctor import RunRecord
@@ -211,7 +211,7 @@ def open_pretraining(config: PretrainConfig, devices: Devices | None, console: C
     objective = masked_code_objective(setup.predictor, config.masking, config.train.static_masks)
     assembly = assemble(config, setup, objective, schedule.total_steps, mesh)
     parts = choose_micro_batches(config, folder, batches, schedule.total_steps, assembly, console.log)
-    batches = with_rows_a_multiple_of(batches, rows_multiple(batches, mesh, parts))
+    batches = batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts))
     counts = data.vocabulary.counts
     return Pretraining(
         folder, assembly, batches, schedule, parts, parameters, counts, data, description, tuning
@@ -231,22 +231,19 @@ def split_batches(
     Raises:
         InputError: a split without events.
     """
-    common: dict[str, Any] = {
-        "row_length": config.data.max_length or config.model.positions,
-        "window": config.data.window,
-        "packed": config.data.packed,
-        "cls_token": config.model.cls_token,
-        "multiple_of": multiple_of,
-    }
+    length, window = config.data.max_length or config.model.positions, config.data.window
+    shape = RowShape(length, config.data.packed, config.model.cls_token, multiple_of)
     batches = training_batches(
         data.splits["train"],
-        **common,
+        shape,
         batch_size=config.train.batch_size,
         batch_tokens=config.train.batch_tokens,
+        window=window,
         seed=config.train.seed,
         static=config.train.static_masks,
     )
-    return batches, validation_batches(data.splits["tuning"], **common, rows_per_batch=batches.rows_per_batch)
+    rows = batches.rows_per_batch
+    return batches, validation_batches(data.splits["tuning"], shape, rows_per_batch=rows, window=window)
 
 
 def predict_baselines(
@@ -287,15 +284,12 @@ def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, va
         return
     values = settings(config)
     try:
-        save_adapter(
-            run.folder / "adapter",
-            params=variables["params"],
-            lora=variables["lora"],
-            trained=run.assembly.setup.mask["params"],
-            lora_config=values["lora"],
-            model_config=values["model"],
-            vocabulary_fingerprint=run.data.vocabulary.fingerprint(),
+        fingerprint = run.data.vocabulary.fingerprint()
+        adapter = AdapterConfig(
+            lora=values["lora"], model=values["model"], vocabulary_fingerprint=fingerprint
         )
+        trained = run.assembly.setup.mask["params"]
+        save_adapter(run.folder / "adapter", variables["params"], variables["lora"], trained, adapter)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 

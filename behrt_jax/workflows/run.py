@@ -21,8 +21,7 @@ import numpy as np
 from behrt_jax import __version__
 from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig
-from behrt_jax.data.batches import TrainingBatches
-from behrt_jax.data.examples import TaskBatches
+from behrt_jax.data.batches import TaskBatches, TrainingBatches
 from behrt_jax.errors import InputError
 from behrt_jax.files import read_json
 from behrt_jax.run_folder import CONFIG_FILE, METRICS_FILE, truncate_metrics

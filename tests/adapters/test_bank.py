@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.adapters import bank, lora
-from behrt_jax.adapters.files import save_adapter
+from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
@@ -41,15 +41,13 @@ def save(folder, params, adapters, config, trained_groups=("head",), **changes):
     def trains(path, _):
         return label(("params", *path_names(path))) in trained_groups
 
-    save_adapter(
-        folder,
-        params=params,
-        lora=adapters,
-        trained=jax.tree_util.tree_map_with_path(trains, params),
-        lora_config=None if config is None else {**vars(config), "unknown_setting": 1},
-        model_config={},
-        **{"vocabulary_fingerprint": "v", **changes},
-    )
+    written = {
+        "lora": None if config is None else {**vars(config), "unknown_setting": 1},
+        "model": {},
+        "vocabulary_fingerprint": "v",
+    }
+    trained = jax.tree_util.tree_map_with_path(trains, params)
+    save_adapter(folder, params, adapters, trained, AdapterConfig(**{**written, **changes}))
 
 
 @pytest.fixture(scope="module", params=["layers apart", "stacked"])
@@ -123,7 +121,7 @@ def apply(loaded, inputs, numbers, config):
 
 
 def predict(loaded, config, batch, numbers):
-    return apply(loaded, batch[:5], numbers, config)
+    return apply(loaded, batch, numbers, config)
 
 
 def test_the_base_is_shared_and_the_bank_has_one_adapter_after_the_other(case):
@@ -152,7 +150,7 @@ def test_gathered_adapters_cost_the_same_however_many_there_are(tmp_path):
 
     def flops(adapters, shape):
         loaded = bank.load([tmp_path / "adapter"] * adapters, params)
-        lowered = apply.lower(loaded, batch[:5], jnp.zeros(shape, jnp.int32), config)
+        lowered = apply.lower(loaded, batch, jnp.zeros(shape, jnp.int32), config)
         return lowered.compile().cost_analysis()["flops"]
 
     joined = [flops(adapters, (4, SEGMENTS)) for adapters in (4, 8, 16)]

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from behrt_jax.adapters import lora
-from behrt_jax.adapters import lora as ranks
-from behrt_jax.adapters.files import load_adapter, save_adapter
-from behrt_jax.adapters.products import activation_product, merged_kernel, merged_product, resolve_product
+from behrt_jax.adapters.files import AdapterConfig, load_adapter, save_adapter
+from behrt_jax.adapters.lora import activation_product, merged_kernel, merged_product, resolve_product
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
@@ -91,11 +90,15 @@ def test_merged_parameters_give_the_adapted_output(params, stabilised):
     np.testing.assert_allclose(from_merged[real], adapted[real], atol=1e-5, rtol=1e-5)
 
 
+def unmerged(params, adapters, config):
+    return lora.merge(params, lora.scaled(adapters, -1.0), config)
+
+
 def test_unmerge_undoes_merge_and_touches_no_other_leaf(params):
     config = LoRAConfig(rank=4, targets=("out",))
     adapters = trained(params, config)
     merged = lora.merge(params, adapters, config)
-    chex.assert_trees_all_close(lora.unmerge(merged, adapters, config), params, atol=1e-6)
+    chex.assert_trees_all_close(unmerged(merged, adapters, config), params, atol=1e-6)
     changed = {
         path
         for path, leaf in flatten_dict(merged).items()
@@ -309,12 +312,12 @@ RNG = np.random.default_rng(0)
 def test_adapters_of_a_larger_rank_have_the_same_product_and_are_cut_back(layers):
     a, b = RNG.normal(size=(*layers, 4, 2)), RNG.normal(size=(*layers, 2, 5))
     tree = {"encoder": {"query": {"a": a.astype(np.float32), "b": b.astype(np.float32)}}}
-    padded = ranks.pad(tree, 3)
+    padded = lora.pad(tree, 3)
     longer = padded["encoder"]["query"]
     assert longer["a"].shape == (*layers, 4, 3) and longer["b"].shape == (*layers, 3, 5)
     np.testing.assert_allclose(longer["a"] @ longer["b"], a @ b, rtol=1e-4, atol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, ranks.cut(padded, 2), tree)
-    twice = ranks.scaled(padded, 2.0)["encoder"]["query"]
+    jax.tree.map(np.testing.assert_array_equal, lora.cut(padded, 2), tree)
+    twice = lora.scaled(padded, 2.0)["encoder"]["query"]
     np.testing.assert_allclose(twice["a"] @ twice["b"], 2 * a @ b, rtol=1e-4, atol=1e-6)
 
 
@@ -353,7 +356,7 @@ def test_merging_is_that_of_layers_one_by_one_and_can_be_undone(stacked):
     kernel = ("behrt", "encoder", "layers", "attention", "query", "kernel")
     before, after = (flatten(tree)[kernel] for tree in (stacked, merged))
     assert np.abs(after - before).max(axis=(1, 2)).min() > 0.01
-    chex.assert_trees_all_close(lora.unmerge(merged, adapters, CONFIG), stacked, atol=1e-6)
+    chex.assert_trees_all_close(unmerged(merged, adapters, CONFIG), stacked, atol=1e-6)
 
 
 def flatten(tree):
@@ -389,18 +392,16 @@ def test_an_adapter_file_fits_its_base_in_either_layout(stacked, tmp_path, saved
 
     save_adapter(
         tmp_path / "adapter",
-        params=params,
-        lora=layout(adapters, saved_stacked),
-        trained=jax.tree_util.tree_map_with_path(trains, params),
-        lora_config={"rank": 3},
-        model_config={},
-        vocabulary_fingerprint="v",
+        params,
+        layout(adapters, saved_stacked),
+        jax.tree_util.tree_map_with_path(trains, params),
+        AdapterConfig(lora={"rank": 3}, model={}, vocabulary_fingerprint="v"),
     )
     other = jax.tree_util.tree_map_with_path(lambda p, x: x + 1.0 if trains(p, x) else x, stacked)
     found_params, found_lora, config = load_adapter(tmp_path / "adapter", layout(other, loaded_stacked))
     chex.assert_trees_all_equal(found_params, layout(stacked, loaded_stacked))
     chex.assert_trees_all_equal(found_lora, layout(adapters, loaded_stacked))
-    assert "lora/behrt/encoder/layer_2/attention/query/a" in config["tensors"]
+    assert "lora/behrt/encoder/layer_2/attention/query/a" in config.tensors
 
     changed = jax.tree.map(lambda x: x, other)
     kernel = changed["behrt"]["encoder"]["layers"]["output"]["kernel"]
@@ -416,12 +417,10 @@ def test_an_adapter_on_some_layers_does_not_fit_a_stack(stacked, tmp_path, layer
     adapters = lora.init(jax.random.key(1), params, config)
     save_adapter(
         tmp_path / "adapter",
-        params=params,
-        lora=adapters,
-        trained=jax.tree.map(lambda _: False, params),
-        lora_config={"rank": 3},
-        model_config={},
-        vocabulary_fingerprint="v",
+        params,
+        adapters,
+        jax.tree.map(lambda _: False, params),
+        AdapterConfig(lora={"rank": 3}, model={}, vocabulary_fingerprint="v"),
     )
     with pytest.raises(InputError, match=f"query/a cannot be stacked: layer_{missing} has no"):
         load_adapter(tmp_path / "adapter", stack_layers(params))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.cli import doctor_command, prepare_command
-from behrt_jax.data.event_rules import DAY
+from behrt_jax.data.events import DAY
 from behrt_jax.data.prepared import read_manifest, read_prepared, write_json
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint
 from behrt_jax.data.vocabulary import UNK

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, VISIT_FIELD, EventCounts
+from behrt_jax.data.events import BIRTH_CODE, DAY, EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources.cdm import Kind, Part, read_chunks
 from behrt_jax.records.sources.omop_tables import (
@@ -30,8 +30,6 @@ from behrt_jax.records.sources.omop_tables import (
 # pyright: reportAttributeAccessIssue=false
 
 
-DAY = 86_400_000_000
-"""Microseconds in a day."""
 NO_TIME = np.iinfo(np.int64).min
 """Stands for a null time."""
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from behrt_jax.data.events import DEATH_CODE
+from behrt_jax.data.sorting import find_ids
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources.cdm import Kind, columns_of, find_tables, parts_of, read_chunks
 
@@ -165,13 +166,11 @@ def integers(batch: pa.RecordBatch, column: str) -> np.ndarray:
 
 def places(ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where ``wanted`` is in ascending ``ids``: places (valid only where found), and whether it is there."""
-    if not len(ids):
-        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
     # In ascending order the search goes through memory once: several times faster than in random order.
     order = np.argsort(wanted)
     place = np.empty(len(wanted), np.int64)
-    place[order] = np.minimum(np.searchsorted(ids, wanted[order]), len(ids) - 1)
-    return place, ids[place] == wanted
+    place[order] = find_ids(ids, wanted[order])
+    return place, place >= 0
 
 
 @dataclass(frozen=True, eq=False)

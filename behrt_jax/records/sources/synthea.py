@@ -26,13 +26,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EVENT_SCHEMA, VISIT_FIELD, EventCounts
+from behrt_jax.data.events import BIRTH_CODE, DAY, DEATH_CODE, EVENT_SCHEMA, VISIT_FIELD, EventCounts
+from behrt_jax.data.sorting import find_ids
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources.csv_files import Piece, csv_columns, is_csv, read_csv
 from behrt_jax.records.sources.table_columns import (
     TextIds,
     encode_text,
-    find,
     hashed_ids,
     parse_numbers,
     parse_times,
@@ -42,9 +42,6 @@ from behrt_jax.records.sources.table_columns import (
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
-
-
-_DAY = 86_400_000_000
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def read_patient_ids(file: SyntheaFile) -> np.ndarray:
         subject = ids(texts.dictionary)[texts.indices.to_numpy()]  # [N]
         repeated = np.ones(len(subject), dtype=bool)
         repeated[np.unique(subject, return_index=True)[1]] = False
-        repeated |= find(earlier, subject) >= 0
+        repeated |= find_ids(earlier, subject) >= 0
         for row in np.flatnonzero(repeated)[:1]:
             problem = "an id that an earlier row has too: keep one row for each patient."
             raise piece.error(file.columns["ID"], int(row), problem)
@@ -151,7 +148,7 @@ def read_encounters(file: SyntheaFile | None) -> Encounters:
             stop = parse_times(piece, "STOP") if "STOP" in piece.table.column_names else start
             stop = pc.max_element_wise(start, stop)  # an encounter without a STOP is its first day
             there = pc.and_(ids.is_valid(), start.is_valid())
-            days = [times.filter(there).cast(pa.int64()).to_numpy() // _DAY for times in (start, stop)]
+            days = [times.filter(there).cast(pa.int64()).to_numpy() // DAY for times in (start, stop)]
             parts.append((ids.filter(there).to_numpy(), *days))
     ids, first, last = (np.concatenate(part) for part in zip(*parts, strict=True))  # [E]
     unique, place = np.unique(ids, return_inverse=True)
@@ -240,9 +237,9 @@ def visits_of(
         counts.change("unknown visit", visits.null_count)
         return visits
     there = visits.is_valid().to_numpy(zero_copy_only=False)
-    place = np.where(there, find(encounters.ids, visits.fill_null(0).to_numpy()), -1)
+    place = np.where(there, find_ids(encounters.ids, visits.fill_null(0).to_numpy()), -1)
     known = place >= 0
-    days = times.cast(pa.int64()).to_numpy() // _DAY
+    days = times.cast(pa.int64()).to_numpy() // DAY
     outside = np.zeros(len(days), dtype=bool)
     place, day = place[known], days[known]
     outside[known] = (day < encounters.first[place] - 1) | (day > encounters.last[place] + 1)
@@ -413,7 +410,7 @@ class SyntheaSource:
         more = {"encounters": ("ID", "ENCOUNTERCLASS"), "observations": ("ENCOUNTER", "VALUE", "TYPE")}
         for piece in file.read(*columns, *more.get(name, ("ENCOUNTER",))):
             subject = encoded_ids(encode_text(piece.column("PATIENT")))
-            known = find(self._patients, subject.fill_null(0).to_numpy()) >= 0
+            known = find_ids(self._patients, subject.fill_null(0).to_numpy()) >= 0
             times, codes = parse_times(piece, file.start), codes_of(name, piece)
             describe(piece, codes, texts)
             keep = np.ones(len(times), dtype=bool)  # [N]

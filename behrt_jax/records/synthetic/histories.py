@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, EventCounts, EventSet
+from behrt_jax.data.events import BIRTH_CODE, DAY, EVENT_SCHEMA, EventCounts, EventSet
 from behrt_jax.errors import InputError
 
 YEAR_DAYS = 365.25
-DAY_US = 86_400_000_000
 MINUTE_US = 60_000_000
 
 VISIT_SIZES = np.array([1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 5, 6])
@@ -106,7 +105,7 @@ def draw_histories(rng: np.random.Generator, subjects: int, mean: float, spread:
     event_places = np.arange(events) - np.repeat(visit_starts, visit_events)
     opening = rng.integers(8 * 60, 16 * 60, len(visit_starts))
     minutes_apart = rng.integers(1, 20, len(visit_starts))
-    event_times = np.repeat(visit_days * DAY_US + opening * MINUTE_US, visit_events)
+    event_times = np.repeat(visit_days * DAY + opening * MINUTE_US, visit_events)
     event_times += event_places * np.repeat(minutes_apart * MINUTE_US, visit_events)
     return Histories(
         subject_ids=draw_subject_ids(rng, subjects),
@@ -147,7 +146,7 @@ def draw_deaths(rng: np.random.Generator, histories: Histories) -> tuple[np.ndar
     ages = (last_days - histories.birth_days) / YEAR_DAYS
     rows = np.flatnonzero(rng.random(len(ages)) < 0.01 + 0.6 / (1 + np.exp((85 - ages) / 5)))
     days = last_days[rows] + 1 + rng.exponential(60, len(rows)).astype(np.int64)
-    return rows, (days * DAY_US).view("datetime64[us]")
+    return rows, (days * DAY).view("datetime64[us]")
 
 
 def to_event_set(
@@ -170,7 +169,7 @@ def to_event_set(
     Returns:
         Events with a birth for each subject, then the facts, then the histories: not sorted by subject.
     """
-    births = (np.arange(len(histories.birth_days)), (histories.birth_days * DAY_US).view("datetime64[us]"))
+    births = (np.arange(len(histories.birth_days)), (histories.birth_days * DAY).view("datetime64[us]"))
     facts = {BIRTH_CODE: births} | (facts or {})
     subjects = [rows for rows, _ in facts.values()]
     subjects.append(np.repeat(histories.visit_subjects, histories.visit_events))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from behrt_jax.data.events import EventSet
+from behrt_jax.data.events import DAY, EventSet
 from behrt_jax.records.synthetic.histories import (
-    DAY_US,
     MINUTE_US,
     Histories,
     check_options,
@@ -152,7 +151,7 @@ def draw_latent_histories(
     # Ages are float32 later on, at worst four minutes wrong: keep away from noon.
     opening = rng.integers(12 * 60 + 10, 16 * 60, visits)
     minutes_apart = rng.integers(1, 20, visits)
-    event_times = np.repeat(visit_days * DAY_US + opening * MINUTE_US, visit_events)
+    event_times = np.repeat(visit_days * DAY + opening * MINUTE_US, visit_events)
     event_times += event_places * np.repeat(minutes_apart * MINUTE_US, visit_events)
     return Histories(
         subject_ids=draw_subject_ids(rng, subjects),
