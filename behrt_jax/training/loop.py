@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -17,11 +17,12 @@ import jax
 import numpy as np
 
 from behrt_jax.config import TaskTrainConfig, TrainConfig
+from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics
 from behrt_jax.training.step import Totals, TrainState
 from behrt_jax.training.telemetry import Telemetry
 
-Metrics = dict[str, Any]
+Metrics = JsonObject
 """A line of metrics.jsonl, or a part of it."""
 IN_FLIGHT = 4
 """Calls that the host may be ahead of the devices: enough that they never wait for it."""
@@ -51,12 +52,12 @@ class Cursor:
         else:
             self.validations_without_gain += 1
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """As JSON: no infinity."""
         return {**asdict(self), "best_loss": None if math.isinf(self.best_loss) else self.best_loss}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Cursor":
+    def from_json(cls, value: JsonObject) -> "Cursor":
         """Inverse of :meth:`to_json`."""
         return cls(**{**value, "best_loss": math.inf if value["best_loss"] is None else value["best_loss"]})
 

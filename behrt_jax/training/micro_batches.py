@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
-from behrt_jax.files import read_json, write_text
+from behrt_jax.files import JsonObject, read_json, write_text
 from behrt_jax.run_folder import CONFIG_FILE
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.feeding import one_step
@@ -117,7 +117,7 @@ def fastest(
     return best
 
 
-def remembered(file: Path, key: Mapping[str, Any], find: Callable[[], int]) -> int:
+def remembered(file: Path, key: JsonObject, find: Callable[[], int]) -> int:
     """What `find` returned earlier for the same key, kept in a JSON file; a file that is not to be read or
     written is no error.
 
@@ -139,7 +139,7 @@ def remembered(file: Path, key: Mapping[str, Any], find: Callable[[], int]) -> i
     return answer
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> JsonObject:
     try:
         known = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -20,6 +20,7 @@ import optax
 from behrt_jax.adapters import lora
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
+from behrt_jax.models.stacked_layers import Tree
 from behrt_jax.training.freezing import part, whole
 from behrt_jax.training.step import Objective, Totals, TrainState, Variables, make_update_step
 
@@ -83,7 +84,7 @@ def init_population(
     keys: jax.Array,
     configs: Sequence[LoRAConfig | None],
     variables: Variables,
-    mask: Any,
+    mask: Tree,
     optimizer: optax.GradientTransformation,
 ) -> PopulationState:
     """The first state: the frozen leaves of `variables`, and each member's own of all others.
@@ -123,7 +124,7 @@ def init_population(
 def make_population_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    mask: Any,
+    mask: Tree,
     *,
     clip_norm: float | None,
     micro_batches: int = 1,

@@ -46,9 +46,9 @@ class Setup(NamedTuple):
     predictor: Predictor
     init_with: Callable[[jax.Array, LoRAConfig | None], Variables]
     """From a key and adapters, of whatever rank, to random variables."""
-    shapes: Any
+    shapes: Variables
     """The variables as ``jax.ShapeDtypeStruct``."""
-    mask: Any
+    mask: Tree
     """Tree of booleans with the structure of the variables: does this leaf train?"""
     layers: list[lora.AdaptedLayer]
     """Adapted layers; empty without LoRA."""
@@ -228,20 +228,20 @@ def init_state(
 
 
 def abstract_state(
-    shapes: Any, optimizer: optax.GradientTransformation, mesh: Mesh, large: int = LARGE
+    shapes: Variables, optimizer: optax.GradientTransformation, mesh: Mesh, large: int = LARGE
 ) -> TrainState:
     """What :func:`init_state` returns, as ``jax.ShapeDtypeStruct`` with shardings: no arrays are made."""
     opt_state = jax.eval_shape(optimizer.init, shapes)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    shapes = TrainState(step, shapes, opt_state)
+    state = TrainState(step, shapes, opt_state)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_shardings(shapes, mesh, large),
+        state,
+        state_shardings(state, mesh, large),
     )
 
 
-def with_encoder(state: TrainState, encoder: Any, new_rows: np.ndarray | None = None) -> TrainState:
+def with_encoder(state: TrainState, encoder: Tree, new_rows: np.ndarray | None = None) -> TrainState:
     """The state with the parameters of `encoder` in place of its own, spread over the devices as these.
 
     `new_rows` are the first values of the rows of new codes, float32 `[codes, embedding]`.

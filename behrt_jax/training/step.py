@@ -4,7 +4,7 @@ A :class:`Predictor` makes outputs of a batch; an :class:`Objective` makes a los
 of a task; :func:`make_update_step` makes a step of that.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,12 +30,12 @@ from behrt_jax.models.losses import (
     totals,
     vocabulary_chunk,
 )
+from behrt_jax.models.stacked_layers import Tree
 from behrt_jax.training.devices import gather, sum_over_devices
-from behrt_jax.training.freezing import stop_frozen, trainable_leaves
+from behrt_jax.training.freezing import Variables, stop_frozen, trainable_leaves
 from behrt_jax.training.masking import MaskedCodes, mask_codes
 from behrt_jax.training.optimizer import clip_factor
 
-Variables = dict[str, Any]
 Totals = dict[str, jax.Array]
 
 
@@ -98,7 +98,7 @@ class Predictor(NamedTuple):
                 rngs=None if key is None else {"dropout": key},
             )
 
-    def merged(self, variables: Variables) -> Mapping[str, object]:
+    def merged(self, variables: Variables) -> Tree:
         """Kernels that a step merges once for all its micro-batches, see `lora.merged_kernels`."""
         if self.lora is None or self.product != "merged":
             return {}
@@ -153,7 +153,7 @@ class Objective(NamedTuple):
     loss: Callable[[Variables, Any, jax.Array, jax.Array], tuple[jax.Array, Totals]]
     """(variables, inputs, number of each row in the batch, dropout key) -> sum of the losses, and totals by
     name, ``targets`` (how many losses were summed) among them. Sums, so that parts of a batch add up."""
-    merged: Callable[[Variables], Mapping[str, object]] = lambda variables: {}
+    merged: Callable[[Variables], Tree] = lambda variables: {}
     """Worked out once for all parts of a batch, see :meth:`Predictor.merged`."""
     mesh: Mesh | None = None
     """Devices that share the rows of a batch; a single one where not given."""
@@ -193,7 +193,7 @@ def task_objective(predictor: Predictor, kind: TaskKind) -> Objective:
 def make_update_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    mask: Any,
+    mask: Tree,
     key: jax.Array,
     *,
     clip_norm: float | None,
@@ -218,14 +218,14 @@ def make_update_step(
     # Steps built from one key (to compare their speed, say) draw the same.
     input_key, dropout_key = jax.random.split(jax.random.clone(key))
 
-    def loss_of(variables: Variables, merged: Any, inputs: Any, rows: jax.Array, key: jax.Array):
+    def loss_of(variables: Variables, merged: Tree, inputs: Any, rows: jax.Array, key: jax.Array):
         return objective.loss({**stop_frozen(variables, mask), "merged": merged}, inputs, rows, key)
 
-    def gradient_of(variables: Variables, merged: Any, inputs: Any, rows: jax.Array, key: jax.Array):
+    def gradient_of(variables: Variables, merged: Tree, inputs: Any, rows: jax.Array, key: jax.Array):
         gradient, sums = jax.grad(loss_of, has_aux=True)(variables, merged, inputs, rows, key)
         return trainable_leaves(gradient, mask), sums
 
-    def sums_of(variables: tuple[Variables, Any], keys: tuple[jax.Array, jax.Array], rows: tuple[Any, Any]):
+    def sums_of(variables: tuple[Variables, Tree], keys: tuple[jax.Array, jax.Array], rows: tuple[Any, Any]):
         batch, numbers = rows
         inputs = objective.inputs(keys[0], batch)
         return _accumulate(partial(gradient_of, *variables), inputs, numbers, keys[1], micro_batches)

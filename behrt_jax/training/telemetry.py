@@ -1,7 +1,7 @@
 """A running training watched leaf by leaf: gradients, adapters, rows of the code embedding."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 from jax.tree_util import tree_leaves_with_path
 
 from behrt_jax.adapters.lora import label, path_names
-from behrt_jax.models.stacked_layers import unstack_layers
+from behrt_jax.files import JsonObject
+from behrt_jax.models.stacked_layers import Tree, unstack_layers
 from behrt_jax.training.runtime import RUN_ONCE
 from behrt_jax.training.step import TrainState
 
@@ -20,17 +21,17 @@ SURELY_SHOWN = 10.0
 """Occurrences after which a code was shown to the model: that each was masked has a chance of 1e-8."""
 
 
-def leaf_names(tree: Any) -> list[str]:
+def leaf_names(tree: Tree) -> list[str]:
     """Path of every leaf of ``{"params": ..., "lora": ...}``, joined by slashes, in tree order."""
     return ["/".join(path_names(path)) for path, _ in tree_leaves_with_path(tree)]
 
 
-def trainable_names(mask: Any) -> list[str]:
+def trainable_names(mask: Tree) -> list[str]:
     """Names of the leaves where `mask` is True."""
     return [name for name, trains in zip(leaf_names(mask), jax.tree.leaves(mask), strict=True) if trains]
 
 
-def leaves_not_finite(variables: Mapping[str, Any]) -> list[str]:
+def leaves_not_finite(variables: Tree) -> list[str]:
     """Names of the leaves that hold a value that is not finite."""
     finite = jax.jit(
         lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), compiler_options=RUN_ONCE
@@ -47,12 +48,12 @@ class Telemetry:
     """Step -> learning rate of each group that trains, see `optimizer.rates_on_host`."""
     names: Sequence[str]
     """Of the trainable leaves, see :func:`trainable_names`."""
-    probe: Callable[[TrainState], dict[str, Any]]
+    probe: Callable[[TrainState], JsonObject]
     """Figures that join a validation's, see :func:`make_probe`."""
     at_start: Sequence[str] = ()
     """Leaves that were not finite before the first step, see :func:`leaves_not_finite`."""
 
-    def gradients(self, squares: np.ndarray) -> dict[str, Any]:
+    def gradients(self, squares: np.ndarray) -> JsonObject:
         """Gradient norms by group, and which leaves got no gradient at all.
 
         Args:
@@ -95,8 +96,8 @@ def compilations(jitted: Any) -> int | None:
 
 
 def make_probe(
-    start: Mapping[str, Any], code_counts: np.ndarray, steps_per_epoch: int, static_masks: bool = False
-) -> Callable[[TrainState], dict[str, Any]]:
+    start: Tree, code_counts: np.ndarray, steps_per_epoch: int, static_masks: bool = False
+) -> Callable[[TrainState], JsonObject]:
     """A look at a state when a validation is due: how far adapters moved, which rows were never updated.
 
     Args:
@@ -120,8 +121,8 @@ def make_probe(
     movement = jax.jit(lambda start, now: _movement(start, unstack_layers(now)))
     updated = jax.jit(lambda moments: (moments != 0).any(axis=1))
 
-    def probe(state: TrainState) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def probe(state: TrainState) -> JsonObject:
+        found: JsonObject = {}
         if layers:
             moved = jax.device_get(movement(start, state.variables["lora"]))
             found["adapters"] = {
@@ -141,7 +142,7 @@ def make_probe(
     return probe
 
 
-def _movement(start: Any, now: Any) -> dict[str, jax.Array]:
+def _movement(start: Tree, now: Tree) -> dict[str, jax.Array]:
     pairs = list(zip(jax.tree.leaves(start), jax.tree.leaves(now), strict=True))
     moved: dict[str, list[jax.Array]] = {"a": [], "b": []}
     # Leaves come as a, b, a, b: the keys of a layer are in order of the alphabet.

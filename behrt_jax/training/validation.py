@@ -14,6 +14,7 @@ from behrt_jax.data.vocabulary import CLS, PAD
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, results_of
 from behrt_jax.evaluation.ranking import auroc
+from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics, task_losses, totals
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.masking import mask_codes
@@ -69,7 +70,7 @@ def score(
     return found
 
 
-def task_metrics(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+def task_metrics(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> JsonObject:
     """Mean loss of examples and, for binary tasks, ``auroc`` (None where it is not defined).
 
     Args:
@@ -78,7 +79,7 @@ def task_metrics(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> di
         targets: float32 ``[examples, targets]``.
     """
     losses = np.asarray(task_losses(kind, outputs, targets), np.float64)
-    metrics: dict[str, Any] = {"loss": float(losses.mean()), "targets": len(losses)}
+    metrics: JsonObject = {"loss": float(losses.mean()), "targets": len(losses)}
     if kind == "binary":
         metrics["auroc"] = auroc(outputs[:, 0], targets[:, 0] > 0.5)
     if kind == "multiclass":

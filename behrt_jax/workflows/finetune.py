@@ -1,18 +1,17 @@
 """Fine-tuning: from a pretrained encoder and a table of labels to a calibrated model."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import jax
 
 from behrt_jax.config import FinetuneConfig
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.files import write_json, write_text
+from behrt_jax.files import JsonObject, write_json, write_text
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
     METRICS_FILE,
@@ -84,7 +83,7 @@ def finetune_on(
         compiling = compile_beside(beside, run, program)
         encoder = None if config.from_scratch else read_encoder(run.pretrained, mesh)
 
-        def record(line: dict[str, Any]) -> None:
+        def record(line: JsonObject) -> None:
             append_metrics(run.folder / METRICS_FILE, line)
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
@@ -149,7 +148,7 @@ def _summary(
     best_step: int | None,
     stop_reason: str,
     seconds: float,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Content of summary.json."""
     metrics = read_metrics(run.folder / METRICS_FILE)
     validations = [record for record in metrics if record.get("split") == "tuning"]
@@ -174,7 +173,7 @@ def write_results(
     config: FinetuneConfig,
     run: Finetuning,
     best: tuple[Variables, Calibration] | None,
-    summary: Mapping[str, Any],
+    summary: JsonObject,
 ) -> None:
     """Write task.json, the adapter, summary.json, SUMMARY.txt and plots; `best` are the variables of the best
     checkpoint and what was fitted with them.
@@ -193,7 +192,7 @@ def write_results(
     console.log(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
-def _verdict(summary: Mapping[str, Any]) -> str:
+def _verdict(summary: JsonObject) -> str:
     best, base = summary["best"], summary["baselines"]["base rate"]["loss"]
     if best is None:
         return "There is no validation yet."
@@ -208,7 +207,7 @@ def _verdict(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _text(config: FinetuneConfig, summary: Mapping[str, Any]) -> str:
+def _text(config: FinetuneConfig, summary: JsonObject) -> str:
     title = f"Fine-tuning run: {config.name} ({summary['task']})"
     best, parameters = summary["best"], summary["parameters"]
     took = format_duration(summary["wall_seconds"])
@@ -227,6 +226,6 @@ def _text(config: FinetuneConfig, summary: Mapping[str, Any]) -> str:
     return "\n\n".join(lines).encode("ascii", "replace").decode("ascii") + "\n"
 
 
-def _figures(metrics: Mapping[str, Any]) -> str:
+def _figures(metrics: JsonObject) -> str:
     names = [name for name in ("loss", "auroc", "accuracy") if metrics.get(name) is not None]
     return "  ".join(f"{name} {metrics[name]:.4f}" for name in names)

@@ -1,10 +1,9 @@
 """A fine-tuning run, of a single model or a population: its opening, and the model that it leaves behind."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.tasks import LabelTables
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold, mean_predictions
-from behrt_jax.files import write_json
+from behrt_jax.files import JsonObject, write_json
 from behrt_jax.models.behrt import BEHRTForTask
 from behrt_jax.run_folder import CONFIG_FILE, PARAMETERS_FILE, prepare_run_folder
 from behrt_jax.tracking.console import Console
@@ -164,7 +163,7 @@ def calibrate(config: TaskConfig, kind: TaskKind, outputs: np.ndarray, targets: 
     return Calibration(temperature, fit_threshold(probabilities, targets[:, 0] > 0.5, config.threshold))
 
 
-def task_record(config: FinetuneConfig, run: Finetuning, calibration: Calibration) -> dict[str, Any]:
+def task_record(config: FinetuneConfig, run: Finetuning, calibration: Calibration) -> JsonObject:
     """All that prediction needs beside the parameters, ready for JSON."""
     new = len(run.labelled.vocabulary) - len(run.labelled.base_codes)
     return {
@@ -182,7 +181,7 @@ def task_record(config: FinetuneConfig, run: Finetuning, calibration: Calibratio
 
 
 def try_write_adapter(
-    console: Console, folder: Path, run: Finetuning, variables: Variables, record: Mapping[str, Any]
+    console: Console, folder: Path, run: Finetuning, variables: Variables, record: JsonObject
 ) -> None:
     """Write an adapter folder; where safetensors is not installed, say so and go on."""
     codes = run.labelled.vocabulary.codes[len(run.labelled.base_codes) :]

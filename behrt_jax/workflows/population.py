@@ -12,7 +12,7 @@ import numpy as np
 from behrt_jax.config import FinetuneConfig, LoRAConfig
 from behrt_jax.data.batches import TaskBatch, TaskBatches, reading_ahead
 from behrt_jax.data.tasks import read_label_tables
-from behrt_jax.files import write_json, write_text
+from behrt_jax.files import JsonObject, write_json, write_text
 from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import Devices, put_rows, replicated
@@ -177,7 +177,7 @@ def train_population(
     state, batches, mask = population.state, run.batches, run.assembly.setup.mask
     found = [Best() for _ in range(variation.size)]
 
-    def read(number: int) -> tuple[TaskBatch, dict[str, Any], int]:
+    def read(number: int) -> tuple[TaskBatch, JsonObject, int]:
         batch = batches.batch(number)
         tokens = int(np.count_nonzero(batch.rows.segment_ids))
         own = jax.device_put(own_fields(batch, variation), replicated(run.assembly.mesh))
@@ -271,10 +271,10 @@ def write_population(
     variation: Variation,
     found: Sequence[Best],
     seconds: float,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write members/, task.json, summary.json and SUMMARY.txt; returns the summary."""
     rows = [_write_member(console, config, run, variation, k, best) for k, best in enumerate(found)]
-    summary: dict[str, Any] = {
+    summary: JsonObject = {
         "task": run.labelled.task.kind,
         "population": settings(config.population),
         "members": rows,
@@ -309,7 +309,7 @@ def write_population(
 
 def _write_member(
     console: Console, config: FinetuneConfig, run: Finetuning, variation: Variation, k: int, best: Best
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write the adapter of a member; returns its part of the summary."""
     labelled, kind = variation.labelled[k], run.labelled.task.kind
     if best.outputs is None:
@@ -330,7 +330,7 @@ def _write_member(
 
 def _predict_together(
     config: FinetuneConfig, run: Finetuning, variation: Variation, found: Sequence[Best]
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[JsonObject, list[str]]:
     """Choose who predicts, the best of a search or all, and calibrate it: what the summary says of it."""
     labelled, kind = run.labelled, run.labelled.task.kind
     searched = config.population.vary in SEARCHES
@@ -338,7 +338,7 @@ def _predict_together(
     outputs = np.array([found[k].outputs for k in chosen])  # [K, N, O]
     calibration = calibrate(config.task, kind, outputs, labelled.tuning_targets)
     write_json(run.folder / TASK_FILE, {**task_record(config, run, calibration), "members": chosen})
-    together: dict[str, Any] = {
+    together: JsonObject = {
         "predicting_members": chosen,
         "baselines": {"base rate": {"loss": loss_of_base_rate(labelled)}},
         "calibration": asdict(calibration),

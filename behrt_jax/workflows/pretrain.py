@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -22,7 +22,7 @@ from behrt_jax.diagnosis.doctor import RunRecord
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import Cooccurrence, MaskedCodeResults, MaskedSplit, Unigram, assess
 from behrt_jax.evaluation.oracle import oracle_of
-from behrt_jax.files import write_json, write_text
+from behrt_jax.files import JsonObject, write_json, write_text
 from behrt_jax.records.load import load_sequences
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -174,7 +174,7 @@ class Pretraining(Run):
 
     batches: TrainingBatches
     data: SequenceSet
-    description: Mapping[str, Any]
+    description: JsonObject
     """Counts of `data`, see `data.sequences.describe`."""
     tuning: ValidationBatches
 
@@ -264,7 +264,7 @@ def predict_baselines(
 
 
 def examine_before(
-    config: PretrainConfig, run: Pretraining, baselines: Mapping[str, Any], console: Console
+    config: PretrainConfig, run: Pretraining, baselines: JsonObject, console: Console
 ) -> Examination:
     """Show the doctor's findings before the first step, and write what a run folder begins with."""
     facts = gather_facts(config, run.data, run.assembly.setup, run.batches, run.schedule.total_steps)
@@ -308,11 +308,11 @@ class RunEnd(NamedTuple):
 def write_summary(
     run: Pretraining,
     config: PretrainConfig,
-    baselines: Mapping[str, Any],
-    assessment: Mapping[str, Any],
+    baselines: JsonObject,
+    assessment: JsonObject,
     ended: RunEnd,
     examination: Examination,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write summary.json, SUMMARY.txt, plots and report.html; returns the summary."""
     folder, metrics = run.folder, read_metrics(run.folder / METRICS_FILE)
     summary = summarise(

@@ -23,7 +23,7 @@ from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.data.batches import TaskBatches, TrainingBatches
 from behrt_jax.errors import InputError
-from behrt_jax.files import read_json
+from behrt_jax.files import JsonObject, read_json
 from behrt_jax.run_folder import CONFIG_FILE, METRICS_FILE, truncate_metrics
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import flat
@@ -46,7 +46,7 @@ class Run:
     batches: TrainingBatches | TaskBatches
     schedule: Schedule
     micro_batches: int
-    parameters: dict[str, Any]
+    parameters: JsonObject
     """Content of parameters.json."""
     code_counts: np.ndarray
     """Events of each code in the train split, int64 ``[vocabulary]``."""
@@ -176,13 +176,13 @@ class RunResult:
     """Where a run is and how it ended."""
 
     folder: Path
-    summary: dict[str, Any]
+    summary: JsonObject
     """Content of summary.json."""
     exit_status: int = 0
     """0, or 128 plus the number of the signal that stopped the run."""
 
 
-def parameter_report(freezing: FreezingConfig, setup: Setup) -> dict[str, Any]:
+def parameter_report(freezing: FreezingConfig, setup: Setup) -> JsonObject:
     """Content of parameters.json: counts by group, the regime, and the adapted layers."""
     return {
         **count_parameters(setup.shapes, setup.mask),
@@ -220,10 +220,10 @@ def default_folder(name: str) -> Path:
 
 def run_record(
     config: PretrainConfig | FinetuneConfig,
-    data: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    baselines: Mapping[str, Any],
-) -> dict[str, Any]:
+    data: JsonObject,
+    facts: JsonObject,
+    baselines: JsonObject,
+) -> JsonObject:
     """Content of config.json: settings, versions, devices, what the data is (no events), and what the
     doctor goes by.
     """
@@ -243,7 +243,7 @@ def run_record(
     }
 
 
-def settings(config: Any) -> dict[str, Any]:
+def settings(config: Any) -> JsonObject:
     """A configuration (a dataclass) as nested dicts, ready for JSON."""
 
     def plain(value: Any) -> Any:
@@ -278,7 +278,7 @@ def check_same_run(folder: Path, config: PretrainConfig | FinetuneConfig, finger
         )
 
 
-def _completed(stored: Mapping[str, Any], kind: type[PretrainConfig | FinetuneConfig]) -> dict[str, Any]:
+def _completed(stored: JsonObject, kind: type[PretrainConfig | FinetuneConfig]) -> JsonObject:
     """Settings of a run, with the defaults of those that its version of behrt_jax did not have."""
     defaults = settings(kind(lora=LoRAConfig()))
     return {
@@ -287,7 +287,7 @@ def _completed(stored: Mapping[str, Any], kind: type[PretrainConfig | FinetuneCo
     }
 
 
-def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable(values: JsonObject) -> JsonObject:
     lists = {
         f"{section}.{name}": value
         for section, inner in values.items()

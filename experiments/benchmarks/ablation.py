@@ -70,8 +70,8 @@ def _head_everywhere() -> dict[str, Any]:
     class Everywhere(BEHRTForMLM):
         """Logits at every column, of which the targets are taken afterwards."""
 
-        def __call__(self, batch: Batch, targets: Any = None, **options: Any) -> jax.Array:
-            logits = super().__call__(batch, **options)
+        def __call__(self, batch: Batch, targets: Any = None, *others: Any, **options: Any) -> jax.Array:
+            logits = super().__call__(batch, None, *others, **options)
             if targets is None:
                 return logits
             return jnp.take_along_axis(logits, targets[:, :, None], axis=1)
