@@ -3,20 +3,16 @@
 import json
 import multiprocessing
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 from behrt_jax.config import PrepareConfig
 from behrt_jax.errors import InputError
-from behrt_jax.files import work_folder
+from behrt_jax.files import JsonObject, work_folder
 from behrt_jax.records.prepare.manifest import describe_counts, input_files
-from behrt_jax.records.prepare.spill import Reading, Spill, spill_units
+from behrt_jax.records.prepare.spill import Reading, Spill, Told, spill_units
 from behrt_jax.records.sources.source import Source
-
-Told = Callable[[int, int], None]
-"""Called with how much is done, and how much there is."""
 
 
 def spill_in_parallel(
@@ -67,8 +63,8 @@ def shards_folder(output: Path) -> Path:
 
 
 def read_shard(
-    source: Source, config: PrepareConfig, reading: Reading, options: dict[str, Any], told: Told
-) -> dict[str, Any]:
+    source: Source, config: PrepareConfig, reading: Reading, options: JsonObject, told: Told
+) -> JsonObject:
     """Do the shard of ``config.shard``: units i, i + n, i + 2n ... of the source.
 
     Returns:
@@ -95,9 +91,7 @@ def read_shard(
     return {"shard": config.shard, "units": len(units), "events": counts}
 
 
-def load_shards(
-    source: Source, config: PrepareConfig, reading: Reading, options: dict[str, Any]
-) -> list[Spill]:
+def load_shards(source: Source, config: PrepareConfig, reading: Reading, options: JsonObject) -> list[Spill]:
     """What the jobs with ``shard`` have left beside the output.
 
     Raises:
@@ -133,9 +127,7 @@ def load_shards(
     return spills
 
 
-def _identity(
-    source: Source, config: PrepareConfig, reading: Reading, options: dict[str, Any]
-) -> dict[str, Any]:
+def _identity(source: Source, config: PrepareConfig, reading: Reading, options: JsonObject) -> JsonObject:
     """What must be the same for all shards."""
     files = input_files(source, config.input)
     return {"options": options, "files": files, "boundaries": reading.boundaries.tolist()}

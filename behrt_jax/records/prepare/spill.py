@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +17,13 @@ import pyarrow.compute as pc
 
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EventColumns, EventCounts
 from behrt_jax.data.sorting import ascending, distinct
+from behrt_jax.files import JsonObject
 from behrt_jax.records.sources.source import Source
 
-# What happens to each chunk of events as it is read: codes numbered and selected, subjects noted, rows cut
+Told = Callable[[int, int], None]
+"""Called with how much is done, and how much there is."""
+
+# What happens to each chunk of events as it is read: codes numbered and selected, subjects noted, rows cut.
 
 _MANY_SUBJECTS = 1 << 22
 _MARKS = 1 << 25  # bytes of a table with a mark for each subject
@@ -41,10 +44,11 @@ class CodeNumbers:
 
     @property
     def names(self) -> list[str]:
+        """In the order of their numbers."""
         return list(self._place)
 
     def numbers(self, dictionary: pa.Array) -> np.ndarray:
-        """int32 ``[codes]``."""
+        """The number of each of some codes, int32 ``[codes]``; new ones get the next."""
         places = _places(dictionary, self._known)
         if places.null_count:
             new = dictionary.filter(places.is_null()).unique().to_pylist()
@@ -70,6 +74,7 @@ class CodeNumbers:
         return self._ascending, self._place_ascending
 
     def prefixes(self) -> dict[str, int]:
+        """Start of a code, up to the first ``//`` -> events read, markers aside."""
         found = Counter()
         for name, events in zip(self._place, self.events.tolist(), strict=True):
             if name not in (BIRTH_CODE, DEATH_CODE):
@@ -122,6 +127,7 @@ class SubjectSet:
         self._least = start
 
     def all(self) -> np.ndarray:
+        """int64, ascending."""
         marked = np.flatnonzero(self._marks) + self._least
         return distinct(np.concatenate([marked, *self._parts])) if self._parts else marked
 
@@ -237,7 +243,7 @@ class Spill:
     """Start of a code, up to the first ``//`` -> events read, markers aside."""
     bucket_events: list[int]
     """Events of each bucket."""
-    learned: dict[str, Any] = field(default_factory=dict)
+    learned: JsonObject = field(default_factory=dict)
     """See `sources.source.Source.learned`."""
 
     @classmethod
@@ -314,10 +320,12 @@ def spill_units(
                     writers[key].write_batch(part)
                     events[bucket] += part.num_rows
             progress(done)
-    for rule, dropped in unselected.dropped.items():
-        counts.drop(rule, dropped)
+    add_counts(counts, unselected)
     if reading.subjects:
-        _write(folder / "subjects.arrow", pa.table({"subject_id": seen.all()}))
+        listed = pa.table({"subject_id": seen.all()})
+        file = str(folder / "subjects.arrow")
+        with pa.OSFile(file, "wb") as sink, pa.ipc.new_stream(sink, listed.schema) as writer:
+            writer.write_table(listed)
     spill = Spill(folder, counts, codes.names, codes.prefixes(), events.tolist(), source.learned())
     stored = {name: value for name, value in vars(spill).items() if name != "folder"}
     (folder / "spill.json").write_text(json.dumps(stored | {"counts": vars(counts)}))
@@ -332,9 +340,13 @@ def read_ahead(tables: Iterator[pa.Table], pool: ThreadPoolExecutor) -> Iterator
         yield table
 
 
-def _write(file: Path, table: pa.Table) -> None:
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
+def add_counts(counts: EventCounts, more: EventCounts) -> None:
+    """Add one account of events to another."""
+    counts.read += more.read
+    for rule, events in more.dropped.items():
+        counts.drop(rule, events)
+    for rule, events in more.changed.items():
+        counts.change(rule, events)
 
 
 # Spill files read back in partitions: runs of neighbouring buckets, chosen when their sizes are known.
@@ -344,50 +356,41 @@ PARTITION_EVENTS = 262_144
 processor's cache, which is faster than fewer, larger partitions."""
 
 
-def choose_partitions(spills: Sequence[Spill], most: int = PARTITION_EVENTS) -> list[range]:
-    """Join neighbouring buckets into partitions of at most ``most`` events, or of one bucket."""
-    sizes = np.sum([spill.bucket_events for spill in spills], axis=0).tolist()
-    partitions, start, held = [], 0, 0
-    for bucket, size in enumerate(sizes):
-        if held and held + size > most:
-            partitions.append(range(start, bucket))
-            start, held = bucket, 0
-        held += size
-    return [*partitions, range(start, len(sizes))]
+class Partitions:
+    """The events of all shards' spill files: neighbouring buckets joined, loaded one partition at a time.
 
-
-def code_lookups(spills: Sequence[Spill], names: Sequence[str]) -> list[np.ndarray]:
-    """Place in ``names`` of each code of each shard, int32 ``[codes]``."""
-    place = {name: index for index, name in enumerate(names)}
-    return [np.array([place[name] for name in spill.codes], np.int32) for spill in spills]
-
-
-def load_partition(
-    spills: Sequence[Spill],
-    buckets: range,
-    names: Sequence[str],
-    lookups: Sequence[np.ndarray] | None = None,
-) -> tuple[EventColumns, np.ndarray | None]:
-    """Read the events of a partition back.
-
-    Args:
-        spills: all shards.
-        buckets: those of the partition.
-        names: all codes of all shards, ascending.
-        lookups: what :func:`code_lookups` gives for these; to compute it once for all partitions.
-
-    Returns:
-        The events, and their numeric values (float32, NaN where null), where they were kept.
+    Loading is safe in several threads.
     """
-    lookups = code_lookups(spills, names) if lookups is None else lookups
-    parts: list[tuple[pa.Table, np.ndarray]] = []
-    for spill, lookup in zip(spills, lookups, strict=True):
-        for bucket in buckets:
-            for file in (f"{bucket:04}.arrow", f"{bucket:04}-visits.arrow"):
-                if (spill.folder / file).exists():
-                    with pa.memory_map(str(spill.folder / file)) as mapped:
-                        parts.append((pa.ipc.open_stream(mapped).read_all(), lookup))
-    return columns_of(parts, names)
+
+    def __init__(self, spills: Sequence[Spill], most: int = PARTITION_EVENTS):
+        """Join buckets into partitions of at most ``most`` events, or of one bucket."""
+        self._spills = spills
+        self.names = tuple(sorted({name for spill in spills for name in spill.codes}))
+        """All codes, ascending."""
+        place = {name: index for index, name in enumerate(self.names)}
+        # Place in the names of each code of each shard, int32 [codes].
+        self._lookups = [np.array([place[name] for name in spill.codes], np.int32) for spill in spills]
+        sizes = np.sum([spill.bucket_events for spill in spills], axis=0).tolist()
+        self.buckets: list[range] = []
+        """Those of each partition."""
+        start, held = 0, 0
+        for bucket, size in enumerate(sizes):
+            if held and held + size > most:
+                self.buckets.append(range(start, bucket))
+                start, held = bucket, 0
+            held += size
+        self.buckets.append(range(start, len(sizes)))
+
+    def load(self, buckets: range) -> tuple[EventColumns, np.ndarray | None]:
+        """The events of some buckets, and their numeric values; see `columns_of`."""
+        parts: list[tuple[pa.Table, np.ndarray]] = []
+        for spill, lookup in zip(self._spills, self._lookups, strict=True):
+            for bucket in buckets:
+                for file in (f"{bucket:04}.arrow", f"{bucket:04}-visits.arrow"):
+                    if (spill.folder / file).exists():
+                        with pa.memory_map(str(spill.folder / file)) as mapped:
+                            parts.append((pa.ipc.open_stream(mapped).read_all(), lookup))
+        return columns_of(parts, self.names)
 
 
 def columns_of(
@@ -396,7 +399,7 @@ def columns_of(
     """Events as columns.
 
     Args:
-        parts: tables as `routing.select_rows` gives them, with the place in ``names`` of each of their
+        parts: tables as `select_rows` gives them, with the place in ``names`` of each of their
             numbers of codes, int32.
         names: codes, ascending.
 

@@ -1,106 +1,96 @@
-"""Row groups of a plain table in Parquet, in pieces."""
+"""Parquet files in parts of whole row groups, each read by itself in bounded pieces."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.data.parquet import CHUNK_ROWS
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources.csv_files import Piece
 
-# What the footer of a Parquet file tells about a column.
-
-
-def column_range(metadata: pq.FileMetaData, row_groups: Iterable[int], column: str) -> tuple[int, int] | None:
-    """Smallest and largest integer of a column in some row groups; None where the footer does not tell."""
-    found = []
-    for group in row_groups:
-        part = metadata.row_group(group)
-        names = [part.column(place).path_in_schema for place in range(part.num_columns)]
-        if column not in names:
-            return None
-        statistics = part.column(names.index(column)).statistics
-        if statistics is None or not statistics.has_min_max or not isinstance(statistics.min, int):
-            return None
-        found += [statistics.min, statistics.max]
-    return (min(found), max(found)) if found else None
-
-
-# The shards of a MEDS folder cut into units that are read by themselves.
+Unreadable = Callable[[Path, int | None], InputError]
+"""Makes the error of a damaged file, given the rows read so far; None where it cannot even be opened."""
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Some row groups of a shard, about ``CHUNK_ROWS`` rows together."""
+class Part:
+    """What can be read by itself: a whole file, or some row groups of a Parquet file."""
 
-    shard: Path
-    row_groups: tuple[int, ...]
-    rows: int
-    subjects: tuple[int, int] | None
-    """Smallest and largest id, where the footer tells."""
+    file: Path
+    row_groups: tuple[int, ...] = ()
+    """None for the whole file, of whatever format."""
+    first_row: int = 0
+    """Rows of the file before this part."""
+    rows: int = 0
+    """Of the row groups."""
 
 
-def cut_units(shard: Path, metadata: pq.FileMetaData) -> list[Unit]:
-    """Cut a shard into runs of row groups that fill ``CHUNK_ROWS`` as far as they can."""
+def cut_parts(file: Path, metadata: pq.FileMetaData, rows: int, beyond: bool = False) -> list[Part]:
+    """Cut a file into runs of row groups, each of at most ``rows`` rows, or of one group where it has more.
+
+    With ``beyond`` a run is full once it has that many rows, so that its last group may pass them.
+    """
     runs: list[list[int]] = []
-    rows = CHUNK_ROWS  # of the last run
-    for group in range(metadata.num_row_groups):
-        more = metadata.row_group(group).num_rows
-        if rows + more > CHUNK_ROWS:
+    sizes, held = row_counts(metadata), 0
+    for group, size in enumerate(sizes):
+        if not runs or (held >= rows if beyond else held + size > rows):
             runs.append([])
-            rows = 0
+            held = 0
         runs[-1].append(group)
-        rows += more
-    return [
-        Unit(
-            shard,
-            tuple(run),
-            sum(metadata.row_group(group).num_rows for group in run),
-            column_range(metadata, run, "subject_id"),
-        )
-        for run in runs
-    ]
+        held += size
+    return [Part(file, tuple(run), sum(sizes[: run[0]]), sum(sizes[group] for group in run)) for run in runs]
 
 
-UNIT_ROWS = 4 * CHUNK_ROWS
-"""Rows of a Parquet file's unit, about: whole row groups, one at least."""
+def row_counts(metadata: pq.FileMetaData) -> list[int]:
+    """Rows of each row group."""
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
-def cut_runs(groups: list[int]) -> list[list[int]]:
-    """Row groups in runs of `UNIT_ROWS` rows or more, from the rows in each."""
-    runs, rows = [], UNIT_ROWS
-    for group, size in enumerate(groups):
-        if rows >= UNIT_ROWS:
-            runs.append([])
-            rows = 0
-        runs[-1].append(group)
-        rows += size
-    return runs
+def column_ranges(metadata: pq.FileMetaData, parts: Sequence[Part], column: str) -> list[tuple[int, int]]:
+    """Smallest and largest int64 of a column in each part; none where the footer does not tell all."""
+    ranges = []
+    for part in parts:
+        found = []
+        for group in map(metadata.row_group, part.row_groups):
+            names = [group.column(place).path_in_schema for place in range(group.num_columns)]
+            statistics = group.column(names.index(column)).statistics if column in names else None
+            if statistics is None or not statistics.has_min_max or not isinstance(statistics.min, int):
+                return []
+            found += [statistics.min, statistics.max]
+        ranges.append((min(found), max(found)))
+    return ranges if all(most < 1 << 63 for _, most in ranges) else []  # reading refuses larger ids
 
 
-def read_groups(path: Path, groups: Sequence[int], columns: list[str], text: str) -> Iterator[Piece]:
-    """Columns of some row groups in pieces of at most `CHUNK_ROWS` rows; ``text`` as a dictionary."""
-    with open_parquet(path, [text]) as file:
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        for group in groups:
-            row = sum(sizes[:group]) + 1
-            try:
-                for batch in file.iter_batches(CHUNK_ROWS, row_groups=[group], columns=columns):
-                    yield Piece(path, row, pa.Table.from_batches([batch]))
-                    row += batch.num_rows
-            except (pa.ArrowException, OSError) as error:
-                raise _unreadable(path) from error
+def unreadable(file: Path, row: int | None = None) -> InputError:
+    """The error of a file that is damaged, at the latest from a row on."""
+    return InputError(f"{file} is no readable Parquet file (cut short, or another format): write it again.")
 
 
-def open_parquet(path: Path, texts: list[str] | None = None) -> pq.ParquetFile:
+def open_parquet(
+    file: Path, texts: list[str] | None = None, error: Unreadable = unreadable
+) -> pq.ParquetFile:
+    """Open a file; the columns ``texts`` come as dictionaries.
+
+    Raises:
+        InputError: cut short, or no Parquet file; ``error`` makes it.
+    """
     try:
-        return pq.ParquetFile(path, read_dictionary=texts)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path) from error
+        # Pages come one by one, so that a file of one huge row group needs little memory.
+        return pq.ParquetFile(file, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False)
+    except (pa.ArrowException, OSError) as cause:
+        raise error(file, None) from cause
 
 
-def _unreadable(path: Path) -> InputError:
-    return InputError(f"{path} is no readable Parquet file (cut short, or another format): write it again.")
+def read_part(
+    opened: pq.ParquetFile, part: Part, columns: list[str], rows: int, error: Unreadable = unreadable
+) -> Iterator[Piece]:
+    """Columns of a part in pieces of at most ``rows`` rows; `InputError` where the file is damaged."""
+    row = part.first_row
+    try:
+        for batch in opened.iter_batches(rows, part.row_groups or None, columns):
+            yield Piece(part.file, row + 1, pa.Table.from_batches([batch]))
+            row += batch.num_rows
+    except (pa.ArrowException, OSError) as cause:
+        raise error(part.file, row) from cause

@@ -1,30 +1,30 @@
-"""What the columns of a table may be, in CSV (text) and in Parquet (types)."""
+"""Columns of text, or of the types that Parquet files have, turned into codes, ids, times and numbers."""
 
 import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from behrt_jax.config import TableColumns
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources.csv_files import Piece
 
-# What text columns mean: codes, ids, times and numbers, each parsed by one stated rule.
-
 # pyarrow.compute makes its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
-
 
 _INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"
 _LONG_INTEGER = re.compile(r"-?[1-9][0-9]{18}")
 _ZONED = r":\d\d(\.\d+)?[+-]\d\d(:?\d\d)?$"
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _MICROS = pa.timestamp("us")
+_NO_TEXT = pa.scalar(None, pa.string())
+
+# Codes, and ids that are text.
 
 
 def encode_text(values: pa.Array) -> pa.DictionaryArray:
@@ -34,10 +34,7 @@ def encode_text(values: pa.Array) -> pa.DictionaryArray:
     and no value twice; some of its values may be unused.
     """
     coded = values if pa.types.is_dictionary(values.type) else values.cast(pa.string()).dictionary_encode()
-    words = coded.dictionary.cast(pa.string())
-    trimmed = pc.utf8_trim_whitespace(words)
-    trimmed = pc.if_else(pc.equal(trimmed, ""), pa.scalar(None, pa.string()), trimmed)
-    again = trimmed.dictionary_encode()
+    again = _trimmed(coded.dictionary.cast(pa.string())).dictionary_encode()
     indices = pc.take(again.indices, coded.indices)
     return pa.DictionaryArray.from_arrays(indices.cast(pa.int32()), again.dictionary)
 
@@ -112,8 +109,29 @@ def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Place of each wanted id in the ascending ``ids``, -1 where it is not there: int64 ``[wanted]``."""
     if not len(ids):
         return np.full(len(wanted), -1)
-    place = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    # In ascending order the search goes through memory once: several times faster than in random order.
+    order = np.argsort(wanted)
+    place = np.empty(len(wanted), np.int64)
+    place[order] = np.minimum(np.searchsorted(ids, wanted[order]), len(ids) - 1)
     return np.where(ids[place] == wanted, place, -1)
+
+
+def extremes(
+    ids: np.ndarray, first: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct ids, ascending, with the smallest ``first`` and the largest ``last`` of each.
+
+    All are int64, the arguments ``[rows]`` and what is returned ``[ids]``.
+    """
+    distinct, place = np.unique(ids, return_inverse=True)
+    least = np.full(len(distinct), np.iinfo(np.int64).max)
+    most = np.full(len(distinct), np.iinfo(np.int64).min)
+    np.minimum.at(least, place, first)
+    np.maximum.at(most, place, last)
+    return distinct, least, most
+
+
+# Times and numbers written as text.
 
 
 def parse_times(piece: Piece, name: str) -> pa.Array:
@@ -130,23 +148,33 @@ def parse_times(piece: Piece, name: str) -> pa.Array:
     try:
         return _times(text)
     except pa.ArrowInvalid:
-        text = _trimmed(text)
-        text = pc.replace_substring_regex(text, r" ?UTC$", "Z")
-        text = pc.replace_substring_regex(text, r"(\.\d{6})\d+", r"\1")
+        text = pc.replace_substring_regex(_trimmed(text), r" ?UTC$", "Z")
+    problem = "text that is no date or time: write it like 2019-07-08 or 2019-07-08T23:38:03Z."
+    return _or_refuse(piece, name, _cut_times, text, problem)
+
+
+def _cut_times(text: pa.Array) -> pa.Array:
+    """Times without what is finer than a microsecond."""
+    return _times(pc.replace_substring_regex(text, r"(\.\d{6})\d+", r"\1"))
+
+
+def _times(text: pa.Array) -> pa.Array:
+    # Z says what is assumed anyway; parsing it takes ten times as long.
+    text = pc.utf8_rtrim(text, "Zz")
     try:
-        return _times(text)
-    except pa.ArrowInvalid as error:
-        row = first_wrong(text, _times)
-        problem = "text that is no date or time: write it like 2019-07-08 or 2019-07-08T23:38:03Z."
-        raise piece.error(name, row, problem) from error
+        return text.cast(_MICROS)
+    except pa.ArrowInvalid:
+        zoned = pc.match_substring_regex(text, _ZONED)
+    # A cast of the zone away keeps the instant: the time is UTC.
+    zoned_times = pc.if_else(zoned, text, _NO_TEXT).cast(pa.timestamp("us", "UTC")).cast(_MICROS)
+    return pc.coalesce(zoned_times, pc.if_else(zoned, _NO_TEXT, text).cast(_MICROS))
 
 
 def parse_numbers(piece: Piece, name: str) -> tuple[pa.Array, np.ndarray]:
     """Text to float32, null where it is no finite number, and where that is: bool ``[rows]``."""
     text = _trimmed(piece.column(name))
     matches = pc.fill_null(pc.match_substring_regex(text, _NUMBER), False)
-    values = pc.if_else(matches, text, pa.scalar(None, pa.string())).cast(pa.float64())
-    values = finite(values)
+    values = finite(pc.if_else(matches, text, _NO_TEXT).cast(pa.float64()))
     return values, text.is_valid().to_numpy(False) & values.is_null().to_numpy(False)
 
 
@@ -156,24 +184,23 @@ def finite(values: pa.Array) -> pa.Array:
     return pc.if_else(pc.fill_null(pc.is_finite(small), False), small, pa.scalar(None, pa.float32()))
 
 
-def _trimmed(text: pa.Array) -> pa.Array:
+def _trimmed(text: pa.Array, nulls: tuple[str, ...] = ("",)) -> pa.Array:
+    """Without the blanks around it; null where it is one of ``nulls`` then."""
     text = pc.utf8_trim_whitespace(text)
-    return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+    return pc.if_else(pc.is_in(text, pa.array(nulls)), _NO_TEXT, text)
 
 
-def _times(text: pa.Array) -> pa.Array:
-    # Z says what is assumed anyway; parsing it takes ten times as long.
-    text = pc.utf8_rtrim(text, "Zz")
+def _or_refuse(
+    piece: Piece, name: str, parse: Callable[[pa.Array], pa.Array], values: pa.Array, problem: str
+) -> pa.Array:
+    """What ``parse`` makes of values, or the error that names the first row for which it raises."""
     try:
-        return text.cast(_MICROS)
+        return parse(values)
     except pa.ArrowInvalid:
-        null = pa.scalar(None, pa.string())
-    zoned = pc.match_substring_regex(text, _ZONED)
-    zoned_times = pc.if_else(zoned, text, null).cast(pa.timestamp("us", "UTC")).cast(_MICROS)
-    return pc.coalesce(zoned_times, pc.if_else(zoned, null, text).cast(_MICROS))
+        raise piece.error(name, _first_wrong(values, parse), problem) from None  # Arrow's quotes the value
 
 
-def first_wrong(values: pa.Array, parse: Callable[[pa.Array], pa.Array]) -> int:
+def _first_wrong(values: pa.Array, parse: Callable[[pa.Array], pa.Array]) -> int:
     """Place of the first value for which ``parse`` raises pyarrow.ArrowInvalid, by halving; one must be."""
     low, high = 0, len(values)  # everything before low parses; something before high does not
     while high - low > 1:
@@ -186,118 +213,93 @@ def first_wrong(values: pa.Array, parse: Callable[[pa.Array], pa.Array]) -> int:
     return low
 
 
-# pyarrow.compute makes its functions on import, where pyright does not see them.
-# pyright: reportAttributeAccessIssue=false
+# Values of any type turned exactly into the one that a reader expects.
+
+Kind = Literal["integer", "number", "text", "time"]
+ARROW_TYPES: dict[Kind, pa.DataType] = {
+    "integer": pa.int64(),
+    "number": pa.float64(),
+    "text": pa.string(),
+    "time": _MICROS,
+}
+_MEANT: dict[Kind, str] = {
+    "integer": "whole numbers of at most 64 bits (int64)",
+    "number": "numbers",
+    "text": "text",
+    "time": "dates or timestamps (2001-02-03, 2001-02-03 04:05:06 or 20010203)",
+}
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column is of text, or of nulls alone; its dictionary, where it has one."""
     kind = kind.value_type if pt.is_dictionary(kind) else kind
     return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind) or pt.is_null(kind)
 
 
-def _is_time(kind: pa.DataType) -> bool:
-    return pt.is_timestamp(kind) or pt.is_date(kind) or _is_text(kind)
+def is_whole(kind: pa.DataType) -> bool:
+    """Whether a column is of whole numbers."""
+    return pt.is_integer(kind) or (pt.is_decimal(kind) and kind.scale == 0)
 
 
-def _is_id(kind: pa.DataType) -> bool:
-    return pt.is_integer(kind) or (pt.is_decimal(kind) and kind.scale == 0) or _is_text(kind)
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column is of numbers."""
+    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind)
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind) or pt.is_null(kind)
+def is_time(kind: pa.DataType) -> bool:
+    """Whether a column is of timestamps or dates."""
+    return pt.is_timestamp(kind) or pt.is_date(kind)
 
 
-_MEANT = {
-    "subject": (_is_id, "integers or text"),
-    "visit": (_is_id, "integers or text"),
-    "time": (_is_time, "timestamps, dates or ISO text"),
-    "birth": (_is_time, "timestamps, dates or ISO text"),
-    "code": (_is_id, "text or integers"),
-    "value": (_is_number, "numbers"),
+_FITS: dict[Kind, Callable[[pa.DataType], bool]] = {
+    "integer": is_whole,
+    "number": is_number,
+    "text": is_number,
+    "time": is_time,
 }
 
 
-def check_types(path: Path, schema: pa.Schema, columns: TableColumns) -> None:
-    """Refuse columns of a Parquet file whose type cannot be meant."""
-    for option, name in vars(columns).items():
-        fits, meant = _MEANT[option]
-        if name is not None and not fits(schema.field(name).type):
-            raise InputError(
-                f"{path} has {schema.field(name).type} in the column {name}, which table.{option} names: "
-                f"write it as {meant}."
-            )
+def cast_column(piece: Piece, column: str, kind: Kind) -> pa.Array:
+    """Cast a column ``[rows]``, of any type, to `ARROW_TYPES[kind]`.
 
-
-def read_text(piece: Piece, name: str) -> pa.Array:
-    """Text, or integers as their digits; a dictionary stays one."""
-    values = piece.column(name)
-    return values if pt.is_dictionary(values.type) else values.cast(pa.string())
-
-
-def read_ids(piece: Piece, name: str, ids_of: Callable[[pa.Array], np.ndarray]) -> pa.Array:
-    """Ids as int64: integers exactly, distinct texts by ``ids_of``.
+    Integers come through exactly, in text too: a column of floats is refused, since it has lost the last
+    digits of long ids. Times with a zone become UTC; what is finer than a microsecond is cut off. Where a
+    text stands for a number or a time, blank and ``NA`` (which R writes) are null; a text that is asked
+    for as text may be ``NA``.
 
     Raises:
-        InputError: an integer has more than 64 bits.
+        InputError: the type is not fit, or a value is not; the message names file, column and row.
     """
-    values = piece.column(name)
-    if _is_text(values.type):
-        coded = encode_text(read_text(piece, name))
-        return pc.take(pa.array(ids_of(coded.dictionary)), coded.indices)
-    try:
-        return values.cast(pa.int64())
-    except pa.ArrowInvalid as error:
+    values = piece.column(column)
+    if pt.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if not (is_text(values.type) or _FITS[kind](values.type)):
         raise InputError(
-            f"{piece.file} has ids in the column {name} that do not fit into a signed 64-bit integer: "
-            "write them as text."
-        ) from error
+            f"{piece.file} has {values.type} in the column {column}: write it as {_MEANT[kind]}."
+        )
+    problem = f"a value that does not fit: write {_MEANT[kind]} or leave it empty."
+    return _or_refuse(piece, column, lambda some: _cast(some, kind), values, problem)
 
 
-def read_times(piece: Piece, name: str) -> pa.Array:
-    """Times in microseconds (UTC where there is a zone; finer parts cut off).
-
-    Raises:
-        InputError: a text is no time, or a time does not fit.
-    """
-    values = piece.column(name)
-    if not _is_text(values.type):
-        if pt.is_timestamp(values.type) and values.type.unit == "ns":
-            return _from_nanoseconds(values)
-        return _exact(piece, name, values)
-    texts = piece.table.select([name]).cast(pa.schema([pa.field(name, pa.string())]))
-    return parse_times(piece._replace(table=texts), name)
+def _cast(values: pa.Array, kind: Kind) -> pa.Array:
+    target, found = ARROW_TYPES[kind], values.type
+    if found == target or pt.is_null(found):
+        return values.cast(target)
+    if is_text(found):
+        return _cast_text(values.cast(pa.string()), kind)
+    if pt.is_timestamp(found):
+        return values.cast(target, safe=found.unit != "ns")
+    if kind == "integer" and pt.is_decimal(found):
+        return values.cast(pa.decimal128(38, 0)).cast(target)
+    return values.cast(target)
 
 
-def _from_nanoseconds(values: pa.Array) -> pa.Array:
-    """To microseconds, towards the past, also before 1970."""
-    floor = pc.floor_temporal(values, unit="microsecond")
-    return floor.cast(pa.timestamp("us", values.type.tz)).cast(pa.timestamp("us"))
-
-
-def _exact(piece: Piece, name: str, values: pa.Array) -> pa.Array:
+def _cast_text(texts: pa.Array, kind: Kind) -> pa.Array:
+    """Plain numbers and ISO times, as most files have them, at once; other spellings after a clean-up."""
     try:
-        if pt.is_timestamp(values.type):
-            values = values.cast(pa.timestamp("us", values.type.tz))
-        return values.cast(pa.timestamp("us"))
-    except pa.ArrowInvalid as error:
-        raise InputError(
-            f"{piece.file} has times in the column {name} that no 64-bit count of microseconds holds: "
-            "mend them."
-        ) from error
-
-
-def read_numbers(piece: Piece, name: str) -> tuple[pa.Array, pa.Array]:
-    """Numbers as float32, and whether each is lost (null now) since float32 has no finite number for it.
-
-    Raises:
-        InputError: a text is no number.
-    """
-    values = piece.column(name)
-    if not _is_text(values.type):
-        numbers = finite(values.cast(pa.float64()))
-        return numbers, pc.and_(values.is_valid(), numbers.is_null())
-    numbers, wrong = parse_numbers(piece, name)
-    for row in np.flatnonzero(wrong)[:1]:
-        problem = "text that is no finite number: empty it, or leave the option table.value out."
-        raise piece.error(name, int(row), problem)
-    return numbers, pa.array(wrong)
+        return texts.cast(ARROW_TYPES[kind])
+    except pa.ArrowInvalid:
+        texts = _trimmed(texts, ("", "NA"))
+    if kind != "time":
+        return texts.cast(ARROW_TYPES[kind])
+    return _cut_times(pc.replace_substring_regex(texts, r"^(\d{4})(\d{2})(\d{2})($|[ T])", r"\1-\2-\3\4"))
