@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, _plain, write_text
+from behrt_jax.files import JsonObject, json_text, write_text
 
 CONFIG_FILE = "config.json"
 PARAMETERS_FILE = "parameters.json"
@@ -63,7 +63,7 @@ def prepare_run_folder(path: Path, resume: bool) -> Path:
 def append_metrics(path: Path, record: JsonObject) -> None:
     """Add one record, as one whole line, and hand it to the operating system at once."""
     with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write(_line(record))
+        file.write(json_text(record))
         file.flush()
 
 
@@ -103,12 +103,8 @@ def truncate_metrics(path: Path, step: int) -> int:
         return 0
     records = read_metrics(path)
     kept = [record for record in records if record["step"] <= step]
-    write_text(path, "".join(map(_line, kept)))
+    write_text(path, "".join(map(json_text, kept)))
     return len(records) - len(kept)
-
-
-def _line(record: JsonObject) -> str:
-    return json.dumps(_plain(record), allow_nan=False) + "\n"
 
 
 def _record(line: bytes) -> JsonObject | None:

@@ -1,6 +1,5 @@
-"""Which events become tokens: every rule that leaves one out, each counted."""
+"""Which events become tokens, and of which visit: every rule that leaves an event out, each counted."""
 
-import bisect
 import functools
 import re
 from collections import Counter
@@ -9,23 +8,320 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
 from behrt_jax.data.events import (
     BIRTH_CODE,
+    DAY,
     DEATH_CODE,
     Births,
     EventColumns,
     EventCounts,
     EventSet,
-    Selected,
     event_columns,
-    rank_ids,
 )
-from behrt_jax.data.sorting import sort_rows
+from behrt_jax.data.sorting import ascending, leads, sort_rows
 from behrt_jax.data.splits import hash_words
 from behrt_jax.errors import InputError
 
-# Which codes are selected, by patterns, and the error where nothing is.
+_NEVER = np.iinfo(np.int64).max
+
+Duplicates = Literal["keep", "drop", "count"]
+
+REPEATS = ("//x2", "//x3-5", "//x6+")
+"""What ``duplicates="count"`` puts behind a code that occurs 2, 3 to 5, or 6 and more times in a visit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """The events left, sorted by subject, time, visit and code, so whatever order they came in."""
+
+    subject_ids: np.ndarray
+    """int64 ``[subjects]``, ascending; only subjects with an event left."""
+    births: np.ndarray
+    """int64 ``[subjects]``, microseconds since 1970."""
+    offsets: np.ndarray
+    """int64 ``[subjects + 1]``: subject i has the events from ``offsets[i]`` to ``offsets[i + 1]``."""
+    codes: np.ndarray
+    """int32 ``[events]``, places in ``names``."""
+    times: np.ndarray
+    """int64 ``[events]``, microseconds since 1970."""
+    visits: np.ndarray
+    """int32 ``[events]``, from 0 for each subject, in the order of the visits' first events."""
+    names: tuple[str, ...]
+    """The distinct codes of the whole data set, sorted; where duplicates are counted, followed by all of
+    them with each suffix of `REPEATS` in turn."""
+    without_events: Births
+    """Of the subjects that have no event left, but a birth."""
+
+
+def select_events(
+    event_set: EventSet,
+    codes: tuple[str, ...],
+    exclude_codes: tuple[str, ...],
+    duplicates: Duplicates,
+) -> Selected:
+    """Apply the rules below in this order, and number each subject's visits.
+
+    Each rule adds the events it drops to ``event_set.counts`` under its name:
+
+    1. ``birth or death marker``: MEDS_BIRTH and MEDS_DEATH set the birth and the day of death (the
+       earliest where there are several) and are no tokens;
+    2. ``code not selected``: no pattern of ``codes`` matches, or one of ``exclude_codes`` does;
+    3. ``null time (static)``;
+    4. ``no birth``: the subject's birth is not known, so the age is not either;
+    5. ``before birth``;
+    6. ``after death``: on a later calendar day than the death. The same day is kept, since deaths are
+       often known by the day alone and records of that day are signed after it;
+    7. ``duplicate in visit``: the code came earlier in the same visit (unless duplicates are kept; where
+       they are counted, the first event's code gets a suffix of ``REPEATS``, and is counted as changed).
+
+    A visit is a visit id where the event has one, else a calendar day. Events are in the order of time,
+    so one visit may be interrupted by another.
+
+    Args:
+        event_set: events in any row order; ``counts`` is filled.
+        codes: regular expressions, matched at the start of a code; none selects all.
+        exclude_codes: regular expressions likewise.
+        duplicates: what the seventh rule does.
+
+    Raises:
+        InputError: a pattern is no regular expression, or no event is left.
+    """
+    columns = event_columns(event_set.events)
+    wanted = selects(columns.names, codes, exclude_codes)
+    selected = select_columns(columns, wanted, duplicates, event_set.counts)
+    count_repeated(selected.codes, len(columns.names), event_set.counts)
+    if not len(selected.codes):
+        events = np.bincount(columns.codes, minlength=len(columns.names)).tolist()
+        by_code = dict(zip(columns.names, events, strict=True))
+        raise nothing_left(by_code | {BIRTH_CODE: 0, DEATH_CODE: 0}, event_set.counts)
+    return selected
+
+
+def select_columns(
+    events: EventColumns, wanted: np.ndarray | None, duplicates: Duplicates, counts: EventCounts
+) -> Selected:
+    """Apply the rules of :func:`select_events` to columns; it may be that no event is left.
+
+    Args:
+        events: the events, in any order.
+        wanted: bool ``[names]``, the codes selected; None for all.
+        duplicates: what the seventh rule does.
+        counts: is filled.
+    """
+    subjects, births, kept = apply_rules(events, wanted, counts)
+    subject, time, *ties, code = sort_rows(kept)
+    visit = number_visits(subject, time, *ties)  # [K]
+    if duplicates != "keep":
+        first, repeated, times_seen = first_in_visit(visit, code)
+        if duplicates == "count":
+            suffix = (times_seen > 1).astype(np.int32) + (times_seen > 2) + (times_seen > 5)
+            code = code.copy()
+            code[repeated] += suffix * np.int32(len(events.names))
+        if len(repeated):
+            subject, time, code, visit = (column[first] for column in (subject, time, code, visit))
+        counts.drop("duplicate in visit", len(first) - len(code))
+    names = tuple(events.names)
+    if duplicates == "count":
+        names = _with_repeats(names)
+
+    starts = np.flatnonzero(leads([subject]))  # [S]
+    offsets = np.append(starts, len(subject))
+    present = subject[starts]
+    alone = births != _NEVER
+    alone[present] = False
+    # A subject's first event is of its first visit.
+    visit -= np.repeat(visit[starts], np.diff(offsets))
+    return Selected(
+        subject_ids=subjects[present],
+        births=births[present],
+        offsets=offsets,
+        codes=code,
+        times=time,
+        visits=visit,
+        names=names,
+        without_events=Births(subjects[alone], births[alone]),
+    )
+
+
+@functools.lru_cache(maxsize=2)  # the same for many partitions
+def _with_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
+    return names + tuple(f"{name}{repeats}" for repeats in REPEATS for name in names)
+
+
+def count_repeated(code: np.ndarray, names: int, counts: EventCounts) -> None:
+    """Count the events whose code got a suffix of ``REPEATS``, being beyond the ``names`` without one."""
+    counts.change("repeated in visit -> code with a count", int(np.count_nonzero(code >= names)))
+
+
+def apply_rules(
+    events: EventColumns, wanted: np.ndarray | None, counts: EventCounts, also: Sequence[np.ndarray] = ()
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Apply all rules but the one on duplicates.
+
+    Args:
+        events: the events, in any order.
+        wanted: bool ``[names]``, the codes selected; None for all.
+        counts: is filled.
+        also: more columns ``[events]``, to be returned for the events kept.
+
+    Returns:
+        The subjects' ids, ascending, and births, int64 ``[subjects]`` each, and columns ``[kept]`` in the
+        order in which events are sorted: place of the subject (int32), time, where there are any visit
+        ids whether the event has one and which, code, and those of ``also``.
+    """
+    code, time = events.codes, events.times
+    subjects, subject = rank_ids(events.subject_ids)
+    born, died = events.of_code(BIRTH_CODE), events.of_code(DEATH_CODE)
+    births, deaths = (_earliest(marked, events, subject, len(subjects)) for marked in (born, died))
+
+    keep = ~(born | died)  # [N]
+    counts.drop("birth or death marker", len(keep) - int(np.count_nonzero(keep)))
+
+    def drop(rule: str, broken: np.ndarray) -> None:
+        nonlocal keep
+        broken &= keep
+        counts.drop(rule, int(np.count_nonzero(broken)))
+        keep ^= broken
+
+    if wanted is not None and not wanted.all():
+        drop("code not selected", ~wanted[code])
+    if events.timed is not None:
+        drop("null time (static)", ~events.timed)
+    unborn = births == _NEVER  # [S]
+    if unborn.any():
+        drop("no birth", unborn[subject])
+    drop("before birth", time < births[subject])
+    if (deaths != _NEVER).any():
+        ends = np.where(deaths == _NEVER, _NEVER, (deaths // DAY + 1) * DAY)
+        drop("after death", time >= ends[subject])
+
+    columns = [subject, time, code, *also]
+    if events.visits is not None and events.named is not None:
+        # The time decides the day, so that only visit ids tell events of one time apart.
+        columns[2:2] = [events.named, np.where(events.named, events.visits, 0)]
+    return subjects, births, [column[keep] for column in columns]
+
+
+def rank_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct ids, ascending, and the place of each id ``[N]`` among them, int32 ``[N]``."""
+    if not len(ids):
+        return ids, np.empty(0, np.int32)
+    if ascending(ids):
+        first = leads([ids])
+        return ids[first], np.cumsum(first, dtype=np.int32) - np.int32(1)
+    least, most = int(ids.min()), int(ids.max())
+    if most - least < max(4 * len(ids), 1 << 16):  # a table of all numbers in between is small enough
+        shifted = ids - least
+        seen = np.zeros(most - least + 1, bool)
+        seen[shifted] = True
+        place = np.cumsum(seen, dtype=np.int32) - np.int32(1)
+        return np.flatnonzero(seen) + least, place[shifted]
+    coded = pa.array(ids).dictionary_encode()
+    distinct, rank = np.unique(coded.dictionary.to_numpy(), return_inverse=True)
+    return distinct, rank.astype(np.int32)[coded.indices.to_numpy()]
+
+
+def _earliest(marked: np.ndarray, events: EventColumns, subject: np.ndarray, subjects: int) -> np.ndarray:
+    """Earliest time of a marked event by subject: int64 ``[subjects]``, ``_NEVER`` where none."""
+    first = np.full(subjects, _NEVER)
+    rows = np.flatnonzero(marked if events.timed is None else marked & events.timed)
+    np.minimum.at(first, subject[rows], events.times[rows])
+    return first
+
+
+# Visits of sorted events: their numbers, and the codes that come again within one.
+
+_SHORT = 8  # events of a visit that are compared with each other one by one
+
+
+def number_visits(
+    subject: np.ndarray, time: np.ndarray, named: np.ndarray | None = None, visit: np.ndarray | None = None
+) -> np.ndarray:
+    """Number the visits of all subjects through, in the order of their first events.
+
+    Args:
+        subject: int32 ``[events]``, ascending.
+        time: int64 ``[events]`` microseconds, ascending within a subject.
+        named: bool ``[events]``, whether the event has a visit id; none has where not given.
+        visit: int64 ``[events]``, that id. A visit without one is a calendar day.
+
+    Returns:
+        int32 ``[events]``.
+    """
+    if not len(subject):
+        return np.empty(0, np.int32)
+    day = time // DAY
+    columns = (
+        [subject, day] if named is None or visit is None else [subject, named, np.where(named, visit, day)]
+    )
+    starts = leads(columns)  # an event that continues the visit of the one before it does not lead
+    run = np.cumsum(starts, dtype=np.int32) - np.int32(1)  # [events]
+    if named is None or not named.any():
+        return run
+    # Other visits may interrupt one, so that it has several runs.
+    runs = np.arange(run[-1] + 1, dtype=np.int32)
+    *key, grouped = sort_rows([*(column[starts] for column in columns), runs])
+    heads = leads(key)
+    is_first = np.zeros(len(runs), bool)
+    is_first[grouped[heads]] = True
+    number = np.cumsum(is_first, dtype=np.int32) - np.int32(1)  # right where is_first
+    of_run = np.empty(len(runs), np.int32)
+    of_run[grouped] = number[grouped[heads]][np.cumsum(heads) - 1]
+    return of_run[run]
+
+
+def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first event of each code in each visit.
+
+    Args:
+        visit: int32 ``[events]``, as `number_visits` gives them.
+        code: int32 ``[events]``.
+
+    Returns:
+        Whether an event is the first, bool ``[events]``; the places of those firsts whose code comes again,
+        int32 ``[repeated]``; and how often that code is in the visit, int64 ``[repeated]``, 2 or more.
+    """
+    first = np.ones(len(code), bool)
+    again = _may_come_again(visit, code)
+    if not again.any():
+        return first, np.empty(0, np.int32), np.empty(0, np.int64)
+    # Only visits with such an event need sorting.
+    suspect = np.zeros(int(visit.max()) + 1, bool)
+    suspect[visit[again]] = True
+    shared = np.flatnonzero(suspect[visit]).astype(np.int32)
+    *key, place = sort_rows([visit[shared], code[shared], shared])
+    heads = np.flatnonzero(leads(key))
+    times = np.diff(np.append(heads, len(shared)))
+    place = place[heads]
+    first[shared] = False
+    first[place] = True
+    return first, place[times > 1], times[times > 1]
+
+
+def _may_come_again(visit: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """Whether an event's code is in its visit before it; events of long or interrupted visits just may.
+
+    Comparing each event with the few before it is many times faster than sorting.
+
+    Returns:
+        bool ``[events]``.
+    """
+    again = np.zeros(len(code), bool)
+    for back in range(1, min(_SHORT, len(code))):
+        same = visit[back:] == visit[:-back]
+        if not same.any():
+            break
+        again[back:] |= same & (code[back:] == code[:-back])
+    if len(code) > _SHORT:
+        again[_SHORT:] |= visit[_SHORT:] == visit[:-_SHORT]
+    if (visit[1:] < visit[:-1]).any():
+        again = (np.bincount(visit) > 1)[visit]
+    return again
+
+
+# Codes chosen by patterns, and the error where nothing is left.
 
 
 @dataclass(frozen=True)
@@ -107,285 +403,6 @@ def nothing_left(by_code: Mapping[str, int], counts: EventCounts, options: str =
         f"fit the codes of the data set (most frequent prefixes: {prefixes or 'none'}), and see that "
         f"subjects have a {BIRTH_CODE} event with a time."
     )
-
-
-# Visits of sorted events: their numbers, and the codes that come again within one.
-
-DAY = 86_400_000_000
-"""Microseconds in a day."""
-_SHORT = 8
-"""Events of a visit that are compared with each other one by one."""
-
-
-def number_visits(
-    subject: np.ndarray, time: np.ndarray, named: np.ndarray | None = None, visit: np.ndarray | None = None
-) -> np.ndarray:
-    """Number the visits of all subjects through, in the order of their first events.
-
-    Args:
-        subject: int32 ``[events]``, ascending.
-        time: int64 ``[events]`` microseconds, ascending within a subject.
-        named: bool ``[events]``, whether the event has a visit id; none has where not given.
-        visit: int64 ``[events]``, that id. A visit without one is a calendar day.
-
-    Returns:
-        int32 ``[events]``.
-    """
-    if not len(subject):
-        return np.empty(0, np.int32)
-    day = time // DAY
-    columns = (
-        [subject, day] if named is None or visit is None else [subject, named, np.where(named, visit, day)]
-    )
-    leads = _leads(columns)  # an event that continues the visit of the one before it does not lead
-    run = np.cumsum(leads, dtype=np.int32) - np.int32(1)  # [events]
-    if named is None or not named.any():
-        return run
-    # Other visits may interrupt one, so that it has several runs.
-    runs = np.arange(run[-1] + 1, dtype=np.int32)
-    *key, grouped = sort_rows([*(column[leads] for column in columns), runs])
-    heads = _leads(key)
-    is_first = np.zeros(len(runs), bool)
-    is_first[grouped[heads]] = True
-    number = np.cumsum(is_first, dtype=np.int32) - np.int32(1)  # right where is_first
-    of_run = np.empty(len(runs), np.int32)
-    of_run[grouped] = number[grouped[heads]][np.cumsum(heads) - 1]
-    return of_run[run]
-
-
-def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first event of each code in each visit.
-
-    Args:
-        visit: int32 ``[events]``, as `number_visits` gives them.
-        code: int32 ``[events]``.
-
-    Returns:
-        Whether an event is the first, bool ``[events]``; the places of those firsts whose code comes again,
-        int32 ``[repeated]``; and how often that code is in the visit, int64 ``[repeated]``, 2 or more.
-    """
-    first = np.ones(len(code), bool)
-    again = _may_come_again(visit, code)
-    if not again.any():
-        return first, np.empty(0, np.int32), np.empty(0, np.int64)
-    # Only visits with such an event need sorting.
-    suspect = np.zeros(int(visit.max()) + 1, bool)
-    suspect[visit[again]] = True
-    shared = np.flatnonzero(suspect[visit]).astype(np.int32)
-    *key, place = sort_rows([visit[shared], code[shared], shared])
-    heads = np.flatnonzero(_leads(key))
-    times = np.diff(np.append(heads, len(shared)))
-    place = place[heads]
-    first[shared] = False
-    first[place] = True
-    return first, place[times > 1], times[times > 1]
-
-
-def _may_come_again(visit: np.ndarray, code: np.ndarray) -> np.ndarray:
-    """Whether an event's code is in its visit before it; events of long or interrupted visits just may.
-
-    Comparing each event with the few before it is many times faster than sorting.
-
-    Returns:
-        bool ``[events]``.
-    """
-    again = np.zeros(len(code), bool)
-    for back in range(1, min(_SHORT, len(code))):
-        same = visit[back:] == visit[:-back]
-        if not same.any():
-            break
-        again[back:] |= same & (code[back:] == code[:-back])
-    if len(code) > _SHORT:
-        again[_SHORT:] |= visit[_SHORT:] == visit[:-_SHORT]
-    if (visit[1:] < visit[:-1]).any():
-        again = (np.bincount(visit) > 1)[visit]
-    return again
-
-
-def _leads(columns: list[np.ndarray]) -> np.ndarray:
-    """Whether a row differs from the one before it: bool ``[rows]``; the first one does."""
-    leads = np.ones(len(columns[0]), bool)
-    leads[1:] = columns[0][1:] != columns[0][:-1]
-    for column in columns[1:]:
-        leads[1:] |= column[1:] != column[:-1]
-    return leads
-
-
-__all__ = ["DAY", "Selected", "select_columns", "select_events"]
-
-_NEVER = np.iinfo(np.int64).max
-
-Duplicates = Literal["keep", "drop", "count"]
-
-REPEATS = ("//x2", "//x3-5", "//x6+")
-"""What ``duplicates="count"`` puts behind a code that occurs 2, 3 to 5, or 6 and more times in a visit."""
-
-
-def select_events(
-    event_set: EventSet,
-    codes: tuple[str, ...],
-    exclude_codes: tuple[str, ...],
-    duplicates: Duplicates,
-) -> Selected:
-    """Apply the rules below in this order, and number each subject's visits.
-
-    Each rule adds the events it drops to ``event_set.counts`` under its name:
-
-    1. ``birth or death marker``: MEDS_BIRTH and MEDS_DEATH set the birth and the day of death (the
-       earliest where there are several) and are no tokens;
-    2. ``code not selected``: no pattern of ``codes`` matches, or one of ``exclude_codes`` does;
-    3. ``null time (static)``;
-    4. ``no birth``: the subject's birth is not known, so the age is not either;
-    5. ``before birth``;
-    6. ``after death``: on a later calendar day than the death. The same day is kept, since deaths are
-       often known by the day alone and records of that day are signed after it;
-    7. ``duplicate in visit``: the code came earlier in the same visit (unless duplicates are kept; where
-       they are counted, the first event's code gets a suffix of ``REPEATS``, and is counted as changed).
-
-    A visit is a visit id where the event has one, else a calendar day. Events are in the order of time,
-    so one visit may be interrupted by another.
-
-    Args:
-        event_set: events in any row order; ``counts`` is filled.
-        codes: regular expressions, matched at the start of a code; none selects all.
-        exclude_codes: regular expressions likewise.
-        duplicates: what the seventh rule does.
-
-    Raises:
-        InputError: a pattern is no regular expression, or no event is left.
-    """
-    columns = event_columns(event_set.events)
-    wanted = selects(columns.names, codes, exclude_codes)
-    selected = select_columns(columns, wanted, duplicates, event_set.counts)
-    count_repeated(selected.codes, len(columns.names), event_set.counts)
-    if not len(selected.codes):
-        marker = np.isin(np.array(columns.names), [BIRTH_CODE, DEATH_CODE])  # [names]
-        by_code = np.bincount(columns.codes, minlength=len(marker))[~marker]
-        names = [name for name in columns.names if name not in (BIRTH_CODE, DEATH_CODE)]
-        raise nothing_left(dict(zip(names, by_code.tolist(), strict=True)), event_set.counts)
-    return selected
-
-
-def select_columns(
-    events: EventColumns, wanted: np.ndarray | None, duplicates: Duplicates, counts: EventCounts
-) -> Selected:
-    """Apply the rules of :func:`select_events` to columns; it may be that no event is left.
-
-    Args:
-        events: the events, in any order.
-        wanted: bool ``[names]``, the codes selected; None for all.
-        duplicates: what the seventh rule does.
-        counts: is filled.
-    """
-    subjects, births, kept = apply_rules(events, wanted, counts)
-    subject, time, *ties, code = sort_rows(kept)
-    visit = number_visits(subject, time, *ties)  # [K]
-    if duplicates != "keep":
-        first, repeated, times_seen = first_in_visit(visit, code)
-        if duplicates == "count":
-            suffix = (times_seen > 1).astype(np.int32) + (times_seen > 2) + (times_seen > 5)
-            code = code.copy()
-            code[repeated] += suffix * np.int32(len(events.names))
-        if len(repeated):
-            subject, time, code, visit = (column[first] for column in (subject, time, code, visit))
-        counts.drop("duplicate in visit", len(first) - len(code))
-    names = tuple(events.names)
-    if duplicates == "count":
-        names = _with_repeats(names)
-
-    starts = np.flatnonzero(np.diff(subject, prepend=np.int32(-1)))  # [S]
-    offsets = np.append(starts, len(subject))
-    present = subject[starts]
-    alone = births != _NEVER
-    alone[present] = False
-    # A subject's first event is of its first visit.
-    visit -= np.repeat(visit[starts], np.diff(offsets))
-    return Selected(
-        subject_ids=subjects[present],
-        births=births[present],
-        offsets=offsets,
-        codes=code,
-        times=time,
-        visits=visit,
-        names=names,
-        without_events=Births(subjects[alone], births[alone]),
-    )
-
-
-@functools.lru_cache(maxsize=2)  # the same for many partitions
-def _with_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
-    return names + tuple(f"{name}{repeats}" for repeats in REPEATS for name in names)
-
-
-def count_repeated(code: np.ndarray, names: int, counts: EventCounts) -> None:
-    """Count the events whose code got a suffix of ``REPEATS``, being beyond the ``names`` without one."""
-    counts.change("repeated in visit -> code with a count", int(np.count_nonzero(code >= names)))
-
-
-def apply_rules(
-    events: EventColumns, wanted: np.ndarray | None, counts: EventCounts, also: Sequence[np.ndarray] = ()
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Apply all rules but the one on duplicates.
-
-    Args:
-        events: the events, in any order.
-        wanted: bool ``[names]``, the codes selected; None for all.
-        counts: is filled.
-        also: more columns ``[events]``, to be returned for the events kept.
-
-    Returns:
-        The subjects' ids, ascending, and births, int64 ``[subjects]`` each, and columns ``[kept]`` in the
-        order in which events are sorted: place of the subject (int32), time, where there are any visit
-        ids whether the event has one and which, code, and those of ``also``.
-    """
-    code, time = events.codes, events.times
-    subjects, subject = rank_ids(events.subject_ids)
-    born, died = (code == _place(events.names, marker) for marker in (BIRTH_CODE, DEATH_CODE))
-    births, deaths = (
-        _earliest(np.flatnonzero(marked), events, subject, len(subjects)) for marked in (born, died)
-    )
-
-    keep = ~(born | died)  # [N]
-    counts.drop("birth or death marker", len(keep) - int(np.count_nonzero(keep)))
-
-    def drop(rule: str, broken: np.ndarray) -> None:
-        nonlocal keep
-        broken &= keep
-        counts.drop(rule, int(np.count_nonzero(broken)))
-        keep ^= broken
-
-    if wanted is not None and not wanted.all():
-        drop("code not selected", ~wanted[code])
-    if events.timed is not None:
-        drop("null time (static)", ~events.timed)
-    unborn = births == _NEVER  # [S]
-    if unborn.any():
-        drop("no birth", unborn[subject])
-    drop("before birth", time < births[subject])
-    if (deaths != _NEVER).any():
-        ends = np.where(deaths == _NEVER, _NEVER, (deaths // DAY + 1) * DAY)
-        drop("after death", time >= ends[subject])
-
-    columns = [subject, time, code, *also]
-    if events.visits is not None and events.named is not None:
-        # The time decides the day, so that only visit ids tell events of one time apart.
-        columns[2:2] = [events.named, np.where(events.named, events.visits, 0)]
-    return subjects, births, [column[keep] for column in columns]
-
-
-def _place(names: Sequence[str], name: str) -> int:
-    """Place of a name in names, ascending; -1 where it is not there."""
-    place = bisect.bisect_left(names, name)
-    return place if place < len(names) and names[place] == name else -1
-
-
-def _earliest(rows: np.ndarray, events: EventColumns, subject: np.ndarray, subjects: int) -> np.ndarray:
-    """Earliest time among some rows by subject: int64 ``[subjects]``, ``_NEVER`` where none."""
-    first = np.full(subjects, _NEVER)
-    if events.timed is not None:
-        rows = rows[events.timed[rows]]
-    np.minimum.at(first, subject[rows], events.times[rows])
-    return first
 
 
 # Numeric values as part of the code: a quantile bin, fitted on the train split.

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import Sequences
+from behrt_jax.data.sorting import ragged_indices, run_offsets
 from behrt_jax.errors import InputError
 
 # Which part of each subject's history is read, where the history is longer than the model.
@@ -205,7 +204,7 @@ def plan_rows(lengths: np.ndarray, row_length: int, rng: np.random.Generator) ->
     windows = np.empty(len(lengths), np.int64)
     by_length = np.argsort(slot_lengths.astype(lengths.dtype), kind="stable")
     windows[by_length] = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    return RowPlan(windows, _offsets(slots))
+    return RowPlan(windows, run_offsets(slots))
 
 
 def one_per_row(count: int, rng: np.random.Generator | None = None) -> RowPlan:
@@ -234,9 +233,4 @@ def _flattened(row_length: int, rows: Iterable[tuple[Composition, int]]) -> Pack
         compositions.append(np.repeat(lengths, copies))
         uses.append(count)
     flat = np.concatenate([np.empty(0, np.int32), *compositions])
-    return Packing(row_length, flat, _offsets([len(c) for c in compositions]), np.array(uses, np.int64))
-
-
-def _offsets(counts: ArrayLike) -> np.ndarray:
-    """Where each run of a concatenation starts, and where the last one ends: int64 ``[runs + 1]``."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    return Packing(row_length, flat, run_offsets([len(c) for c in compositions]), np.array(uses, np.int64))

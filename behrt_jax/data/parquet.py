@@ -1,4 +1,7 @@
+"""Parquet files read, and their columns checked and cast, with an error that says how to mend them."""
+
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +17,26 @@ CHUNK_ROWS = 1 << 20
 _TEXT = EVENT_SCHEMA.field("code").type
 
 
+@contextmanager
+def readable(file: Path, message: str | None = None) -> Iterator[None]:
+    """What is read of a file within the block, or an InputError that says what to do about the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        problem = f"{file} is no readable Parquet file (cut short, or another format): write it again."
+        raise InputError(message or problem) from error
+
+
 def open_parquet(file: Path) -> pq.ParquetFile:
     """Open a file whose texts are read dictionary-encoded; its columns are in ``schema_arrow``.
 
     Raises:
         InputError: cut short, or no Parquet file.
     """
-    try:
+    with readable(file):
         columns = [field.name for field in pq.read_schema(file) if not pt.is_nested(field.type)]
         texts = [name for name in columns if name in ("code", "split", "description")]
         return pq.ParquetFile(file, read_dictionary=texts)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file) from error
 
 
 def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...]) -> None:
@@ -41,10 +52,8 @@ def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...
 
 def read_columns(file: Path, opened: pq.ParquetFile, columns: list[str]) -> pa.Table:
     """All rows of some columns, at once; InputError where the file is damaged."""
-    try:
+    with readable(file):
         return opened.read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file) from error
 
 
 def _tables(
@@ -52,18 +61,12 @@ def _tables(
 ) -> Iterator[pa.Table]:
     """Read row groups at once where they fit into one table, else in pieces."""
     rows = sum(opened.metadata.row_group(group).num_rows for group in row_groups)
-    try:
+    with readable(file):
         if rows <= CHUNK_ROWS:
             yield opened.read_row_groups(list(row_groups), columns=columns)
             return
         for batch in opened.iter_batches(CHUNK_ROWS, row_groups=list(row_groups), columns=columns):
             yield pa.Table.from_batches([batch])
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file) from error
-
-
-def _unreadable(file: Path) -> InputError:
-    return InputError(f"{file} is no readable Parquet file (cut short, or another format): write it again.")
 
 
 def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:

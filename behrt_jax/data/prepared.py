@@ -8,11 +8,11 @@ the subjects themselves, ``static.parquet``, ``deaths.parquet`` and ``births.par
 
 import json
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from behrt_jax.data.events import DEATH_CODE, SPLITS, Births, EventColumns, Even
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject
 
 # Arrow files of one record batch, whose columns may be written part by part and are read as views.
 
@@ -253,12 +254,7 @@ EVENTS = pa.schema([("code", pa.int32()), ("age", pa.float32()), ("visit", pa.in
 SUBJECTS = pa.schema([("subject_id", pa.int64()), ("start", pa.int64())])
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, indented, in the order given."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> JsonObject:
     """Read the manifest of a prepared data set.
 
     Raises:

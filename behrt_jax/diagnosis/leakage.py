@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from behrt_jax.config import DoctorConfig
-from behrt_jax.data.delays import parse_delay
+from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.diagnosis.finding import Finding

@@ -2,16 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.events import SPLITS
+from behrt_jax.data.events import DAY, SPLITS
 from behrt_jax.data.labels import Labels
-from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import Sequences, SequenceSet
-from behrt_jax.data.sorting import find_subjects, place_in
+from behrt_jax.data.sorting import find_ids, place_in, ragged_indices, runs
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.diagnosis.finding import Finding
 from behrt_jax.diagnosis.leakage_data import FIRST_CODE
@@ -64,7 +61,7 @@ def place_labels(labels: Labels, data: SequenceSet) -> dict[str, PlacedLabels]:
     placed = {}
     for name in SPLITS:
         part = data.splits[name]
-        place = find_subjects(part.subject_ids, labels.subject_ids)
+        place = find_ids(part.subject_ids, labels.subject_ids)
         known = place >= 0
         subjects = place[known]
         times, values = labels.times[known], ids[known].astype(np.int64)
@@ -124,19 +121,12 @@ def _subjects_by_code(
     # A piece ends where a subject does.
     last = np.searchsorted(subject, subject, side="right") - 1
     piece = np.cumsum(length)[last] // _PIECE_TOKENS  # [labels]
-    for start, stop in _runs(piece):
+    for start, stop in runs(piece):
         tokens = ragged_indices(begin[start:stop], length[start:stop])
         owner = np.repeat(subject[start:stop], length[start:stop])
         pairs = np.unique(owner * rows + labels.part.codes[tokens])
         counts += np.bincount(pairs % rows, minlength=rows)
     return counts
-
-
-def _runs(values: np.ndarray) -> list[tuple[int, int]]:
-    """Where runs of equal values begin and end."""
-    cuts = np.flatnonzero(np.diff(values)) + 1
-    edges = [0, *cuts.tolist(), len(values)]
-    return list(pairwise(edges))
 
 
 PRECISION = 0.95

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from behrt_jax.data.event_rules import DAY, REPEATS, matches
-from behrt_jax.data.events import SPLITS
+from behrt_jax.data.event_rules import REPEATS, matches
+from behrt_jax.data.events import DAY, SPLITS, YEAR
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint
-from behrt_jax.data.sorting import place_in
+from behrt_jax.data.sorting import leads, place_in
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.diagnosis.finding import Finding
 
@@ -158,7 +158,6 @@ OLDEST = 120.0
 """Ages above, in years, are taken for mistakes."""
 _MUCH = 0.01
 """Share of the events above which those outside of a life are a warning."""
-_YEAR = 365.25 * DAY
 
 
 def check_ages(data: SequenceSet) -> Iterator[Finding]:
@@ -172,7 +171,7 @@ def check_ages(data: SequenceSet) -> Iterator[Finding]:
         unordered += int(np.count_nonzero(steps < 0))
         below += int(np.count_nonzero(part.ages < 0))
         above += int(np.count_nonzero(part.ages > OLDEST))
-        births = part.times - part.ages.astype(np.float64) * _YEAR  # [T]
+        births = part.times - part.ages.astype(np.float64) * YEAR  # [T]
         starts = part.offsets[:-1]
         spread = np.maximum.reduceat(births, starts) - np.minimum.reduceat(births, starts)
         off += int(np.count_nonzero(spread > DAY))
@@ -272,11 +271,8 @@ def check_repeats(data: SequenceSet) -> Iterator[Finding]:
         code, visit = part.codes[codes], part.visits[codes]
         order = np.lexsort([visit, code, subject])
         subject, code, visit = subject[order], code[order], visit[order]
-        new = np.ones(len(code), bool)  # a code of a subject
-        new[1:] = (subject[1:] != subject[:-1]) | (code[1:] != code[:-1])
-        in_visit = new.copy()
-        in_visit[1:] |= visit[1:] != visit[:-1]
-        counted = in_visit & (visit > 0)
+        new = leads([subject, code])  # a code of a subject
+        counted = leads([subject, code, visit]) & (visit > 0)
         later += int(np.count_nonzero(counted))
         repeats += int(np.count_nonzero(counted & ~new))
     if later:
@@ -326,13 +322,10 @@ def _add_visit_ends(
     part: Sequences, family_of: np.ndarray, visits: np.ndarray, closed: np.ndarray, chance: np.ndarray
 ) -> None:
     """Add the visits of one split to the counts of each family, ``[families]``."""
-    per_subject = np.maximum.reduceat(part.visits, part.offsets[:-1]).astype(np.int64) + 1  # [S]
-    visit = np.repeat(np.cumsum(per_subject) - per_subject, part.lengths) + part.visits  # [T]
+    visit = part.numbered_visits()  # [T]
     order = np.lexsort([part.times, family_of[part.codes], visit])
     by_visit, family, time = visit[order], family_of[part.codes][order], part.times[order]
-    leads = np.ones(len(order), bool)
-    leads[1:] = (by_visit[1:] != by_visit[:-1]) | (family[1:] != family[:-1])
-    first = np.flatnonzero(leads)  # of each family in each visit
+    first = np.flatnonzero(leads([by_visit, family]))  # of each family in each visit
     size = np.diff(first, append=len(order))
     at, family, begin, end = by_visit[first], family[first], time[first], time[first + size - 1]
 
@@ -340,9 +333,7 @@ def _add_visit_ends(
     time, by_visit = part.times[order], visit[order]
     starts = np.searchsorted(by_visit, at)
     stops = np.searchsorted(by_visit, at, side="right")
-    new_time = np.ones(len(time), bool)
-    new_time[1:] = (by_visit[1:] != by_visit[:-1]) | (time[1:] != time[:-1])
-    distinct = np.bincount(by_visit[new_time])[at]  # times of the visit
+    distinct = np.bincount(by_visit[leads([by_visit, time])])[at]  # times of the visit
     others = stops - starts - size
     past = place_in(time, starts, stops, end, inclusive=True) - starts - size
     span = time[stops - 1] - time[starts]

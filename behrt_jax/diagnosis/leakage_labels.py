@@ -4,13 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from behrt_jax.data.delays import matching_codes, parse_delay
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.events import SPLITS
+from behrt_jax.data.events import DAY, SPLITS, YEAR
+from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.sorting import find_subjects, place_in
-from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.data.sorting import find_ids, place_in
+from behrt_jax.data.vocabulary import Vocabulary, matching_codes
 from behrt_jax.diagnosis.finding import Finding
 from behrt_jax.diagnosis.leakage_codes import PlacedLabels
 from behrt_jax.errors import InputError
@@ -72,9 +71,8 @@ def _known(labels: PlacedLabels, chosen: np.ndarray, days: float | None) -> tupl
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     subject = np.repeat(np.arange(len(part)), part.lengths)
     if days is None:
-        per_subject = np.maximum.reduceat(part.visits, part.offsets[:-1]) + 1  # [S]
-        visit = np.repeat(np.cumsum(per_subject) - per_subject, part.lengths) + part.visits  # [T]
-        known_at = np.full(int(per_subject.sum()), np.iinfo(np.int64).min)
+        visit = part.numbered_visits()  # [T]
+        known_at = np.full(int(visit.max()) + 1, np.iinfo(np.int64).min)
         np.maximum.at(known_at, visit, part.times)
         known_at = known_at[visit]
     else:
@@ -93,7 +91,6 @@ def _known(labels: PlacedLabels, chosen: np.ndarray, days: float | None) -> tupl
 
 _SURE = 4.0
 """Standard errors between two prevalences that are not taken for chance."""
-_YEAR = 365.25 * DAY
 
 
 def check_subjects(labels: Labels, data: SequenceSet) -> Iterator[Finding]:
@@ -162,13 +159,13 @@ def check_histories(
         if not len(of_split):
             continue
         first = of_split.starts
-        births = of_split.part.times[first] - of_split.part.ages[first].astype(np.float64) * _YEAR
+        births = of_split.part.times[first] - of_split.part.ages[first].astype(np.float64) * YEAR
         before = of_split.times < births - DAY
         total += len(of_split)
         unborn += int(np.count_nonzero(before))
         empty += int(np.count_nonzero((of_split.up_to() == first) & ~before))
     for born in data.births.values():  # of subjects without any event
-        place = find_subjects(born.subject_ids, labels.subject_ids)
+        place = find_ids(born.subject_ids, labels.subject_ids)
         own = place >= 0
         before = labels.times[own] < born.times[place[own]] - DAY
         total += len(before)

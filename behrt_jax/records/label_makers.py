@@ -7,12 +7,11 @@ import numpy as np
 import pyarrow as pa
 
 from behrt_jax.config import MakeLabelsConfig
-from behrt_jax.data.delays import matching_codes
-from behrt_jax.data.event_rules import DAY
+from behrt_jax.data.events import DAY
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.sorting import place_in
 from behrt_jax.data.splits import hash_words
-from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
+from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary, matching_codes
 
 NEVER = np.iinfo(np.int64).max
 """Time of what does not happen, as far as is known."""
@@ -48,7 +47,7 @@ def visits_of(part: Sequences, chosen: np.ndarray | None = None) -> Visits:
         part: the histories.
         chosen: bool ``[V]``: only visits with such a code count; all where not given.
     """
-    number = visit_numbers(part)
+    number = part.numbered_visits()
     count = int(number.max(initial=-1)) + 1
     subjects = np.zeros(count, np.int64)
     subjects[number] = np.repeat(np.arange(len(part)), part.lengths)
@@ -75,14 +74,6 @@ def visits_of(part: Sequences, chosen: np.ndarray | None = None) -> Visits:
         following=np.where(later < offsets[subjects + 1], later, -1),
         others_go_on=latest_end[later - 1] > ends,
     )
-
-
-def visit_numbers(part: Sequences) -> np.ndarray:
-    """The visit of each token, numbered through all subjects: int64 ``[tokens]``, ascending by subject."""
-    if not len(part):
-        return np.zeros(0, np.int64)
-    per_subject = np.maximum.reduceat(part.visits, part.offsets[:-1]).astype(np.int64) + 1  # [S]
-    return np.repeat(np.cumsum(per_subject) - per_subject, part.lengths) + part.visits
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,7 +333,7 @@ def label_next_visit(history: SplitHistory, config: MakeLabelsConfig) -> MadeLab
 
     # Codes of each visit, as pairs of visit and code, once each and ascending by visit.
     tokens = np.flatnonzero(wanted[part.codes])
-    pairs = np.unique(visit_numbers(part)[tokens] * len(history.vocabulary) + part.codes[tokens])
+    pairs = np.unique(part.numbered_visits()[tokens] * len(history.vocabulary) + part.codes[tokens])
     visit, code = np.divmod(pairs, len(history.vocabulary))
     asked = visits.following[candidates.left]
     starts, stops = np.searchsorted(visit, asked), np.searchsorted(visit, asked, side="right")

@@ -16,8 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from behrt_jax.config import TrainConfig
-from behrt_jax.data.batches import Batch, EpochRows, TrainingBatches, ValidationBatches
-from behrt_jax.data.read_ahead import reading_ahead
+from behrt_jax.data.batches import Batch, EpochRows, TrainingBatches, ValidationBatches, reading_ahead
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS
 from behrt_jax.errors import InputError

@@ -7,7 +7,6 @@ largest part that fits the memory is the fastest. The result of a step does not 
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -18,8 +17,8 @@ import jax
 from jax.sharding import Mesh
 
 from behrt_jax.config import PretrainConfig
-from behrt_jax.data.batches import TrainingBatches, with_rows_a_multiple_of
-from behrt_jax.files import read_json
+from behrt_jax.data.batches import TrainingBatches
+from behrt_jax.files import read_json, write_text
 from behrt_jax.run_folder import CONFIG_FILE
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.runtime import default_folder, host_fingerprint
@@ -133,9 +132,7 @@ def remembered(file: Path, key: Mapping[str, Any], find: Callable[[], int]) -> i
     answer = find()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({**_read(file), name: answer}, indent=1) + "\n")
-        temporary.replace(file)
+        write_text(file, json.dumps({**_read(file), name: answer}, indent=1) + "\n")
     except OSError:
         pass
     return answer
@@ -208,7 +205,7 @@ def choose_micro_batches(
     }
 
     def make_trial(parts: int) -> Callable[[], Any]:
-        batch = put_rows(with_rows_a_multiple_of(batches, rows_multiple(batches, mesh, parts)).batch(0), mesh)
+        batch = put_rows(batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts)).batch(0), mesh)
         step, state = program(parts), first_state()
 
         def trial() -> Any:

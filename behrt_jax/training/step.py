@@ -14,8 +14,7 @@ from behrt_jax.adapters import lora
 from behrt_jax.adapters.new_codes import with_new_codes
 from behrt_jax.adapters.products import Product
 from behrt_jax.config import LoRAConfig, MaskingConfig, TaskKind
-from behrt_jax.data.batches import Batch
-from behrt_jax.data.examples import TaskBatch
+from behrt_jax.data.batches import Batch, TaskBatch
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_inputs
 from behrt_jax.models.layers import batch_rows
 from behrt_jax.models.losses import (

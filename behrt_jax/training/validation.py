@@ -9,8 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from behrt_jax.config import MaskingConfig, TaskKind
-from behrt_jax.data.batches import Batch, ValidationBatches
-from behrt_jax.data.examples import TaskBatch, TaskBatches
+from behrt_jax.data.batches import Batch, TaskBatch, TaskBatches, ValidationBatches
 from behrt_jax.data.vocabulary import CLS, PAD
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, results_of

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.adapters.files import save_adapter
 from behrt_jax.config import FinetuneConfig, ModelConfig, TaskConfig, TaskKind
-from behrt_jax.data.examples import TaskBatches
+from behrt_jax.data.batches import TaskBatches
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.tasks import LabelTables

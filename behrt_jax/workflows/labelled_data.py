@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from behrt_jax.adapters.new_codes import new_rows
 from behrt_jax.config import FinetuneConfig, ModelConfig, TaskKind
-from behrt_jax.data.examples import Examples, TaskBatches, find_examples, of_unknown_subjects, task_batches
+from behrt_jax.data.batches import RowShape, TaskBatches, task_batches
+from behrt_jax.data.examples import Examples, find_examples, of_unknown_subjects
 from behrt_jax.data.labels import Labels, read_labels
 from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.sequences import SequenceSet, VocabularyMap, map_vocabulary
@@ -239,22 +240,16 @@ def split_batches(
     config: FinetuneConfig, model: ModelConfig, labelled: LabelledData, mesh: Mesh
 ) -> tuple[TaskBatches, TaskBatches, int]:
     """Batches of the train and the tuning split, and the number of micro-batches of a step."""
-    common: dict[str, Any] = {
-        "row_length": config.task.max_length or model.positions,
-        "batch_size": config.train.batch_size,
-        "packed": config.task.packed,
-        "cls_token": model.cls_token,
-        "multiple_of": mesh.size,
-    }
+    length, size = config.task.max_length or model.positions, config.train.batch_size
+    shape = RowShape(length, config.task.packed, model.cls_token, mesh.size)
     seed = config.train.seed
-    train = task_batches(labelled.train, labelled.train_targets, seed=seed, **common)
-    tuning = task_batches(labelled.tuning, labelled.tuning_targets, seed=None, **common)
+    train = task_batches(labelled.train, labelled.train_targets, shape, batch_size=size, seed=seed)
+    tuning = task_batches(labelled.tuning, labelled.tuning_targets, shape, batch_size=size, seed=None)
     rows = -(-train.rows_per_batch // mesh.size)
     width = model.ffn_size or 4 * model.hidden_size
     platform = mesh.devices.flat[0].platform
     parts = config.train.micro_batches or likely_parts(rows, train.row_length, width, platform)
-    multiple = mesh.size * parts
-    return replace(train, batch_rows=-(-train.rows_per_batch // multiple) * multiple), tuning, parts
+    return train.with_rows_a_multiple_of(mesh.size * parts), tuning, parts
 
 
 # Examples of several binary tasks: each subject and prediction time is read once for all of them.

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.config import MakeLabelsConfig
-from behrt_jax.data.delays import matching_codes
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.events import SPLITS
+from behrt_jax.data.events import DAY, SPLITS
 from behrt_jax.data.prepared import read_deaths, read_prepared
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.sorting import find_subjects
+from behrt_jax.data.sorting import find_ids
+from behrt_jax.data.vocabulary import matching_codes
 from behrt_jax.errors import InputError
+from behrt_jax.files import written_whole
 from behrt_jax.records.label_makers import (
     NEVER,
     MadeLabels,
@@ -98,12 +98,8 @@ def _write(config: MakeLabelsConfig, made: Mapping[str, MadeLabels], account: Ma
     output = config.output
     assert output is not None
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.part")
-    try:
+    with written_whole(output) as temporary:
         pq.write_table(table, temporary)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _history(data: SequenceSet, name: str, config: MakeLabelsConfig) -> SplitHistory:
@@ -117,7 +113,7 @@ def _history(data: SequenceSet, name: str, config: MakeLabelsConfig) -> SplitHis
             "with another output."
         )
     if table is not None:
-        place = find_subjects(part.subject_ids, table["subject_id"].to_numpy())
+        place = find_ids(part.subject_ids, table["subject_id"].to_numpy())
         deaths[place[place >= 0]] = table["time"].cast(pa.int64()).to_numpy()[place >= 0]
     until = None
     if config.follow_up == "data":

@@ -14,8 +14,9 @@ from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import CONFIG_FILE as ADAPTER_FILE
 from behrt_jax.adapters.files import load_adapter
 from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, PredictConfig, from_stored
+from behrt_jax.data.batches import RowShape, TaskBatch, task_batches
 from behrt_jax.data.events import SPLITS
-from behrt_jax.data.examples import TaskBatch, find_examples, of_unknown_subjects, task_batches
+from behrt_jax.data.examples import find_examples, of_unknown_subjects
 from behrt_jax.data.labels import Labels, read_labels
 from behrt_jax.data.predictions import (
     PredictionWriter,
@@ -284,10 +285,9 @@ def _vectors(
             batches = task_batches(
                 examples,
                 np.zeros((len(examples), 1), np.float32),
-                row_length=encoder.max_length or encoder.model.positions,
+                RowShape(encoder.max_length or encoder.model.positions, cls_token=encoder.model.cls_token),
                 batch_size=len(examples),
                 seed=None,
-                cls_token=encoder.model.cls_token,
                 least_segments=segments,
             ).of_rows(config.rows, mesh.size)
             segments = batches.segments
@@ -393,10 +393,9 @@ def _outputs(
             batches = task_batches(
                 examples,
                 np.zeros((len(examples), 1), np.float32),
-                row_length=length,
+                RowShape(length, cls_token=model.cls_token),
                 batch_size=len(examples),
                 seed=None,
-                cls_token=model.cls_token,
                 least_segments=segments,
             ).of_rows(config.rows, mesh.size)
             segments = batches.segments  # one shape for all that follow

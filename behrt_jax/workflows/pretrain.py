@@ -11,11 +11,11 @@ import jax
 from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import (
+    RowShape,
     TrainingBatches,
     ValidationBatches,
     training_batches,
     validation_batches,
-    with_rows_a_multiple_of,
 )
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.doctor import RunRecord
@@ -99,22 +99,19 @@ def split_batches(
     Raises:
         InputError: a split without events.
     """
-    common: dict[str, Any] = {
-        "row_length": config.data.max_length or config.model.positions,
-        "window": config.data.window,
-        "packed": config.data.packed,
-        "cls_token": config.model.cls_token,
-        "multiple_of": multiple_of,
-    }
+    length, window = config.data.max_length or config.model.positions, config.data.window
+    shape = RowShape(length, config.data.packed, config.model.cls_token, multiple_of)
     batches = training_batches(
         data.splits["train"],
-        **common,
+        shape,
         batch_size=config.train.batch_size,
         batch_tokens=config.train.batch_tokens,
+        window=window,
         seed=config.train.seed,
         static=config.train.static_masks,
     )
-    return batches, validation_batches(data.splits["tuning"], **common, rows_per_batch=batches.rows_per_batch)
+    rows = batches.rows_per_batch
+    return batches, validation_batches(data.splits["tuning"], shape, rows_per_batch=rows, window=window)
 
 
 def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> RunResult:
@@ -186,7 +183,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Ru
             lambda: init_state(config, setup, optimizer, init_key, mesh),
             console.log,
         )
-        batches = with_rows_a_multiple_of(batches, rows_multiple(batches, mesh, micro_batches))
+        batches = batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, micro_batches))
         train_step = step_in_parts(micro_batches=micro_batches)
         program = one_step(train_step, jit_step)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from behrt_jax.config import DataConfig, LoRAConfig, ModelConfig, OptimizerConfig, PretrainConfig
-from behrt_jax.data.batches import training_batches, with_rows_a_multiple_of
+from behrt_jax.data.batches import RowShape, training_batches
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.records.load import load_sequences
 from behrt_jax.training.devices import make_mesh, put_rows
@@ -158,21 +158,20 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[s
 
     data = load_patients(task)
     packed = layout == "packed"
-    packing: dict[str, Any] = {
-        "row_length": model.positions,
-        "batch_size": task["patients"],
-        # Without packing as many rows as PyTorch has, not about as many.
-        "batch_tokens": None if packed else task["patients"] * model.positions,
-        "window": "recent",
-        "packed": packed,
-    }
     mesh = make_mesh(jax.devices()[:1])
-    batches = training_batches(data.splits["train"], **packing)
+    batches = training_batches(
+        data.splits["train"],
+        RowShape(model.positions, packed),
+        batch_size=task["patients"],
+        # Without packing as many rows as PyTorch has, not about as many.
+        batch_tokens=None if packed else task["patients"] * model.positions,
+        window="recent",
+    )
     platform = jax.devices()[0].platform
     rows, width = batches.rows_per_batch, model.ffn_size or 4 * model.hidden_size
     likely = likely_parts(rows, model.positions, width, platform)
     parts = ablation.micro_batches or task["micro_batches"] or likely
-    batches = with_rows_a_multiple_of(batches, rows_multiple(batches, mesh, parts))
+    batches = batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts))
     distinct = min(DISTINCT_BATCHES, max(1, batches.steps_per_epoch - 1))  # an epoch's last one is smaller
     host = [batches.batch(step) for step in range(distinct)]
     placed = [put_rows(batch, mesh) for batch in host]

@@ -24,7 +24,7 @@ from behrt_jax.config import (
     TaskTrainConfig,
     TrainConfig,
 )
-from behrt_jax.data.examples import task_batches
+from behrt_jax.data.batches import RowShape, task_batches
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.tasks import Task
@@ -355,10 +355,9 @@ def _held_out_outputs(run: Any, data: SequenceSet, labels: Labels) -> tuple[np.n
     batches = task_batches(
         examples,
         np.zeros((len(examples), 1), np.float32),
-        row_length=model.model.positions,
+        RowShape(model.model.positions, cls_token=model.model.cls_token),
         batch_size=len(examples),
         seed=None,
-        cls_token=model.model.cls_token,
     ).of_rows(64, mesh.size)
     outputs = score(jax.jit(make_output_step(model.setup.predictor)), model.members[0], batches, mesh)
     return predictions("binary", outputs, model.calibration.temperature)[:, 0], model.trained

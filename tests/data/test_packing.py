@@ -13,8 +13,8 @@ from behrt_jax.data.packing import (
     plan_rows,
     subject_windows,
 )
-from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import Sequences
+from behrt_jax.data.sorting import ragged_indices
 from behrt_jax.errors import InputError
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.read_ahead import reading_ahead
+from behrt_jax.data.batches import reading_ahead
 
 WAIT = 30.0  # seconds after which a test that hangs fails
 

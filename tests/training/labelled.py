@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from behrt_jax.config import FreezingConfig, LoRAConfig
-from behrt_jax.data.examples import TaskBatch
+from behrt_jax.data.batches import TaskBatch
 from behrt_jax.data.tasks import Task
 from behrt_jax.models.losses import base_outputs
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.config import FreezingConfig, TrainConfig
-from behrt_jax.data.batches import TrainingBatches, training_batches, validation_batches
+from behrt_jax.data.batches import RowShape, TrainingBatches, training_batches, validation_batches
 from behrt_jax.errors import InputError
 from behrt_jax.training import feeding
 from behrt_jax.training.devices import make_mesh, replicated, split_rows
@@ -47,7 +47,7 @@ def sequences(subjects=60):
 
 def make_batches(static=False, devices=1):
     return training_batches(
-        sequences(), row_length=24, batch_size=12, cls_token=True, static=static, multiple_of=devices
+        sequences(), RowShape(24, cls_token=True, multiple_of=devices), batch_size=12, static=static
     )
 
 
@@ -225,7 +225,7 @@ def test_no_other_length_takes_fewer_calls(stretches, most):
 @pytest.mark.parametrize("kept", [0, 2**20])
 def test_validation_batches_stay_where_they_fit(kept, monkeypatch):
     monkeypatch.setattr(feeding, "KEPT_IN_HOST_MEMORY", kept)
-    batches = validation_batches(sequences(), row_length=24, rows_per_batch=8, multiple_of=8)
+    batches = validation_batches(sequences(), RowShape(24, multiple_of=8), rows_per_batch=8)
     mesh = make_mesh()
     placed = PlacedBatches(batches, mesh)
     next(iter(placed))  # a pass that is broken off is no whole pass
@@ -288,26 +288,23 @@ def assert_device_gathers_the_same(batches: TrainingBatches, epochs) -> None:
 def test_any_batches(lengths, row_length, batch_size, window, packed, cls_token, static, multiple_of):
     batches = training_batches(
         histories(lengths),
-        row_length=row_length,
+        RowShape(row_length, packed=packed, cls_token=cls_token, multiple_of=multiple_of),
         batch_size=batch_size,
         window=window,
-        packed=packed,
-        cls_token=cls_token,
         seed=3,
         static=static,
-        multiple_of=multiple_of,
     )
     assert_device_gathers_the_same(batches, [0, 2])
 
 
 def test_many_histories_of_every_length():
-    assert_device_gathers_the_same(training_batches(long_tailed(2000), row_length=50, batch_size=200), [0, 1])
+    assert_device_gathers_the_same(training_batches(long_tailed(2000), RowShape(50), batch_size=200), [0, 1])
 
 
 def test_awkward_values_keep_their_bits():
     sequences = histories([3, 2])
     sequences.ages[:] = [-0.0, 1e-42, -3.5, np.float32(np.nextafter(np.float32(1), 2)), 119.0]
-    batches = training_batches(sequences, row_length=4, batch_size=1, packed=False)
+    batches = training_batches(sequences, RowShape(4, packed=False), batch_size=1)
     epoch, _ = batches.epoch_rows(0)
     found = gather_on_device(
         tokens_of(sequences), epoch, epoch.rows[0], row_length=4, cls_token=False, most_segments=1
@@ -317,7 +314,7 @@ def test_awkward_values_keep_their_bits():
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_bytes_are_those_of_the_tokens_and_two_epochs(packed):
-    batches = training_batches(long_tailed(100), row_length=20, batch_size=8, packed=packed)
+    batches = training_batches(long_tailed(100), RowShape(20, packed=packed), batch_size=8)
     tokens = sum(array.nbytes for array in tokens_of(batches.sequences))
     epoch = sum(array.nbytes for array in batches.epoch_rows(0)[0][:4])
     assert device_bytes(batches) == tokens + 2 * epoch

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.config import PretrainConfig, TrainConfig
-from behrt_jax.data.batches import training_batches
+from behrt_jax.data.batches import RowShape, training_batches
 from behrt_jax.records.load import load_sequences
 from behrt_jax.training import micro_batches
 from behrt_jax.training.devices import make_mesh
@@ -121,7 +121,7 @@ class Run:
         data = load_sequences(self.config.data, False)
         self.mesh = make_mesh(jax.devices()[:2])
         self.batches = training_batches(
-            data.splits["train"], row_length=24, batch_size=32, multiple_of=self.mesh.size
+            data.splits["train"], RowShape(24, multiple_of=self.mesh.size), batch_size=32
         )
         self.folder, self.tried = folder, []
 

@@ -9,8 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from behrt_jax.config import OptimizerConfig
-from behrt_jax.data.batches import Batch
-from behrt_jax.data.examples import TaskBatch
+from behrt_jax.data.batches import Batch, TaskBatch
 from behrt_jax.presets import LARGE
 from behrt_jax.training.devices import make_mesh, put_rows
 from behrt_jax.training.state import abstract_state, set_up_task, task_optimizer, with_encoder

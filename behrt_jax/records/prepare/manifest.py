@@ -9,12 +9,12 @@ import numpy as np
 
 from behrt_jax import __version__
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.delays import matching_codes, parse_delay
 from behrt_jax.data.events import EventCounts
+from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.packing import pack_lengths
 from behrt_jax.data.prepared import FORMAT_VERSION
 from behrt_jax.data.sequences import Sequences, describe_split
-from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.data.vocabulary import Vocabulary, matching_codes
 from behrt_jax.files import JsonObject
 from behrt_jax.records.sources.source import Source
 

@@ -29,15 +29,15 @@ from pathlib import Path
 import numpy as np
 
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.delays import parse_delay
 from behrt_jax.data.event_rules import CodeChoice, matches, nothing_left
 from behrt_jax.data.events import SPLITS, EventCounts
-from behrt_jax.data.prepared import MANIFEST, VOCABULARY, FactWriter, SplitWriter, read_manifest, write_json
+from behrt_jax.data.examples import parse_delay
+from behrt_jax.data.prepared import MANIFEST, VOCABULARY, FactWriter, SplitWriter, read_manifest
 from behrt_jax.data.sequences import set_fingerprint
 from behrt_jax.data.splits import check_fractions
-from behrt_jax.data.vocabulary import UNK, Descriptions, vocabulary_of_counts
+from behrt_jax.data.vocabulary import UNK, Descriptions, fit_vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, work_folder
+from behrt_jax.files import JsonObject, work_folder, write_json
 from behrt_jax.records.prepare.encode import (
     Encoded,
     Encoding,
@@ -116,7 +116,7 @@ def prepare(
             manifest = describe_prepared(
                 source.name, options, input_print.result, fingerprint.result, prepared
             )
-            write_json(work / "prepared" / MANIFEST, manifest)
+            write_json(work / "prepared" / MANIFEST, manifest, escaped=False)
             return manifest
 
         manifest = None
@@ -237,9 +237,7 @@ def finish(
         descriptions = Descriptions(source.descriptions())
         train = {name: count for name, count in zip(names, events["train"].tolist(), strict=True) if count}
         texts = {name: text for name in train if (text := descriptions.of(name)) is not None}
-        vocabulary = vocabulary_of_counts(
-            train, config.min_count, config.vocabulary_size, None, texts, options=""
-        )
+        vocabulary = fit_vocabulary(train, config.min_count, config.vocabulary_size, None, texts, options="")
         ids = vocabulary.encode(names)
         everywhere = sum(events.values(), np.zeros(len(names), np.int64))  # [names]
         counts.change("rare or unseen code -> [UNK]", int(everywhere[ids == UNK].sum()))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
+from behrt_jax.data.sorting import find_ids
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources.csv_files import Piece
 
@@ -91,7 +92,7 @@ class TextIds:
         checks = np.array([hash(text) for text in texts.to_pylist()], dtype=np.int64)  # [T]
         new, first, place = np.unique(ids, return_index=True, return_inverse=True)
         clash = (checks[first][place] != checks).any()
-        known = find(self.ids, new)
+        known = find_ids(self.ids, new)
         old = known >= 0
         clash = clash or (self._checks[known[old]] != checks[first[old]]).any()
         if clash:
@@ -106,14 +107,15 @@ class TextIds:
 
 
 def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Place of each wanted id in the ascending ``ids``, -1 where it is not there: int64 ``[wanted]``."""
-    if not len(ids):
-        return np.full(len(wanted), -1)
-    # In ascending order the search goes through memory once: several times faster than in random order.
+    """Place of each wanted id in the ascending ``ids``, -1 where it is not there: int64 ``[wanted]``.
+
+    For many ids in any order: they are searched in ascending order, which goes through memory once, several
+    times faster than in random order.
+    """
     order = np.argsort(wanted)
     place = np.empty(len(wanted), np.int64)
-    place[order] = np.minimum(np.searchsorted(ids, wanted[order]), len(ids) - 1)
-    return np.where(ids[place] == wanted, place, -1)
+    place[order] = find_ids(ids, wanted[order])
+    return place
 
 
 def extremes(

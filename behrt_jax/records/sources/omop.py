@@ -31,8 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.events import BIRTH_CODE, EventCounts
+from behrt_jax.data.events import BIRTH_CODE, DAY, EventCounts
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.records.sources.columns import Kind, find

@@ -216,7 +216,7 @@ def parts_of(file: Path) -> list[Part]:
     """The parts of a file: one, or for a large Parquet file runs of row groups of about `PART_ROWS` rows."""
     if _form(file) != ".parquet":
         return [Part(file)]
-    with open_parquet(file, error=_unreadable) as opened:
+    with open_parquet(file, damage=_damage) as opened:
         return cut_parts(file, opened.metadata, PART_ROWS) or [Part(file)]
 
 
@@ -227,7 +227,7 @@ def columns_of(file: Path) -> dict[str, str]:
         InputError: the file cannot be read, or has two columns of one name.
     """
     if _form(file) == ".parquet":
-        with open_parquet(file, error=_unreadable) as opened:
+        with open_parquet(file, damage=_damage) as opened:
             names = opened.schema_arrow.names
     else:
         names = csv_columns(file, csv_separator(file))
@@ -269,13 +269,13 @@ def _pieces(part: Part, columns: list[str]) -> Iterator[Piece]:
     if _form(part.file) != ".parquet":
         yield from read_csv(part.file, columns, separator=csv_separator(part.file))
         return
-    with open_parquet(part.file, error=_unreadable) as opened:
-        yield from read_part(opened, part, columns, _BATCH_ROWS, _unreadable)
+    with open_parquet(part.file, damage=_damage) as opened:
+        yield from read_part(opened, part, columns, _BATCH_ROWS, _damage)
 
 
-def _unreadable(file: Path, row: int | None) -> InputError:
+def _damage(file: Path, row: int | None) -> str:
     where = "" if row is None else f" after row {row}"
-    return InputError(
+    return (
         f"{file} is no readable Parquet file{where} (cut short, or another format): write or copy it again."
     )
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.errors import InputError
+from behrt_jax.data.parquet import readable
 from behrt_jax.records.sources.csv_files import Piece
 
-Unreadable = Callable[[Path, int | None], InputError]
-"""Makes the error of a damaged file, given the rows read so far; None where it cannot even be opened."""
+Damage = Callable[[Path, int | None], str]
+"""Says what to do about a damaged file, given the rows read so far; None where it cannot even be opened."""
 
 
 @dataclass(frozen=True)
@@ -63,34 +63,26 @@ def column_ranges(metadata: pq.FileMetaData, parts: Sequence[Part], column: str)
     return ranges if all(most < 1 << 63 for _, most in ranges) else []  # reading refuses larger ids
 
 
-def unreadable(file: Path, row: int | None = None) -> InputError:
-    """The error of a file that is damaged, at the latest from a row on."""
-    return InputError(f"{file} is no readable Parquet file (cut short, or another format): write it again.")
-
-
-def open_parquet(
-    file: Path, texts: list[str] | None = None, error: Unreadable = unreadable
-) -> pq.ParquetFile:
+def open_parquet(file: Path, texts: list[str] | None = None, damage: Damage | None = None) -> pq.ParquetFile:
     """Open a file; the columns ``texts`` come as dictionaries.
 
     Raises:
-        InputError: cut short, or no Parquet file; ``error`` makes it.
+        InputError: cut short, or no Parquet file; ``damage`` makes another message of it.
     """
-    try:
+    with readable(file, damage and damage(file, None)):
         # Pages come one by one, so that a file of one huge row group needs little memory.
         return pq.ParquetFile(file, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False)
-    except (pa.ArrowException, OSError) as cause:
-        raise error(file, None) from cause
 
 
 def read_part(
-    opened: pq.ParquetFile, part: Part, columns: list[str], rows: int, error: Unreadable = unreadable
+    opened: pq.ParquetFile, part: Part, columns: list[str], rows: int, damage: Damage | None = None
 ) -> Iterator[Piece]:
     """Columns of a part in pieces of at most ``rows`` rows; `InputError` where the file is damaged."""
-    row = part.first_row
-    try:
-        for batch in opened.iter_batches(rows, part.row_groups or None, columns):
-            yield Piece(part.file, row + 1, pa.Table.from_batches([batch]))
-            row += batch.num_rows
-    except (pa.ArrowException, OSError) as cause:
-        raise error(part.file, row) from cause
+    row, batches = part.first_row, opened.iter_batches(rows, part.row_groups or None, columns)
+    while True:
+        with readable(part.file, damage and damage(part.file, row)):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield Piece(part.file, row + 1, pa.Table.from_batches([batch]))
+        row += batch.num_rows

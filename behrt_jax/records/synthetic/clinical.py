@@ -8,8 +8,7 @@ masked code can be told from its neighbours, from earlier visits, from age and f
 
 import numpy as np
 
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.events import DEATH_CODE, EventSet
+from behrt_jax.data.events import DAY, DEATH_CODE, EventSet
 from behrt_jax.errors import InputError
 from behrt_jax.records.synthetic.conditions import (
     CONDITIONS,

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, EventCounts, EventSet
+from behrt_jax.data.events import BIRTH_CODE, DAY, EVENT_SCHEMA, EventCounts, EventSet
 from behrt_jax.errors import InputError
 
 YEAR_DAYS = 365.25
