@@ -1,7 +1,7 @@
 """Labels made of prepared data at the ends of visits: death, first occurrence, readmission, the next visit.
 
-A split's visits, deaths and follow-up are found first; the ends of its visits are the candidates for prediction
-times, from which rule after rule leaves some out, each counted; what is left gets its label.
+A split's visits, deaths and follow-up are found first; the ends of its visits are the candidates for
+prediction times, from which rule after rule leaves some out, each counted; what is left gets its label.
 """
 
 from collections.abc import Mapping
@@ -105,12 +105,12 @@ class SplitHistory:
         return cls(part, vocabulary, deaths, known_until)
 
     def events_up_to(self, subjects: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """How many events a subject has at or before a time: int64 ``[n]``; places and times ``[n]``."""
+        """Number of a subject's events at or before a time: int64 ``[n]``, of places and times ``[n]``."""
         starts, stops = self.part.offsets[subjects], self.part.offsets[subjects + 1]
         return place_in(self.part.times, starts, stops, times, inclusive=True) - starts
 
     def first_times(self, chosen: np.ndarray) -> np.ndarray:
-        """When each subject first has a code of ``chosen``, bool ``[V]``: int64 ``[subjects]``."""
+        """Time at which each subject first has a code of ``chosen``, bool ``[V]``: int64 ``[subjects]``."""
         tokens = np.flatnonzero(chosen[self.part.codes])
         first = np.full(len(self.part), NEVER)
         subjects = np.searchsorted(self.part.offsets, tokens, side="right") - 1

@@ -13,7 +13,7 @@ from behrt_jax.config import PrepareConfig
 from behrt_jax.data.events import EVENT_SCHEMA, SPLITS, VISIT_FIELD
 from behrt_jax.data.splits import check_disjoint, split_index
 from behrt_jax.errors import InputError
-from behrt_jax.files import work_folder
+from behrt_jax.files import JsonObject, work_folder
 from behrt_jax.records.prepare.encode import split_by_hash
 from behrt_jax.records.prepare.spill import Partitions, Reading, choose_boundaries, spill_units
 from behrt_jax.records.sources.source import Source
@@ -114,18 +114,24 @@ def write_meds(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(folder.parent, f"writing-{folder.name}") as work:
         unfinished = work / "meds"
-        files = _write(tables, unfinished, splits, descriptions, dataset_name)
+        files, codes, visits = _write_shards(tables, unfinished, splits)
+        texts = {code: descriptions.get(code) for code in sorted(codes)}
+        about = {
+            "dataset_name": dataset_name,
+            "etl_name": "behrt_jax",
+            "etl_version": __version__,
+            "meds_version": MEDS_VERSION,
+            **({"raw_source_id_columns": [VISIT_FIELD.name]} if visits else {}),
+        }
+        files += _write_metadata(unfinished / "metadata", texts, splits, about)
         unfinished.replace(folder)
     return [folder / file.relative_to(unfinished) for file in files]
 
 
-def _write(
-    tables: Iterable[pa.Table],
-    folder: Path,
-    splits: Mapping[str, np.ndarray],
-    descriptions: Mapping[str, str],
-    dataset_name: str,
-) -> list[Path]:
+def _write_shards(
+    tables: Iterable[pa.Table], folder: Path, splits: Mapping[str, np.ndarray]
+) -> tuple[list[Path], set[str], bool]:
+    """Write the shards; gives them, the codes in them, and whether any table has visit ids."""
     files: list[Path] = []
     seen: list[np.ndarray] = []
     shards: dict[str, int] = {}
@@ -145,40 +151,27 @@ def _write(
     if not files:
         raise InputError("There is no event to write as MEDS: select codes that occur.")
     refuse_repeats(seen, "The tables to write as MEDS have {} subjects in more than one table")
-    return files + _write_metadata(folder, splits, sorted(codes), descriptions, dataset_name, visits)
+    return files, codes, visits
 
 
 def _write_metadata(
-    folder: Path,
-    splits: Mapping[str, np.ndarray],
-    codes: list[str],
-    descriptions: Mapping[str, str],
-    dataset_name: str,
-    visits: bool,
+    folder: Path, texts: Mapping[str, str | None], splits: Mapping[str, np.ndarray], about: JsonObject
 ) -> list[Path]:
-    metadata = folder / "metadata"
-    metadata.mkdir()
+    folder.mkdir()
     columns = {
-        "code": pa.array(codes, pa.string()),
-        "description": pa.array([descriptions.get(code) for code in codes], pa.string()),
-        "parent_codes": pa.nulls(len(codes), pa.list_(pa.string())),
+        "code": pa.array(texts.keys(), pa.string()),
+        "description": pa.array(texts.values(), pa.string()),
+        "parent_codes": pa.nulls(len(texts), pa.list_(pa.string())),
     }
-    files = [metadata / "codes.parquet"]
+    files = [folder / "codes.parquet"]
     pq.write_table(pa.table(columns), files[0])
     if splits:
-        files.append(metadata / "subject_splits.parquet")
+        files.append(folder / "subject_splits.parquet")
         ids = [np.unique(np.asarray(splits.get(name, ()), np.int64)) for name in SPLITS]
         names = np.repeat(SPLITS, [len(part) for part in ids])
         table = pa.table({"subject_id": np.concatenate(ids), "split": pa.array(names, pa.string())})
         pq.write_table(table, files[-1])
-    files.append(metadata / "dataset.json")
-    about = {
-        "dataset_name": dataset_name,
-        "etl_name": "behrt_jax",
-        "etl_version": __version__,
-        "meds_version": MEDS_VERSION,
-        **({"raw_source_id_columns": [VISIT_FIELD.name]} if visits else {}),
-    }
+    files.append(folder / "dataset.json")
     files[-1].write_text(json.dumps(about, indent=2) + "\n")
     return files
 

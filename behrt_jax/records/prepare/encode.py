@@ -87,12 +87,12 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class EncodingRules:
-    """What becomes of the events of whole subjects."""
+    """Rules by which the events of whole subjects become sequences."""
 
     choice: CodeChoice
-    """Which codes become tokens, and which are static facts."""
+    """The codes that become tokens, and those that are static facts."""
     duplicates: Duplicates
-    """What becomes of a code that comes again in a visit."""
+    """Treatment of a code that comes again in a visit."""
     split_of: SplitOf
     """Gives the subjects' splits."""
     bins: ValueBins | None = None

@@ -1,4 +1,4 @@
-"""What a prepared data set says about itself: options, input, counts; no subject ids, paths or times."""
+"""The manifest of a prepared data set: options, input and counts, without subject ids, paths or times."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence

@@ -53,8 +53,17 @@ from behrt_jax.records.prepare.manifest import (
     describe_prepared,
     input_fingerprint,
 )
-from behrt_jax.records.prepare.shards import load_shards, read_shard, shards_folder, spill_in_parallel
-from behrt_jax.records.prepare.spill import PARTITION_EVENTS, Reading, Told, add_counts, choose_boundaries
+from behrt_jax.records.prepare.spill import (
+    PARTITION_EVENTS,
+    Reading,
+    Told,
+    add_counts,
+    choose_boundaries,
+    load_shards,
+    read_shard,
+    shards_folder,
+    spill_in_parallel,
+)
 from behrt_jax.records.sources.source import Source
 
 Progress = Callable[[str, int, int], None]

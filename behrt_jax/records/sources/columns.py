@@ -13,7 +13,7 @@ import pyarrow.types as pt
 
 from behrt_jax.data.sorting import find_ids
 from behrt_jax.errors import InputError
-from behrt_jax.records.sources.csv_files import Piece
+from behrt_jax.records.sources.files import Piece
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
@@ -195,7 +195,7 @@ def _trimmed(text: pa.Array, nulls: tuple[str, ...] = ("",)) -> pa.Array:
 def _or_refuse(
     piece: Piece, name: str, parse: Callable[[pa.Array], pa.Array], values: pa.Array, problem: str
 ) -> pa.Array:
-    """What ``parse`` makes of values, or the error that names the first row for which it raises."""
+    """Values parsed by ``parse``, or the error that names the first row for which it raises."""
     try:
         return parse(values)
     except pa.ArrowInvalid:
@@ -233,23 +233,23 @@ _MEANT: dict[Kind, str] = {
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column is of text, or of nulls alone; its dictionary, where it has one."""
+    """A column is of text, or of nulls alone; its dictionary, where it has one."""
     kind = kind.value_type if pt.is_dictionary(kind) else kind
     return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind) or pt.is_null(kind)
 
 
 def is_whole(kind: pa.DataType) -> bool:
-    """Whether a column is of whole numbers."""
+    """A column is of whole numbers."""
     return pt.is_integer(kind) or (pt.is_decimal(kind) and kind.scale == 0)
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Whether a column is of numbers."""
+    """A column is of numbers."""
     return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind)
 
 
 def is_time(kind: pa.DataType) -> bool:
-    """Whether a column is of timestamps or dates."""
+    """A column is of timestamps or dates."""
     return pt.is_timestamp(kind) or pt.is_date(kind)
 
 

@@ -40,7 +40,7 @@ from behrt_jax.data.sequences import MEDS_CODES
 from behrt_jax.data.splits import check_disjoint, split_index
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
-from behrt_jax.records.sources.parquet import Part, column_ranges, cut_parts
+from behrt_jax.records.sources.files import Part, column_ranges, cut_parts
 from behrt_jax.records.sources.source import Source
 
 _SAMPLED_GROUPS = 64

@@ -35,6 +35,7 @@ from behrt_jax.data.events import BIRTH_CODE, DAY, EventCounts
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.records.sources.columns import Kind, find
+from behrt_jax.records.sources.files import Part
 from behrt_jax.records.sources.omop_tables import (
     BIRTH_KINDS,
     EVENT_TABLES,
@@ -54,7 +55,6 @@ from behrt_jax.records.sources.omop_tables import (
     read_chunks,
     row_concepts,
 )
-from behrt_jax.records.sources.parquet import Part
 from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
@@ -109,7 +109,7 @@ class OmopSource(Source):
         return len(self._units)
 
     def options(self) -> JsonObject:
-        """Whether concepts are replaced by ancestors."""
+        """The choice to replace concepts by ancestors."""
         return {"ancestors": self._roll_up}
 
     def sample_subjects(self) -> np.ndarray:
@@ -320,7 +320,7 @@ def load_visits(parts: Iterable[Part]) -> VisitStarts:
 
 @dataclass(frozen=True, eq=False)
 class Lookup:
-    """What rows of event tables are looked up in."""
+    """The tables that rows of event tables are looked up in."""
 
     persons: Persons
     visits: VisitStarts

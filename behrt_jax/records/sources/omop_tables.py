@@ -18,8 +18,16 @@ from behrt_jax.data.events import DEATH_CODE
 from behrt_jax.data.parquet import CHUNK_ROWS
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources.columns import ARROW_TYPES, Kind, cast_column, find
-from behrt_jax.records.sources.csv_files import Piece, csv_columns, csv_separator, read_csv
-from behrt_jax.records.sources.parquet import Part, cut_parts, open_parquet, read_part
+from behrt_jax.records.sources.files import (
+    Part,
+    Piece,
+    csv_columns,
+    csv_separator,
+    cut_parts,
+    open_parquet,
+    read_csv,
+    read_part,
+)
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
@@ -64,7 +72,7 @@ class EventTable:
     datetime: str | None
     value: str | None = None
     in_visit: bool = True
-    """Whether rows name the visit they belong to."""
+    """Rows name the visit they belong to."""
 
     def kinds(self) -> dict[str, Kind]:
         """Column -> what it holds, for all columns that are read."""
@@ -283,7 +291,7 @@ def _damage(file: Path, row: int | None) -> str:
 # Concepts of an OMOP vocabulary: the text of a concept id, its ancestor, and the codes of a table's rows.
 
 MAX_LEVELS = 2
-"""How far up an ancestor may be."""
+"""Most levels from a concept up to its ancestor."""
 
 
 def integers(batch: pa.RecordBatch, column: str) -> np.ndarray:
@@ -293,7 +301,7 @@ def integers(batch: pa.RecordBatch, column: str) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Concepts:
-    """What is needed of the concept table while events are read; ids ascending, ``[concepts]``."""
+    """The part of the concept table that is needed while events are read; ids ascending, ``[concepts]``."""
 
     ids: np.ndarray  # int64
     codes: pa.Array  # string, null where unknown
@@ -389,7 +397,7 @@ def _chunks(files: Sequence[Path], kinds: dict[str, Kind]) -> Iterator[pa.Record
 
 @dataclass(frozen=True, eq=False)
 class RowConcepts:
-    """What the rows of a batch say happened; all ``[rows]``."""
+    """Concepts or values of the rows of a batch; all ``[rows]``."""
 
     prefix: str
     ids: np.ndarray  # int64 concept ids, 0 where there is none
@@ -398,11 +406,11 @@ class RowConcepts:
     rolled_up: np.ndarray  # bool: the id is that of an ancestor
 
     def named(self) -> np.ndarray:
-        """Whether a row has a concept or a value to make its code of."""
+        """Bool: a row has a concept or a value to make its code of."""
         return (self.ids != 0) | self.valued()
 
     def valued(self) -> np.ndarray:
-        """Whether a row has nothing but a source value."""
+        """Bool: a row has nothing but a source value."""
         return self.values.is_valid().to_numpy(zero_copy_only=False)
 
 

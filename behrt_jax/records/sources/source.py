@@ -30,7 +30,7 @@ class Source(ABC):
 
     @abstractmethod
     def units(self) -> int:
-        """How many parts can be read independently of each other (a shard, a table, a file of one)."""
+        """Number of parts that can be read independently of each other (a shard, a table, a file of one)."""
 
     @abstractmethod
     def read(self, unit: int, counts: EventCounts) -> Iterator[pa.Table]:
@@ -67,7 +67,7 @@ class Source(ABC):
         return {}
 
     def learned(self) -> JsonObject:
-        """What reading has taught this object that `descriptions` needs, ready for JSON."""
+        """All that reading has taught this object that `descriptions` needs, ready for JSON."""
         return {}
 
     def learn(self, learned: JsonObject) -> None:  # noqa: B027
@@ -110,5 +110,5 @@ def keep_rows(fits: Mapping[str, np.ndarray], counts: EventCounts) -> np.ndarray
 
 
 def count(rows: np.ndarray) -> int:
-    """How many of bool ``[rows]`` are true."""
+    """Number of bool ``[rows]`` that are true."""
     return int(np.count_nonzero(rows))

@@ -37,7 +37,7 @@ from behrt_jax.records.sources.columns import (
     parse_numbers,
     parse_times,
 )
-from behrt_jax.records.sources.csv_files import Piece, csv_columns, is_csv, read_csv
+from behrt_jax.records.sources.files import Piece, csv_columns, is_csv, read_csv
 from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
@@ -224,7 +224,7 @@ class SyntheaFile:
 
 @dataclass(frozen=True, eq=False)
 class Encounters:
-    """Which days the encounters cover, as UTC has them."""
+    """The days that the encounters cover, as UTC has them."""
 
     ids: np.ndarray  # int64 [encounters], ascending
     first: np.ndarray  # int64 [encounters], days since 1970

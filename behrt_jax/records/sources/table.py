@@ -32,12 +32,15 @@ from behrt_jax.records.sources.columns import (
     parse_numbers,
     parse_times,
 )
-from behrt_jax.records.sources.csv_files import Piece, csv_columns, is_csv, read_csv
-from behrt_jax.records.sources.parquet import (
+from behrt_jax.records.sources.files import (
     Part,
+    Piece,
     column_ranges,
+    csv_columns,
     cut_parts,
+    is_csv,
     open_parquet,
+    read_csv,
     read_part,
     row_counts,
 )
@@ -107,7 +110,7 @@ class TableSource(Source):
         return [self._path]
 
     def options(self) -> JsonObject:
-        """Which column is what."""
+        """The names of the columns."""
         return {"table": asdict(self._columns)}
 
     def units(self) -> int:

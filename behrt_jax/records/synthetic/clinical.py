@@ -52,8 +52,7 @@ def generate_clinical(
         code_count: Number of codes; those that the table of conditions does not name are unspecific,
             with frequencies that fall like 1 / rank (Zipf).
         events_mean: Mean number of events in a history.
-        events_spread: Standard deviation of its logarithm; see
-            :func:`~behrt_jax.records.synthetic.histories.history_lengths`.
+        events_spread: Standard deviation of its logarithm; see `histories.history_lengths`.
         seed: Equal seeds give equal events.
 
     Raises:

@@ -225,8 +225,7 @@ def generate_uniform(
         subjects: Number of subjects.
         code_count: Number of codes, ``DX//U0000`` and so on.
         events_mean: Mean number of events in a history, births aside.
-        events_spread: Standard deviation of its logarithm; see
-            :func:`~behrt_jax.records.synthetic.histories.history_lengths`.
+        events_spread: Standard deviation of its logarithm; see `history_lengths`.
         seed: Equal seeds give equal events.
 
     Raises:

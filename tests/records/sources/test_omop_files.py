@@ -10,9 +10,9 @@ import pytest
 
 from behrt_jax.data.events import EventCounts
 from behrt_jax.errors import InputError
-from behrt_jax.records.sources import csv_files as csv_reading
+from behrt_jax.records.sources import files as csv_reading
 from behrt_jax.records.sources import omop_tables
-from behrt_jax.records.sources.csv_files import read_csv
+from behrt_jax.records.sources.files import read_csv
 from behrt_jax.records.sources.omop import open_omop
 from tests.records.omop_folder import (
     HISTORY,

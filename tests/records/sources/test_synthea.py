@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources import columns as text_columns
-from behrt_jax.records.sources import csv_files as csv_reading
+from behrt_jax.records.sources import files as csv_reading
 from behrt_jax.records.sources.columns import TextIds, hashed_id, parse_numbers, parse_times
-from behrt_jax.records.sources.csv_files import Piece, read_csv
+from behrt_jax.records.sources.files import Piece, read_csv
 from behrt_jax.records.sources.synthea import SyntheaSource, open_synthea
 from tests.records.synthea_folder import ERAS, write_synthea, write_text
 

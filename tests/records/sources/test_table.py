@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from behrt_jax.config import TableColumns
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.errors import InputError
-from behrt_jax.records.sources import csv_files as csv_reading
+from behrt_jax.records.sources import files as csv_reading
 from behrt_jax.records.sources import table as table_source
 from behrt_jax.records.sources.columns import hashed_id
 from behrt_jax.records.sources.table import TableSource, open_table
