@@ -43,7 +43,6 @@ from behrt_jax.evaluation.task_baselines import (
 from behrt_jax.files import write_json
 from behrt_jax.presets import _SMALL_LATENT, FINETUNE, SMALL
 from behrt_jax.records.load import generated_code_count, load_sequences
-from behrt_jax.records.synthetic.latent import latent_paths, onset_labels
 from behrt_jax.run_folder import SUMMARY_FILE
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import make_mesh
@@ -52,6 +51,7 @@ from behrt_jax.workflows.finetune import finetune_on
 from behrt_jax.workflows.labelled_data import examples_of
 from behrt_jax.workflows.predict import open_finetuned
 from behrt_jax.workflows.pretrain import pretrain
+from experiments.studies.latent_course import latent_paths, onset_labels
 
 # The best possible forecasts from generated records: the next visit's codes, the onset of a condition.
 
