@@ -21,6 +21,7 @@ from behrt_jax.config import FreezingConfig, MeshConfig, PretrainConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import example_inputs
+from behrt_jax.presets import PRETRAIN
 from behrt_jax.training.devices import make_mesh, replicated, shardings_of, split_rows
 from behrt_jax.training.state import abstract_state, optimizer_for, set_up
 from behrt_jax.training.step import make_train_step
@@ -179,7 +180,7 @@ class ScalingBenchmark:
 
 
 def benchmark_scaling(
-    config: ScalingBenchmark, configurations: Mapping[str, PretrainConfig]
+    config: ScalingBenchmark, configurations: Mapping[str, PretrainConfig] = PRETRAIN
 ) -> dict[str, Any]:
     """Compile every step, print the figures side by side, and return them.
 
