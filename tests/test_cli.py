@@ -139,10 +139,10 @@ INSTALLED = textwrap.dedent("""
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Runs the installed command, from a wheel of the package unpacked into an empty folder."""
+def wheel(tmp_path_factory):
+    """A folder with a wheel of the package unpacked in it, and nothing else."""
     root = tmp_path_factory.mktemp("wheel")
-    source, built, folder, elsewhere = (root / name for name in ("source", "built", "folder", "elsewhere"))
+    source, built, folder = (root / name for name in ("source", "built", "folder"))
     shutil.copytree(ROOT / "behrt_jax", source / "behrt_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -153,32 +153,38 @@ def installed(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     (file,) = built.glob("*.whl")
     zipfile.ZipFile(file).extractall(folder)
-    elsewhere.mkdir()
+    return folder
+
+
+def run_installed(wheel, cwd, *arguments):
+    """Output of the installed command, which must end well."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-c", INSTALLED, str(folder), *arguments],
-            capture_output=True, text=True, check=False, cwd=elsewhere, env=environment,
-        )  # fmt: skip
-
-    return run
+    done = subprocess.run(
+        [sys.executable, "-c", INSTALLED, str(wheel), *arguments],
+        capture_output=True, text=True, check=False, cwd=cwd, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_the_installed_command_has_the_named_configurations(installed):
-    listed = installed("--help")
-    assert listed.returncode == 0, listed.stderr
-    assert listed.stdout.startswith("usage: behrt-jax COMMAND")
-    options = installed("pretrain", "--config", "large_lora", "--help")
-    assert options.returncode == 0, options.stderr
-    assert "Shown are the values of large_lora." in " ".join(options.stdout.split())
+def test_the_installed_command_has_the_named_configurations(wheel, tmp_path):
+    assert run_installed(wheel, tmp_path, "--help").startswith("usage: behrt-jax COMMAND")
+    options = run_installed(wheel, tmp_path, "pretrain", "--config", "large_lora", "--help")
+    assert "Shown are the values of large_lora." in " ".join(options.split())
+
+
+def test_the_wheel_has_every_module_of_the_package(wheel):
+    def modules(folder):
+        return sorted(str(path.relative_to(folder)) for path in folder.glob("behrt_jax/**/*.py"))
+
+    assert modules(wheel) == modules(ROOT)
+    assert {path.name.partition("-")[0] for path in wheel.iterdir()} == {"behrt_jax"}
 
 
 @pytest.mark.slow
-def test_the_installed_command_runs_a_named_configuration(installed, tmp_path):
-    options = "--data.subjects", "200", "--train.max_steps", "2", "--output", str(tmp_path / "run")
-    done = installed("pretrain", "--config", "small_lora", *options)
-    assert done.returncode == 0, done.stderr
+def test_the_installed_command_runs_a_named_configuration(wheel, tmp_path):
+    options = "--data.subjects", "200", "--train.max_steps", "2", "--output", "run"
+    run_installed(wheel, tmp_path, "pretrain", "--config", "small_lora", *options)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["name"] == "small_lora"
 
 
