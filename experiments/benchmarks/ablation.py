@@ -16,6 +16,7 @@ from flax import linen as nn
 from behrt_jax.config import LoRAConfig, PretrainConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.errors import InputError
+from behrt_jax.presets import PRETRAIN
 from experiments.benchmarks.harness import contest
 from experiments.benchmarks.train import ALL_LINEARS
 
@@ -151,7 +152,7 @@ class AblationBenchmark:
 
 
 def benchmark_ablation(
-    config: AblationBenchmark, configurations: Mapping[str, PretrainConfig]
+    config: AblationBenchmark, configurations: Mapping[str, PretrainConfig] = PRETRAIN
 ) -> dict[str, Any]:
     """Run it, print a table and return ``settings`` and ``results``: name -> ``what``, ``slower``
     (``[low, median, high]`` over the rounds, quartiles), ``step_seconds``, ``peak_bytes``.

@@ -19,6 +19,7 @@ import jax
 from behrt_jax.config import FreezingConfig, MeshConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import example_batch
+from behrt_jax.presets import PRETRAIN
 from behrt_jax.training.devices import make_mesh, split_rows
 from behrt_jax.training.state import assemble_pretraining
 
@@ -176,7 +177,7 @@ class ScalingBenchmark:
 
 
 def benchmark_scaling(
-    config: ScalingBenchmark, configurations: Mapping[str, PretrainConfig]
+    config: ScalingBenchmark, configurations: Mapping[str, PretrainConfig] = PRETRAIN
 ) -> dict[str, Any]:
     """Compile every step, print the figures side by side, and return them.
 

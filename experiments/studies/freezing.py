@@ -8,13 +8,14 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import jax
 
-from behrt_jax.cli import exit_status, parse
+from behrt_jax.cli import Command, run_command
 from behrt_jax.config import FreezingConfig, InitConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.files import read_json, write_json, write_text
@@ -343,14 +344,14 @@ FREEZING_STUDIES: dict[str, FreezingStudyConfig] = {
 }
 
 
-def freezing_study_command(
-    arguments: Sequence[str], configurations: Mapping[str, FreezingStudyConfig], default: str
-) -> int:
-    """Run the freezing study; ``--quick`` is short for ``--config quick``. As :func:`pretrain_command`."""
-
-    def run() -> int:
-        spelt_out = [part for a in arguments for part in (("--config", "quick") if a == "--quick" else (a,))]
-        config = parse(spelt_out, configurations, default, "freezing_study.py")
-        return freezing_study(config)[1]
-
-    return exit_status(run)
+def freezing_study_command(arguments: Sequence[str]) -> int:
+    """Run the freezing study; ``--quick`` is short for ``--config quick``. As :func:`run_command`."""
+    study = Command(
+        FreezingStudyConfig,
+        f"{__name__}:freezing_study",
+        named=FREEZING_STUDIES,
+        default="large",
+        status=itemgetter(1),
+    )
+    spelt_out = [part for a in arguments for part in (("--config", "quick") if a == "--quick" else (a,))]
+    return run_command(study, spelt_out, prog="freezing_study.py")

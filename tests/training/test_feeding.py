@@ -27,8 +27,7 @@ from behrt_jax.training.feeding import (
 from behrt_jax.training.loop import Cursor, Schedule, Steps
 from behrt_jax.training.state import assemble_pretraining
 from behrt_jax.training.telemetry import Telemetry, leaf_names
-from tests.data.test_batches import assert_equal, histories, history_lengths, long_tailed
-from tests.data.test_read_ahead import readers
+from tests.data.test_batches import assert_equal, histories, history_lengths, long_tailed, readers
 from tests.models.rows import VOCABULARY, tiny_model
 from tests.training.test_step import TINY
 
