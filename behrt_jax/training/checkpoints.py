@@ -29,10 +29,8 @@ if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 
-# What the checkpoints of a run hold on disk, whether all of it can be read, and which of them to keep.
-
 UNREADABLE = (OSError, ValueError, KeyError, TypeError)
-"""What Orbax and the file system raise on a checkpoint that is damaged."""
+"""Errors that Orbax and the file system raise on a checkpoint that is damaged."""
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +74,7 @@ class ContentsOnDisk:
         return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(0.0, None))[1]
 
     def is_whole(self, step: int) -> bool:
-        """Can everything in this step's folder be read? Found out once, and a warning logged if not."""
+        """Tell whether everything in this step's folder can be read: found out once, a warning logged if not."""
         if step not in self._whole:
             try:
                 self._read_json(step, "cursor")
@@ -139,7 +137,7 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line of at most 200 characters."""
+    """The message of an error, in one line of at most 200 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 

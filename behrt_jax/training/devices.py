@@ -81,7 +81,7 @@ def put_rows(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
 
 
-# Which part of a train state each device holds: FSDP (Zhao et al. 2023, arXiv 2304.11277).
+# FSDP (Zhao et al. 2023, arXiv 2304.11277): each device holds a part of the train state.
 
 """Elements from which on a leaf is split."""
 

@@ -4,9 +4,8 @@ Both give the same batches, a pure function of the step. Where the tokens lie on
 one call of a compiled program, and the host hands over nothing but the rows of each epoch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +20,9 @@ from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS
 from behrt_jax.errors import InputError
 from behrt_jax.training.devices import put_rows, replicated, split_rows
-from behrt_jax.training.loop import Schedule
+from behrt_jax.training.loop import Feed, Schedule
 from behrt_jax.training.state import Assembly
 from behrt_jax.training.step import Step, Totals, TrainState
-from behrt_jax.training.telemetry import compilations
 
 MOST_TOKENS = np.iinfo(np.int32).max
 """More cannot be numbered in int32, the widest integer of a device by default."""
@@ -116,24 +114,6 @@ KEPT_IN_HOST_MEMORY = 256 * 2**20
 """Bytes of batches that are kept where the device is the host."""
 
 
-@dataclass(frozen=True)
-class Feed:
-    """The next steps' inputs and the program that takes them: a `loop.Feed`."""
-
-    next_inputs: Callable[[int, int], tuple[Any, Sequence[int]]]
-    """(step, limit) -> inputs of that step and maybe those after it, at most `limit`, and the real tokens of
-    each. Steps are asked for in order, without gaps."""
-    train_step: Callable[[TrainState, Any], tuple[TrainState, Totals]]
-    """(state, inputs) -> state after these steps, and the metrics of each, stacked: `[steps, ...]`."""
-    programs: tuple[Any, ...]
-    """The jitted functions behind `train_step`."""
-
-    def compilations(self) -> int | None:
-        """How often the program that was compiled most often was; None where JAX does not tell."""
-        counts = [compilations(program) for program in self.programs]
-        return max((count for count in counts if count is not None), default=None)
-
-
 def one_step(assembly: Assembly, step: Step) -> Any:
     """The program of one step on a batch that the host has put on the devices; see :func:`open_feed`."""
 
@@ -174,7 +154,7 @@ def open_feed(
 
 
 def _stretches(steps: range, schedule: Schedule) -> np.ndarray:
-    """How many steps follow each other without a validation or a new epoch, int64 `[stretches]`."""
+    """Numbers of steps that follow each other without a validation or a new epoch, int64 `[stretches]`."""
     every = (schedule.validate_every, schedule.steps_per_epoch)
     stops = [stop for n in every for stop in range(n * (steps.start // n + 1), steps.stop, n)]
     return np.diff(np.unique([steps.start, *stops, max(steps.start, steps.stop)]))
@@ -194,13 +174,13 @@ def call_length(stretches: np.ndarray, most: int) -> int:
 
 
 def fits(needed: int, mesh: Mesh) -> bool:
-    """Whether so many bytes on each device leave enough of its memory free; False where that is unknown."""
+    """Tell whether so many bytes on each device leave enough of its memory free; False where unknown."""
     stats = [device.memory_stats() for device in mesh.local_devices]
     return all(s and needed <= DATA_SHARE * (s["bytes_limit"] - s["bytes_in_use"]) for s in stats)
 
 
 def on_device(config: TrainConfig, batches: TrainingBatches, mesh: Mesh) -> bool:
-    """Whether batches are gathered on the device.
+    """Tell whether batches are gathered on the device.
 
     Raises:
         InputError: the data cannot be on the device, although it should.

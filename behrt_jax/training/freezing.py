@@ -93,7 +93,7 @@ def whole(one: Tree, other: Tree) -> Variables:
 
 
 def adapted_kernels_frozen(variables: Tree, mask: Tree) -> bool:
-    """Whether all kernels that carry an adapter are frozen."""
+    """Tell whether all kernels that carry an adapter are frozen."""
     adapted = {path[:-1] for path in _paths(variables.get("lora", {}))}
     flags = dict(_flat(mask["params"]))
     return not any(flags[(*path, "kernel")] for path in adapted)

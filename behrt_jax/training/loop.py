@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from behrt_jax.config import TaskTrainConfig, TrainConfig
 from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics
 from behrt_jax.training.step import Totals, TrainState
-from behrt_jax.training.telemetry import Telemetry
+from behrt_jax.training.telemetry import Telemetry, compilations
 
 Metrics = JsonObject
 """A line of metrics.jsonl, or a part of it."""
@@ -34,7 +34,7 @@ class DivergenceError(RuntimeError):
 
 @dataclass
 class Cursor:
-    """Where a run is, beside its arrays; saved with each checkpoint."""
+    """The place of a run, beside its arrays; saved with each checkpoint."""
 
     step: int = 0
     best_step: int | None = None
@@ -89,7 +89,7 @@ class Schedule:
         return min(self.total_steps, (step // self.validate_every + 1) * self.validate_every)
 
     def validates(self, step: int) -> bool:
-        """Whether a validation follows this step."""
+        """Tell whether a validation follows this step."""
         return step == self.next_validation(step - 1)
 
     def next_line(self, step: int) -> int:
@@ -101,22 +101,22 @@ class Schedule:
         return {"step": step, "epoch": step / self.steps_per_epoch, "split": split}
 
 
-class Feed(Protocol):
-    """Batches and the program that trains on them; `feeding.open_feed` opens one."""
+@dataclass(frozen=True)
+class Feed:
+    """The next steps' inputs, and the program that trains on them; `feeding.open_feed` opens one."""
 
-    def next_inputs(self, step: int, limit: int, /) -> tuple[Any, Sequence[int]]:
-        """What `train_step` takes for that step and maybe some after it, at most `limit`, and the number of
-        real tokens of each. Steps are asked for in order, without gaps.
-        """
-        ...
-
-    def train_step(self, state: TrainState, inputs: Any, /) -> tuple[TrainState, Totals]:
-        """State after these steps, and the figures of each, stacked: `[steps, ...]`."""
-        ...
+    next_inputs: Callable[[int, int], tuple[Any, Sequence[int]]]
+    """(step, limit) -> inputs of that step and maybe some after it, at most `limit`, and the real tokens of
+    each. Steps are asked for in order, without gaps."""
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Totals]]
+    """(state, inputs) -> state after these steps, and the figures of each, stacked: `[steps, ...]`."""
+    programs: tuple[Any, ...]
+    """The jitted functions behind `train_step`."""
 
     def compilations(self) -> int | None:
-        """How often the train step was compiled so far; None where that is not known."""
-        ...
+        """Compilations of the program that was compiled most often; None where JAX does not tell."""
+        counts = [compilations(program) for program in self.programs]
+        return max((count for count in counts if count is not None), default=None)
 
 
 class Call(NamedTuple):
@@ -138,7 +138,7 @@ class Steps:
     """
 
     stop_reason = ""
-    """Why :meth:`dispatch` came to its end: ``finished``, ``early stopping`` or ``interrupted``."""
+    """The reason why :meth:`dispatch` came to its end: ``finished``, ``early stopping`` or ``interrupted``."""
     latest_loss: float | None = None
     """The latest loss that is known."""
     latest_tokens = 0
@@ -273,8 +273,8 @@ class Steps:
             "data_share": self._data_seconds / seconds,
             "device_share": self._device_seconds / seconds,
         }
-        if (compilations := self._feed.compilations()) is not None:
-            line["compilations"] = compilations
+        if (times := self._feed.compilations()) is not None:
+            line["compilations"] = times
         if squares is not None:
             line |= self._telemetry.gradients(squares)
         self._record(line)

@@ -118,7 +118,7 @@ def fastest(
 
 
 def remembered(file: Path, key: JsonObject, find: Callable[[], int]) -> int:
-    """What `find` returned earlier for the same key, kept in a JSON file; a file that is not to be read or
+    """Return what `find` returned earlier for the same key, kept in a JSON file; a file that is not to be read or
     written is no error.
 
     Args:

@@ -190,7 +190,7 @@ def _map(function: Callable[[Any], Any], members: Any, at_once: int | None) -> A
 def population_predict(
     forward: Callable[..., Any], state: PopulationState, members: Members, *inputs: Any
 ) -> Any:
-    """What `forward` (variables, inputs), with the adapters of :func:`largest`, gives for each member:
+    """Results of `forward` (variables, inputs), with the adapters of :func:`largest`, for each member:
     `[members, ...]`.
     """
 

@@ -48,16 +48,16 @@ def open_pretrained(run: Path) -> Pretrained:
     return Pretrained(run, model, Vocabulary.read(run / "vocabulary.parquet"), settings["data"])
 
 
-class Encoder(NamedTuple):
+class EncoderParameters(NamedTuple):
     """The parameters of a pretrained encoder."""
 
     params: Tree
-    """What the model has under ``behrt``, on the devices."""
+    """The model's tree under ``behrt``, on the devices."""
     step: int
     """Of the checkpoint that they are of."""
 
 
-def read_encoder(pretrained: Pretrained, mesh: Mesh) -> Encoder:
+def read_encoder(pretrained: Pretrained, mesh: Mesh) -> EncoderParameters:
     """The encoder of the best checkpoint, or of the last where there is no best.
 
     Adapters of that run are merged into them.
@@ -68,7 +68,7 @@ def read_encoder(pretrained: Pretrained, mesh: Mesh) -> Encoder:
     model = BEHRTForMLM(pretrained.model, len(pretrained.vocabulary))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(pretrained.model))["params"])
     params, step = read_parameters(pretrained.run, "--init", replicated_shapes(shapes, mesh))
-    return Encoder(params["behrt"], step)
+    return EncoderParameters(params["behrt"], step)
 
 
 def read_parameters(run: Path, option: str, shapes: Tree) -> tuple[Tree, int]:

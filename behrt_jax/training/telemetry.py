@@ -76,7 +76,7 @@ class Telemetry:
         return {"gradient_norms": norms, "without_gradient": without}
 
     def offender(self, squares: np.ndarray | None) -> str:
-        """Where a training that is not finite any more went wrong first, as a clause for a person.
+        """The place where a training that is not finite any more went wrong first, as a clause for a person.
 
         `squares` are those of :meth:`gradients` at the first step whose loss or gradient is not finite.
         """
@@ -90,7 +90,7 @@ class Telemetry:
 
 
 def compilations(jitted: Any) -> int | None:
-    """How often a jitted function was compiled so far; None where JAX does not tell."""
+    """Number of times that a jitted function was compiled so far; None where JAX does not tell."""
     count = getattr(jitted, "_cache_size", None)
     return None if count is None else count()
 

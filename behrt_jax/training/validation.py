@@ -161,7 +161,7 @@ def score_masked_codes(
 def mask_split(
     batches: ValidationBatches, masking: MaskingConfig, key: jax.Array, vocabulary_size: int
 ) -> MaskedSplit:
-    """What the validation step sees and is asked for, token by token of the split.
+    """The tuning split as the validation step sees it, token by token, and what it is asked for.
 
     Args:
         batches: of the validation split.

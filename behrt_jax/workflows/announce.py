@@ -1,4 +1,4 @@
-"""What a person reads on the console before and after training."""
+"""Words and tables for a person on the console, before, during and after training."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping

@@ -200,7 +200,7 @@ def check_finetune(config: FinetuneConfig) -> None:
 
 
 def has_members(config: FinetuneConfig) -> bool:
-    """Whether a population is trained, not a single model."""
+    """Tell whether a population is trained, not a single model."""
     return config.population.size > 1 or config.population.vary == "task"
 
 

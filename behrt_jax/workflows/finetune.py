@@ -27,7 +27,7 @@ from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices
 from behrt_jax.training.feeding import from_host, one_step
 from behrt_jax.training.loop import DivergenceError, Steps, catching_signals
-from behrt_jax.training.pretrained import Encoder, read_encoder
+from behrt_jax.training.pretrained import EncoderParameters, read_encoder
 from behrt_jax.training.state import with_encoder
 from behrt_jax.training.step import TrainState, Variables
 from behrt_jax.training.validation import make_output_step, score, task_metrics
@@ -133,7 +133,11 @@ def finetune_on(
 
 
 def _start(
-    config: FinetuneConfig, run: Finetuning, encoder: Encoder | None, console: Console, state: TrainState
+    config: FinetuneConfig,
+    run: Finetuning,
+    encoder: EncoderParameters | None,
+    console: Console,
+    state: TrainState,
 ) -> TrainState:
     """The state with the pretrained encoder in it, if the run starts from one."""
     if encoder is None:

@@ -139,7 +139,7 @@ def _fingerprint(data: SequenceSet, labelled: LabelledData) -> str:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was fitted on the tuning split once the model was trained."""
+    """Temperature and threshold, fitted on the tuning split once the model was trained."""
 
     temperature: float = 1.0
     """Divides the outputs."""

@@ -45,15 +45,13 @@ from behrt_jax.workflows.finetune_run import (
 from behrt_jax.workflows.labelled_data import LabelledData, read_data, read_labelled
 from behrt_jax.workflows.run import RunResult, settings
 
-# In what the members of a population differ: seeds, learning rates, ranks, folds or tasks.
-
 SEARCHES = ("learning_rate", "rank")
-"""What varies where the best member predicts."""
+"""Variations of which the best member alone predicts."""
 
 
 @dataclass(frozen=True, eq=False)
 class Variation:
-    """What each member has of its own."""
+    """Each member's own settings and examples."""
 
     names: list[str]
     seeds: list[int]
@@ -63,7 +61,7 @@ class Variation:
     labelled: list[LabelledData]
     """Each member's own examples."""
     tuning: list[np.ndarray]
-    """Which of the tuning examples of all are its own, bool ``[examples]``."""
+    """The tuning examples of all that are its own, bool ``[examples]``."""
     weights: np.ndarray | None = None
     """Where members learn from other examples: which of the train examples of all, bool
     ``[members, examples]``."""
@@ -130,9 +128,6 @@ def _tasks(alike: Variation, labelled: LabelledData) -> Variation:
         weights=~np.isnan(targets),
         targets=np.nan_to_num(targets)[..., None],
     )
-
-
-# The training loop of a population, and the best epoch of each member.
 
 
 class Population(NamedTuple):
@@ -259,9 +254,6 @@ def outputs_of_members(population: Population, part: TaskBatches, run: Finetunin
 
     found = score(stacked, population.state, part, run.assembly.mesh)  # pyright: ignore[reportArgumentType]
     return np.moveaxis(found.reshape(len(found), -1, run.labelled.task.outputs), 1, 0)
-
-
-# What a population leaves behind: an adapter folder for each member, and who predicts.
 
 
 def write_population(

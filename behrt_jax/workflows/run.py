@@ -165,7 +165,7 @@ def best_variables(checkpoints: Checkpoints, step: int, state: TrainState) -> Va
 
 
 def exit_status(stop_reason: str, interruption: Interruption) -> tuple[str, int]:
-    """Why a run stopped, for a person, and the exit status of its command."""
+    """Reason why a run stopped, for a person, and exit status of its command."""
     if stop_reason == "interrupted":
         return f"interrupted by {interruption.name}", 128 + interruption.number
     return stop_reason, 0
@@ -173,7 +173,7 @@ def exit_status(stop_reason: str, interruption: Interruption) -> tuple[str, int]
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run is and how it ended."""
+    """A run's folder, and how it ended."""
 
     folder: Path
     summary: JsonObject
