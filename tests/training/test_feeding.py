@@ -28,8 +28,7 @@ from behrt_jax.training.feeding import (
 from behrt_jax.training.loop import Actions, Cursor, Schedule, train
 from behrt_jax.training.state import init_state, optimizer_for, set_up
 from behrt_jax.training.step import make_train_step
-from tests.data.test_batches import assert_equal, histories, history_lengths, long_tailed
-from tests.data.test_read_ahead import readers
+from tests.data.test_batches import assert_equal, histories, history_lengths, long_tailed, readers
 from tests.models.rows import VOCABULARY, tiny_model
 from tests.training.test_step import TINY
 
