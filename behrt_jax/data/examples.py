@@ -29,8 +29,8 @@ class Examples:
     """Histories up to prediction times: one example a label, in the order of the label table."""
 
     sequences: Sequences
-    """What `windows` index: the split itself where nothing has to be hidden, else what the examples see and
-    no more, with each example as a subject of its own (its id may repeat, in any order)."""
+    """The tokens of `windows`: the split itself where nothing has to be hidden, else what the examples see
+    and no more, with each example as a subject of its own (its id may repeat, in any order)."""
     windows: Windows
     """``[examples]``, 1 token or more: the most recent tokens known at the prediction time."""
     rows: np.ndarray
@@ -195,7 +195,7 @@ def _separated(sequences: Sequences, empty: np.ndarray, max_tokens: int) -> tupl
 
 
 def of_unknown_subjects(data: SequenceSet, labels: Labels) -> int:
-    """How many labels are of subjects that no split of the data has."""
+    """Number of labels of subjects that no split of the data has."""
     known = np.concatenate([data.subject_ids(name) for name in data.splits])
     return int(np.count_nonzero(~np.isin(labels.subject_ids, known)))
 
@@ -234,7 +234,7 @@ class CodeDelays:
         return self.by_visit | (self.micros > 0)
 
     def known_at(self, part: Sequences, subjects: np.ndarray) -> np.ndarray:
-        """When each token of some subjects is known.
+        """Tell when each token of some subjects is known.
 
         Args:
             part: the histories.
@@ -258,7 +258,7 @@ class CodeDelays:
 
 
 def code_delays(vocabulary: Vocabulary, options: Sequence[str]) -> CodeDelays:
-    """What delays given as ``REGEX=DAYS`` or ``REGEX=visit`` mean for each code.
+    """The delay of each code, from options ``REGEX=DAYS`` or ``REGEX=visit``.
 
     A pattern matches at the start of a code. Where several match, the latest counts. [UNK] may stand for
     any code, so that it waits for all of them.
@@ -282,7 +282,7 @@ def code_delays(vocabulary: Vocabulary, options: Sequence[str]) -> CodeDelays:
 
 
 class Cuts(NamedTuple):
-    """Where the histories of examples end."""
+    """The ends of the histories of examples."""
 
     subjects: np.ndarray
     """int64 ``[examples]``, places in the split."""

@@ -107,7 +107,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which windows are in which row."""
+    """Rows, each with the windows that share it."""
 
     windows: np.ndarray
     """Window indices, one row after the other, int64 ``[windows]``."""

@@ -19,9 +19,11 @@ _TEXT = EVENT_SCHEMA.field("code").type
 
 @contextmanager
 def readable(file: Path, message: str | None = None) -> Iterator[None]:
-    """What is read of a file within the block, or an InputError that says what to do about the file."""
+    """Turn errors of reading a file within the block into an InputError that says how to mend it."""
     try:
         yield
+    except InputError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = f"{file} is no readable Parquet file (cut short, or another format): write it again."
         raise InputError(message or problem) from error

@@ -47,7 +47,7 @@ class Sequences:
         return np.diff(self.offsets)
 
     def births(self, subjects: np.ndarray) -> np.ndarray:
-        """When some subjects were born, by the age at their first event: float64 ``[n]`` microseconds."""
+        """Births of some subjects, by the age at their first event: float64 ``[n]`` microseconds."""
         first = self.offsets[subjects]
         return self.times[first] - self.ages[first].astype(np.float64) * YEAR
 
@@ -98,7 +98,7 @@ class SequenceSet:
     where they were not read."""
 
     def subject_ids(self, split: str) -> np.ndarray:
-        """Who can be predicted: subjects with a sequence, then those with a birth alone; int64 ``[n]``."""
+        """Subjects that can be predicted: with a sequence, then those with a birth alone; int64 ``[n]``."""
         return np.concatenate([self.splits[split].subject_ids, self.births[split].subject_ids])
 
 
@@ -251,12 +251,12 @@ def describe_split(part: Sequences) -> JsonObject:
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMap:
-    """How ids of a data set become ids of a model."""
+    """Ids of a data set as ids of a model."""
 
     ids: np.ndarray
     """int32 `[V of the data]`: the new id of each."""
     vocabulary: Vocabulary
-    """What the new ids belong to: the base's, with the new codes after it where it is extended."""
+    """The one of the new ids: the base's, with the new codes after it where it is extended."""
     new_codes: tuple[str, ...]
     """Codes of the data that the base has not: added (extended), or read as [UNK]. Most frequent first."""
     new_events: int
@@ -264,7 +264,7 @@ class VocabularyMap:
 
     @property
     def identical(self) -> bool:
-        """Whether every id stays as it is."""
+        """Every id stays as it is."""
         return np.array_equal(self.ids, np.arange(len(self.ids)))
 
     def apply(self, sequences: Sequences) -> Sequences:

@@ -77,7 +77,7 @@ def cudnn_attention(
 
 
 def cudnn_takes(length: int, size: int, dtype: jnp.dtype, rate: float) -> bool:
-    """Tell whether cuDNN is there and takes rows of `length` tokens with heads of `size`, forward and backward."""
+    """Tell whether cuDNN is there and takes rows of `length` tokens with heads of `size`, in both passes."""
     fits = size % 8 == 0 and size <= 128 and length % 2 == 0
     return fits and dtype == jnp.bfloat16 and rate == 0.0 and has_cudnn()
 

@@ -49,7 +49,7 @@ def dropout_words(rate: float, key: jax.Array | None, rows: jax.Array | None, x:
 def kept(
     words: Words, rate: float, length: int, shape: tuple[int, int, int], first_key, first_query
 ) -> jax.Array | None:
-    """Mask of the weights of a tile that dropout keeps, by the bits that they have among all weights of their row.
+    """Mask of the weights of a tile that dropout keeps, by their bits among all weights of their row.
 
     Args:
         words: of the rows; without, the result is None: all are kept.

@@ -74,7 +74,7 @@ class ContentsOnDisk:
         return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(0.0, None))[1]
 
     def is_whole(self, step: int) -> bool:
-        """Tell whether everything in this step's folder can be read: found out once, a warning logged if not."""
+        """Tell whether all of this step's folder can be read: found out once, a warning logged if not."""
         if step not in self._whole:
             try:
                 self._read_json(step, "cursor")

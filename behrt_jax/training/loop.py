@@ -138,7 +138,7 @@ class Steps:
     """
 
     stop_reason = ""
-    """The reason why :meth:`dispatch` came to its end: ``finished``, ``early stopping`` or ``interrupted``."""
+    """Reason why :meth:`dispatch` came to its end: ``finished``, ``early stopping`` or ``interrupted``."""
     latest_loss: float | None = None
     """The latest loss that is known."""
     latest_tokens = 0

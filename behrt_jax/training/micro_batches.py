@@ -118,8 +118,8 @@ def fastest(
 
 
 def remembered(file: Path, key: JsonObject, find: Callable[[], int]) -> int:
-    """Return what `find` returned earlier for the same key, kept in a JSON file; a file that is not to be read or
-    written is no error.
+    """Return what `find` returned earlier for the same key, kept in a JSON file; a file that cannot be read
+    or written is no error.
 
     Args:
         file: of earlier answers.

@@ -230,7 +230,7 @@ def init_state(
 def abstract_state(
     shapes: Variables, optimizer: optax.GradientTransformation, mesh: Mesh, large: int = LARGE
 ) -> TrainState:
-    """The state that :func:`init_state` returns, as ``jax.ShapeDtypeStruct`` with shardings: no arrays are made."""
+    """The state of :func:`init_state` as ``jax.ShapeDtypeStruct`` with shardings: no arrays are made."""
     opt_state = jax.eval_shape(optimizer.init, shapes)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, shapes, opt_state)
