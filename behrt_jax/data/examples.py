@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from behrt_jax.data.event_rules import number_visits
-from behrt_jax.data.events import DAY, YEAR, Births
+from behrt_jax.data.events import DAY, YEAR
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.packing import Windows
 from behrt_jax.data.sequences import Sequences, SequenceSet, with_separators
@@ -107,7 +107,9 @@ def find_examples(
     place = find_ids(part.subject_ids, labels.subject_ids)
     rows = np.flatnonzero(place >= 0)
     subjects, times = place[rows], labels.times[rows]
-    births = _births(part, born, subjects)
+    births, with_events = np.empty(len(rows), np.float64), subjects < len(data.splits[split])
+    births[with_events] = part.births(subjects[with_events])
+    births[~with_events] = born.times[subjects[~with_events] - len(data.splits[split])]
     early = times < births - DAY  # ages are rounded to minutes
     if early.any():
         raise InputError(
@@ -146,16 +148,6 @@ def find_examples(
         empty=empty,
         unknown_subjects=of_unknown_subjects(data, labels),
     )
-
-
-def _births(part: Sequences, born: Births, subjects: np.ndarray) -> np.ndarray:
-    """Births of some subjects, float64 ``[n]``; the last ones of ``part`` are those of ``born``."""
-    first, stops = part.offsets[subjects], part.offsets[subjects + 1]
-    births, has_events = np.empty(len(subjects), np.float64), stops > first
-    first = first[has_events]
-    births[has_events] = part.times[first] - part.ages[first].astype(np.float64) * YEAR
-    births[~has_events] = born.times[subjects[~has_events] - (len(part) - len(born))]
-    return births
 
 
 def _ages_at(times: np.ndarray, sequences: Sequences, windows: Windows) -> np.ndarray:

@@ -22,7 +22,7 @@ def readable(file: Path, message: str | None = None) -> Iterator[None]:
     """What is read of a file within the block, or an InputError that says what to do about the file."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         problem = f"{file} is no readable Parquet file (cut short, or another format): write it again."
         raise InputError(message or problem) from error
 
@@ -84,6 +84,13 @@ def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.Dat
         raise InputError(f"{file} has {kind} in the column {column}: write it as {meant}.")
     # Values and nanoseconds may lose their last digits; anything else must come through exactly.
     safe = not (pt.is_float32(target) or (pt.is_timestamp(kind) and kind.unit == "ns"))
+    return cast_or_refuse(file, column, values, target, safe)
+
+
+def cast_or_refuse(
+    file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType, safe: bool = True
+) -> pa.ChunkedArray:
+    """A column in another type; InputError where a value does not fit."""
     try:
         return values.cast(target, safe=safe)
     except pa.ArrowInvalid as error:

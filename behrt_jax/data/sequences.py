@@ -46,6 +46,11 @@ class Sequences:
         """Tokens of each subject, int64 ``[subjects]``."""
         return np.diff(self.offsets)
 
+    def births(self, subjects: np.ndarray) -> np.ndarray:
+        """When some subjects were born, by the age at their first event: float64 ``[n]`` microseconds."""
+        first = self.offsets[subjects]
+        return self.times[first] - self.ages[first].astype(np.float64) * YEAR
+
     @property
     def visits_per_subject(self) -> np.ndarray:
         """Visits of each subject, who has an event at least: int64 ``[subjects]``."""
@@ -295,11 +300,5 @@ def map_vocabulary(of_data: Vocabulary, of_base: Vocabulary, extend: bool) -> Vo
     trained = new[of_data.counts[new] > 0]
     ids[trained] = np.arange(len(of_base), len(of_base) + len(trained))
     codes = codes[: len(trained)]
-    if not codes:
-        return VocabularyMap(ids, of_base, codes, events)
-    extended = Vocabulary(
-        (*of_base.codes, *codes),
-        np.concatenate([of_base.counts, of_data.counts[trained]]),
-        (*of_base.descriptions, *(of_data.descriptions[row] for row in trained)),
-    )
-    return VocabularyMap(ids, extended, codes, events)
+    texts = [of_data.descriptions[row] for row in trained]
+    return VocabularyMap(ids, of_base.extended(codes, of_data.counts[trained], texts), codes, events)

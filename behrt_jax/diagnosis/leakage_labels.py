@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from behrt_jax.data.events import DAY, SPLITS, YEAR
+from behrt_jax.data.events import DAY, SPLITS
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
@@ -159,8 +159,7 @@ def check_histories(
         if not len(of_split):
             continue
         first = of_split.starts
-        births = of_split.part.times[first] - of_split.part.ages[first].astype(np.float64) * YEAR
-        before = of_split.times < births - DAY
+        before = of_split.times < of_split.part.births(of_split.subjects) - DAY
         total += len(of_split)
         unborn += int(np.count_nonzero(before))
         empty += int(np.count_nonzero((of_split.up_to() == first) & ~before))
