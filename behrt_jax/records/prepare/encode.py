@@ -204,7 +204,7 @@ def split_listed(splits: Mapping[str, np.ndarray]) -> SplitOf:
 # Encoding by way of spill files: for input in any order, of any number of shards.
 
 
-def encode_spilled(
+def encode_spills(
     source: Source,
     spills: Sequence[Spill],
     choice: CodeChoice,

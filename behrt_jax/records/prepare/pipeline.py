@@ -44,7 +44,7 @@ from behrt_jax.records.prepare.encode import (
     OutOfOrder,
     ascending_units,
     encode_ascending,
-    encode_spilled,
+    encode_spills,
 )
 from behrt_jax.records.prepare.manifest import (
     TOP_CODES,
@@ -139,7 +139,7 @@ def prepare(
             else:
                 every = range(source.units())
                 spills = spill_in_parallel(source, every, reading(), work / "spill", config.workers, read)
-            manifest = finished(encode_spilled(source, spills, choice, config, partition_events, encode))
+            manifest = finished(encode_spills(source, spills, choice, config, partition_events, encode))
         if not config.dry_run and config.output is not None:
             (work / "prepared").replace(config.output)
     if config.merge and not config.dry_run and config.output is not None:
