@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from behrt_jax.data.batches import (
     validation_batches,
 )
 from behrt_jax.data.sequences import SequenceSet, describe
-from behrt_jax.diagnosis.doctor import RunRecord
+from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.evaluation.masked_codes import Cooccurrence, MaskedCodeResults, MaskedSplit, Unigram, assess
 from behrt_jax.evaluation.oracle import oracle_of
 from behrt_jax.files import write_json
@@ -52,9 +53,8 @@ from behrt_jax.training.telemetry import (
 )
 from behrt_jax.training.validation import make_scoring_step, mask_split, score_masked_codes, validate
 from behrt_jax.workflows import announce
-from behrt_jax.workflows.checks import check
+from behrt_jax.workflows.checks import check, gather_facts
 from behrt_jax.workflows.doctor import Examination
-from behrt_jax.workflows.facts import gather_facts
 from behrt_jax.workflows.run import (
     RunResult,
     check_same_run,
@@ -201,8 +201,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Ru
         baselines = predict_baselines(config, data, masked)
         baseline_metrics = {name: results.metrics() for name, results in baselines.items()}
         announce.baselines(console, baselines)
-        facts = gather_facts(config, data, setup, batches, total_steps)
-        facts["micro_batches"] = micro_batches
+        facts = gather_facts(config, data, setup, batches, total_steps, micro_batches)
         run = RunRecord(settings(config), parameters, facts, baseline_metrics)
         examination = Examination(console, run, folder / METRICS_FILE)
         examination.before()
@@ -210,7 +209,7 @@ def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> Ru
 
         data.vocabulary.write(folder / "vocabulary.parquet")
         write_json(folder / PARAMETERS_FILE, parameters)
-        write_json(folder / CONFIG_FILE, run_record(config, description, facts, baseline_metrics))
+        write_json(folder / CONFIG_FILE, run_record(config, description, asdict(facts), baseline_metrics))
 
         trains = [group for group in GROUPS if parameters[group]["trainable"]]
         learning_rates = rates_on_host(config.optimizer, total_steps, trains)

@@ -27,7 +27,7 @@ from behrt_jax.run_folder import (
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.plots import plot_curves
 from behrt_jax.tracking.report import write_report
-from behrt_jax.tracking.summary import flat, summarise, summary_text
+from behrt_jax.tracking.summary import Summary, flat, summarise, summary_text
 from behrt_jax.training.checkpoints import Checkpoints
 from behrt_jax.training.freezing import count_parameters
 from behrt_jax.training.loop import Cursor
@@ -167,7 +167,7 @@ class RunResult:
     """Where a run is and how it ended."""
 
     folder: Path
-    summary: dict[str, Any]
+    summary: Mapping[str, Any]
     """Content of summary.json."""
     exit_status: int = 0
     """0, or 128 plus the number of the signal that stopped the run."""
@@ -212,18 +212,17 @@ def write_summary(
     data: Mapping[str, Any],
     parameters: Mapping[str, Any],
     startup: Mapping[str, float],
-) -> dict[str, Any]:
+) -> Summary:
     """Write summary.json, SUMMARY.txt, plots and report.html; returns the summary.
 
     `startup` has the marks of :class:`behrt_jax.training.runtime.Startup`.
     """
     metrics = read_metrics(folder / METRICS_FILE)
-    summary = summarise(
-        metrics, dict(baselines), best_step, stop_reason, seconds, dict(data), dict(parameters)
-    )
-    summary |= assessment
+    found = summarise(metrics, dict(baselines), best_step, stop_reason, seconds, dict(data), dict(parameters))
+    summary = Summary(**found, **assessment)
     if "first step" in startup:
-        summary |= {"first_step_seconds": startup["first step"], "startup_seconds": dict(startup)}
+        summary["first_step_seconds"] = startup["first step"]
+        summary["startup_seconds"] = dict(startup)
     summary["findings"] = examination.after(summary)
     write_json(folder / SUMMARY_FILE, summary)
     write_text(folder / SUMMARY_TEXT_FILE, summary_text(summary, config.name))
