@@ -12,10 +12,17 @@ Everything is strict JSON: a number that is not finite is written as ``null``.
 """
 
 import json
+import math
+import numbers
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias, TypeGuard
 
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, json_text, write_text
+
+Records: TypeAlias = Sequence[JsonObject]
+"""Records of metrics.jsonl, in the order written."""
 
 CONFIG_FILE = "config.json"
 PARAMETERS_FILE = "parameters.json"
@@ -88,6 +95,11 @@ def read_metrics(path: Path) -> list[JsonObject]:
         records.append(record)
     last = _record(rest)
     return records if last is None else [*records, last]
+
+
+def is_number(figure: object) -> TypeGuard[float]:
+    """True of a figure of a record that is known: a number, and finite."""
+    return isinstance(figure, numbers.Real) and math.isfinite(figure)
 
 
 def truncate_metrics(path: Path, step: int) -> int:

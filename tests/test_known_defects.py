@@ -62,6 +62,7 @@ from behrt_jax.config import DataConfig, FreezingConfig, LoRAConfig, PretrainCon
 from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.data.vocabulary import MASK, PAD, Vocabulary
 from behrt_jax.diagnosis.before import check_before
+from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.presets import LARGE, PRETRAIN
@@ -337,7 +338,7 @@ def told(**freezing) -> str:
         return str(error)
     setup = set_up(config, 200)
     report = {**count_parameters(setup.shapes, setup.mask), "regime": config.freezing.regime}
-    found = check_before(settings(config), report, {}, {})
+    found = check_before(RunRecord(settings(config), report))
     return " ".join(finding.seen for finding in found if finding.severity != "info")
 
 

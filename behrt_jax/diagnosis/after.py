@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterator
 
 from behrt_jax.diagnosis.during import MIN_STEPS
-from behrt_jax.diagnosis.finding import Finding, RunRecord, is_number
+from behrt_jax.diagnosis.finding import Finding, RunRecord
 from behrt_jax.files import JsonObject
+from behrt_jax.run_folder import is_number
 
 SMALL_GAIN = 0.01
 """Nats; another seed could turn it around."""

@@ -6,7 +6,8 @@ Each takes the record of a run and passes over what is not known of it; :func:`c
 import math
 from collections.abc import Iterator, Mapping
 
-from behrt_jax.diagnosis.finding import Finding, RunRecord, is_number
+from behrt_jax.diagnosis.finding import Finding, RunRecord
+from behrt_jax.run_folder import is_number
 
 
 def check_before(run: RunRecord) -> Iterator[Finding]:
@@ -172,7 +173,8 @@ def unseen_codes(run: RunRecord) -> Iterator[Finding]:
         yield Finding(
             "unseen-codes",
             "warning",
-            f"{share:.1%} of the validation events have a code that is rare in the train split, or not in it.",
+            f"{share:.1%} of the validation events have a code that is rare in the train split, or not in "
+            "it.",
             "They are read as [UNK] or through a row that was never trained; the validation is easier or "
             "harder than the data is.",
             "Lower --data.min_count, split by subject at random, or map codes to a coarser level.",

@@ -6,10 +6,11 @@ Each takes the record of a run, going on or finished, and passes over what is no
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from behrt_jax.diagnosis.finding import Finding, RunRecord, is_number
+from behrt_jax.diagnosis.finding import Finding, RunRecord
 from behrt_jax.files import JsonObject
+from behrt_jax.run_folder import Records, is_number
 
 
 def check_during(run: RunRecord) -> Iterator[Finding]:
@@ -124,7 +125,7 @@ def overfitting(run: RunRecord) -> Iterator[Finding]:
     )
 
 
-def _fitted(trainings: Sequence[JsonObject], validations: Sequence[JsonObject], index: int) -> float | None:
+def _fitted(trainings: Records, validations: Records, index: int) -> float | None:
     """Mean training loss between a validation and the one before it."""
     first = validations[index - 1]["step"] if index else 0
     lines = [r for r in _with_loss(trainings) if first < r["step"] <= validations[index]["step"]]
@@ -155,7 +156,7 @@ def loss_spikes(run: RunRecord) -> Iterator[Finding]:
         )
 
 
-def _with_loss(records: Sequence[JsonObject]) -> list[JsonObject]:
+def _with_loss(records: Records) -> list[JsonObject]:
     return [record for record in records if is_number(record.get("loss"))]
 
 

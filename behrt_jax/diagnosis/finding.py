@@ -1,22 +1,27 @@
 """What a check of a training run is given, the record of the run, and what it gives: findings."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 from behrt_jax.config import from_stored
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, read_json
-from behrt_jax.run_folder import CONFIG_FILE, METRICS_FILE, PARAMETERS_FILE, SUMMARY_FILE, read_metrics
+from behrt_jax.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    PARAMETERS_FILE,
+    SUMMARY_FILE,
+    Records,
+    read_metrics,
+)
+from behrt_jax.tracking.summary import Baselines, Summary
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 """From grave to harmless. An error makes results wrong or useless; an info is no alarm."""
-COLUMNS = ("severity", "id", "seen", "why", "mend")
-"""Of the table of findings."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,14 @@ def has_error(findings: Iterable[Finding]) -> bool:
 
 
 def table_rows(findings: Iterable[Finding]) -> list[tuple[str, ...]]:
-    """Rows of :data:`COLUMNS`, errors first."""
+    """Severity, id, what was seen, why and what to do, errors first."""
     return [
         (finding.severity, finding.id, finding.seen, finding.why, finding.mend)
         for finding in by_severity(findings)
     ]
 
 
-def to_json(findings: Iterable[Finding]) -> list[dict[str, str]]:
+def to_json(findings: Iterable[Finding]) -> list[JsonObject]:
     """As dicts, errors first, ready for JSON."""
     return [asdict(finding) for finding in by_severity(findings)]
 
@@ -76,11 +81,6 @@ def summary_line(findings: Iterable[Finding]) -> str:
     for finding in findings:
         counts[finding.severity] += 1
     return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """True of a figure that is known: a number, and finite."""
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,9 @@ class RunRecord:
     parameters: JsonObject = field(default_factory=dict)
     """The parameter report, parameters.json."""
     facts: Facts = field(default_factory=Facts)
-    baselines: JsonObject = field(default_factory=dict)
-    """Name -> figures, as in summary.json."""
-    metrics: Sequence[JsonObject] = ()
-    """Records of metrics.jsonl, in order."""
-    summary: JsonObject = field(default_factory=dict)
+    baselines: Baselines = field(default_factory=dict)
+    metrics: Records = ()
+    summary: Summary = field(default_factory=Summary)
     """Empty while the run goes on."""
 
     def setting(self, section: str, name: str) -> Any:
@@ -169,5 +167,5 @@ def read_run(folder: Path) -> RunRecord:
         from_stored(Facts, facts),
         summary.get("baselines") or config.get("baselines") or {},
         read_metrics(folder / METRICS_FILE),
-        summary,
+        Summary(**summary),
     )

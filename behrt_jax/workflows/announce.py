@@ -132,7 +132,7 @@ class LoopReporter:
             self.examine(self._lines["written"])
 
 
-def end(console: Console, folder: Path, summary: JsonObject) -> None:
+def end(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
     """Say how it ended and what was written."""
     console.log(f"Stopped: {summary['stop_reason']}.")
     console.log(verdict(summary["gain_over_unigram"]))

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from behrt_jax.data.batches import (
     validation_batches,
 )
 from behrt_jax.data.sequences import SequenceSet, describe
-from behrt_jax.diagnosis.doctor import RunRecord
+from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import Cooccurrence, MaskedCodeResults, MaskedSplit, Unigram, assess
 from behrt_jax.evaluation.oracle import oracle_of
@@ -38,7 +38,7 @@ from behrt_jax.run_folder import (
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.tracking.plots import plot_curves
 from behrt_jax.tracking.report import write_report
-from behrt_jax.tracking.summary import summarise, summary_text
+from behrt_jax.tracking.summary import Summary, summarise, summary_text
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh
 from behrt_jax.training.feeding import PlacedBatches, on_device, one_step, open_feed
@@ -57,9 +57,8 @@ from behrt_jax.training.validation import (
     validate,
 )
 from behrt_jax.workflows import announce
-from behrt_jax.workflows.checks import check
+from behrt_jax.workflows.checks import check, gather_facts
 from behrt_jax.workflows.doctor import Examination
-from behrt_jax.workflows.facts import gather_facts
 from behrt_jax.workflows.run import (
     Run,
     RunResult,
@@ -267,14 +266,15 @@ def examine_before(
     config: PretrainConfig, run: Pretraining, baselines: JsonObject, console: Console
 ) -> Examination:
     """Show the doctor's findings before the first step, and write what a run folder begins with."""
-    facts = gather_facts(config, run.data, run.assembly.setup, run.batches, run.schedule.total_steps)
-    facts["micro_batches"] = run.micro_batches
+    facts = gather_facts(
+        config, run.data, run.assembly.setup, run.batches, run.schedule.total_steps, run.micro_batches
+    )
     record = RunRecord(settings(config), run.parameters, facts, dict(baselines))
     examination = Examination(console, record, run.folder / METRICS_FILE)
     examination.before()
     run.data.vocabulary.write(run.folder / "vocabulary.parquet")
     write_json(run.folder / PARAMETERS_FILE, run.parameters)
-    write_json(run.folder / CONFIG_FILE, run_record(config, run.description, facts, baselines))
+    write_json(run.folder / CONFIG_FILE, run_record(config, run.description, asdict(facts), baselines))
     return examination
 
 
@@ -312,10 +312,10 @@ def write_summary(
     assessment: JsonObject,
     ended: RunEnd,
     examination: Examination,
-) -> JsonObject:
+) -> Summary:
     """Write summary.json, SUMMARY.txt, plots and report.html; returns the summary."""
     folder, metrics = run.folder, read_metrics(run.folder / METRICS_FILE)
-    summary = summarise(
+    found = summarise(
         metrics,
         dict(baselines),
         ended.best_step,
@@ -324,13 +324,10 @@ def write_summary(
         dict(run.description),
         dict(run.parameters),
     )
-    summary |= assessment
+    summary = Summary(**found, **assessment)
     if "first step" in ended.startup:
-        startup = {
-            "first_step_seconds": ended.startup["first step"],
-            "startup_seconds": dict(ended.startup),
-        }
-        summary |= startup
+        summary["first_step_seconds"] = ended.startup["first step"]
+        summary["startup_seconds"] = dict(ended.startup)
     summary["findings"] = examination.after(summary)
     write_json(folder / SUMMARY_FILE, summary)
     write_text(folder / SUMMARY_TEXT_FILE, summary_text(summary, config.name))

@@ -25,7 +25,7 @@ from behrt_jax.training.state import abstract_state, init_state, optimizer_for, 
 from behrt_jax.training.step import make_update_step, masked_code_losses, masked_code_objective
 from behrt_jax.training.telemetry import make_probe
 from behrt_jax.training.validation import make_scoring_step, make_validation_step
-from behrt_jax.workflows.facts import unreached_adapters
+from behrt_jax.workflows.checks import unreached_adapters
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
 ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")
