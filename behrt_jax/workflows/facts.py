@@ -1,6 +1,6 @@
 """What only the process that holds data and model can tell the doctor, as figures for config.json."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,8 +56,10 @@ def _read(jaxpr: Any, wanted: list[bool]) -> list[bool]:
 
 def _read_scan(equation: Any, wanted: list[bool]) -> list[bool]:
     """As :func:`_read`, for a scan: what a step reads of its carry, the step before it must compute."""
-    body, constants = equation.params["jaxpr"].jaxpr, equation.params["num_consts"]
-    carries = equation.params["num_carry"]
+    body = equation.params["jaxpr"].jaxpr
+    # Versions of jax name the numbers of these differently; only what is scanned has an axis less inside.
+    carries = _alike(equation.outvars, body.outvars)
+    constants = _alike(equation.invars, body.invars) - carries
     while True:
         read = _read(body, wanted)
         needed_by_next = read[constants : constants + carries]
@@ -65,6 +67,11 @@ def _read_scan(equation: Any, wanted: list[bool]) -> list[bool]:
         if carried == wanted[:carries]:
             return read
         wanted = carried + wanted[carries:]
+
+
+def _alike(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """Number of variables of a scan that have the same shape in a step of it."""
+    return sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside, strict=True))
 
 
 def _called(equation: Any) -> Any:
