@@ -606,17 +606,17 @@ class DoctorConfig:
     """With `data`: regular expressions of codes that say that the subject died."""
 
 
-# Settings read back from what a run or an adapter was stored with.
+# Settings, and other records, read back from what a run or an adapter was stored with.
 
-C = TypeVar("C", ModelConfig, LoRAConfig, FreezingConfig)
+C = TypeVar("C")
 
 
 def from_stored(kind: type[C], values: Mapping[str, object]) -> C:
-    """Settings of this kind from their JSON, which another version of behrt_jax may have written.
+    """A record of this kind (a dataclass) from its JSON, which another version of behrt_jax may have written.
 
     What is not there has its default, and what this version does not know is passed over.
     """
-    known = {field.name for field in fields(kind)}
+    known = {field.name for field in fields(kind)}  # pyright: ignore[reportArgumentType]
     read: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in values.items()

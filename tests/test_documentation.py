@@ -74,5 +74,5 @@ def test_the_example_in_python_runs():
     (example,) = blocks("python", TEXTS["experiments/README.md"])
     names = {}
     exec(example, names)
-    assert names["logits"](names["params"], names["tree"], *names["inputs"]).shape[-1] == 1000
+    assert names["logits"](names["params"], names["tree"], names["batch"]).shape[-1] == 1000
     assert names["merged"].keys() == names["params"].keys()

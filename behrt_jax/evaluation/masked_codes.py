@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import Sequences
+from behrt_jax.data.sorting import ragged_indices
 from behrt_jax.models.losses import TOP, mean_metrics
 
 _BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))

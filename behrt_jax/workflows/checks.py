@@ -1,10 +1,15 @@
-"""Mistakes in a configuration that can be told before any data is read."""
+"""What can be told of a training run before its first step: mistakes in its configuration, which stop it
+before any data is read, and facts of data and model, by which the doctor judges it.
+"""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import get_args
+from typing import TypeVar, get_args
 
 import jax
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import (
@@ -16,9 +21,15 @@ from behrt_jax.config import (
     PretrainConfig,
     TrainConfig,
 )
+from behrt_jax.data.batches import TrainingBatches
+from behrt_jax.data.sequences import Sequences, SequenceSet
+from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
+from behrt_jax.diagnosis.finding import Facts
 from behrt_jax.errors import InputError
+from behrt_jax.models.behrt import example_batch
 from behrt_jax.training.freezing import REGIMES, regime
-from behrt_jax.training.state import set_up
+from behrt_jax.training.state import Setup, set_up
+from behrt_jax.training.telemetry import leaf_names
 
 
 def check(config: PretrainConfig) -> None:
@@ -200,7 +211,7 @@ def check_finetune(config: FinetuneConfig) -> None:
 
 
 def has_members(config: FinetuneConfig) -> bool:
-    """Whether a population is trained, not a single model."""
+    """Tell whether a population is trained, not a single model."""
     return config.population.size > 1 or config.population.vary == "task"
 
 
@@ -284,3 +295,152 @@ def model_of(config: FinetuneConfig, pretrained: ModelConfig) -> ModelConfig:
     if config.compute_dtype is not None:
         model = replace(model, compute_dtype=config.compute_dtype)
     return model
+
+
+# Facts that only the process which holds data and model can see.
+
+MOST_EVENTS = 20_000_000
+"""Events looked at; of more, every n-th."""
+
+
+def gather_facts(
+    config: PretrainConfig,
+    data: SequenceSet,
+    setup: Setup,
+    batches: TrainingBatches,
+    total_steps: int,
+    micro_batches: int,
+) -> Facts:
+    """What the checks of `diagnosis` need and the files of a run folder do not tell."""
+    train, tuning = data.splits["train"], data.splits["tuning"]
+    window = batches.row_length - batches.cls_token
+    return Facts(
+        codes=len(data.vocabulary) - len(SPECIAL_TOKENS),
+        total_steps=total_steps,
+        steps_per_epoch=batches.steps_per_epoch,
+        tokens_per_step=batches.tokens_per_epoch / batches.steps_per_epoch,
+        row_length=batches.row_length,
+        validation_subjects=len(tuning),
+        unseen_share=_unseen_share(tuning.codes, data.vocabulary.counts),
+        cut_share=float(np.maximum(train.lengths - window, 0).sum() / max(len(train.codes), 1)),
+        beyond_tables=_beyond_tables(train, config.model),
+        unreached_adapters=unreached_adapters(setup),
+        micro_batches=micro_batches,
+    )
+
+
+def _unseen_share(codes: np.ndarray, counts: np.ndarray) -> float:
+    """Share of events, int32 `[events]`, that are [UNK] or whose train count, int64 `[vocabulary]`, is 0."""
+    events = codes[codes != SEP]
+    if not len(events):
+        return 0.0
+    unseen = (counts == 0) & (np.arange(len(counts)) >= len(SPECIAL_TOKENS))
+    unseen[UNK] = True
+    return float(unseen[events].mean())
+
+
+def _beyond_tables(sequences: Sequences, model: ModelConfig) -> dict[str, float]:
+    """Shares of events that share the row at the end of a table: by ``ages`` above, ``before_birth``,
+    ``visits`` and ``positions`` (where those count visits).
+    """
+    step = -(-len(sequences.codes) // MOST_EVENTS) or 1
+    ages, visits = sequences.ages[::step], sequences.visits[::step]
+    if not len(ages):
+        return {}
+    found = {
+        "ages": np.count_nonzero(ages >= model.age_rows * model.age_bin_years),
+        "before_birth": np.count_nonzero(ages < 0),
+    }
+    if model.visit_embedding == "ordinal":
+        found["visits"] = np.count_nonzero(visits >= model.visit_rows)
+    if model.position_of == "visit":
+        found["positions"] = np.count_nonzero(visits >= model.positions)
+    return {name: int(count) / len(ages) for name, count in found.items()}
+
+
+def unreached_adapters(setup: Setup) -> list[str]:
+    """Names of adapter leaves that the prediction does not depend on; nothing is computed."""
+    if not setup.layers:
+        return []
+    batch = example_batch(setup.predictor.model.config)
+    unread = unread_leaves(lambda variables: setup.predictor.outputs(variables, batch), setup.shapes)
+    return [
+        name
+        for name, alone in zip(leaf_names(setup.shapes), unread, strict=True)
+        if alone and name.startswith("lora/")
+    ]
+
+
+T = TypeVar("T")
+
+
+def unread_leaves(function: Callable[[T], object], tree: T) -> list[bool]:
+    """Tell which leaves of `tree`, in tree order, are of no consequence for ``function(tree)``.
+
+    The function is traced and its jaxpr walked from the results back. Inside ``while`` loops and branches
+    every argument counts as read.
+
+    Args:
+        function: traceable by JAX, from a tree to arrays.
+        tree: of arrays or ``jax.ShapeDtypeStruct``.
+    """
+    jaxpr = jax.make_jaxpr(function)(tree).jaxpr
+    return [not read for read in _read(jaxpr, [True] * len(jaxpr.outvars))]
+
+
+def _read(jaxpr: Jaxpr, wanted: list[bool]) -> list[bool]:
+    """Tell which inputs of `jaxpr` an output depends on, of those where `wanted` is True."""
+    needed = _named(jaxpr.outvars, wanted)
+    for equation in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(equation.outvars):
+            inner = _called(equation)
+            used = [variable in needed for variable in equation.outvars]
+            if equation.primitive.name == "scan":
+                read = _read_scan(equation, used)
+            elif inner is None:
+                read = [True] * len(equation.invars)
+            else:
+                read = _read(inner, used)
+            needed |= _named(equation.invars, read)
+    return [variable in needed for variable in jaxpr.invars]
+
+
+def _read_scan(equation: JaxprEqn, wanted: list[bool]) -> list[bool]:
+    """As :func:`_read`, for a scan: what a step reads of its carry, the step before it must compute."""
+    body = equation.params["jaxpr"].jaxpr
+    # Versions of jax name the numbers of these differently; only what is scanned has an axis less inside.
+    carries = _alike(equation.outvars, body.outvars)
+    constants = _alike(equation.invars, body.invars) - carries
+    while True:
+        read = _read(body, wanted)
+        needed_by_next = read[constants : constants + carries]
+        carried = [a or b for a, b in zip(wanted[:carries], needed_by_next, strict=True)]
+        if carried == wanted[:carries]:
+            return read
+        wanted = carried + wanted[carries:]
+
+
+def _alike(outside: Sequence[Var | Literal], inside: Sequence[Var | Literal]) -> int:
+    """Number of variables of a scan that have the same shape in a step of it."""
+    return sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside, strict=True))
+
+
+def _called(equation: JaxprEqn) -> Jaxpr | None:
+    """The jaxpr that an equation calls once with its own inputs and outputs, or None."""
+    if equation.primitive.name in ("while", "scan", "cond"):
+        return None
+    for value in equation.params.values():
+        inner = getattr(value, "jaxpr", value)  # closed, or open already
+        if (
+            hasattr(inner, "eqns")
+            and len(inner.invars) == len(equation.invars)
+            and len(inner.outvars) == len(equation.outvars)
+        ):
+            return inner
+    return None
+
+
+def _named(variables: Sequence[Var | Literal], chosen: Sequence[bool]) -> set[Var]:
+    """The chosen ones, without literals, which have a value in place of a name."""
+    pairs = zip(variables, chosen, strict=True)
+    return {variable for variable, choice in pairs if choice and not isinstance(variable, Literal)}

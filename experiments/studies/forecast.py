@@ -24,7 +24,7 @@ from behrt_jax.config import (
     TaskTrainConfig,
     TrainConfig,
 )
-from behrt_jax.data.examples import task_batches
+from behrt_jax.data.batches import RowShape, task_batches
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.tasks import Task
@@ -43,16 +43,15 @@ from behrt_jax.evaluation.task_baselines import (
 from behrt_jax.files import write_json
 from behrt_jax.presets import FINETUNE, PRETRAIN, SMALL
 from behrt_jax.records.load import generated_code_count, load_sequences
-from behrt_jax.records.synthetic.latent import latent_paths, onset_labels
 from behrt_jax.run_folder import SUMMARY_FILE
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import make_mesh
-from behrt_jax.training.step import make_output_step
-from behrt_jax.training.validation import score
+from behrt_jax.training.validation import make_output_step, score
 from behrt_jax.workflows.finetune import finetune_on
 from behrt_jax.workflows.labelled_data import examples_of
 from behrt_jax.workflows.predict import open_finetuned
 from behrt_jax.workflows.pretrain import pretrain
+from experiments.studies.latent_course import latent_paths, onset_labels
 
 # The best possible forecasts from generated records: the next visit's codes, the onset of a condition.
 
@@ -390,10 +389,9 @@ def _held_out_outputs(run: Any, data: SequenceSet, labels: Labels) -> tuple[np.n
     batches = task_batches(
         examples,
         np.zeros((len(examples), 1), np.float32),
-        row_length=model.model.positions,
+        RowShape(model.model.positions, cls_token=model.model.cls_token),
         batch_size=len(examples),
         seed=None,
-        cls_token=model.model.cls_token,
     ).of_rows(64, mesh.size)
     outputs = score(jax.jit(make_output_step(model.setup.predictor)), model.members[0], batches, mesh)
     return predictions("binary", outputs, model.calibration.temperature)[:, 0], model.trained

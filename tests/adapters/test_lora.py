@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from behrt_jax.adapters import lora
-from behrt_jax.adapters import lora as ranks
-from behrt_jax.adapters.files import load_adapter, save_adapter
-from behrt_jax.adapters.products import activation_product, merged_kernel, merged_product, resolve_product
+from behrt_jax.adapters.files import AdapterConfig, load_adapter, save_adapter
+from behrt_jax.adapters.lora import activation_product, merged_kernel, merged_product, resolve_product
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.stacked_layers import stack_layers, unstack_layers
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
@@ -29,7 +28,7 @@ ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(MODEL.init)(jax.random.key(0), *example_inputs(MODEL.config))["params"]
+    return jax.jit(MODEL.init)(jax.random.key(0), example_batch(MODEL.config))["params"]
 
 
 def trained(params, config, seed=1):
@@ -45,7 +44,7 @@ def adapted_logits(params, adapters, config, batch, product="activations", key=N
         with lora.applying(config, product, deterministic=key is None):
             return MODEL.apply(
                 {"params": params, "lora": adapters},
-                *batch[:5],
+                batch,
                 deterministic=key is None,
                 rngs=None if key is None else {"dropout": key},
             )
@@ -73,7 +72,7 @@ def test_shapes_and_first_values(params, targets):
 def test_fresh_adapters_leave_the_output_identical(params, product):
     config = LoRAConfig(rank=4, targets=ALL_LINEARS)
     batch = random_batch(0)
-    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, *b[:5]))(params, batch)
+    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, b))(params, batch)
     adapters = lora.init(jax.random.key(0), params, config)
     np.testing.assert_array_equal(adapted_logits(params, adapters, config, batch, product), base)
 
@@ -84,18 +83,22 @@ def test_merged_parameters_give_the_adapted_output(params, stabilised):
     adapters, batch = trained(params, config), random_batch(1)
     adapted = adapted_logits(params, adapters, config, batch)
     merged = lora.merge(params, adapters, config)
-    from_merged = jax.jit(lambda p, b: MODEL.apply({"params": p}, *b[:5]))(merged, batch)
-    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, *b[:5]))(params, batch)
+    from_merged = jax.jit(lambda p, b: MODEL.apply({"params": p}, b))(merged, batch)
+    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, b))(params, batch)
     real = batch.segment_ids > 0
     assert np.abs(adapted - base)[real].max() > 1e-2
     np.testing.assert_allclose(from_merged[real], adapted[real], atol=1e-5, rtol=1e-5)
+
+
+def unmerged(params, adapters, config):
+    return lora.merge(params, lora.scaled(adapters, -1.0), config)
 
 
 def test_unmerge_undoes_merge_and_touches_no_other_leaf(params):
     config = LoRAConfig(rank=4, targets=("out",))
     adapters = trained(params, config)
     merged = lora.merge(params, adapters, config)
-    chex.assert_trees_all_close(lora.unmerge(merged, adapters, config), params, atol=1e-6)
+    chex.assert_trees_all_close(unmerged(merged, adapters, config), params, atol=1e-6)
     changed = {
         path
         for path, leaf in flatten_dict(merged).items()
@@ -112,7 +115,7 @@ def test_all_products_have_equal_outputs_and_gradients(params, product):
     def gradients(product):
         def loss(adapters):
             with lora.applying(config, product):
-                return (MODEL.apply({"params": params, "lora": adapters}, *batch[:5]) ** 2).mean()
+                return (MODEL.apply({"params": params, "lora": adapters}, batch) ** 2).mean()
 
         return jax.jit(jax.value_and_grad(loss))(adapters)
 
@@ -127,9 +130,9 @@ def test_adapters_compute_in_the_precision_of_their_layer(product):
 
     def loss(adapters, params):
         with lora.applying(config, product):
-            return model.apply({"params": params, "lora": adapters}, *batch[:5]).mean()
+            return model.apply({"params": params, "lora": adapters}, batch).mean()
 
-    params = jax.eval_shape(lambda key: model.init(key, *batch[:5])["params"], jax.random.key(0))
+    params = jax.eval_shape(lambda key: model.init(key, batch)["params"], jax.random.key(0))
     adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, config))
     jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters, params).jaxpr
     operands = [x.aval for p in dot_generals(jaxpr) for x in p.invars if 7 in x.aval.shape]
@@ -152,7 +155,7 @@ def test_kernels_merged_beforehand_give_the_same_outputs_and_gradients(params):
     def loss(adapters, merged):
         variables = {"params": params, "lora": adapters, **merged}
         with lora.applying(config, "merged"):
-            return (MODEL.apply(variables, *batch[:5]) ** 2).mean()
+            return (MODEL.apply(variables, batch) ** 2).mean()
 
     beforehand = {"merged": lora.merged_kernels(params, adapters, config)}
     gradient = jax.jit(jax.grad(loss))
@@ -203,10 +206,10 @@ def test_adapter_dropout_falls_on_the_adapter_alone(params):
     def logits(adapters):
         with lora.applying(config, deterministic=False):
             return model.apply(
-                {"params": params, "lora": adapters}, *batch[:5], deterministic=False, rngs={"dropout": key}
+                {"params": params, "lora": adapters}, batch, deterministic=False, rngs={"dropout": key}
             )
 
-    base = jax.jit(lambda: model.apply({"params": params}, *batch[:5]))()
+    base = jax.jit(lambda: model.apply({"params": params}, batch))()
     np.testing.assert_allclose(logits(fresh), base, atol=1e-6)
     assert np.abs(logits(adapters) - adapted_logits(params, adapters, config, batch)).max() > 1e-3
     np.testing.assert_allclose(
@@ -309,12 +312,12 @@ RNG = np.random.default_rng(0)
 def test_adapters_of_a_larger_rank_have_the_same_product_and_are_cut_back(layers):
     a, b = RNG.normal(size=(*layers, 4, 2)), RNG.normal(size=(*layers, 2, 5))
     tree = {"encoder": {"query": {"a": a.astype(np.float32), "b": b.astype(np.float32)}}}
-    padded = ranks.pad(tree, 3)
+    padded = lora.pad(tree, 3)
     longer = padded["encoder"]["query"]
     assert longer["a"].shape == (*layers, 4, 3) and longer["b"].shape == (*layers, 3, 5)
     np.testing.assert_allclose(longer["a"] @ longer["b"], a @ b, rtol=1e-4, atol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, ranks.cut(padded, 2), tree)
-    twice = ranks.scaled(padded, 2.0)["encoder"]["query"]
+    jax.tree.map(np.testing.assert_array_equal, lora.cut(padded, 2), tree)
+    twice = lora.scaled(padded, 2.0)["encoder"]["query"]
     np.testing.assert_allclose(twice["a"] @ twice["b"], 2 * a @ b, rtol=1e-4, atol=1e-6)
 
 
@@ -327,7 +330,7 @@ CONFIG = LoRAConfig(rank=3, targets=("query", "intermediate", "mlm_head/dense"))
 @pytest.fixture(scope="module")
 def stacked():
     model = BEHRTForMLM(tiny_model(layers=3, scan_layers=True), VOCABULARY)
-    return jax.jit(model.init)(jax.random.key(0), *example_inputs(model.config))["params"]
+    return jax.jit(model.init)(jax.random.key(0), example_batch(model.config))["params"]
 
 
 def moved(adapters):
@@ -353,7 +356,7 @@ def test_merging_is_that_of_layers_one_by_one_and_can_be_undone(stacked):
     kernel = ("behrt", "encoder", "layers", "attention", "query", "kernel")
     before, after = (flatten(tree)[kernel] for tree in (stacked, merged))
     assert np.abs(after - before).max(axis=(1, 2)).min() > 0.01
-    chex.assert_trees_all_close(lora.unmerge(merged, adapters, CONFIG), stacked, atol=1e-6)
+    chex.assert_trees_all_close(unmerged(merged, adapters, CONFIG), stacked, atol=1e-6)
 
 
 def flatten(tree):
@@ -389,18 +392,16 @@ def test_an_adapter_file_fits_its_base_in_either_layout(stacked, tmp_path, saved
 
     save_adapter(
         tmp_path / "adapter",
-        params=params,
-        lora=layout(adapters, saved_stacked),
-        trained=jax.tree_util.tree_map_with_path(trains, params),
-        lora_config={"rank": 3},
-        model_config={},
-        vocabulary_fingerprint="v",
+        params,
+        layout(adapters, saved_stacked),
+        jax.tree_util.tree_map_with_path(trains, params),
+        AdapterConfig(lora={"rank": 3}, model={}, vocabulary_fingerprint="v"),
     )
     other = jax.tree_util.tree_map_with_path(lambda p, x: x + 1.0 if trains(p, x) else x, stacked)
     found_params, found_lora, config = load_adapter(tmp_path / "adapter", layout(other, loaded_stacked))
     chex.assert_trees_all_equal(found_params, layout(stacked, loaded_stacked))
     chex.assert_trees_all_equal(found_lora, layout(adapters, loaded_stacked))
-    assert "lora/behrt/encoder/layer_2/attention/query/a" in config["tensors"]
+    assert "lora/behrt/encoder/layer_2/attention/query/a" in config.tensors
 
     changed = jax.tree.map(lambda x: x, other)
     kernel = changed["behrt"]["encoder"]["layers"]["output"]["kernel"]
@@ -416,12 +417,10 @@ def test_an_adapter_on_some_layers_does_not_fit_a_stack(stacked, tmp_path, layer
     adapters = lora.init(jax.random.key(1), params, config)
     save_adapter(
         tmp_path / "adapter",
-        params=params,
-        lora=adapters,
-        trained=jax.tree.map(lambda _: False, params),
-        lora_config={"rank": 3},
-        model_config={},
-        vocabulary_fingerprint="v",
+        params,
+        adapters,
+        jax.tree.map(lambda _: False, params),
+        AdapterConfig(lora={"rank": 3}, model={}, vocabulary_fingerprint="v"),
     )
     with pytest.raises(InputError, match=f"query/a cannot be stacked: layer_{missing} has no"):
         load_adapter(tmp_path / "adapter", stack_layers(params))

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.cli import main
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.prepared import read_manifest, read_prepared, write_json
+from behrt_jax.data.events import DAY
+from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint
 from behrt_jax.data.vocabulary import UNK
+from behrt_jax.files import write_json
 from behrt_jax.records.meds_export import write_meds
 from behrt_jax.records.synthetic.clinical import generate_clinical
 

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import main
-from behrt_jax.data.event_rules import DAY
+from behrt_jax.data.events import DAY
 from behrt_jax.data.prepared import read_prepared
 from tests.diagnosis.audited import OUTCOME, YEAR, Task, alarms, findings, planted, prepare, rewrite
 from tests.records.meds_folder import HOUR, Row, born, write_meds

@@ -17,14 +17,14 @@ from behrt_jax.adapters import lora
 from behrt_jax.cli import main
 from behrt_jax.config import DataConfig, DoctorConfig, OptimizerConfig, PretrainConfig, TrainConfig
 from behrt_jax.data.prepared import read_prepared
-from behrt_jax.diagnosis.doctor import examine, read_run
-from behrt_jax.diagnosis.finding import Finding
+from behrt_jax.diagnosis.finding import Finding, read_run
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.training import feeding
 from behrt_jax.training.loop import DivergenceError
+from behrt_jax.training.state import Assembly
 from behrt_jax.workflows import pretrain as module
-from behrt_jax.workflows.doctor import audit_data
+from behrt_jax.workflows.doctor import audit_data, examine
 from behrt_jax.workflows.pretrain import pretrain
 from tests.commands import run_command
 from tests.diagnosis.audited import (
@@ -142,15 +142,15 @@ def test_cut_histories_stalls_and_recompilations(tmp_path, monkeypatch, capsys):
 
 
 def test_a_leaf_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
-    original = module.init_state
+    original = Assembly.first_state
 
-    def spoilt(*arguments):
-        state = original(*arguments)
+    def spoilt(self):
+        state = original(self)
         head = state.variables["params"]["mlm_head"]["dense"]
         head["kernel"] = head["kernel"].at[0, 0].set(jnp.nan)
         return state
 
-    monkeypatch.setattr(module, "init_state", spoilt)
+    monkeypatch.setattr(Assembly, "first_state", spoilt)
     with pytest.raises(DivergenceError, match="the parameters params/mlm_head/dense/kernel"):
         pretrain(replace(TINY_LORA, output=tmp_path / "run"), ONE)
     finding = by_id(tmp_path / "run")["diverged"]
@@ -188,8 +188,8 @@ def check_before(config, folder, monkeypatch):
         pretrain(replace(config, output=folder / "run"), ONE)
     assert ids(examined(folder / "run")) == []
     facts = read_run(folder / "run").facts
-    assert facts["unreached_adapters"] == []
-    assert facts["cut_share"] < 0.1
+    assert list(facts.unreached_adapters) == []
+    assert facts.cut_share < 0.1
 
 
 @pytest.mark.slow

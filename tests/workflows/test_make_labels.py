@@ -11,12 +11,12 @@ import pytest
 from meds import LabelSchema
 
 from behrt_jax.cli import main
-from behrt_jax.data.delays import matching_codes
-from behrt_jax.data.event_rules import DAY
+from behrt_jax.data.events import DAY
 from behrt_jax.data.examples import find_examples
 from behrt_jax.data.labels import read_labels
 from behrt_jax.data.prepared import read_deaths, read_manifest, read_prepared
-from behrt_jax.data.ragged import ragged_indices
+from behrt_jax.data.sorting import ragged_indices
+from behrt_jax.data.vocabulary import matching_codes
 from tests.diagnosis.audited import OUTCOME, prepare_clinical
 
 TASKS = {

@@ -13,9 +13,9 @@ import pytest
 from behrt_jax.cli import main
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.sequences import describe
-from behrt_jax.records.meds_check import check_meds
 from behrt_jax.records.sources.meds import read_meds
 from behrt_jax.workflows.pretrain import pretrain
+from tests.records.meds_check import check_meds
 from tests.records.meds_folder import by_remainder, history_rows, write_meds
 from tests.workflows.small_run import SMALL_RUN, changed
 
