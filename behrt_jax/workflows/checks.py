@@ -422,7 +422,8 @@ def _read_scan(equation: JaxprEqn, wanted: list[bool]) -> list[bool]:
 
 def _alike(outside: Sequence[Var | Literal], inside: Sequence[Var | Literal]) -> int:
     """Number of variables of a scan that have the same shape in a step of it."""
-    return sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside, strict=True))
+    pairs = zip(outside, inside, strict=True)
+    return sum(a.aval.shape == b.aval.shape for a, b in pairs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _called(equation: JaxprEqn) -> Jaxpr | None:
