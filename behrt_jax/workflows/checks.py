@@ -407,8 +407,10 @@ def _read(jaxpr: Jaxpr, wanted: list[bool]) -> list[bool]:
 
 def _read_scan(equation: JaxprEqn, wanted: list[bool]) -> list[bool]:
     """As :func:`_read`, for a scan: what a step reads of its carry, the step before it must compute."""
-    body, constants = equation.params["jaxpr"].jaxpr, equation.params["num_consts"]
-    carries = equation.params["num_carry"]
+    body = equation.params["jaxpr"].jaxpr
+    # Versions of jax name the numbers of these differently; only what is scanned has an axis less inside.
+    carries = _alike(equation.outvars, body.outvars)
+    constants = _alike(equation.invars, body.invars) - carries
     while True:
         read = _read(body, wanted)
         needed_by_next = read[constants : constants + carries]
@@ -416,6 +418,12 @@ def _read_scan(equation: JaxprEqn, wanted: list[bool]) -> list[bool]:
         if carried == wanted[:carries]:
             return read
         wanted = carried + wanted[carries:]
+
+
+def _alike(outside: Sequence[Var | Literal], inside: Sequence[Var | Literal]) -> int:
+    """Number of variables of a scan that have the same shape in a step of it."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(a.aval.shape == b.aval.shape for a, b in pairs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _called(equation: JaxprEqn) -> Jaxpr | None:
