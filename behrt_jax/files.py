@@ -26,7 +26,7 @@ JsonObject: TypeAlias = dict[str, Any]
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes its place when the block ends, or is removed where it fails.
+    """A path to write to, which replaces ``path`` when the block ends, or is removed where the block fails.
 
     A reader sees the old content or the new, never a part.
     """

@@ -12,8 +12,8 @@ Example, from a pretraining run and the adapter folders of fine-tuning runs on i
     adapters = bank.load([Path("runs/death/adapter"), Path("runs/stay/adapter")], params)
     model = PatientEmbedding(pretrained.model, len(pretrained.vocabulary))
     predict = jax.jit(partial(bank.predict, model=model, segments=1))
-    inputs = example_inputs(pretrained.model, 3)  # three rows: one for death, two for stay
-    outputs = predict(adapters, inputs=inputs, numbers=np.array([0, 1, 1]))  # [3, 1, most outputs]
+    batch = example_batch(pretrained.model, 3)  # three rows: one for death, two for stay
+    outputs = predict(adapters, batch=batch, numbers=np.array([0, 1, 1]))  # [3, 1, most outputs]
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +32,7 @@ from flax.traverse_util import unflatten_dict
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import base_fingerprint_of, load_adapter, read_config
 from behrt_jax.config import LoRAConfig, from_stored
+from behrt_jax.data.batches import Batch
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding
 from behrt_jax.models.stacked_layers import Path as TreePath
@@ -123,7 +124,7 @@ def _read(folder: Path, base: Tree, fingerprint: str, vocabulary_fingerprint: st
 def predict(
     bank: Bank,
     model: BEHRTForTask | PatientEmbedding,
-    inputs: Sequence[jax.Array],
+    batch: Batch,
     numbers: jax.Array,
     segments: int,
 ) -> jax.Array:
@@ -132,7 +133,7 @@ def predict(
     Args:
         bank: see :func:`load`.
         model: gives ``config``, ``vocabulary_size`` and ``pooling``, which all adapters share.
-        inputs: codes, ages, visits, positions and segment_ids, `[batch, length]`, see `models.behrt.BEHRT`.
+        batch: of events, see `models.behrt.BEHRT`.
         numbers: adapter of each segment, int32 `[batch, segments]`; or of each row, int32 `[batch]`, where no
             row mixes them, which is less work.
         segments: of a row, at least the largest id.
@@ -141,17 +142,17 @@ def predict(
         float32 `[batch, segments, most outputs]`: segment `s + 1` at index `s`; 0 beyond ``bank.outputs`` of
         the segment's adapter, and without meaning where there is no such segment.
     """
-    segment_ids = jnp.asarray(inputs[4])
+    segment_ids = jnp.asarray(batch.segment_ids)
     numbers = jnp.asarray(numbers)
-    batch = segment_ids.shape[0]
+    rows = segment_ids.shape[0]
     by_row = numbers.ndim == 1
-    chex.assert_shape(numbers, (batch,) if by_row else (batch, segments))
-    of_segments = jnp.broadcast_to(numbers[:, None], (batch, segments)) if by_row else numbers  # [B, S]
+    chex.assert_shape(numbers, (rows,) if by_row else (rows, segments))
+    of_segments = jnp.broadcast_to(numbers[:, None], (rows, segments)) if by_row else numbers  # [B, S]
     of_tokens = jnp.take_along_axis(of_segments, jnp.maximum(segment_ids - 1, 0), axis=1)  # [B, L]
     encoder = PatientEmbedding(model.config, model.vocabulary_size, model.pooling)
     with choosing(numbers if by_row else jnp.where(segment_ids > 0, of_tokens, -1)):
         variables = {"params": {"behrt": bank.behrt}, "bank": {"behrt": bank.adapters}}
-        pooled = encoder.apply(variables, *inputs, segments=segments)  # [B, S, D]
+        pooled = encoder.apply(variables, batch, segments=segments)  # [B, S, D]
     return _heads(bank, pooled, of_segments)  # pyright: ignore[reportArgumentType]
 
 

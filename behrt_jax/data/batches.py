@@ -112,7 +112,7 @@ def gather_rows(
 
 @dataclass(frozen=True)
 class RowShape:
-    """How segments become the rows of a batch.
+    """The way in which segments become the rows of a batch.
 
     Raises:
         InputError: ``multiple_of`` is below 1.

@@ -1,4 +1,4 @@
-"""Which events become tokens, and of which visit: every rule that leaves an event out, each counted."""
+"""Rules by which events become tokens of visits: every one that leaves an event out is counted."""
 
 import functools
 import re
@@ -29,7 +29,7 @@ _NEVER = np.iinfo(np.int64).max
 Duplicates = Literal["keep", "drop", "count"]
 
 REPEATS = ("//x2", "//x3-5", "//x6+")
-"""What ``duplicates="count"`` puts behind a code that occurs 2, 3 to 5, or 6 and more times in a visit."""
+"""Suffixes by ``duplicates="count"`` of a code that occurs 2, 3 to 5, or 6 and more times in a visit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,7 +301,7 @@ def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _may_come_again(visit: np.ndarray, code: np.ndarray) -> np.ndarray:
-    """Whether an event's code is in its visit before it; events of long or interrupted visits just may.
+    """Tell which events may repeat a code of their visit; those of long or interrupted visits just may.
 
     Comparing each event with the few before it is many times faster than sorting.
 
@@ -326,7 +326,7 @@ def _may_come_again(visit: np.ndarray, code: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CodeChoice:
-    """Which codes are read, and what for; its methods raise `InputError` where a pattern is wrong."""
+    """The codes that are read, and what for; its methods raise `InputError` where a pattern is wrong."""
 
     codes: tuple[str, ...] = ()
     """Patterns of those that become tokens; none: all."""
@@ -356,7 +356,7 @@ class CodeChoice:
 def selects(
     names: Sequence[str], codes: tuple[str, ...], exclude_codes: tuple[str, ...], options: str = "data."
 ) -> np.ndarray:
-    """Which codes the patterns select: bool ``[names]``.
+    """Codes that the patterns select: bool ``[names]``.
 
     Raises:
         InputError: a pattern is no regular expression; ``options`` goes before the option's name.
@@ -366,7 +366,7 @@ def selects(
 
 
 def matches(names: Sequence[str], patterns: tuple[str, ...], option: str) -> np.ndarray:
-    """Whether any pattern matches at the start of each name: bool ``[names]``.
+    """Names at the start of which any pattern matches: bool ``[names]``.
 
     Raises:
         InputError: a pattern is no regular expression; ``option`` is named as the place to mend it.

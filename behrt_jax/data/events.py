@@ -39,7 +39,7 @@ VISIT_FIELD = pa.field("visit_id", pa.int64())
 
 @dataclass
 class EventCounts:
-    """What came in, and one row per rule that dropped or changed an event; filled along the way."""
+    """Events that came in, and those that each rule dropped or changed; filled along the way."""
 
     read: int = 0
     """Events read from the source."""
@@ -85,7 +85,7 @@ class EventSet:
 
 @dataclass(frozen=True, eq=False)
 class Births:
-    """When some subjects were born; by default of none."""
+    """Times at which some subjects were born; by default of none."""
 
     subject_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """int64 ``[subjects]``, ascending."""
@@ -119,7 +119,7 @@ class EventColumns:
     """bool: the event has a visit id. Given with ``visits``."""
 
     def of_code(self, name: str) -> np.ndarray:
-        """Which events have a code: bool ``[events]``."""
+        """The events with a code: bool ``[events]``."""
         place = bisect.bisect_left(self.names, name)
         if place == len(self.names) or self.names[place] != name:
             return np.zeros(len(self.codes), bool)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from behrt_jax.data.event_rules import number_visits
-from behrt_jax.data.events import DAY, YEAR, Births
+from behrt_jax.data.events import DAY, YEAR
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.packing import Windows
 from behrt_jax.data.sequences import Sequences, SequenceSet, with_separators
@@ -29,8 +29,8 @@ class Examples:
     """Histories up to prediction times: one example a label, in the order of the label table."""
 
     sequences: Sequences
-    """What `windows` index: the split itself where nothing has to be hidden, else what the examples see and
-    no more, with each example as a subject of its own (its id may repeat, in any order)."""
+    """The tokens of `windows`: the split itself where nothing has to be hidden, else what the examples see
+    and no more, with each example as a subject of its own (its id may repeat, in any order)."""
     windows: Windows
     """``[examples]``, 1 token or more: the most recent tokens known at the prediction time."""
     rows: np.ndarray
@@ -107,7 +107,9 @@ def find_examples(
     place = find_ids(part.subject_ids, labels.subject_ids)
     rows = np.flatnonzero(place >= 0)
     subjects, times = place[rows], labels.times[rows]
-    births = _births(part, born, subjects)
+    births, with_events = np.empty(len(rows), np.float64), subjects < len(data.splits[split])
+    births[with_events] = part.births(subjects[with_events])
+    births[~with_events] = born.times[subjects[~with_events] - len(data.splits[split])]
     early = times < births - DAY  # ages are rounded to minutes
     if early.any():
         raise InputError(
@@ -146,16 +148,6 @@ def find_examples(
         empty=empty,
         unknown_subjects=of_unknown_subjects(data, labels),
     )
-
-
-def _births(part: Sequences, born: Births, subjects: np.ndarray) -> np.ndarray:
-    """Births of some subjects, float64 ``[n]``; the last ones of ``part`` are those of ``born``."""
-    first, stops = part.offsets[subjects], part.offsets[subjects + 1]
-    births, has_events = np.empty(len(subjects), np.float64), stops > first
-    first = first[has_events]
-    births[has_events] = part.times[first] - part.ages[first].astype(np.float64) * YEAR
-    births[~has_events] = born.times[subjects[~has_events] - (len(part) - len(born))]
-    return births
 
 
 def _ages_at(times: np.ndarray, sequences: Sequences, windows: Windows) -> np.ndarray:
@@ -203,7 +195,7 @@ def _separated(sequences: Sequences, empty: np.ndarray, max_tokens: int) -> tupl
 
 
 def of_unknown_subjects(data: SequenceSet, labels: Labels) -> int:
-    """How many labels are of subjects that no split of the data has."""
+    """Number of labels of subjects that no split of the data has."""
     known = np.concatenate([data.subject_ids(name) for name in data.splits])
     return int(np.count_nonzero(~np.isin(labels.subject_ids, known)))
 
@@ -242,7 +234,7 @@ class CodeDelays:
         return self.by_visit | (self.micros > 0)
 
     def known_at(self, part: Sequences, subjects: np.ndarray) -> np.ndarray:
-        """When each token of some subjects is known.
+        """Tell when each token of some subjects is known.
 
         Args:
             part: the histories.
@@ -266,7 +258,7 @@ class CodeDelays:
 
 
 def code_delays(vocabulary: Vocabulary, options: Sequence[str]) -> CodeDelays:
-    """What delays given as ``REGEX=DAYS`` or ``REGEX=visit`` mean for each code.
+    """The delay of each code, from options ``REGEX=DAYS`` or ``REGEX=visit``.
 
     A pattern matches at the start of a code. Where several match, the latest counts. [UNK] may stand for
     any code, so that it waits for all of them.
@@ -290,7 +282,7 @@ def code_delays(vocabulary: Vocabulary, options: Sequence[str]) -> CodeDelays:
 
 
 class Cuts(NamedTuple):
-    """Where the histories of examples end."""
+    """The ends of the histories of examples."""
 
     subjects: np.ndarray
     """int64 ``[examples]``, places in the split."""

@@ -46,6 +46,11 @@ class Sequences:
         """Tokens of each subject, int64 ``[subjects]``."""
         return np.diff(self.offsets)
 
+    def births(self, subjects: np.ndarray) -> np.ndarray:
+        """Births of some subjects, by the age at their first event: float64 ``[n]`` microseconds."""
+        first = self.offsets[subjects]
+        return self.times[first] - self.ages[first].astype(np.float64) * YEAR
+
     @property
     def visits_per_subject(self) -> np.ndarray:
         """Visits of each subject, who has an event at least: int64 ``[subjects]``."""
@@ -93,7 +98,7 @@ class SequenceSet:
     where they were not read."""
 
     def subject_ids(self, split: str) -> np.ndarray:
-        """Who can be predicted: subjects with a sequence, then those with a birth alone; int64 ``[n]``."""
+        """Subjects that can be predicted: with a sequence, then those with a birth alone; int64 ``[n]``."""
         return np.concatenate([self.splits[split].subject_ids, self.births[split].subject_ids])
 
 
@@ -246,12 +251,12 @@ def describe_split(part: Sequences) -> JsonObject:
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMap:
-    """How ids of a data set become ids of a model."""
+    """Ids of a data set as ids of a model."""
 
     ids: np.ndarray
     """int32 `[V of the data]`: the new id of each."""
     vocabulary: Vocabulary
-    """What the new ids belong to: the base's, with the new codes after it where it is extended."""
+    """The one of the new ids: the base's, with the new codes after it where it is extended."""
     new_codes: tuple[str, ...]
     """Codes of the data that the base has not: added (extended), or read as [UNK]. Most frequent first."""
     new_events: int
@@ -259,7 +264,7 @@ class VocabularyMap:
 
     @property
     def identical(self) -> bool:
-        """Whether every id stays as it is."""
+        """Every id stays as it is."""
         return np.array_equal(self.ids, np.arange(len(self.ids)))
 
     def apply(self, sequences: Sequences) -> Sequences:
@@ -295,11 +300,5 @@ def map_vocabulary(of_data: Vocabulary, of_base: Vocabulary, extend: bool) -> Vo
     trained = new[of_data.counts[new] > 0]
     ids[trained] = np.arange(len(of_base), len(of_base) + len(trained))
     codes = codes[: len(trained)]
-    if not codes:
-        return VocabularyMap(ids, of_base, codes, events)
-    extended = Vocabulary(
-        (*of_base.codes, *codes),
-        np.concatenate([of_base.counts, of_data.counts[trained]]),
-        (*of_base.descriptions, *(of_data.descriptions[row] for row in trained)),
-    )
-    return VocabularyMap(ids, extended, codes, events)
+    texts = [of_data.descriptions[row] for row in trained]
+    return VocabularyMap(ids, of_base.extended(codes, of_data.counts[trained], texts), codes, events)

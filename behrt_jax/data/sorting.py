@@ -56,7 +56,7 @@ def sort_rows(columns: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def in_order(columns: Sequence[np.ndarray]) -> bool:
-    """Whether rows ascend by the first column, ties by the second, and so on; looks at a few first."""
+    """Tell whether rows ascend by the first column, ties by the second, and so on; looks at a few first."""
     if len(columns[0]) > 2 * _FEW and not in_order([column[:_FEW] for column in columns]):
         return False
     tied = np.ones(len(columns[0]) - 1, bool)  # rows like the one before them in the columns so far
@@ -71,7 +71,7 @@ def in_order(columns: Sequence[np.ndarray]) -> bool:
 
 
 def ascending(values: np.ndarray) -> bool:
-    """Whether no value is smaller than the one before it; looks at a few first."""
+    """Tell whether no value is smaller than the one before it; looks at a few first."""
     some = values[:_FEW]
     return bool((some[1:] >= some[:-1]).all() and (values[1:] >= values[:-1]).all())
 
@@ -190,11 +190,11 @@ def _order(words: list[np.ndarray]) -> np.ndarray | None:
     return order
 
 
-# Runs of rows: where they begin and end, and what lies in them.
+# Runs of rows in flat arrays, and search in them.
 
 
 def leads(columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Whether a row differs from the one before it in any column: bool ``[rows]``; the first one does."""
+    """Rows that differ from the one before them in any column, and the first one: bool ``[rows]``."""
     found = np.ones(len(columns[0]), bool)
     found[1:] = columns[0][1:] != columns[0][:-1]
     for column in columns[1:]:
@@ -203,7 +203,7 @@ def leads(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Where runs of equal values begin, and one after where they end."""
+    """Runs of equal values: the place of the first, and one after that of the last."""
     if len(values):
         yield from pairwise([*np.flatnonzero(leads([values])).tolist(), len(values)])
 
@@ -224,7 +224,7 @@ def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def run_offsets(lengths: ArrayLike) -> np.ndarray:
-    """Where each run of a concatenation starts, and where the last one ends: int64 ``[runs + 1]``."""
+    """Starts of the runs of a concatenation, and the end of the last one: int64 ``[runs + 1]``."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 

@@ -80,18 +80,13 @@ def hash_split_index(
     Returns:
         int8 ``[n]``.
     """
-    share = _hash_to_unit(ids, seed)  # [n]
+    key = _mix(np.array([(seed + _GOLDEN) & _WORD], dtype=np.uint64))  # [1]
+    mixed = _mix(hash_words(ids) + key)  # [n]
+    share = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in [0, 1)
     split = np.full(len(ids), SPLITS.index("train"), np.int8)
     split[share < held_out_fraction + tuning_fraction] = SPLITS.index("tuning")
     split[share < held_out_fraction] = SPLITS.index("held_out")
     return split
-
-
-def _hash_to_unit(ids: np.ndarray, seed: int) -> np.ndarray:
-    """Hash int64 ids ``[S]`` to float64 ``[S]`` in [0, 1), evenly."""
-    key = _mix(np.array([(seed + _GOLDEN) & _WORD], dtype=np.uint64))  # [1]
-    mixed = _mix(hash_words(ids) + key)  # [S]
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def hash_words(numbers: np.ndarray) -> np.ndarray:

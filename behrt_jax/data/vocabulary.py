@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.data.event_rules import REPEATS, matches
+from behrt_jax.data.parquet import readable
 from behrt_jax.errors import InputError
 
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[UNK]", "[CLS]", "[SEP]")
@@ -45,12 +46,20 @@ class Vocabulary:
         ids = {code: row for row, code in enumerate(self.codes[first:], start=first)}
         return np.fromiter((ids.get(code, UNK) for code in codes), dtype=np.int32, count=len(codes))
 
-    def extended(self, codes: Sequence[str]) -> "Vocabulary":
-        """The vocabulary with more codes after its own, of unknown counts (0) and descriptions."""
+    def extended(
+        self,
+        codes: Sequence[str],
+        counts: np.ndarray | None = None,
+        descriptions: Sequence[str | None] | None = None,
+    ) -> "Vocabulary":
+        """The vocabulary with more codes after its own, of unknown counts (0) where none are given."""
         if not codes:
             return self
-        counts = np.concatenate([self.counts, np.zeros(len(codes), np.int64)])
-        return Vocabulary((*self.codes, *codes), counts, (*self.descriptions, *(None,) * len(codes)))
+        counts = np.zeros(len(codes), np.int64) if counts is None else counts
+        texts = (None,) * len(codes) if descriptions is None else descriptions
+        return Vocabulary(
+            (*self.codes, *codes), np.concatenate([self.counts, counts]), (*self.descriptions, *texts)
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of the codes in order: vocabularies with the same fingerprint encode alike."""
@@ -69,14 +78,12 @@ class Vocabulary:
         Raises:
             InputError: no file, not such a table, or rows that are not in the order of their ids.
         """
-        try:
-            with pq.ParquetFile(path) as file:
-                table = file.read(columns=_SCHEMA.names).cast(_SCHEMA)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise InputError(
-                f"{path} cannot be read as a vocabulary with the columns {', '.join(_SCHEMA.names)}: "
-                "give the vocabulary.parquet of a run or of prepared data."
-            ) from error
+        problem = (
+            f"{path} cannot be read as a vocabulary with the columns {', '.join(_SCHEMA.names)}: "
+            "give the vocabulary.parquet of a run or of prepared data."
+        )
+        with readable(path, problem), pq.ParquetFile(path) as file:
+            table = file.read(columns=_SCHEMA.names).cast(_SCHEMA)
         codes = tuple(table["code"].to_pylist())
         in_order = np.array_equal(table["id"].to_numpy(), np.arange(len(codes)))
         if not in_order or codes[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:

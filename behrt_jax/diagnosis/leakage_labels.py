@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from behrt_jax.config import DoctorConfig
-from behrt_jax.data.events import DAY, SPLITS, YEAR
+from behrt_jax.data.events import DAY, SPLITS
 from behrt_jax.data.examples import CodeDelays, code_delays, parse_delay
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import Sequences, SequenceSet
@@ -182,8 +182,7 @@ def check_histories(
         if not len(of_split):
             continue
         first = of_split.starts
-        births = of_split.part.times[first] - of_split.part.ages[first].astype(np.float64) * YEAR
-        before = of_split.times < births - DAY
+        before = of_split.times < of_split.part.births(of_split.subjects) - DAY
         total += len(of_split)
         unborn += int(np.count_nonzero(before))
         empty += int(np.count_nonzero((of_split.up_to() == first) & ~before))

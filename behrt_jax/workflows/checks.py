@@ -26,9 +26,9 @@ from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
 from behrt_jax.diagnosis.finding import Facts
 from behrt_jax.errors import InputError
+from behrt_jax.models.behrt import example_batch
 from behrt_jax.training.freezing import REGIMES, regime
 from behrt_jax.training.state import Setup, set_up
-from behrt_jax.training.step import example_logits
 from behrt_jax.training.telemetry import leaf_names
 
 
@@ -205,7 +205,7 @@ def check_finetune(config: FinetuneConfig) -> None:
 
 
 def has_members(config: FinetuneConfig) -> bool:
-    """True where a population is trained, not a single model."""
+    """Tell whether a population is trained, not a single model."""
     return config.population.size > 1 or config.population.vary == "task"
 
 
@@ -356,7 +356,8 @@ def unreached_adapters(setup: Setup) -> list[str]:
     """Names of adapter leaves that the prediction does not depend on; nothing is computed."""
     if not setup.layers:
         return []
-    unread = unread_leaves(lambda variables: example_logits(setup.predictor, variables), setup.shapes)
+    batch = example_batch(setup.predictor.model.config)
+    unread = unread_leaves(lambda variables: setup.predictor.outputs(variables, batch), setup.shapes)
     return [
         name
         for name, alone in zip(leaf_names(setup.shapes), unread, strict=True)

@@ -41,6 +41,19 @@ from behrt_jax.tracking.summary import Summary
 # A run: examined in its folder, finished or not, and while it trains.
 
 
+def examine_folder(config: DoctorConfig) -> list[Finding]:
+    """Examine the run, or audit the prepared data, that ``config`` names; what was found, errors first.
+
+    Raises:
+        InputError: neither or both are named, labels without data, or what the two examinations raise.
+    """
+    if (config.run is None) == (config.data is None):
+        raise InputError("Give either --run RUN or --data DIR.")
+    if config.labels is not None and config.data is None:
+        raise InputError("--labels are audited with the data that they belong to: add --data DIR.")
+    return audit_data(config) if config.run is None else examine_run(config)
+
+
 def examine_run(config: DoctorConfig) -> list[Finding]:
     """Make every check on the run in ``config.run``, show what was found, and write it to ``config.output``.
 

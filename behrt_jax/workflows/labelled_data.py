@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -18,7 +17,9 @@ from behrt_jax.data.sequences import SequenceSet, VocabularyMap, map_vocabulary
 from behrt_jax.data.tasks import BINARY, LabelTables, Task, fit_task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import base_outputs
+from behrt_jax.models.stacked_layers import Tree
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.micro_batches import likely_parts
 
@@ -45,9 +46,9 @@ def count_codes(mapped: VocabularyMap, vocabulary: Vocabulary) -> dict[str, int]
     }
 
 
-def describe(examples: Examples, task: Task, targets: np.ndarray) -> dict[str, Any]:
+def describe(examples: Examples, task: Task, targets: np.ndarray) -> JsonObject:
     """Counts of a split: of its examples and of what their targets, float32 ``[examples, targets]``, say."""
-    found: dict[str, Any] = {
+    found: JsonObject = {
         "examples": len(examples),
         "subjects": len(np.unique(examples.subject_ids)),
         "empty_histories": int(examples.empty.sum()),
@@ -63,7 +64,7 @@ def describe(examples: Examples, task: Task, targets: np.ndarray) -> dict[str, A
     return found
 
 
-def announce_labels(console: Console, kind: TaskKind, counts: Mapping[str, Any]) -> None:
+def announce_labels(console: Console, kind: TaskKind, counts: JsonObject) -> None:
     """Say what there is to learn from, and what was left out.
 
     Args:
@@ -71,7 +72,7 @@ def announce_labels(console: Console, kind: TaskKind, counts: Mapping[str, Any])
         kind: of the task or tasks.
         counts: of `labelled_data.LabelledData`.
     """
-    tables: Mapping[str, Any] = counts.get("tasks") or {"": counts}
+    tables: JsonObject = counts.get("tasks") or {"": counts}
     columns = list(next(iter(tables.values()))["train"])
     several = "tasks" in counts
     console.table(
@@ -112,7 +113,7 @@ class LabelledData:
     tuning: Examples
     tuning_targets: np.ndarray
     """float32, as of train."""
-    counts: dict[str, Any]
+    counts: JsonObject
     """What is in the splits and what was left out."""
     tasks: Mapping[str, "LabelledData"] = field(default_factory=dict)
     """Where these are examples of several tasks: those of each, by the name of its label table."""
@@ -121,7 +122,7 @@ class LabelledData:
         """Outputs that tell of each example what is true on average in train, float32 ``[outputs]``."""
         return base_outputs(self.task.kind, self.train_targets, self.task.outputs)
 
-    def first_rows(self, encoder: Mapping[str, Any]) -> np.ndarray | None:
+    def first_rows(self, encoder: Tree) -> np.ndarray | None:
         """First embeddings of the new codes, float32 ``[codes, embedding]``; None where there are none."""
         new = self.vocabulary.codes[len(self.base_codes) :]
         return new_rows({"behrt": encoder}, self.base_codes, new).rows if new else None

@@ -330,7 +330,7 @@ def _prepare(task: Mapping[str, Any], folder: Path, scratch: Path) -> dict[str, 
     """All of the preparation, from MEDS shards to the finished data set, with the time of its stages."""
     from behrt_jax.config import PrepareConfig
     from behrt_jax.records.prepare.pipeline import prepare
-    from behrt_jax.records.sources.meds import DEFAULT_CODES, open_meds
+    from behrt_jax.records.sources.meds import open_meds
 
     config = PrepareConfig(input=folder, output=scratch / "prepared", workers=task["workers"])
     parts: dict[str, float] = {}
@@ -342,7 +342,7 @@ def _prepare(task: Mapping[str, Any], folder: Path, scratch: Path) -> dict[str, 
         parts[stage] = parts.get(stage, 0.0) + now - last
         last = now
 
-    manifest = prepare(open_meds(folder), config, progress, default_codes=DEFAULT_CODES)
+    manifest = prepare(open_meds(folder), config, progress)
     subjects = sum(split["subjects"] for split in manifest["splits"].values())
     figures = _figures(start, manifest["events"]["read"], subjects)
     parts["finish"] = time.perf_counter() - last

@@ -15,7 +15,7 @@ from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForTask, example_inputs
+from behrt_jax.models.behrt import BEHRTForTask, example_batch
 from behrt_jax.models.stacked_layers import unstack_layers
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
@@ -59,7 +59,7 @@ def case(request, tmp_path_factory):
     for number, (adapter, outputs) in enumerate(MEMBERS):
         model = BEHRTForTask(config, VOCABULARY, outputs)
         init = partial(model.init, segments=SEGMENTS)
-        shapes = jax.eval_shape(init, jax.random.key(0), *example_inputs(config))["params"]
+        shapes = jax.eval_shape(init, jax.random.key(0), example_batch(config))["params"]
         params = moved(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), 50 + number)
         behrt = params["behrt"] if behrt is None else behrt
         params["behrt"] = behrt
@@ -73,7 +73,7 @@ def case(request, tmp_path_factory):
 def alone(params, own, batch, model, adapter):
     """`[batch, segments, outputs]` of one adapter, by `lora.applying`."""
     with nullcontext() if adapter is None else lora.applying(adapter):
-        return model.apply({"params": params, "lora": own}, *batch[:5], segments=SEGMENTS)
+        return model.apply({"params": params, "lora": own}, batch, segments=SEGMENTS)
 
 
 def assert_each_as_alone(found, numbers, members, batch):
@@ -121,7 +121,7 @@ def apply(loaded, inputs, numbers, config):
 
 
 def predict(loaded, config, batch, numbers):
-    return apply(loaded, batch[:5], numbers, config)
+    return apply(loaded, batch, numbers, config)
 
 
 def test_the_base_is_shared_and_the_bank_has_one_adapter_after_the_other(case):
@@ -142,7 +142,7 @@ def test_gathered_adapters_cost_the_same_however_many_there_are(tmp_path):
     """And joined ones cost more with each."""
     config = tiny_model()
     model = BEHRTForTask(config, VOCABULARY, 1)
-    params = jax.jit(partial(model.init, segments=1))(jax.random.key(0), *example_inputs(config))["params"]
+    params = jax.jit(partial(model.init, segments=1))(jax.random.key(0), example_batch(config))["params"]
     adapter = LoRAConfig(rank=4)
     own = lora.init(jax.random.key(1), params, adapter)
     save(tmp_path / "adapter", params, own, adapter)
@@ -150,7 +150,7 @@ def test_gathered_adapters_cost_the_same_however_many_there_are(tmp_path):
 
     def flops(adapters, shape):
         loaded = bank.load([tmp_path / "adapter"] * adapters, params)
-        lowered = apply.lower(loaded, batch[:5], jnp.zeros(shape, jnp.int32), config)
+        lowered = apply.lower(loaded, batch, jnp.zeros(shape, jnp.int32), config)
         return lowered.compile().cost_analysis()["flops"]
 
     joined = [flops(adapters, (4, SEGMENTS)) for adapters in (4, 8, 16)]

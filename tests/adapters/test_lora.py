@@ -18,7 +18,7 @@ from behrt_jax.adapters.files import AdapterConfig, load_adapter, save_adapter
 from behrt_jax.adapters.lora import activation_product, merged_kernel, merged_product, resolve_product
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.stacked_layers import stack_layers, unstack_layers
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
@@ -28,7 +28,7 @@ ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(MODEL.init)(jax.random.key(0), *example_inputs(MODEL.config))["params"]
+    return jax.jit(MODEL.init)(jax.random.key(0), example_batch(MODEL.config))["params"]
 
 
 def trained(params, config, seed=1):
@@ -44,7 +44,7 @@ def adapted_logits(params, adapters, config, batch, product="activations", key=N
         with lora.applying(config, product, deterministic=key is None):
             return MODEL.apply(
                 {"params": params, "lora": adapters},
-                *batch[:5],
+                batch,
                 deterministic=key is None,
                 rngs=None if key is None else {"dropout": key},
             )
@@ -72,7 +72,7 @@ def test_shapes_and_first_values(params, targets):
 def test_fresh_adapters_leave_the_output_identical(params, product):
     config = LoRAConfig(rank=4, targets=ALL_LINEARS)
     batch = random_batch(0)
-    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, *b[:5]))(params, batch)
+    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, b))(params, batch)
     adapters = lora.init(jax.random.key(0), params, config)
     np.testing.assert_array_equal(adapted_logits(params, adapters, config, batch, product), base)
 
@@ -83,8 +83,8 @@ def test_merged_parameters_give_the_adapted_output(params, stabilised):
     adapters, batch = trained(params, config), random_batch(1)
     adapted = adapted_logits(params, adapters, config, batch)
     merged = lora.merge(params, adapters, config)
-    from_merged = jax.jit(lambda p, b: MODEL.apply({"params": p}, *b[:5]))(merged, batch)
-    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, *b[:5]))(params, batch)
+    from_merged = jax.jit(lambda p, b: MODEL.apply({"params": p}, b))(merged, batch)
+    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, b))(params, batch)
     real = batch.segment_ids > 0
     assert np.abs(adapted - base)[real].max() > 1e-2
     np.testing.assert_allclose(from_merged[real], adapted[real], atol=1e-5, rtol=1e-5)
@@ -115,7 +115,7 @@ def test_all_products_have_equal_outputs_and_gradients(params, product):
     def gradients(product):
         def loss(adapters):
             with lora.applying(config, product):
-                return (MODEL.apply({"params": params, "lora": adapters}, *batch[:5]) ** 2).mean()
+                return (MODEL.apply({"params": params, "lora": adapters}, batch) ** 2).mean()
 
         return jax.jit(jax.value_and_grad(loss))(adapters)
 
@@ -130,9 +130,9 @@ def test_adapters_compute_in_the_precision_of_their_layer(product):
 
     def loss(adapters, params):
         with lora.applying(config, product):
-            return model.apply({"params": params, "lora": adapters}, *batch[:5]).mean()
+            return model.apply({"params": params, "lora": adapters}, batch).mean()
 
-    params = jax.eval_shape(lambda key: model.init(key, *batch[:5])["params"], jax.random.key(0))
+    params = jax.eval_shape(lambda key: model.init(key, batch)["params"], jax.random.key(0))
     adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, config))
     jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters, params).jaxpr
     operands = [x.aval for p in dot_generals(jaxpr) for x in p.invars if 7 in x.aval.shape]
@@ -155,7 +155,7 @@ def test_kernels_merged_beforehand_give_the_same_outputs_and_gradients(params):
     def loss(adapters, merged):
         variables = {"params": params, "lora": adapters, **merged}
         with lora.applying(config, "merged"):
-            return (MODEL.apply(variables, *batch[:5]) ** 2).mean()
+            return (MODEL.apply(variables, batch) ** 2).mean()
 
     beforehand = {"merged": lora.merged_kernels(params, adapters, config)}
     gradient = jax.jit(jax.grad(loss))
@@ -206,10 +206,10 @@ def test_adapter_dropout_falls_on_the_adapter_alone(params):
     def logits(adapters):
         with lora.applying(config, deterministic=False):
             return model.apply(
-                {"params": params, "lora": adapters}, *batch[:5], deterministic=False, rngs={"dropout": key}
+                {"params": params, "lora": adapters}, batch, deterministic=False, rngs={"dropout": key}
             )
 
-    base = jax.jit(lambda: model.apply({"params": params}, *batch[:5]))()
+    base = jax.jit(lambda: model.apply({"params": params}, batch))()
     np.testing.assert_allclose(logits(fresh), base, atol=1e-6)
     assert np.abs(logits(adapters) - adapted_logits(params, adapters, config, batch)).max() > 1e-3
     np.testing.assert_allclose(
@@ -330,7 +330,7 @@ CONFIG = LoRAConfig(rank=3, targets=("query", "intermediate", "mlm_head/dense"))
 @pytest.fixture(scope="module")
 def stacked():
     model = BEHRTForMLM(tiny_model(layers=3, scan_layers=True), VOCABULARY)
-    return jax.jit(model.init)(jax.random.key(0), *example_inputs(model.config))["params"]
+    return jax.jit(model.init)(jax.random.key(0), example_batch(model.config))["params"]
 
 
 def moved(adapters):

@@ -16,7 +16,7 @@ from behrt_jax.adapters.new_codes import new_rows, with_new_codes
 from behrt_jax.config import LoRAConfig, OptimizerConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForTask, example_inputs
+from behrt_jax.models.behrt import BEHRTForTask, example_batch
 from behrt_jax.training.freezing import REGIMES, optimizer_labels, stop_frozen, trainable
 from behrt_jax.training.optimizer import make_optimizer
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
@@ -65,7 +65,7 @@ def extended():
     config = tiny_model(dropout=0.0)
     plain = BEHRTForTask(config, VOCABULARY, 1)
     init = jax.jit(partial(plain.init, segments=3))
-    params = init(jax.random.key(0), *example_inputs(config))["params"]
+    params = init(jax.random.key(0), example_batch(config))["params"]
     names = [*SPECIAL_TOKENS, *(f"code {number}" for number in range(VOCABULARY - len(SPECIAL_TOKENS)))]
     rows = jnp.asarray(new_rows(params, names, NEW).rows)
     variables = {"params": {**params, "new_codes": {"rows": rows}}}
@@ -84,7 +84,7 @@ def batch_with(new_ids):
 def outputs(model, variables, batch):
     with lora.applying(CONFIG):
         variables = {**variables, "params": with_new_codes(variables["params"])}
-        return model.apply(variables, *batch[:5], segments=3)
+        return model.apply(variables, batch, segments=3)
 
 
 def test_known_codes_are_read_as_by_the_base(extended):

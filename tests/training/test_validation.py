@@ -8,7 +8,7 @@ from behrt_jax.config import MaskingConfig
 from behrt_jax.data.batches import RowShape, validation_batches
 from behrt_jax.data.vocabulary import MASK, PAD
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.feeding import PlacedBatches
 from behrt_jax.training.step import Predictor, make_validation_step
@@ -36,7 +36,7 @@ def batches_of(window="all", cls_token=False, packed=True, seed=0):
 @pytest.mark.parametrize("packed", [False, True])
 def test_sums_over_single_codes_equal_the_validation_step(cls_token, packed):
     model = BEHRTForMLM(tiny_model(positions=16, cls_token=cls_token), VOCABULARY)
-    params = jax.jit(model.init)(jax.random.key(0), *example_inputs(model.config))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), example_batch(model.config))["params"]
     variables, predictor, key = {"params": params, "lora": {}}, Predictor(model), jax.random.key(3)
     batches, mesh = batches_of(cls_token=cls_token, packed=packed), make_mesh()
     sums = validate(
