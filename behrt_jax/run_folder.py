@@ -97,6 +97,11 @@ def read_metrics(path: Path) -> list[JsonObject]:
     return records if last is None else [*records, last]
 
 
+def of_split(records: Records, split: str) -> list[JsonObject]:
+    """Records of one split: ``train`` or ``tuning``, which are the validations."""
+    return [record for record in records if record.get("split") == split]
+
+
 def is_number(figure: object) -> TypeGuard[float]:
     """True of a figure of a record that is known: a number, and finite."""
     return isinstance(figure, numbers.Real) and math.isfinite(figure)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import chex
 import jax
@@ -36,8 +37,6 @@ from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding
 from behrt_jax.models.stacked_layers import Path as TreePath
 from behrt_jax.models.stacked_layers import Tree, is_stacked
-
-HEAD = ("task_head", "dense")
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +77,7 @@ def load(folders: Sequence[Path], params: Tree, vocabulary_fingerprint: str | No
     base = {"behrt": params["behrt"]}
     fingerprint = base_fingerprint_of(base)
     members = [_read(Path(folder), base, fingerprint, vocabulary_fingerprint) for folder in folders]
-    kernels, biases = zip(*(member.head for member in members), strict=True)
+    _, kernels, biases = zip(*members, strict=True)
     return Bank(
         params["behrt"],
         join([member.lora for member in members]),
@@ -88,11 +87,11 @@ def load(folders: Sequence[Path], params: Tree, vocabulary_fingerprint: str | No
     )
 
 
-@dataclass(frozen=True)
-class _Member:
+class _Member(NamedTuple):
     lora: dict[TreePath, jax.Array]
     """Flat, below ``behrt``; the scale is in ``b``."""
-    head: tuple[jax.Array, jax.Array]
+    kernel: jax.Array
+    bias: jax.Array
 
 
 def _read(folder: Path, base: Tree, fingerprint: str, vocabulary_fingerprint: str | None) -> _Member:
@@ -105,26 +104,21 @@ def _read(folder: Path, base: Tree, fingerprint: str, vocabulary_fingerprint: st
             f"{folder}: this adapter cannot share a base with others, since it has trained {changed[0]}. "
             "Train it with freezing.regime lora_pretrained, without extend_vocabulary, or use it alone."
         )
-    places = {}
-    for name in ("kernel", "bias"):
-        shape = tensors.get("/".join(("params", *HEAD, name)))
-        if shape is None:
-            raise InputError(
-                f"{folder}: this adapter has no trained task head; a bank needs one of each adapter"
-            )
-        places[name] = np.zeros(shape, np.float32)
-    params, adapters, config = load_adapter(
-        folder, {**base, HEAD[0]: {HEAD[1]: places}}, vocabulary_fingerprint, fingerprint
-    )
+    head = {name: f"params/task_head/dense/{name}" for name in ("kernel", "bias")}
+    if not set(head.values()) <= tensors.keys():
+        raise InputError(f"{folder}: this adapter has no trained task head; a bank needs one of each adapter")
+    places = {name: np.zeros(tensors[key], np.float32) for name, key in head.items()}
+    like = {**base, "task_head": {"dense": places}}
+    params, adapters, config = load_adapter(folder, like, vocabulary_fingerprint, fingerprint)
     factor = 1.0
     if adapters:
         of_lora = from_stored(LoRAConfig, config.lora or {})
         factor = lora.scale(of_lora)
-        if HEAD[0] in adapters:  # one head each, so that its adapter can be merged
-            params = lora.merge(params, {HEAD[0]: adapters[HEAD[0]]}, of_lora)
-    head = params[HEAD[0]][HEAD[1]]
+        if "task_head" in adapters:  # one head each, so that its adapter can be merged
+            params = lora.merge(params, {"task_head": adapters["task_head"]}, of_lora)
     own = lora.leaves_by_path(lora.scaled(adapters.get("behrt", {}), factor))
-    return _Member(own, (jnp.asarray(head["kernel"]), jnp.asarray(head["bias"])))
+    kernel, bias = (jnp.asarray(params["task_head"]["dense"][name]) for name in head)
+    return _Member(own, kernel, bias)
 
 
 def predict(

@@ -15,7 +15,7 @@ Source of the tensor format: https://github.com/huggingface/safetensors.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +26,7 @@ from flax.traverse_util import unflatten_dict
 
 import behrt_jax
 from behrt_jax.adapters.lora import label, leaves_by_path
+from behrt_jax.config import from_stored
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, replace_folder
 from behrt_jax.models.stacked_layers import Tree, count_stacked_layers, stack_layers, unstack_layers
@@ -42,9 +43,9 @@ class AdapterConfig:
 
     format_version: int = FORMAT_VERSION
     behrt_jax_version: str = behrt_jax.__version__
-    lora: JsonObject | None
+    lora: JsonObject | None = None
     """Settings of the adapters; may be None where there are none."""
-    model: JsonObject
+    model: JsonObject = field(default_factory=dict)
     """Settings of the model."""
     groups: Sequence[str] = ()
     """Parameter groups that the tensors belong to."""
@@ -162,12 +163,8 @@ def fingerprint_tree(tree: Tree) -> str:
     matter. Leaves may have any shape and dtype; all of their values must be reachable from this
     process.
     """
-    leaves = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
     digest = hashlib.sha256()
-    for path, leaf in sorted(leaves, key=lambda item: item[0]):
+    for path, leaf in sorted(_flatten(tree).items(), key=lambda item: item[0]):
         values = np.asarray(leaf)
         # Shape and dtype fix the number of bytes that follow, so two trees never give one stream.
         digest.update(f"{path}\n{values.dtype}{list(values.shape)}\n".encode())
@@ -212,9 +209,7 @@ def read_config(folder: Path) -> AdapterConfig:
     for entry in ("vocabulary_fingerprint", "base_fingerprint", "tensors_sha256", "tensors"):
         if entry not in config:
             raise InputError(f"{path} has no entry {entry}; save the adapter again")
-    known = {field.name for field in fields(AdapterConfig)}
-    given = {name: value for name, value in config.items() if name in known}
-    return AdapterConfig(**{"lora": None, "model": {}, **given})
+    return from_stored(AdapterConfig, config)
 
 
 def _read_tensors(folder: Path, config: AdapterConfig) -> dict[str, np.ndarray]:

@@ -69,7 +69,7 @@ def gain_over_baselines(run: RunRecord) -> Iterator[Finding]:
     if run.setting("data", "source") == "uniform":
         return
     gain, loss = run.summary.get("gain_over_unigram"), (run.summary.get("best") or {}).get("loss")
-    pairs = _baseline(run, "co-occurrence").get("loss")
+    pairs = run.baseline("co-occurrence", "loss")
     mend = "Train longer, try another learning rate, see that embeddings and head train."
     if is_number(gain) and gain < SMALL_GAIN:
         yield Finding(
@@ -159,12 +159,12 @@ def best_epoch(run: RunRecord) -> Iterator[Finding]:
 
 
 def gap_to_oracle(run: RunRecord) -> Iterator[Finding]:
-    """How much of what could be learnt was learnt."""
+    """The share that was learnt of what could be learnt."""
     share, gap = run.summary.get("share_of_attainable_gain"), run.summary.get("oracle_gap") or {}
     if not is_number(share):
         return
     nats = f", {gap['nats']:.3f} nats above the optimum" if is_number(gap.get("nats")) else ""
-    accuracy = _baseline(run, "oracle").get("accuracy")
+    accuracy = run.baseline("oracle", "accuracy")
     best = f" The best possible accuracy is {accuracy:.1%}." if is_number(accuracy) else ""
     low = share < SMALL_SHARE
     yield Finding(
@@ -176,8 +176,3 @@ def gap_to_oracle(run: RunRecord) -> Iterator[Finding]:
         if low
         else "Nothing is to be done.",
     )
-
-
-def _baseline(run: RunRecord, name: str) -> JsonObject:
-    """Figures that the summary has of a baseline."""
-    return (run.summary.get("baselines") or {}).get(name) or {}

@@ -144,7 +144,7 @@ def data_without_structure(run: RunRecord) -> Iterator[Finding]:
 
 
 def validation_size(run: RunRecord) -> Iterator[Finding]:
-    """How well a validation loss can be known, from the interval of the unigram's on the same codes."""
+    """A validation loss that cannot be known well, by the interval of the unigram's on the same codes."""
     low, high = run.baseline("unigram", "interval") or (None, None)
     subjects = run.facts.validation_subjects
     half = (high - low) / 2 if is_number(low) and is_number(high) else None

@@ -1,4 +1,4 @@
-"""What a check of a training run is given, the record of the run, and what it gives: findings."""
+"""Findings of the doctor, and the record of a run that its checks are made on."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +15,7 @@ from behrt_jax.run_folder import (
     PARAMETERS_FILE,
     SUMMARY_FILE,
     Records,
+    of_split,
     read_metrics,
 )
 from behrt_jax.tracking.summary import Baselines, Summary
@@ -76,7 +77,7 @@ def one_line(finding: Finding) -> str:
 
 
 def summary_line(findings: Iterable[Finding]) -> str:
-    """How many of each severity: ``1 error, 2 warnings, 0 infos``."""
+    """Counts by severity: ``1 error, 2 warnings, 0 infos``."""
     counts = dict.fromkeys(SEVERITIES, 0)
     for finding in findings:
         counts[finding.severity] += 1
@@ -85,9 +86,9 @@ def summary_line(findings: Iterable[Finding]) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """What only the process that holds data and model could see, ``facts`` in config.json: figures alone.
+    """Figures that only the process with data and model at hand can see: ``facts`` in config.json.
 
-    What is not known, as in a run of an older version, is None or empty.
+    Those that are not known, as in a run of an older version, are None or empty.
     """
 
     codes: int | None = None
@@ -113,7 +114,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known of a run; parts that are not there yet are empty, and not checked."""
+    """All that is known of a run; parts that are not there yet are empty, and not checked."""
 
     settings: JsonObject = field(default_factory=dict)
     """The configuration as nested dicts, ``settings`` in config.json."""
@@ -136,12 +137,12 @@ class RunRecord:
     @cached_property
     def trainings(self) -> list[JsonObject]:
         """Records of the train split."""
-        return [record for record in self.metrics if record.get("split") == "train"]
+        return of_split(self.metrics, "train")
 
     @cached_property
     def validations(self) -> list[JsonObject]:
         """Records of the tuning split."""
-        return [record for record in self.metrics if record.get("split") == "tuning"]
+        return of_split(self.metrics, "tuning")
 
     def warmup_steps(self, total: int) -> int:
         """Steps of the warm-up, of `total`."""

@@ -163,7 +163,7 @@ def _subjects_by_code(
 PRECISION = 0.95
 """Share of positives among the subjects with a code from which on it tells the outcome."""
 LEAST_PRECISION = 0.8
-"""What that share must surely exceed; strong predictors that are no leakage come near it."""
+"""Share that it must surely exceed; strong predictors that are no leakage come near it."""
 LEAST_SUBJECTS = 5
 """Fewest positive subjects with the code."""
 _ODDS = 10.0

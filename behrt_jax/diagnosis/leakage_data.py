@@ -39,7 +39,7 @@ def check_data(data: SequenceSet, manifest: JsonObject, death_codes: tuple[str, 
 _LEAST_PER_BIN = 20
 """Fewest events per quantile bin for which its share is judged."""
 _UNIONS = (("train",), ("train", "tuning"), ("train", "held_out"), SPLITS)
-"""What quantiles may have been fitted on; the first is right."""
+"""Splits that quantiles may have been fitted on; the first is right."""
 
 
 def check_splits(data: SequenceSet) -> Iterator[Finding]:
@@ -344,7 +344,7 @@ def _add_visit_ends(
 
 
 def check_repeats(data: SequenceSet) -> Iterator[Finding]:
-    """How many codes of a visit the subject already had in an earlier one."""
+    """Codes of a visit that the subject already had in an earlier one."""
     later = repeats = 0
     for part in data.splits.values():
         codes = part.codes >= FIRST_CODE

@@ -11,7 +11,7 @@ import numpy as np
 
 from behrt_jax.config import DoctorConfig
 from behrt_jax.data.events import DAY, SPLITS
-from behrt_jax.data.examples import parse_delay
+from behrt_jax.data.examples import CodeDelays, code_delays, parse_delay
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.sorting import find_ids, place_in
@@ -308,8 +308,8 @@ def check_delays(
             raise InputError(f"--delays has {pattern!r}, but no code of the vocabulary matches: mend it.")
         early = total = affected = count = 0
         for labels in placed.values():
-            known, unknown = _known(labels, chosen, days)
-            total += int(known.sum() + unknown.sum())
+            events, unknown = _unknown(labels, chosen, code_delays(vocabulary, (option,)))
+            total += int(events.sum())
             early += int(unknown.sum())
             affected += int(np.count_nonzero(unknown))
             count += len(labels)
@@ -334,29 +334,20 @@ def check_delays(
             )
 
 
-def _known(labels: PlacedLabels, chosen: np.ndarray, days: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Events of chosen codes in each input that are known, and that are not: int64 ``[labels]`` each."""
+def _unknown(labels: PlacedLabels, chosen: np.ndarray, delays: CodeDelays) -> tuple[np.ndarray, np.ndarray]:
+    """Events of chosen codes in each input, and those that are not known yet: int64 ``[labels]`` each."""
     part = labels.part
-    if not len(part):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    subject = np.repeat(np.arange(len(part)), part.lengths)
-    if days is None:
-        visit = part.numbered_visits()  # [T]
-        known_at = np.full(int(visit.max()) + 1, np.iinfo(np.int64).min)
-        np.maximum.at(known_at, visit, part.times)
-        known_at = known_at[visit]
-    else:
-        known_at = part.times + int(days * DAY)
     rows = np.flatnonzero(chosen[part.codes])
-    subject, time, known_at = subject[rows], part.times[rows], known_at[rows]
+    if not len(rows):
+        return np.zeros(len(labels), np.int64), np.zeros(len(labels), np.int64)
+    subject = np.repeat(np.arange(len(part)), part.lengths)[rows]
+    known_at = delays.known_at(part, np.arange(len(part)))[rows]
     known_at = known_at[np.lexsort([known_at, subject])]
     starts = np.searchsorted(subject, labels.subjects)
     stops = np.searchsorted(subject, labels.subjects, side="right")
-    if not len(rows):
-        return np.zeros(len(labels), np.int64), np.zeros(len(labels), np.int64)
-    recorded = place_in(time, starts, stops, labels.times, inclusive=True) - starts
+    recorded = place_in(part.times[rows], starts, stops, labels.times, inclusive=True) - starts
     known = place_in(known_at, starts, stops, labels.times, inclusive=True) - starts
-    return known, recorded - known
+    return recorded, recorded - known
 
 
 MUCH_UNFOLLOWED = 0.1

@@ -43,9 +43,9 @@ class Console(ABC):
     def log(self, text: str) -> None:
         """Show a message above the progress, verbatim (no markup is read)."""
 
-    @abstractmethod
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Show a table; columns of numbers stand flush right, integers with thousands separators."""
+        self.log(table_text(title, columns, rows))
 
     def step(self, step: int, tokens: int, loss: SupportsFloat | None = None) -> None:
         """Say that `step` steps are done and that `tokens` real tokens went in since the last call.
@@ -60,12 +60,11 @@ class Console(ABC):
             self._loss = None if loss is None else float(loss)
             self._show_progress(self._progress())
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """End the progress display; messages and tables can still follow."""
 
-    @abstractmethod
-    def _show_progress(self, text: str) -> None: ...
+    def _show_progress(self, text: str) -> None:
+        self.log(text)
 
     def _progress(self) -> str:
         steps, tokens = self._pace.per_second()
@@ -96,16 +95,6 @@ class PlainConsole(Console):
         line = printable(text).encode(encoding, "replace").decode(encoding)
         self._stream.write(line + "\n")
         self._stream.flush()
-
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Write the table in aligned columns, two spaces apart."""
-        self.log(table_text(title, columns, rows))
-
-    def close(self) -> None:
-        """Nothing to take down."""
-
-    def _show_progress(self, text: str) -> None:
-        self.log(text)
 
 
 class RichConsole(Console):

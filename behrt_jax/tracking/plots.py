@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from behrt_jax.files import JsonObject
-from behrt_jax.run_folder import Records, is_number
+from behrt_jax.run_folder import Records, is_number, of_split
 from behrt_jax.tracking.summary import BASELINES, Baselines
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def plot_curves(metrics: Records, baselines: Baselines, folder: Path) -> list[Pa
 
 def best_validation(metrics: Records) -> JsonObject | None:
     """The validation record of least loss, the earliest of equals; None where no loss is finite."""
-    found = [record for record in _of_split(metrics, "tuning") if is_number(record.get("loss"))]
+    found = [record for record in _with_epoch(metrics, "tuning") if is_number(record.get("loss"))]
     return min(found, key=lambda record: record["loss"], default=None)
 
 
@@ -103,7 +103,7 @@ def _curve(
     axes: "Axes", metrics: Records, split: str, field: str, name: str = "", alpha: float | None = None
 ) -> bool:
     """Draw one figure of one split over the epochs; False where there is nothing to draw."""
-    points = [(record["epoch"], record.get(field)) for record in _of_split(metrics, split)]
+    points = [(record["epoch"], record.get(field)) for record in _with_epoch(metrics, split)]
     heights = [value if is_number(value) else math.nan for _, value in points]
     if all(map(math.isnan, heights)):
         return False
@@ -126,5 +126,5 @@ def _mark_best(axes: "Axes", best: JsonObject, field: str, label: str) -> None:
     axes.plot(best["epoch"], best[field], "o", markeredgewidth=1.8, label=label, zorder=5, **style)
 
 
-def _of_split(metrics: Records, split: str) -> list[JsonObject]:
-    return [record for record in metrics if record.get("split") == split and is_number(record.get("epoch"))]
+def _with_epoch(metrics: Records, split: str) -> list[JsonObject]:
+    return [record for record in of_split(metrics, split) if is_number(record.get("epoch"))]

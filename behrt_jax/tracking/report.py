@@ -190,7 +190,7 @@ def _parameters(parameters: JsonObject) -> str:
 
 
 def _history(metrics: run_folder.Records) -> str:
-    validations = [record for record in metrics if record.get("split") == "tuning"]
+    validations = run_folder.of_split(metrics, "tuning")
     if not validations:
         return ""
     every = -(-len(validations) // _HISTORY_ROWS)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TypeAlias, TypedDict
 
 from behrt_jax.files import JsonObject
-from behrt_jax.run_folder import Records, is_number
+from behrt_jax.run_folder import Records, is_number, of_split
 from behrt_jax.tracking.console import format_cell, format_duration, table_text
 
 SMALL_GAIN = 0.01
@@ -26,8 +26,7 @@ BASELINES = {
     "co-occurrence": "co-occurrence baseline",
     "oracle": "best possible",
 }
-"""What a run is compared with, with its name for a person."""
-
+"""Predictors that a run is compared with, with their names for a person."""
 
 Baselines: TypeAlias = Mapping[str, JsonObject]
 """Figures by the name of the baseline: ``unigram`` predicts by train frequency, and others."""
@@ -80,8 +79,8 @@ def summarise(
     parameters: JsonObject,
 ) -> Summary:
     """The figures of a run that ended, from the records of its ``metrics.jsonl``; no findings yet."""
-    validations = [_without_split(record) for record in metrics if record.get("split") == "tuning"]
-    trainings = [_without_split(record) for record in metrics if record.get("split") == "train"]
+    validations = [_without_split(record) for record in of_split(metrics, "tuning")]
+    trainings = [_without_split(record) for record in of_split(metrics, "train")]
     best = next((record for record in validations if record["step"] == best_step), None)
     return {
         "best_step": best_step,
@@ -202,7 +201,7 @@ def figure_table(summary: Summary, titles: tuple[str, str]) -> tuple[list[str], 
 
 
 def attained(summary: Summary) -> str:
-    """How near the best possible loss is, for a person; empty where that is not known."""
+    """Distance from the best possible loss, for a person; empty where that is not known."""
     share, gap = summary.get("share_of_attainable_gain"), summary.get("oracle_gap")
     if share is None or not gap:
         return ""

@@ -1,15 +1,15 @@
-"""What can be told of a training run before its first step: mistakes in its configuration, which stop it
-before any data is read, and facts of data and model, by which the doctor judges it.
+"""Checks before the first step of a training run: mistakes in its configuration, which stop it before any
+data is read, and facts of data and model, by which the doctor judges it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TypeVar, get_args
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import (
@@ -64,18 +64,10 @@ def check(config: PretrainConfig) -> None:
     )
 
     check_optimizer(optimizer)
-    for name in ("epochs", "batch_size", "log_every"):
+    for name in ("epochs", "batch_size", "log_every", "max_steps", "batch_tokens", "micro_batches"):
         positive(f"train.{name}", getattr(train, name))
-    for name in (
-        "max_steps",
-        "batch_tokens",
-        "micro_batches",
-        "validate_every",
-        "patience",
-        "steps_per_call",
-    ):
-        value = getattr(train, name)
-        require(value is None or value > 0, f"train.{name} is {value}: give more than 0.")
+    for name in ("validate_every", "patience", "steps_per_call"):
+        positive(f"train.{name}", getattr(train, name))
     choices = get_args(TrainConfig.__annotations__["data_on_device"])
     require(
         train.data_on_device in choices,
@@ -90,11 +82,9 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
     """As :func:`check`, of the optimizer."""
     positive("optimizer.learning_rate", optimizer.learning_rate)
     share("optimizer.warmup_fraction", optimizer.warmup_fraction)
-    if optimizer.clip_norm is not None:
-        positive("optimizer.clip_norm", optimizer.clip_norm)
+    positive("optimizer.clip_norm", optimizer.clip_norm)
     for group in GROUPS:
-        rate = getattr(optimizer.learning_rates, group)
-        require(rate is None or rate > 0, f"optimizer.learning_rates.{group} is {rate}: give more than 0.")
+        positive(f"optimizer.learning_rates.{group}", getattr(optimizer.learning_rates, group))
 
 
 def check_freezing(freezing: FreezingConfig, adapters: LoRAConfig | None) -> None:
@@ -116,17 +106,13 @@ def _check_model(model: ModelConfig) -> None:
     for name in ("embedding_size", "hidden_size", "layers", "heads", "positions", "age_rows", "visit_rows"):
         positive(f"model.{name}", getattr(model, name))
     positive("model.age_bin_years", model.age_bin_years)
-    if model.head_chunk is not None:
-        positive("model.head_chunk", model.head_chunk)
+    positive("model.head_chunk", model.head_chunk)
     require(
         model.hidden_size % model.heads == 0,
         f"model.hidden_size {model.hidden_size} is not divisible by model.heads {model.heads}: change one.",
     )
     for name in ("dropout", "attention_dropout"):
-        rate = getattr(model, name)
-        require(
-            rate is None or 0 <= rate < 1, f"model.{name} is {rate}: give a rate from 0 up to, but not, 1."
-        )
+        _dropout(f"model.{name}", getattr(model, name))
     if model.attention == "cudnn":
         _check_cudnn(model)
 
@@ -160,9 +146,9 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def positive(name: str, value: float) -> None:
-    """Raise :class:`InputError` unless the value is above 0."""
-    require(value > 0, f"{name} is {value}: give more than 0.")
+def positive(name: str, value: float | None) -> None:
+    """Raise :class:`InputError` unless the value, where it is given, is above 0."""
+    require(value is None or value > 0, f"{name} is {value}: give more than 0.")
 
 
 def share(name: str, value: float) -> None:
@@ -170,7 +156,11 @@ def share(name: str, value: float) -> None:
     require(0 <= value <= 1, f"{name} is {value}: give a share from 0 to 1.")
 
 
-# Mistakes in the configuration of a fine-tuning run that can be told before any data is read.
+def _dropout(name: str, rate: float | None) -> None:
+    require(rate is None or 0 <= rate < 1, f"{name} is {rate}: give a rate from 0 up to, but not, 1.")
+
+
+# The same of a fine-tuning run.
 
 
 def check_finetune(config: FinetuneConfig) -> None:
@@ -186,14 +176,18 @@ def check_finetune(config: FinetuneConfig) -> None:
     _check_label_tables(config)
     check_optimizer(config.optimizer)
     check_freezing(config.freezing, config.lora)
-    for name in ("epochs", "batch_size", "log_every"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "log_every",
+        "max_steps",
+        "micro_batches",
+        "validate_every",
+        "patience",
+    ):
         positive(f"train.{name}", getattr(train, name))
-    for name in ("max_steps", "micro_batches", "validate_every", "patience"):
-        value = getattr(train, name)
-        require(value is None or value > 0, f"train.{name} is {value}: give more than 0.")
     require(train.seed >= 0, f"train.seed is {train.seed}: give 0 or more.")
-    rate = config.dropout
-    require(rate is None or 0 <= rate < 1, f"dropout is {rate}: give a rate from 0 up to, but not, 1.")
+    _dropout("dropout", config.dropout)
     if config.from_scratch:
         trained = regime(config.freezing).groups
         require(
@@ -311,7 +305,7 @@ def gather_facts(
     total_steps: int,
     micro_batches: int,
 ) -> Facts:
-    """What the checks of `diagnosis` need and the files of a run folder do not tell."""
+    """Figures for the checks of `diagnosis` that the files of a run folder do not tell."""
     train, tuning = data.splits["train"], data.splits["tuning"]
     window = batches.row_length - batches.cls_token
     return Facts(
@@ -377,71 +371,12 @@ T = TypeVar("T")
 def unread_leaves(function: Callable[[T], object], tree: T) -> list[bool]:
     """Tell which leaves of `tree`, in tree order, are of no consequence for ``function(tree)``.
 
-    The function is traced and its jaxpr walked from the results back. Inside ``while`` loops and branches
-    every argument counts as read.
+    The function is traced, and what its results do not need is left out of its jaxpr.
 
     Args:
         function: traceable by JAX, from a tree to arrays.
         tree: of arrays or ``jax.ShapeDtypeStruct``.
     """
     jaxpr = jax.make_jaxpr(function)(tree).jaxpr
-    return [not read for read in _read(jaxpr, [True] * len(jaxpr.outvars))]
-
-
-def _read(jaxpr: Jaxpr, wanted: list[bool]) -> list[bool]:
-    """Tell which inputs of `jaxpr` an output depends on, of those where `wanted` is True."""
-    needed = _named(jaxpr.outvars, wanted)
-    for equation in reversed(jaxpr.eqns):
-        if not needed.isdisjoint(equation.outvars):
-            inner = _called(equation)
-            used = [variable in needed for variable in equation.outvars]
-            if equation.primitive.name == "scan":
-                read = _read_scan(equation, used)
-            elif inner is None:
-                read = [True] * len(equation.invars)
-            else:
-                read = _read(inner, used)
-            needed |= _named(equation.invars, read)
-    return [variable in needed for variable in jaxpr.invars]
-
-
-def _read_scan(equation: JaxprEqn, wanted: list[bool]) -> list[bool]:
-    """As :func:`_read`, for a scan: what a step reads of its carry, the step before it must compute."""
-    body = equation.params["jaxpr"].jaxpr
-    # Versions of jax name the numbers of these differently; only what is scanned has an axis less inside.
-    carries = _alike(equation.outvars, body.outvars)
-    constants = _alike(equation.invars, body.invars) - carries
-    while True:
-        read = _read(body, wanted)
-        needed_by_next = read[constants : constants + carries]
-        carried = [a or b for a, b in zip(wanted[:carries], needed_by_next, strict=True)]
-        if carried == wanted[:carries]:
-            return read
-        wanted = carried + wanted[carries:]
-
-
-def _alike(outside: Sequence[Var | Literal], inside: Sequence[Var | Literal]) -> int:
-    """Number of variables of a scan that have the same shape in a step of it."""
-    pairs = zip(outside, inside, strict=True)
-    return sum(a.aval.shape == b.aval.shape for a, b in pairs)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _called(equation: JaxprEqn) -> Jaxpr | None:
-    """The jaxpr that an equation calls once with its own inputs and outputs, or None."""
-    if equation.primitive.name in ("while", "scan", "cond"):
-        return None
-    for value in equation.params.values():
-        inner = getattr(value, "jaxpr", value)  # closed, or open already
-        if (
-            hasattr(inner, "eqns")
-            and len(inner.invars) == len(equation.invars)
-            and len(inner.outvars) == len(equation.outvars)
-        ):
-            return inner
-    return None
-
-
-def _named(variables: Sequence[Var | Literal], chosen: Sequence[bool]) -> set[Var]:
-    """The chosen ones, without literals, which have a value in place of a name."""
-    pairs = zip(variables, chosen, strict=True)
-    return {variable for variable, choice in pairs if choice and not isinstance(variable, Literal)}
+    _, read = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return [not needed for needed in read]

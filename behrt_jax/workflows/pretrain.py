@@ -266,10 +266,9 @@ def examine_before(
     config: PretrainConfig, run: Pretraining, baselines: JsonObject, console: Console
 ) -> Examination:
     """Show the doctor's findings before the first step, and write what a run folder begins with."""
-    facts = gather_facts(
-        config, run.data, run.assembly.setup, run.batches, run.schedule.total_steps, run.micro_batches
-    )
-    record = RunRecord(settings(config), run.parameters, facts, dict(baselines))
+    setup, total_steps = run.assembly.setup, run.schedule.total_steps
+    facts = gather_facts(config, run.data, setup, run.batches, total_steps, run.micro_batches)
+    record = RunRecord(settings(config), run.parameters, facts, baselines)
     examination = Examination(console, record, run.folder / METRICS_FILE)
     examination.before()
     run.data.vocabulary.write(run.folder / "vocabulary.parquet")
@@ -317,12 +316,12 @@ def write_summary(
     folder, metrics = run.folder, read_metrics(run.folder / METRICS_FILE)
     found = summarise(
         metrics,
-        dict(baselines),
+        baselines,
         ended.best_step,
         ended.stop_reason,
         ended.seconds,
-        dict(run.description),
-        dict(run.parameters),
+        run.description,
+        run.parameters,
     )
     summary = Summary(**found, **assessment)
     if "first step" in ended.startup:
@@ -331,6 +330,6 @@ def write_summary(
     summary["findings"] = examination.after(summary)
     write_json(folder / SUMMARY_FILE, summary)
     write_text(folder / SUMMARY_TEXT_FILE, summary_text(summary, config.name))
-    plot_curves(metrics, dict(baselines), folder / PLOTS_FOLDER)
+    plot_curves(metrics, baselines, folder / PLOTS_FOLDER)
     write_report(folder)
-    return summary
+    return dict(summary)

@@ -95,7 +95,7 @@ def test_an_adapter_comes_back_bit_for_bit(folder):
     assert fingerprint_tree(given_params) == before  # the given tree is left alone
     assert config.lora == {"rank": RANK, "alpha": 4.0, "targets": ["query"]}
     assert config.model == {"hidden_size": WIDTH}
-    assert config.groups == ["embedding", "head", "lora"]
+    assert list(config.groups) == ["embedding", "head", "lora"]
     assert config.behrt_jax_version == behrt_jax.__version__
 
 

@@ -28,7 +28,9 @@ SUMMARY = {
 
 
 def found(records=HEALTHY, settings=LORA, **changes):
-    return list(check_after(RunRecord(settings, metrics=records, summary={**SUMMARY, **changes})))
+    summary = {**SUMMARY, **changes}
+    baselines = summary["baselines"] or {}
+    return list(check_after(RunRecord(settings, baselines=baselines, metrics=records, summary=summary)))
 
 
 def gain(value):
