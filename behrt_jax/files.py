@@ -9,14 +9,19 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from behrt_jax.errors import InputError
+
+JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
+"""Any value that a JSON file can hold."""
+JsonObject: TypeAlias = dict[str, Any]
+"""A JSON object as it is read or collected: its values are of mixed types, which whoever takes one knows."""
 
 
 def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -90,7 +95,7 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, whole or not at all; equal input gives equal bytes.
 
     Takes what ``json`` takes, and dataclasses, paths, numpy scalars and arrays (device arrays too);
@@ -116,7 +121,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON ({error}): mend it or write it anew.") from error
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> JSON:
     """`value` in the types of JSON."""
     if value is None or isinstance(value, str | bool):
         return value

@@ -13,10 +13,9 @@ Everything is strict JSON: a number that is not finite is written as ``null``.
 
 import json
 from pathlib import Path
-from typing import Any
 
 from behrt_jax.errors import InputError
-from behrt_jax.files import _plain, write_text
+from behrt_jax.files import JsonObject, _plain, write_text
 
 CONFIG_FILE = "config.json"
 PARAMETERS_FILE = "parameters.json"
@@ -61,14 +60,14 @@ def prepare_run_folder(path: Path, resume: bool) -> Path:
     return folder
 
 
-def append_metrics(path: Path, record: dict[str, Any]) -> None:
+def append_metrics(path: Path, record: JsonObject) -> None:
     """Add one record, as one whole line, and hand it to the operating system at once."""
     with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(_line(record))
         file.flush()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[JsonObject]:
     """All records, in the order written; none where the file does not exist yet.
 
     A last line without its newline is what an interrupted writer leaves: it is taken if it is whole
@@ -108,11 +107,11 @@ def truncate_metrics(path: Path, step: int) -> int:
     return len(records) - len(kept)
 
 
-def _line(record: dict[str, Any]) -> str:
+def _line(record: JsonObject) -> str:
     return json.dumps(_plain(record), allow_nan=False) + "\n"
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _record(line: bytes) -> JsonObject | None:
     try:
         value = json.loads(line)
     except ValueError:
