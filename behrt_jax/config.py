@@ -244,8 +244,6 @@ class MeshConfig:
 
 # Fine-tuning: the task, its course, and all settings of a run.
 
-TaskKind = Literal["binary", "multiclass", "multilabel", "regression", "survival"]
-
 
 @dataclass(frozen=True)
 class TaskConfig:

@@ -241,7 +241,7 @@ def set_up_task(
         freezing: what trains.
         mesh: the devices; one where not given.
         first_outputs: bias of the head before training, float32 `[outputs]`, see
-            :func:`behrt_jax.models.losses.base_outputs`; zero where not given.
+            :meth:`behrt_jax.data.tasks.Task.base_outputs`; zero where not given.
         new_codes: rows of embeddings beside the pretrained ones, see `adapters.new_codes`.
         packed: rows may hold several examples.
 
@@ -265,7 +265,7 @@ def set_up_task(
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     trains = what_trains(shapes, freezing, adapters, model.compute_dtype)
-    predictor = TaskPredictor(network, task.kind, adapters, trains.product, mesh, packed)
+    predictor = TaskPredictor(network, task.of.loss, adapters, trains.product, mesh, packed)
     return TaskSetup(predictor, init_with, init, shapes, trains.mask, trains.layers)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.new_codes import with_new_codes
 from behrt_jax.adapters.products import Product
-from behrt_jax.config import LoRAConfig, MaskingConfig, TaskKind
+from behrt_jax.config import LoRAConfig, MaskingConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.examples import TaskBatch
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_inputs
@@ -306,7 +306,8 @@ class TaskPredictor(NamedTuple):
     """How rows of examples become outputs: the model and, if any, its adapters."""
 
     model: BEHRTForTask
-    kind: TaskKind
+    loss: str
+    """A name in `models.losses.LOSSES`."""
     lora: LoRAConfig | None = None
     product: Product = "activations"
     mesh: Mesh | None = None
@@ -362,7 +363,7 @@ def task_objective(predictor: TaskPredictor) -> Objective:
         variables: Variables, batch: TaskBatch, rows: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Totals]:
         outputs = local.outputs(variables, batch.rows, batch.targets.shape[1], key, rows)  # [B, S, O]
-        losses = task_losses(local.kind, outputs, batch.targets) * batch.weights  # [B, S]
+        losses = task_losses(local.loss, outputs, batch.targets) * batch.weights  # [B, S]
         return losses.sum(), {"loss": losses.sum(), "targets": batch.weights.sum()}
 
     return Objective(lambda key, batch: batch, loss)

@@ -11,13 +11,13 @@ import optax
 from jax.sharding import Mesh
 
 from behrt_jax.adapters.files import save_adapter
-from behrt_jax.config import FinetuneConfig, ModelConfig, TaskConfig, TaskKind
+from behrt_jax.config import FinetuneConfig, ModelConfig, TaskConfig
 from behrt_jax.data.examples import TaskBatches
-from behrt_jax.data.labels import Labels
+from behrt_jax.data.labels import Labels, LabelTables
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.tasks import LabelTables
+from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold, mean_predictions
+from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold, mean_predictions
 from behrt_jax.files import write_json, write_text
 from behrt_jax.run_folder import (
     CONFIG_FILE,
@@ -185,7 +185,7 @@ def calibrate(config: TaskConfig, kind: TaskKind, outputs: np.ndarray, targets: 
         targets: theirs, float32 ``[examples, targets]``.
     """
     temperature = fit_temperature(kind, outputs, targets)
-    if kind != "binary":
+    if not KINDS[kind].thresholded:
         return Calibration(temperature)
     probabilities = mean_predictions(kind, outputs, temperature)[:, 0]
     return Calibration(temperature, fit_threshold(probabilities, targets[:, 0] > 0.5, config.threshold))

@@ -11,8 +11,8 @@ import numpy as np
 
 from behrt_jax.config import FinetuneConfig, LoRAConfig
 from behrt_jax.data.examples import TaskBatch, TaskBatches
+from behrt_jax.data.labels import read_label_tables
 from behrt_jax.data.read_ahead import reading_ahead
-from behrt_jax.data.tasks import read_label_tables
 from behrt_jax.files import write_json, write_text
 from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics
 from behrt_jax.tracking.console import Console, open_console

@@ -9,7 +9,6 @@ import optax
 from behrt_jax.config import FreezingConfig, LoRAConfig
 from behrt_jax.data.examples import TaskBatch
 from behrt_jax.data.tasks import Task
-from behrt_jax.models.losses import base_outputs
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
 from behrt_jax.training.state import TaskSetup, first_state, set_up_task
 from behrt_jax.training.step import make_update_step, task_objective
@@ -55,7 +54,7 @@ def set_up(task: Task, regime: str = "full", mesh: Any = None, **changes: Any) -
     """Of a tiny model."""
     adapters, freezing = REGIMES[regime]
     pooling = changes.pop("pooling", "mean")
-    first = base_outputs(task.kind, labelled_batch(0, task).targets.reshape(24, -1), task.outputs)
+    first = task.base_outputs(labelled_batch(0, task).targets.reshape(24, -1))
     return set_up_task(
         tiny_model(**changes), VOCABULARY, task, pooling, adapters, freezing, mesh, first_outputs=first
     )
