@@ -98,10 +98,6 @@ class Labels:
             self, subject_ids=self.subject_ids[chosen], times=self.times[chosen], values=self.values[chosen]
         )
 
-    def unknown_to(self, subject_ids: np.ndarray) -> int:
-        """How many distinct subjects of the labels are not among ``subject_ids``, int64 ``[n]``."""
-        return len(np.setdiff1d(self.subject_ids, subject_ids))
-
 
 def read_labels(path: Path, *, as_written: bool = False, without_values: bool = False) -> Labels:
     """Read a Parquet file of labels, or all ``.parquet`` files in a folder, at any depth, together.
@@ -327,10 +323,7 @@ def side_by_side(names: Sequence[str], tables: Sequence[Labels]) -> LabelTables:
 
     Args:
         names: of the tables, distinct.
-        tables: one at least; each has a subject and prediction time once.
-
-    Raises:
-        InputError: labels that are not binary.
+        tables: one at least, of binary labels; each has a subject and prediction time once.
     """
     subjects = np.concatenate([table.subject_ids for table in tables])  # [labels of all tables]
     times = np.concatenate([table.times for table in tables])
@@ -341,16 +334,10 @@ def side_by_side(names: Sequence[str], tables: Sequence[Labels]) -> LabelTables:
     pair[order] = np.cumsum(first) - 1
     table = np.repeat(np.arange(len(tables)), [len(one) for one in tables])
     targets = np.full((np.count_nonzero(first), len(tables)), np.nan, np.float32)
-    targets[pair, table] = np.concatenate([_positive(one) for one in tables])
+    answers = [answer for one in tables if (answer := one.positive()) is not None]
+    targets[pair, table] = np.concatenate(answers)
     pairs = Labels(ids[first], at[first], np.zeros(len(targets), bool), "boolean")
     return LabelTables(tuple(names), tuple(tables), pairs, targets)
-
-
-def _positive(labels: Labels) -> np.ndarray:
-    positive = labels.positive()
-    if positive is None:
-        raise InputError(f"The labels are of the kind {labels.kind}, which is no binary task.")
-    return positive
 
 
 def read_label_tables(paths: Sequence[Path]) -> LabelTables:

@@ -120,7 +120,8 @@ def read_predictions(path: Path) -> PredictionFile:
     table = _read(path)
     metadata = _metadata(path, table)
     kind = KINDS[metadata["kind"]]
-    present: list[LabelKind] = [one for one in kind.labels if set(COLUMNS_OF_KIND[one]) <= set(table.column_names)]
+    there = set(table.column_names)
+    present: list[LabelKind] = [one for one in kind.labels if there.issuperset(COLUMNS_OF_KIND[one])]
     if not present:
         wanted = " or ".join(" with ".join(COLUMNS_OF_KIND[one]) for one in kind.labels)
         raise InputError(

@@ -214,21 +214,14 @@ class Oracle:
         """
         losses = np.empty(len(split.targets))
         ranks = np.empty(len(split.targets), np.int64)
-        for where, posterior in self._posteriors(split, masking):
+        for where, posterior in self.posteriors(split, masking):
             losses[where], ranks[where] = losses_and_ranks(posterior, split.codes[where])
         return results_of(split, losses, ranks)
 
-    def posterior(self, split: MaskedSplit, masking: MaskingConfig) -> np.ndarray:
-        """Probability of every code at every target, float64 ``[targets, vocabulary]``; see `predict`."""
-        found = np.empty((len(split.targets), self.emissions.shape[2]))
-        for where, posterior in self._posteriors(split, masking):
-            found[where] = posterior
-        return found
-
-    def _posteriors(
+    def posteriors(
         self, split: MaskedSplit, masking: MaskingConfig
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield places in ``split.targets`` and posteriors ``[n, vocabulary]``, chunk by chunk."""
+        """Yield places in ``split.targets``, and the probabilities of all codes there, ``[n, vocabulary]``."""
         sequences = split.sequences
         seen = np.flatnonzero((split.windows >= 0) & ~np.isin(split.shown, (PAD, CLS, SEP)))
         seen = seen[np.argsort(split.windows[seen], kind="stable")]  # tokens, window by window

@@ -39,7 +39,7 @@ _PIECE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
-class CodeCounts:
+class HistoryCounts:
     """Counts of codes in the histories of n examples; V rows of the vocabulary."""
 
     counts: "csr_array"
@@ -53,7 +53,7 @@ class CodeCounts:
         return len(self.ages)
 
 
-def count_codes(examples: Examples, vocabulary_rows: int, chosen: np.ndarray | None = None) -> CodeCounts:
+def count_codes(examples: Examples, vocabulary_rows: int, chosen: np.ndarray | None = None) -> HistoryCounts:
     """Counts of the examples, or of those at some places, int ``[n]``."""
     from scipy.sparse import csr_array
 
@@ -69,10 +69,10 @@ def count_codes(examples: Examples, vocabulary_rows: int, chosen: np.ndarray | N
         ones = np.ones(np.count_nonzero(which), np.float32)
         return csr_array((ones, (rows[which], codes[which])), shape=(len(chosen), vocabulary_rows))
 
-    return CodeCounts(counted(kept), counted(kept & last), examples.ages[chosen])
+    return HistoryCounts(counted(kept), counted(kept & last), examples.ages[chosen])
 
 
-def join_counts(parts: Sequence[CodeCounts], order: np.ndarray) -> CodeCounts:
+def join_histories(parts: Sequence[HistoryCounts], order: np.ndarray) -> HistoryCounts:
     """All parts end to end, then taken in an order: int ``[n]``."""
     from scipy.sparse import csr_array, vstack
 
@@ -80,7 +80,7 @@ def join_counts(parts: Sequence[CodeCounts], order: np.ndarray) -> CodeCounts:
         csr_array(vstack([getattr(part, name) for part in parts], format="csr"))[order]
         for name in ("counts", "last_visit")
     )
-    return CodeCounts(counts, last_visit, np.concatenate([part.ages for part in parts])[order])
+    return HistoryCounts(counts, last_visit, np.concatenate([part.ages for part in parts])[order])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +94,12 @@ class BaselineData:
     """Survival: those of the predictions."""
     class_ids: np.ndarray
     """Multi-label: row of each code in the vocabulary, int ``[K]``; -1 where it has none."""
-    train: CodeCounts
+    train: HistoryCounts
     train_targets: np.ndarray
-    tuning: CodeCounts
+    tuning: HistoryCounts
     """May have no example."""
     tuning_targets: np.ndarray
-    evaluated: CodeCounts
+    evaluated: HistoryCounts
     """In the order of the predictions."""
     boosting_codes: int
     """Most codes that gradient boosting sees."""
@@ -199,7 +199,7 @@ def history_baseline(data: BaselineData) -> Baseline:
     return Baseline("codes seen before", predictions, "rates by how often and how lately a code was seen")
 
 
-def _cells(histories: CodeCounts, class_ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+def _cells(histories: HistoryCounts, class_ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Piece by piece, a slice of the examples and the cell of each of their codes, int64 ``[m, K]``."""
     known = class_ids >= 0
     step = max(1, _PIECE // max(len(class_ids), 1))

@@ -23,9 +23,9 @@ from behrt_jax.evaluation.performance import EvaluationRecord, age_groups, asses
 from behrt_jax.evaluation.task_baselines import (
     Baseline,
     BaselineData,
-    CodeCounts,
+    HistoryCounts,
     count_codes,
-    join_counts,
+    join_histories,
     run_baselines,
     targets_of,
 )
@@ -147,7 +147,7 @@ class Records:
     data: SequenceSet
     find: Callable[[str, Labels], Examples]
     """Finds the histories of a split's labels."""
-    evaluated: CodeCounts
+    evaluated: HistoryCounts
     """Of the predictions' examples, in their order."""
 
 
@@ -179,7 +179,7 @@ def open_records(config: EvaluateConfig, file: PredictionFile) -> tuple[Records 
             raise InputError(f"--data: {missing}: give the data that was predicted.")
         return None, f"{missing}: {_MEND}"
     parts = [count_codes(examples, len(data.vocabulary)) for examples in found]
-    return Records(folder, data, find, join_counts(parts, np.argsort(rows))), ""
+    return Records(folder, data, find, join_histories(parts, np.argsort(rows))), ""
 
 
 def baseline_data(

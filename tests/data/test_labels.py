@@ -166,12 +166,6 @@ def test_some_rows_of_labels(tmp_path):
     assert read.take(read.values).times.tolist() == [-5, 10**15]
 
 
-def test_subjects_that_the_data_do_not_know_are_counted(tmp_path):
-    read = read_labels(write(tmp_path / "labels.parquet", **labels()))
-    assert read.unknown_to(np.array([7, 8])) == 2
-    assert read.unknown_to(np.array([7, 2**53 + 1, -(2**63)])) == 0
-
-
 MISTAKES = {
     "no subject": (dict(list(labels().items())[1:]), "has no column subject_id"),
     "no time": ({"subject_id": IDS, "boolean_value": VALUES["boolean"]}, "has no column prediction_time"),

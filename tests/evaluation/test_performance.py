@@ -1,4 +1,4 @@
-"""Intervals come from resampled subjects; an assessment compares on the same draws, and takes groups apart."""
+"""Intervals come from resampled subjects; an assessment compares on the same draws and takes groups apart."""
 
 from dataclasses import replace
 

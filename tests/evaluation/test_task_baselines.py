@@ -11,13 +11,13 @@ from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.task_baselines import (
     BaselineData,
-    CodeCounts,
+    HistoryCounts,
     boosting_baseline,
     code_regression_baseline,
     count_codes,
     curve_baseline,
     history_baseline,
-    join_counts,
+    join_histories,
     regression_baseline,
     run_baselines,
     targets_of,
@@ -34,7 +34,7 @@ def histories_of(counts, last=None, ages=None):
     counts = np.asarray(counts, np.float32)
     last = counts if last is None else np.asarray(last, np.float32)
     ages = np.zeros(len(counts), np.float32) if ages is None else ages
-    return CodeCounts(sparse.csr_array(counts), sparse.csr_array(last), ages)
+    return HistoryCounts(sparse.csr_array(counts), sparse.csr_array(last), ages)
 
 
 def data_of(kind, seed=0, count=400, tuning=100, classes=(), **more):
@@ -78,7 +78,7 @@ def test_counts_are_of_what_is_known_at_the_prediction_time():
     np.testing.assert_allclose(found.ages, np.array([5, 2, 9]) * DAY / YEAR, rtol=1e-4)
     chosen = count_codes(examples, len(data.vocabulary), np.array([2, 0]))
     np.testing.assert_array_equal(chosen.counts.toarray(), dense[[2, 0]])
-    back = join_counts(
+    back = join_histories(
         [chosen, count_codes(examples, len(data.vocabulary), np.array([1]))], np.array([1, 2, 0])
     )
     np.testing.assert_array_equal(back.counts.toarray(), dense)
