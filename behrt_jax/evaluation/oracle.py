@@ -221,7 +221,7 @@ class Oracle:
     def posteriors(
         self, split: MaskedSplit, masking: MaskingConfig
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield places in ``split.targets``, and the probabilities of all codes there, ``[n, vocabulary]``."""
+        """Yield places in ``split.targets``, and the probabilities of all codes, ``[n, vocabulary]``."""
         sequences = split.sequences
         seen = np.flatnonzero((split.windows >= 0) & ~np.isin(split.shown, (PAD, CLS, SEP)))
         seen = seen[np.argsort(split.windows[seen], kind="stable")]  # tokens, window by window
