@@ -8,7 +8,7 @@ all have a leading axis over layers.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.tree_util import DictKey, tree_map_with_path
+from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 
 from behrt_jax.adapters.products import (
     Product,
@@ -29,19 +29,19 @@ from behrt_jax.adapters.products import (
 )
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
-from behrt_jax.models.stacked_layers import is_stacked, unstacked_path
+from behrt_jax.models.stacked_layers import Path, Tree, is_stacked, unstacked_path
 
 # Parameter groups by path: lora, embedding, head, base.
 
 GROUPS = ("lora", "embedding", "head", "base")
 
 
-def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+def path_names(path: KeyPath) -> Path:
     """Names along a key path of nested dicts."""
     return tuple(str(key.key) if isinstance(key, DictKey) else str(key) for key in path)
 
 
-def label(path: tuple[str, ...]) -> str:
+def label(path: Path) -> str:
     """Group of the leaf at `path` in ``{"params": ..., "lora": ...}``: exactly one of `GROUPS`.
 
     Raises:
@@ -63,13 +63,9 @@ def label(path: tuple[str, ...]) -> str:
     return fitting[0]
 
 
-def labels(variables: Mapping[str, Any]) -> Any:
+def labels(variables: Tree) -> Tree:
     """Tree of group names with the structure of `variables`."""
     return tree_map_with_path(lambda path, _: label(path_names(path)), variables)
-
-
-Tree = Mapping[str, Any]
-Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ def adapted_layers(params: Tree, config: LoRAConfig) -> list[AdaptedLayer]:
     return adapted
 
 
-def init(key: jax.Array, params: Tree, config: LoRAConfig) -> dict[str, Any]:
+def init(key: jax.Array, params: Tree, config: LoRAConfig) -> Tree:
     """Fresh adapters: a uniform (Kaiming), b zero, so that they change nothing at first.
 
     Each adapter's key comes from its layer's name, so that it does not depend on which others there are, nor
@@ -163,17 +159,17 @@ def init(key: jax.Array, params: Tree, config: LoRAConfig) -> dict[str, Any]:
     )
 
 
-def merge(params: Tree, lora: Tree, config: LoRAConfig) -> dict[str, Any]:
+def merge(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
     """Parameters with ``scale * a @ b`` added to each adapted kernel; every other leaf is the same."""
     return _add(params, lora, scale(config))
 
 
-def unmerge(params: Tree, lora: Tree, config: LoRAConfig) -> dict[str, Any]:
+def unmerge(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
     """Undo :func:`merge`, up to float rounding."""
     return _add(params, lora, -scale(config))
 
 
-def merged_kernels(params: Tree, lora: Tree, config: LoRAConfig) -> dict[str, Any]:
+def merged_kernels(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
     """The ``merged`` collection: at ``<path>/kernel``, each adapted kernel as :func:`merge` makes it.
 
     With it beside ``params`` and ``lora``, the `merged` product of :func:`applying` does not merge anew: a
@@ -233,7 +229,7 @@ def applying(
         if product == "extended" and module.dot_general is None:
             kernel = module.get_variable("params", "kernel")
             y = extended_product(x, *(part.astype(dtype) for part in (kernel, a, b)), scale(config))
-            return _with_bias(module, y)
+            return _with_bias(module, y)  # pyright: ignore[reportArgumentType]
         key = None if deterministic or config.dropout == 0.0 else module.make_rng("dropout")
         y = dense(x)
         return y + activation_product(x, a, b, scale(config), config.dropout, key, rows).astype(y.dtype)
@@ -242,8 +238,8 @@ def applying(
         yield
 
 
-def _with_bias(module: nn.Dense, y: Any) -> Any:
-    bias: Any = module.get_variable("params", "bias")
+def _with_bias(module: nn.Dense, y: jax.Array) -> jax.Array:
+    bias: jax.Array | None = module.get_variable("params", "bias")
     return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -255,7 +251,7 @@ def _flatten(tree: Tree) -> dict[Path, Any]:
     return flatten_dict(tree)  # pyright: ignore[reportReturnType, reportArgumentType]
 
 
-def _add(params: Tree, lora: Tree, factor: float) -> dict[str, Any]:
+def _add(params: Tree, lora: Tree, factor: float) -> Tree:
     leaves = _flatten(params)
     adapters = _flatten(lora)
     for path in dict.fromkeys(path[:-1] for path in adapters):
@@ -279,7 +275,7 @@ def _check(config: LoRAConfig) -> None:
 # Adapters of several ranks in one shape, so that they can be stacked and trained together.
 
 
-def pad(adapters: Any, rank: int) -> Any:
+def pad(adapters: Tree, rank: int) -> Tree:
     """Adapters (see `adapters.lora`) filled up with zeros to `rank`."""
 
     def longer(path, leaf):
@@ -290,17 +286,17 @@ def pad(adapters: Any, rank: int) -> Any:
     return tree_map_with_path(longer, adapters)
 
 
-def cut(adapters: Any, rank: int) -> Any:
+def cut(adapters: Tree, rank: int) -> Tree:
     """The first `rank` ranks: undoes :func:`pad`."""
     return tree_map_with_path(
         lambda path, leaf: leaf[..., :rank] if _is_a(path) else leaf[..., :rank, :], adapters
     )
 
 
-def scaled(adapters: Any, factor: jax.Array | float) -> Any:
+def scaled(adapters: Tree, factor: jax.Array | float) -> Tree:
     """Adapters whose product ``a @ b`` is `factor`, a scalar, times as large."""
     return tree_map_with_path(lambda path, leaf: leaf if _is_a(path) else factor * leaf, adapters)
 
 
-def _is_a(path: Any) -> bool:
-    return path[-1].key == "a"
+def _is_a(path: KeyPath) -> bool:
+    return path_names(path)[-1] == "a"

@@ -6,7 +6,7 @@ leaves have a leading axis over layers (``ModelConfig.scan_layers``). Parameters
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,10 @@ from behrt_jax.errors import InputError
 STACKED = "layers"
 _LAYER = re.compile(r"layer_(\d+)")
 
-Path = tuple[str, ...]
+Path: TypeAlias = tuple[str, ...]
+"""Names on the way from the root of a tree to a leaf."""
+Tree: TypeAlias = Mapping[str, Any]
+"""Nested dicts of arrays: ``params``, ``lora`` or both, and what mirrors them (shapes, masks, labels)."""
 
 
 def layer_name(layer: int) -> str:
@@ -30,7 +33,7 @@ def is_stacked(path: Sequence[str]) -> bool:
     return STACKED in path
 
 
-def count_stacked_layers(tree: Mapping[str, Any]) -> int:
+def count_stacked_layers(tree: Tree) -> int:
     """How many layers are stacked in nested dicts; 0 where none are."""
     return next((leaf.shape[0] for path, leaf in _flatten(tree).items() if is_stacked(path)), 0)
 
@@ -40,7 +43,7 @@ def unstacked_path(path: Path, layer: int) -> Path:
     return tuple(layer_name(layer) if name == STACKED else name for name in path)
 
 
-def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
+def unstack_layers(tree: Tree) -> dict[str, Any]:
     """The same tree layer by layer; without stacked layers, as it is.
 
     Args:
@@ -59,7 +62,7 @@ def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(leaves)
 
 
-def stack_layers(tree: Mapping[str, Any], layers: int | None = None) -> dict[str, Any]:
+def stack_layers(tree: Tree, layers: int | None = None) -> dict[str, Any]:
     """The same tree with its layers stacked: the inverse of :func:`unstack_layers`.
 
     Args:
@@ -96,7 +99,7 @@ def stack_layers(tree: Mapping[str, Any], layers: int | None = None) -> dict[str
     return unflatten_dict(leaves)
 
 
-def with_layout_of(scan_layers: bool, tree: Mapping[str, Any]) -> dict[str, Any]:
+def with_layout_of(scan_layers: bool, tree: Tree) -> dict[str, Any]:
     """The tree as a model with this `scan_layers` has it, whichever layout it is in."""
     unstacked = unstack_layers(tree)
     return stack_layers(unstacked) if scan_layers else unstacked
@@ -106,5 +109,5 @@ def _stacked_path(path: Path) -> Path:
     return tuple(STACKED if _LAYER.fullmatch(name) else name for name in path)
 
 
-def _flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
+def _flatten(tree: Tree) -> dict[Path, Any]:
     return flatten_dict(tree, keep_empty_nodes=True)  # pyright: ignore[reportReturnType, reportArgumentType]
