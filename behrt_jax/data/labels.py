@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from behrt_jax.data.parquet import cast_column, open_parquet, read_columns, require_columns
+from behrt_jax.data.parquet import cast_column, cast_or_refuse, open_parquet, read_columns, require_columns
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 
@@ -282,12 +282,7 @@ def _cast(file: Path, name: str, values: pa.ChunkedArray, target: pa.DataType) -
         raise InputError(
             f"{file} has {values.type} in the column {name} ({len(values)} rows): write it as {target}."
         )
-    try:
-        return values.cast(target)
-    except pa.ArrowInvalid as error:
-        raise InputError(
-            f"{file} has values in the column {name} that do not fit into {target}: mend or drop them."
-        ) from error
+    return cast_or_refuse(file, name, values, target)
 
 
 def _fits(kind: pa.DataType, target: pa.DataType) -> bool:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import Sequences
+from behrt_jax.data.sorting import ragged_indices
 from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import TOP, mean_metrics
 

@@ -17,7 +17,7 @@ from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, losses_and_ranks, results_of
 from behrt_jax.records.load import generated_code_count
 from behrt_jax.records.synthetic.histories import YEAR_DAYS
-from behrt_jax.records.synthetic.latent_model import LatentModel, latent_model
+from behrt_jax.records.synthetic.latent import LatentModel, latent_model
 
 _FIRST = len(SPECIAL_TOKENS)
 _CHUNK = 4096  # tokens worked on at once

@@ -12,7 +12,7 @@ import numpy as np
 
 from behrt_jax.data.examples import Examples
 from behrt_jax.data.labels import Labels
-from behrt_jax.data.ragged import ragged_indices
+from behrt_jax.data.sorting import ragged_indices
 from behrt_jax.data.tasks import KINDS, Predicts, TaskKind
 from behrt_jax.data.vocabulary import CLS, MASK, PAD, SEP
 from behrt_jax.errors import InputError

@@ -7,10 +7,11 @@ import numpy as np
 import optax
 
 from behrt_jax.config import FreezingConfig, LoRAConfig
-from behrt_jax.data.examples import TaskBatch
+from behrt_jax.data.batches import TaskBatch
 from behrt_jax.data.tasks import Task
+from behrt_jax.models.behrt import BEHRTForTask
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
-from behrt_jax.training.state import TaskSetup, first_state, set_up_task
+from behrt_jax.training.state import Setup, init_state, set_up_task
 from behrt_jax.training.step import make_update_step, task_objective
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 from tests.models.test_losses import random_targets
@@ -50,32 +51,29 @@ def segment_of(batch: Any, filled: np.ndarray) -> np.ndarray:
     return np.take_along_axis(padded, batch.segment_ids, axis=1)
 
 
-def set_up(task: Task, regime: str = "full", mesh: Any = None, **changes: Any) -> TaskSetup:
+def set_up(task: Task, regime: str = "full", mesh: Any = None, **changes: Any) -> Setup:
     """Of a tiny model."""
     adapters, freezing = REGIMES[regime]
     pooling = changes.pop("pooling", "mean")
     first = task.base_outputs(labelled_batch(0, task).targets.reshape(24, -1))
-    return set_up_task(
-        tiny_model(**changes), VOCABULARY, task, pooling, adapters, freezing, mesh, first_outputs=first
-    )
+    model = BEHRTForTask(tiny_model(**changes), VOCABULARY, task.outputs, pooling)
+    return set_up_task(model, adapters, freezing, mesh, first_outputs=first)
 
 
-def start(setup: TaskSetup, devices: Any = None, micro_batches: int = 1, optimizer: Any = None):
+def start(setup: Setup, task: Task, devices: Any = None, micro_batches: int = 1, optimizer: Any = None):
     """First state, jitted step and mesh."""
     mesh = make_mesh(devices or jax.devices()[:1])
     optimizer = optimizer or optax.sgd(0.5)
     init_key, step_key = jax.random.split(jax.random.key(0))
-    state = first_state(setup.init, setup.shapes, optimizer, init_key, mesh)
+    state = init_state(setup, optimizer, init_key, mesh)
     step = jax.jit(
         make_update_step(
-            task_objective(setup.predictor),
+            task_objective(setup.predictor._replace(mesh=mesh), task.of.loss),
             optimizer,
             setup.mask,
             step_key,
             clip_norm=1.0,
             micro_batches=micro_batches,
-            merged=setup.predictor.merged,
-            mesh=mesh,
         ),
         donate_argnums=0,
         out_shardings=(shardings_of(state), replicated(mesh)),
@@ -83,9 +81,9 @@ def start(setup: TaskSetup, devices: Any = None, micro_batches: int = 1, optimiz
     return state, step, mesh
 
 
-def run(setup: TaskSetup, batches: list[TaskBatch], **options: Any):
+def run(setup: Setup, task: Task, batches: list[TaskBatch], **options: Any):
     """State after some steps by plain gradient descent, and each step's figures, on the host."""
-    state, step, mesh = start(setup, **options)
+    state, step, mesh = start(setup, task, **options)
     figures = []
     for batch in batches:
         state, totals = step(state, put_rows(batch, mesh))
