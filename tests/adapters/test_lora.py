@@ -90,10 +90,6 @@ def test_merged_parameters_give_the_adapted_output(params, stabilised):
     np.testing.assert_allclose(from_merged[real], adapted[real], atol=1e-5, rtol=1e-5)
 
 
-def unmerged(params, adapters, config):
-    return lora.merge(params, lora.scaled(adapters, -1.0), config)
-
-
 def test_unmerge_undoes_merge_and_touches_no_other_leaf(params):
     config = LoRAConfig(rank=4, targets=("out",))
     adapters = trained(params, config)
