@@ -28,14 +28,13 @@ BASE = ModelConfig(
     attention_dropout=0.0,
     compute_dtype="bfloat16",
 )
-XL = ModelConfig(
+XL = replace(
+    BASE,
     embedding_size=1024,
     hidden_size=1024,
     layers=24,
     heads=16,
     positions=1024,
-    attention_dropout=0.0,
-    compute_dtype="bfloat16",
     rematerialise=True,
     scan_layers=True,
 )

@@ -383,3 +383,21 @@ def test_the_script_runs_from_anywhere(tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config 'nothing' is unknown")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "benchmark.py",
+        *(pytest.param(f"{name}_study.py", marks=pytest.mark.slow) for name in ("freezing", "forecast")),
+    ],
+)
+def test_what_needs_a_checkout_finds_the_rest_of_it(script, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = ["prepare", "--help"] if script == "benchmark.py" else ["--help"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT.with_name(script), *arguments], capture_output=True, text=True, cwd=tmp_path,
+        env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {script}")

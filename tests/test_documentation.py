@@ -69,9 +69,10 @@ def test_the_files_and_tables_that_the_layout_names_are_there():
             assert re.search(rf"^{table}\b.* = ", (package / file).read_text(), re.MULTILINE), table
 
 
+@pytest.mark.slow
 def test_the_example_in_python_runs():
     (example,) = blocks("python", TEXTS["experiments/README.md"])
     names = {}
     exec(example, names)
-    assert names["logits"](names["params"], names["tree"], *names["inputs"]).shape[-1] == 1000
+    assert names["logits"](names["params"], names["tree"], names["batch"]).shape[-1] == 1000
     assert names["merged"].keys() == names["params"].keys()

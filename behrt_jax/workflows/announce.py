@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -132,7 +133,7 @@ class LoopReporter:
             self.examine(self._lines["written"])
 
 
-def end(console: Console, folder: Path, summary: JsonObject) -> None:
+def end(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
     """Say how it ended and what was written."""
     console.log(f"Stopped: {summary['stop_reason']}.")
     console.log(verdict(summary["gain_over_unigram"]))

@@ -176,7 +176,7 @@ class RunResult:
     """A run's folder, and how it ended."""
 
     folder: Path
-    summary: JsonObject
+    summary: Mapping[str, Any]
     """Content of summary.json."""
     exit_status: int = 0
     """0, or 128 plus the number of the signal that stopped the run."""

@@ -11,8 +11,14 @@ from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.feeding import PlacedBatches
-from behrt_jax.training.step import Predictor, make_validation_step
-from behrt_jax.training.validation import make_scoring_step, mask_split, score_masked_codes, validate
+from behrt_jax.training.step import Predictor
+from behrt_jax.training.validation import (
+    make_scoring_step,
+    make_validation_step,
+    mask_split,
+    score_masked_codes,
+    validate,
+)
 from tests.evaluation.masked import sequences_of
 from tests.models.rows import tiny_model
 
