@@ -294,8 +294,6 @@ class PretrainConfig:
 
 # Fine-tuning: the task, its course, a population, and all settings of a run.
 
-TaskKind = Literal["binary", "multiclass", "multilabel", "regression", "survival"]
-
 
 @dataclass(frozen=True)
 class TaskConfig:

@@ -5,9 +5,12 @@ import os
 import shutil
 import tempfile
 
+from tests.commands import QUICK_COMPILATION
+
 # Most programs of the tests are compiled to run once: compile them quickly. This is about machine code
-# alone; the optimised HLO, its FLOPs and its collectives are those of a real run.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+# and the borders of fusions; the operations, their FLOPs (to a thousandth) and their collectives are those
+# of a real run.
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK_COMPILATION]).strip()
 
 # Many tests compile the same programs: once a session is enough, or once for several in a folder that is
 # given. Each process of a session has its own, since JAX writes programs bit by bit; the folder goes with it.

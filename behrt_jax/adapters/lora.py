@@ -182,6 +182,11 @@ def merge(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
     return unflatten_dict(leaves)
 
 
+def unmerge(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
+    """Inverse of :func:`merge`, up to rounding."""
+    return merge(params, scaled(lora, -1.0), config)
+
+
 def merged_kernels(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
     """The ``merged`` collection: at ``<path>/kernel``, each adapted kernel as :func:`merge` makes it.
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import Product
 from behrt_jax.adapters.new_codes import with_new_codes
-from behrt_jax.config import LoRAConfig, MaskingConfig, TaskKind
+from behrt_jax.config import LoRAConfig, MaskingConfig
 from behrt_jax.data.batches import Batch, TaskBatch
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask
 from behrt_jax.models.layers import batch_rows
@@ -178,16 +178,16 @@ def masked_code_objective(
     return Objective(inputs, loss, predictor.merged, predictor.mesh, static_masks)
 
 
-def task_objective(predictor: Predictor, kind: TaskKind) -> Objective:
-    """A task's loss, each example weighed as its batch says."""
+def task_objective(predictor: Predictor, loss: str) -> Objective:
+    """A task's loss, a name in `models.losses.LOSSES`, each example weighed as its batch says."""
     local = predictor._replace(mesh=None)
 
-    def loss(variables: Variables, batch: TaskBatch, rows: jax.Array, key: jax.Array):
+    def loss_of(variables: Variables, batch: TaskBatch, rows: jax.Array, key: jax.Array):
         outputs = local.outputs(variables, batch.rows, batch.targets.shape[1], key, rows)  # [B, S, O]
-        losses = task_losses(kind, outputs, batch.targets) * batch.weights  # [B, S]
+        losses = task_losses(loss, outputs, batch.targets) * batch.weights  # [B, S]
         return losses.sum(), {"loss": losses.sum(), "targets": batch.weights.sum()}
 
-    return Objective(lambda key, batch: batch, loss, predictor.merged, predictor.mesh)
+    return Objective(lambda key, batch: batch, loss_of, predictor.merged, predictor.mesh)
 
 
 def make_update_step(

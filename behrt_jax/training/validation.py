@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from behrt_jax.config import MaskingConfig, TaskKind
+from behrt_jax.config import MaskingConfig
 from behrt_jax.data.batches import Batch, TaskBatch, TaskBatches, ValidationBatches
+from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.data.vocabulary import CLS, PAD
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, results_of
-from behrt_jax.evaluation.ranking import auroc
+from behrt_jax.evaluation.scores import ON_TUNING
 from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics, task_losses, totals
 from behrt_jax.training.devices import put_rows
@@ -71,20 +72,17 @@ def score(
 
 
 def task_metrics(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> JsonObject:
-    """Mean loss of examples and, for binary tasks, ``auroc`` (None where it is not defined).
+    """Mean loss of examples, and figures of `evaluation.scores.ON_TUNING` (None where not defined).
 
     Args:
         kind: of the task.
         outputs: float32 ``[examples, outputs]``.
         targets: float32 ``[examples, targets]``.
     """
-    losses = np.asarray(task_losses(kind, outputs, targets), np.float64)
-    metrics: JsonObject = {"loss": float(losses.mean()), "targets": len(losses)}
-    if kind == "binary":
-        metrics["auroc"] = auroc(outputs[:, 0], targets[:, 0] > 0.5)
-    if kind == "multiclass":
-        metrics["accuracy"] = float((outputs.argmax(axis=1) == targets[:, 0]).mean())
-    return metrics
+    losses = np.asarray(task_losses(KINDS[kind].loss, outputs, targets), np.float64)
+    figures = ON_TUNING.get(KINDS[kind].predicts, {})
+    found = {name: figure(outputs, targets) for name, figure in figures.items()}
+    return {"loss": float(losses.mean()), "targets": len(losses), **found}
 
 
 def make_validation_step(

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
-from behrt_jax.config import FinetuneConfig, TaskConfig, TaskKind
+from behrt_jax.config import FinetuneConfig, TaskConfig
 from behrt_jax.data.batches import TaskBatches
-from behrt_jax.data.labels import Labels
+from behrt_jax.data.labels import Labels, LabelTables
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.tasks import LabelTables
+from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold, mean_predictions
+from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold, mean_predictions
 from behrt_jax.files import JsonObject, write_json
 from behrt_jax.models.behrt import BEHRTForTask
 from behrt_jax.run_folder import CONFIG_FILE, PARAMETERS_FILE, prepare_run_folder
@@ -104,7 +104,7 @@ def open_finetuning(
         f"A step: {examples:.1f} examples in {batches.batch_rows} rows of {batches.row_length}. "
         f"In all {schedule.total_steps:,} steps at most."
     )
-    objective = task_objective(setup.predictor, task.kind)
+    objective = task_objective(setup.predictor, task.of.loss)
     assembly = assemble(config, setup, objective, schedule.total_steps, mesh)
     folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
     if config.resume:
@@ -157,7 +157,7 @@ def calibrate(config: TaskConfig, kind: TaskKind, outputs: np.ndarray, targets: 
         targets: theirs, float32 ``[examples, targets]``.
     """
     temperature = fit_temperature(kind, outputs, targets)
-    if kind != "binary":
+    if not KINDS[kind].thresholded:
         return Calibration(temperature)
     probabilities = mean_predictions(kind, outputs, temperature)[:, 0]
     return Calibration(temperature, fit_threshold(probabilities, targets[:, 0] > 0.5, config.threshold))

@@ -8,17 +8,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from behrt_jax.adapters.new_codes import new_rows
-from behrt_jax.config import FinetuneConfig, ModelConfig, TaskKind
+from behrt_jax.config import FinetuneConfig, ModelConfig
 from behrt_jax.data.batches import RowShape, TaskBatches, task_batches
 from behrt_jax.data.examples import Examples, find_examples, of_unknown_subjects
-from behrt_jax.data.labels import Labels, read_labels
+from behrt_jax.data.labels import Labels, LabelTables, read_labels
 from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.sequences import SequenceSet, VocabularyMap, map_vocabulary
-from behrt_jax.data.tasks import BINARY, LabelTables, Task, fit_task
+from behrt_jax.data.tasks import BINARY, Task, TaskKind, fit_task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
-from behrt_jax.models.losses import base_outputs
 from behrt_jax.models.stacked_layers import Tree
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.micro_batches import likely_parts
@@ -46,22 +45,14 @@ def count_codes(mapped: VocabularyMap, vocabulary: Vocabulary) -> dict[str, int]
     }
 
 
-def describe(examples: Examples, task: Task, targets: np.ndarray) -> JsonObject:
+def describe(examples: Examples, task: Task, targets: np.ndarray) -> dict[str, int | float]:
     """Counts of a split: of its examples and of what their targets, float32 ``[examples, targets]``, say."""
-    found: JsonObject = {
+    return {
         "examples": len(examples),
         "subjects": len(np.unique(examples.subject_ids)),
         "empty_histories": int(examples.empty.sum()),
+        **task.of.tell(targets, task.outputs),
     }
-    if task.kind == "binary":
-        found["positive"] = int(targets.sum())
-    if task.kind == "multiclass":
-        found["smallest_class"] = int(np.bincount(targets[:, 0].astype(int), minlength=task.outputs).min())
-    if task.kind == "multilabel":
-        found["codes_per_example"] = round(float(targets.sum(axis=1).mean()), 2)
-    if task.kind == "survival":
-        found["events"] = int(targets[:, 1].sum())
-    return found
 
 
 def announce_labels(console: Console, kind: TaskKind, counts: JsonObject) -> None:
@@ -120,7 +111,7 @@ class LabelledData:
 
     def base_outputs(self) -> np.ndarray:
         """Outputs that tell of each example what is true on average in train, float32 ``[outputs]``."""
-        return base_outputs(self.task.kind, self.train_targets, self.task.outputs)
+        return self.task.base_outputs(self.train_targets)
 
     def first_rows(self, encoder: Tree) -> np.ndarray | None:
         """First embeddings of the new codes, float32 ``[codes, embedding]``; None where there are none."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from behrt_jax.config import FinetuneConfig, LoRAConfig
 from behrt_jax.data.batches import TaskBatch, TaskBatches, reading_ahead
-from behrt_jax.data.tasks import read_label_tables
+from behrt_jax.data.labels import read_label_tables
 from behrt_jax.files import JsonObject, write_json, write_text
 from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics
 from behrt_jax.tracking.console import Console, open_console
@@ -411,7 +411,7 @@ def make_population(config: FinetuneConfig, run: Finetuning, variation: Variatio
         head["bias"] = jnp.stack([jnp.asarray(one.base_outputs()) for one in variation.labelled])
     state, members = jax.device_put((state, members), replicated(mesh))
     step = make_population_step(
-        task_objective(predictor, run.labelled.task.kind),
+        task_objective(predictor, run.labelled.task.of.loss),
         optimizer,
         setup.mask,
         clip_norm=config.optimizer.clip_norm,

@@ -32,7 +32,7 @@ from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.decisions import mean_predictions, predictions
+from behrt_jax.evaluation.calibration import mean_predictions
 from behrt_jax.files import JsonObject, read_json
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
 from behrt_jax.run_folder import CHECKPOINTS_FOLDER
@@ -345,14 +345,14 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
         with ExitStack() as stack:
             writer = stack.enter_context(PredictionWriter(config.output, schema, metadata))
             members = None
-            if len(finetuned.members) > 1 and task.kind == "binary":
+            if len(finetuned.members) > 1 and task.of.thresholded:
                 path, of_members = members_path(config.output), member_schema(len(finetuned.members))
                 members = stack.enter_context(PredictionWriter(path, of_members, metadata))
             for part, outputs, empty, seen in _outputs(config, finetuned, data, chosen, delays, mesh):
                 predicted = mean_predictions(task.kind, outputs, calibration.temperature)
                 writer.write(prediction_rows(schema, task, part, predicted, calibration.threshold, seen))
                 if members is not None:
-                    alone = [predictions(task.kind, one, calibration.temperature)[:, 0] for one in outputs]
+                    alone = [task.of.predictions(one, calibration.temperature)[:, 0] for one in outputs]
                     members.write(member_rows(members.schema, part, alone))
                 counts["empty_histories"] += empty
                 done += len(part)
@@ -381,7 +381,7 @@ def _outputs(
     model, task = finetuned.model, finetuned.task
     output_step = jax.jit(make_output_step(finetuned.setup.predictor))
     length, segments = finetuned.max_length or model.positions, 1
-    ids = finetuned.vocabulary.encode(task.classes) if task.kind == "multilabel" else None
+    ids = finetuned.vocabulary.encode(task.classes) if task.of.tells_seen_codes else None
     for split, labels in chosen.items():
         for start in range(0, len(labels), AT_ONCE):
             part = labels.take(np.arange(start, min(start + AT_ONCE, len(labels))))

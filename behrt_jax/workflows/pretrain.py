@@ -311,7 +311,7 @@ def write_summary(
     assessment: JsonObject,
     ended: RunEnd,
     examination: Examination,
-) -> Summary:
+) -> JsonObject:
     """Write summary.json, SUMMARY.txt, plots and report.html; returns the summary."""
     folder, metrics = run.folder, read_metrics(run.folder / METRICS_FILE)
     found = summarise(

@@ -30,9 +30,15 @@ from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import CLS, MASK, PAD, SEP
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.bootstrap import Figures, SubjectDraws, bootstrap, subject_draws
-from behrt_jax.evaluation.decisions import predictions
-from behrt_jax.evaluation.oracle import Oracle, Visits, filter_visits, find_visits, oracle_of, read_forward
+from behrt_jax.evaluation.oracle import (
+    Oracle,
+    VisitRuns,
+    filter_visits,
+    find_visits,
+    oracle_of,
+    read_forward,
+)
+from behrt_jax.evaluation.performance import Figures, SubjectDraws, bootstrap, subject_draws
 from behrt_jax.evaluation.scores import binary_scorer
 from behrt_jax.evaluation.task_baselines import (
     BaselineData,
@@ -115,7 +121,7 @@ _CHUNK = 4096  # tokens worked on at once
 class StagePosteriors:
     """What the codes of whole histories tell of the conditions at each visit."""
 
-    visits: Visits
+    visits: VisitRuns
     """All visits, subject by subject; ``firsts`` says where each subject's begin."""
     stages: np.ndarray
     """float64 ``[visits, Z]``: joint stage given the codes up to and with that visit."""
@@ -133,7 +139,7 @@ def stage_posteriors(oracle: Oracle, sequences: Sequences) -> StagePosteriors:
         chunk = slice(start, start + _CHUNK // 4)
         starts, sizes = visits.starts[chunk], visits.sizes[chunk]
         tokens = slice(starts[0], starts[-1] + sizes[-1])
-        part = Visits(
+        part = VisitRuns(
             visits.of_token[tokens] - start,
             starts - starts[0],
             sizes,
@@ -394,7 +400,7 @@ def _held_out_outputs(run: Any, data: SequenceSet, labels: Labels) -> tuple[np.n
         seed=None,
     ).of_rows(64, mesh.size)
     outputs = score(jax.jit(make_output_step(model.setup.predictor)), model.members[0], batches, mesh)
-    return predictions("binary", outputs, model.calibration.temperature)[:, 0], model.trained
+    return model.task.of.predictions(outputs, model.calibration.temperature)[:, 0], model.trained
 
 
 def _baselines(

@@ -28,11 +28,13 @@ MEMBERS: tuple[tuple[LoRAConfig | None, int], ...] = (
 )
 """Adapters and outputs."""
 
+init_adapters = jax.jit(lora.init, static_argnums=2)
+
 
 def moved(tree, seed):
     """Numbers of some size everywhere, also where there were zeros."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(x + rng.normal(0, 0.3, x.shape), jnp.float32), tree)
+    return jax.tree.map(lambda x: (x + rng.normal(0, 0.3, x.shape)).astype(np.float32), tree)
 
 
 def save(folder, params, adapters, config, trained_groups=("head",), **changes):
@@ -63,7 +65,7 @@ def case(request, tmp_path_factory):
         params = moved(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), 50 + number)
         behrt = params["behrt"] if behrt is None else behrt
         params["behrt"] = behrt
-        own = {} if adapter is None else moved(lora.init(jax.random.key(9), params, adapter), number)
+        own = {} if adapter is None else moved(init_adapters(jax.random.key(9), params, adapter), number)
         members.append((model, params, own, adapter))
         save(root / str(number), params, own, adapter)
     return config, {"behrt": behrt}, [root / str(number) for number in range(len(MEMBERS))], members
@@ -144,7 +146,7 @@ def test_gathered_adapters_cost_the_same_however_many_there_are(tmp_path):
     model = BEHRTForTask(config, VOCABULARY, 1)
     params = jax.jit(partial(model.init, segments=1))(jax.random.key(0), example_batch(config))["params"]
     adapter = LoRAConfig(rank=4)
-    own = lora.init(jax.random.key(1), params, adapter)
+    own = init_adapters(jax.random.key(1), params, adapter)
     save(tmp_path / "adapter", params, own, adapter)
     batch = random_batch(0, segments=SEGMENTS)
 
@@ -154,14 +156,14 @@ def test_gathered_adapters_cost_the_same_however_many_there_are(tmp_path):
         return lowered.compile().cost_analysis()["flops"]
 
     joined = [flops(adapters, (4, SEGMENTS)) for adapters in (4, 8, 16)]
-    gathered = [flops(adapters, (4,)) for adapters in (4, 8, 16)]
+    gathered = [flops(adapters, (4,)) for adapters in (4, 16)]
     ranks = 4 * 2 * 4  # more ranks, on 4 layers of 2 blocks
     tokens, width = batch.codes.size, config.hidden_size
     least = 4 * ranks // 8 * tokens * 2 * 2 * width
     assert joined[1] - joined[0] >= 0.9 * least * 2 / 2
     assert joined[2] - joined[1] == pytest.approx(2 * (joined[1] - joined[0]), rel=0.05)
-    assert gathered[2] - gathered[0] < 0.02 * gathered[0]
-    assert gathered[2] < joined[2]
+    assert gathered[-1] - gathered[0] < 0.02 * gathered[0]
+    assert gathered[-1] < joined[-1]
 
 
 def test_an_adapter_on_another_base_or_vocabulary_is_refused(case):

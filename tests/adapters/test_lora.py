@@ -1,6 +1,7 @@
 """LoRA as a tree transform."""
 
 from dataclasses import replace
+from functools import partial
 
 import chex
 import jax
@@ -25,37 +26,37 @@ from tests.models.rows import VOCABULARY, random_batch, tiny_model
 MODEL = BEHRTForMLM(tiny_model(), VOCABULARY)
 ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")
 
+# One program each in place of one for every leaf.
+init, merge, unmerge = (jax.jit(f, static_argnums=2) for f in (lora.init, lora.merge, lora.unmerge))
+
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(MODEL.init)(jax.random.key(0), example_batch(MODEL.config))["params"]
+    return jax.device_get(jax.jit(MODEL.init)(jax.random.key(0), example_batch(MODEL.config))["params"])
 
 
 def trained(params, config, seed=1):
     """Adapters as after some training: b is no longer zero."""
-    fresh = lora.init(jax.random.key(seed), params, config)
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), fresh)
+    fresh = jax.device_get(init(jax.random.key(seed), params, config))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), fresh)
 
 
-def adapted_logits(params, adapters, config, batch, product="activations", key=None):
-    @jax.jit
-    def apply(params, adapters, batch):
-        with lora.applying(config, product, deterministic=key is None):
-            return MODEL.apply(
-                {"params": params, "lora": adapters},
-                batch,
-                deterministic=key is None,
-                rngs=None if key is None else {"dropout": key},
-            )
+@partial(jax.jit, static_argnames=("config", "product"))
+def adapted_logits(params, adapters, config, batch, product="activations"):
+    with lora.applying(config, product):
+        return MODEL.apply({"params": params, "lora": adapters}, batch)
 
-    return apply(params, adapters, batch)
+
+@jax.jit
+def base_logits(params, batch):
+    return MODEL.apply({"params": params}, batch)
 
 
 @pytest.mark.parametrize("targets", [("out",), ("query", "key", "value", "out"), ALL_LINEARS])
 def test_shapes_and_first_values(params, targets):
     config = LoRAConfig(rank=3, targets=targets)
-    adapters = lora.init(jax.random.key(0), params, config)
+    adapters = jax.device_get(init(jax.random.key(0), params, config))
     kernels = flatten_dict(params)
     flat = flatten_dict(adapters)
     assert {path[-2] for path in flat} == set(targets)
@@ -72,8 +73,8 @@ def test_shapes_and_first_values(params, targets):
 def test_fresh_adapters_leave_the_output_identical(params, product):
     config = LoRAConfig(rank=4, targets=ALL_LINEARS)
     batch = random_batch(0)
-    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, b))(params, batch)
-    adapters = lora.init(jax.random.key(0), params, config)
+    base = base_logits(params, batch)
+    adapters = init(jax.random.key(0), params, config)
     np.testing.assert_array_equal(adapted_logits(params, adapters, config, batch, product), base)
 
 
@@ -81,45 +82,41 @@ def test_fresh_adapters_leave_the_output_identical(params, product):
 def test_merged_parameters_give_the_adapted_output(params, stabilised):
     config = LoRAConfig(rank=4, alpha=6.0, targets=ALL_LINEARS, rank_stabilised=stabilised)
     adapters, batch = trained(params, config), random_batch(1)
-    adapted = adapted_logits(params, adapters, config, batch)
-    merged = lora.merge(params, adapters, config)
-    from_merged = jax.jit(lambda p, b: MODEL.apply({"params": p}, b))(merged, batch)
-    base = jax.jit(lambda p, b: MODEL.apply({"params": p}, b))(params, batch)
+    adapted = np.asarray(adapted_logits(params, adapters, config, batch))
+    merged = merge(params, adapters, config)
+    from_merged, base = (np.asarray(base_logits(tree, batch)) for tree in (merged, params))
     real = batch.segment_ids > 0
     assert np.abs(adapted - base)[real].max() > 1e-2
     np.testing.assert_allclose(from_merged[real], adapted[real], atol=1e-5, rtol=1e-5)
 
 
-def unmerged(params, adapters, config):
-    return lora.merge(params, lora.scaled(adapters, -1.0), config)
-
-
 def test_unmerge_undoes_merge_and_touches_no_other_leaf(params):
     config = LoRAConfig(rank=4, targets=("out",))
     adapters = trained(params, config)
-    merged = lora.merge(params, adapters, config)
-    chex.assert_trees_all_close(unmerged(merged, adapters, config), params, atol=1e-6)
-    changed = {
-        path
-        for path, leaf in flatten_dict(merged).items()
-        if not np.array_equal(leaf, flatten_dict(params)[path])
-    }
+    merged = jax.device_get(merge(params, adapters, config))
+    chex.assert_trees_all_close(unmerge(merged, adapters, config), params, atol=1e-6)
+    before = flatten_dict(params)
+    changed = {path for path, leaf in flatten_dict(merged).items() if not np.array_equal(leaf, before[path])}
     assert changed == {(*path[:-1], "kernel") for path in flatten_dict(adapters)}
+
+
+@partial(jax.jit, static_argnames=("config", "product"))
+def loss_and_gradient(adapters, params, batch, config, product):
+    def loss(adapters):
+        with lora.applying(config, product):
+            return (MODEL.apply({"params": params, "lora": adapters}, batch) ** 2).mean()
+
+    return jax.value_and_grad(loss)(adapters)
 
 
 @pytest.mark.parametrize("product", ["extended", "merged"])
 def test_all_products_have_equal_outputs_and_gradients(params, product):
     config = LoRAConfig(rank=4, targets=ALL_LINEARS)
     adapters, batch = trained(params, config), random_batch(2)
-
-    def gradients(product):
-        def loss(adapters):
-            with lora.applying(config, product):
-                return (MODEL.apply({"params": params, "lora": adapters}, batch) ** 2).mean()
-
-        return jax.jit(jax.value_and_grad(loss))(adapters)
-
-    chex.assert_trees_all_close(gradients(product), gradients("activations"), rtol=1e-4, atol=1e-6)
+    ours, expected = (
+        loss_and_gradient(adapters, params, batch, config, form) for form in (product, "activations")
+    )
+    chex.assert_trees_all_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("product", ["activations", "extended"])
@@ -158,7 +155,7 @@ def test_kernels_merged_beforehand_give_the_same_outputs_and_gradients(params):
             return (MODEL.apply(variables, batch) ** 2).mean()
 
     beforehand = {"merged": lora.merged_kernels(params, adapters, config)}
-    gradient = jax.jit(jax.grad(loss))
+    gradient, loss = jax.jit(jax.grad(loss)), jax.jit(loss)
     chex.assert_trees_all_close(gradient(adapters, beforehand), gradient(adapters, {}), rtol=1e-6)
     doubled = jax.tree.map(lambda kernel: 2 * kernel, beforehand)  # they are what is used
     assert abs(loss(adapters, doubled) / loss(adapters, beforehand) - 1) > 1e-2
@@ -173,13 +170,9 @@ def test_kernels_merged_beforehand_give_the_same_outputs_and_gradients(params):
 )
 def test_products_agree_with_the_definition(sizes, scale, seed):
     rows, inputs, outputs, rank = sizes
-    keys = jax.random.split(jax.random.key(seed), 4)
-    x, kernel, a, b = (
-        jax.random.normal(key, shape)
-        for key, shape in zip(
-            keys, [(rows, 2, inputs), (inputs, outputs), (inputs, rank), (rank, outputs)], strict=True
-        )
-    )
+    rng = np.random.default_rng(seed)
+    shapes = [(rows, 2, inputs), (inputs, outputs), (inputs, rank), (rank, outputs)]
+    x, kernel, a, b = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
     def plain(x, a, b):
         return jnp.sin(x @ kernel + scale * (x @ a @ b)).sum()
@@ -187,10 +180,13 @@ def test_products_agree_with_the_definition(sizes, scale, seed):
     def merged(x, a, b):
         return jnp.sin(merged_product(x, merged_kernel(kernel, a, b, scale), a, b, scale)).sum()
 
-    np.testing.assert_allclose(merged(x, a, b), plain(x, a, b), rtol=1e-3, atol=1e-4)
-    for ours, theirs in zip(
-        jax.grad(merged, (0, 1, 2))(x, a, b), jax.grad(plain, (0, 1, 2))(x, a, b), strict=True
-    ):
+    @jax.jit
+    def both(*operands):
+        return [jax.value_and_grad(form, (0, 1, 2))(*operands) for form in (merged, plain)]
+
+    (ours, our_gradients), (theirs, their_gradients) = both(x, a, b)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(our_gradients, their_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
@@ -198,7 +194,7 @@ def test_adapter_dropout_falls_on_the_adapter_alone(params):
     config = LoRAConfig(rank=4, dropout=0.5)
     batch, key = random_batch(3), jax.random.key(9)
     adapters = trained(params, config)
-    fresh = lora.init(jax.random.key(0), params, config)
+    fresh = init(jax.random.key(0), params, config)
     still = tiny_model(dropout=0.0)
     model = BEHRTForMLM(still, VOCABULARY)
 
@@ -218,8 +214,8 @@ def test_adapter_dropout_falls_on_the_adapter_alone(params):
 
 
 def test_an_adapter_does_not_depend_on_which_others_there_are(params):
-    alone = flatten_dict(lora.init(jax.random.key(0), params, LoRAConfig(rank=2, targets=("out",))))
-    among = flatten_dict(lora.init(jax.random.key(0), params, LoRAConfig(rank=2, targets=ALL_LINEARS)))
+    alone = flatten_dict(init(jax.random.key(0), params, LoRAConfig(rank=2, targets=("out",))))
+    among = flatten_dict(init(jax.random.key(0), params, LoRAConfig(rank=2, targets=ALL_LINEARS)))
     for path, leaf in alone.items():
         np.testing.assert_array_equal(leaf, among[path])
     firsts = [leaf for path, leaf in among.items() if path[-1] == "a" and leaf.shape == (16, 2)]
@@ -287,13 +283,13 @@ def test_adapters_work_under_a_scan_over_layers():
             scanned = nn.scan(Layer, variable_axes={True: 0}, split_rngs={True: True}, length=3)
             return scanned(name="layers")(x, None)[0]
 
-    x = jnp.ones((2, 4))
-    params = Stack().init(jax.random.key(0), x)["params"]
-    a = jax.random.normal(jax.random.key(1), (3, 4, 2))
-    b = jax.random.normal(jax.random.key(2), (3, 2, 4))
+    x = np.ones((2, 4), np.float32)
+    params = jax.device_get(jax.jit(Stack().init)(jax.random.key(0), x)["params"])
+    rng = np.random.default_rng(1)
+    a, b = (rng.normal(size=size).astype(np.float32) for size in ((3, 4, 2), (3, 2, 4)))
     config = LoRAConfig(rank=2)
     with lora.applying(config):
-        adapted = Stack().apply({"params": params, "lora": {"layers": {"out": {"a": a, "b": b}}}}, x)
+        adapted = jax.jit(Stack().apply)({"params": params, "lora": {"layers": {"out": {"a": a, "b": b}}}}, x)
     expected = x
     for layer in range(3):
         dense = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"]["out"])
@@ -330,33 +326,28 @@ CONFIG = LoRAConfig(rank=3, targets=("query", "intermediate", "mlm_head/dense"))
 @pytest.fixture(scope="module")
 def stacked():
     model = BEHRTForMLM(tiny_model(layers=3, scan_layers=True), VOCABULARY)
-    return jax.jit(model.init)(jax.random.key(0), example_batch(model.config))["params"]
-
-
-def moved(adapters):
-    keys = iter(jax.random.split(jax.random.key(2), 100))
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), adapters)
+    return jax.device_get(jax.jit(model.init)(jax.random.key(0), example_batch(model.config))["params"])
 
 
 def test_fresh_adapters_are_those_of_layers_one_by_one(stacked):
-    ours = lora.init(jax.random.key(1), stacked, CONFIG)
+    ours = jax.device_get(init(jax.random.key(1), stacked, CONFIG))
     chex.assert_shape(ours["behrt"]["encoder"]["layers"]["intermediate"]["a"], (3, 16, 3))
     chex.assert_shape(ours["behrt"]["encoder"]["layers"]["intermediate"]["b"], (3, 3, 64))
-    theirs = lora.init(jax.random.key(1), unstack_layers(stacked), CONFIG)
+    theirs = init(jax.random.key(1), unstack_layers(stacked), CONFIG)
     chex.assert_trees_all_equal(unstack_layers(ours), theirs)
     a = ours["behrt"]["encoder"]["layers"]["attention"]["query"]["a"]
     assert np.abs(a[0] - a[1]).max() > 0.01
 
 
 def test_merging_is_that_of_layers_one_by_one_and_can_be_undone(stacked):
-    adapters = moved(lora.init(jax.random.key(1), stacked, CONFIG))
-    merged = lora.merge(stacked, adapters, CONFIG)
-    theirs = lora.merge(unstack_layers(stacked), unstack_layers(adapters), CONFIG)
+    adapters = trained(stacked, CONFIG)
+    merged = jax.device_get(merge(stacked, adapters, CONFIG))
+    theirs = merge(unstack_layers(stacked), unstack_layers(adapters), CONFIG)
     chex.assert_trees_all_close(unstack_layers(merged), theirs, rtol=1e-6, atol=1e-7)
     kernel = ("behrt", "encoder", "layers", "attention", "query", "kernel")
     before, after = (flatten(tree)[kernel] for tree in (stacked, merged))
     assert np.abs(after - before).max(axis=(1, 2)).min() > 0.01
-    chex.assert_trees_all_close(unmerged(merged, adapters, CONFIG), stacked, atol=1e-6)
+    chex.assert_trees_all_close(unmerge(merged, adapters, CONFIG), stacked, atol=1e-6)
 
 
 def flatten(tree):
@@ -384,7 +375,7 @@ def test_an_adapter_file_fits_its_base_in_either_layout(stacked, tmp_path, saved
     def layout(tree, wanted):
         return tree if wanted else unstack_layers(tree)
 
-    adapters = moved(lora.init(jax.random.key(1), stacked, CONFIG))
+    adapters = trained(stacked, CONFIG)
     params = layout(stacked, saved_stacked)
 
     def trains(path, _):  # some of what is stacked trains, some does not
@@ -404,8 +395,9 @@ def test_an_adapter_file_fits_its_base_in_either_layout(stacked, tmp_path, saved
     assert "lora/behrt/encoder/layer_2/attention/query/a" in config.tensors
 
     changed = jax.tree.map(lambda x: x, other)
-    kernel = changed["behrt"]["encoder"]["layers"]["output"]["kernel"]
-    changed["behrt"]["encoder"]["layers"]["output"]["kernel"] = kernel.at[2, 0, 0].add(1.0)
+    kernel = changed["behrt"]["encoder"]["layers"]["output"]["kernel"].copy()
+    kernel[2, 0, 0] += 1.0
+    changed["behrt"]["encoder"]["layers"]["output"]["kernel"] = kernel
     with pytest.raises(InputError, match="frozen parameters differ"):
         load_adapter(tmp_path / "adapter", layout(changed, loaded_stacked))
 
@@ -414,7 +406,7 @@ def test_an_adapter_file_fits_its_base_in_either_layout(stacked, tmp_path, saved
 def test_an_adapter_on_some_layers_does_not_fit_a_stack(stacked, tmp_path, layer, missing):
     params = unstack_layers(stacked)
     config = LoRAConfig(rank=3, targets=(f"behrt/encoder/layer_{layer}/attention/query",))
-    adapters = lora.init(jax.random.key(1), params, config)
+    adapters = init(jax.random.key(1), params, config)
     save_adapter(
         tmp_path / "adapter",
         params,

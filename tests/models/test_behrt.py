@@ -1,5 +1,7 @@
 """The encoder: shapes, packing, causes and effects, numerics."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,17 +22,29 @@ PAPER_LIKE = {
 }
 
 
-def initialised(config, seed=0):
+@functools.cache
+def initialised(config):
     model = BEHRTForMLM(config, VOCABULARY)
-    return model, jax.jit(model.init)(jax.random.key(seed), example_batch(config))
+    return model, jax.jit(model.init)(jax.random.key(0), example_batch(config))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, variables, batch, columns, dropout_key):
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return model.apply(variables, batch, columns, deterministic=rngs is None, rngs=rngs)
+
+
+def logits_of(model, variables, batch, columns=None, dropout_key=None) -> np.ndarray:
+    """One program for each model and shape, in place of one for each operation."""
+    return jax.device_get(_logits(model, variables, batch, columns, dropout_key))
 
 
 @pytest.mark.parametrize("changes", [{}, PAPER_LIKE, {"ffn_size": 20, "compute_dtype": "bfloat16"}])
 def test_logits_have_the_stated_shape_and_dtype(changes):
     model, variables = initialised(tiny_model(**changes))
     batch = random_batch(0)
-    chex.assert_shape(model.apply(variables, batch), (4, 24, VOCABULARY))
-    logits = model.apply(variables, batch, jnp.zeros((4, 7), jnp.int32))
+    chex.assert_shape(logits_of(model, variables, batch), (4, 24, VOCABULARY))
+    logits = logits_of(model, variables, batch, np.zeros((4, 7), np.int32))
     chex.assert_shape(logits, (4, 7, VOCABULARY))
     assert logits.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
@@ -40,11 +54,11 @@ def test_logits_have_the_stated_shape_and_dtype(changes):
 def test_packed_logits_equal_padded_logits(changes):
     model, variables = initialised(tiny_model(**changes))
     batch = random_batch(1)
-    packed = model.apply(variables, batch)
+    packed = logits_of(model, variables, batch)
     for row in range(4):
         for segment in (1, 2, 3):
             there = batch.segment_ids[row] == segment
-            alone = model.apply(variables, padded_segment(batch, row, segment))
+            alone = logits_of(model, variables, padded_segment(batch, row, segment))
             np.testing.assert_allclose(alone[0, : there.sum()], packed[row, there], rtol=1e-5, atol=1e-6)
 
 
@@ -54,15 +68,16 @@ def test_no_gradient_flows_between_subjects_of_a_row():
     batch = random_batch(2)
     first = batch.segment_ids == 1
 
-    def loss_of_first_subject(table):
+    @jax.jit
+    @jax.grad
+    def gradient_of_first_subject(table):
         params = jax.tree.map(lambda x: x, variables["params"])
         params["behrt"]["embeddings"]["code"]["embedding"] = table
         logits = model.apply({"params": params}, batch)
         return jnp.where(first[:, :, None], logits, 0.0).sum()
 
-    gradient = jax.grad(loss_of_first_subject)(
-        variables["params"]["behrt"]["embeddings"]["code"]["embedding"]
-    )
+    table = variables["params"]["behrt"]["embeddings"]["code"]["embedding"]
+    gradient = jax.device_get(gradient_of_first_subject(table))
     used = np.unique(batch.codes[first])
     unused = np.setdiff1d(np.arange(VOCABULARY), used)
     assert np.abs(gradient[used]).max() > 0
@@ -72,10 +87,10 @@ def test_no_gradient_flows_between_subjects_of_a_row():
 def test_head_at_targets_equals_head_everywhere():
     model, variables = initialised(tiny_model())
     batch = random_batch(3)
-    columns = jnp.array([[0, 5, 2], [1, 1, 9], [3, 4, 8], [23, 0, 11]])
-    everywhere = model.apply(variables, batch)
-    chosen = model.apply(variables, batch, columns)
-    np.testing.assert_allclose(chosen, jnp.take_along_axis(everywhere, columns[:, :, None], 1), rtol=1e-6)
+    columns = np.array([[0, 5, 2], [1, 1, 9], [3, 4, 8], [23, 0, 11]])
+    everywhere = logits_of(model, variables, batch)
+    chosen = logits_of(model, variables, batch, columns)
+    np.testing.assert_allclose(chosen, np.take_along_axis(everywhere, columns[:, :, None], 1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["codes", "ages", "visits", "positions"])
@@ -84,7 +99,7 @@ def test_every_input_matters(name):
     batch = random_batch(4)
     changed = batch._replace(**{name: (getattr(batch, name) + 7) % 20})
     real = batch.segment_ids > 0
-    difference = model.apply(variables, batch) - model.apply(variables, changed)
+    difference = logits_of(model, variables, batch) - logits_of(model, variables, changed)
     assert np.abs(difference[real]).max() > 1e-3
 
 
@@ -94,7 +109,7 @@ def test_age_zero_and_visit_zero_are_not_padding():
     batch = random_batch(5, segments=1)
     newborn = batch._replace(ages=np.zeros_like(batch.ages), visits=np.zeros_like(batch.visits))
     other = newborn._replace(codes=np.where(newborn.positions == 0, 7, newborn.codes).astype(np.int32))
-    difference = model.apply(variables, newborn) - model.apply(variables, other)
+    difference = logits_of(model, variables, newborn) - logits_of(model, variables, other)
     elsewhere = (batch.segment_ids > 0) & (batch.positions > 0) & (newborn.codes[:, :1] != 7)
     assert np.abs(difference[elsewhere]).max() > 1e-4
 
@@ -111,19 +126,19 @@ def test_rematerialisation_changes_no_gradient():
 
 def test_bfloat16_is_close_to_float32():
     model, variables = initialised(tiny_model())
-    half, _ = initialised(tiny_model(compute_dtype="bfloat16"))
+    half = BEHRTForMLM(tiny_model(compute_dtype="bfloat16"), VOCABULARY)
     batch = random_batch(7)
     real = batch.segment_ids > 0
-    whole = model.apply(variables, batch)[real]
-    difference = np.abs(whole - half.apply(variables, batch)[real]).max()
+    whole = logits_of(model, variables, batch)[real]
+    difference = np.abs(whole - logits_of(half, variables, batch)[real]).max()
     assert 0 < difference < 0.05 * np.abs(whole).max()
 
 
 def test_dropout_needs_a_key_and_changes_the_output():
     model, variables = initialised(tiny_model(dropout=0.5))
     batch = random_batch(8)
-    still = model.apply(variables, batch)
-    noisy = model.apply(variables, batch, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    still = logits_of(model, variables, batch)
+    noisy = logits_of(model, variables, batch, dropout_key=jax.random.key(1))
     assert np.abs(still - noisy).max() > 1e-2
 
 
@@ -134,10 +149,10 @@ def test_pooled_packed_subjects_equal_padded_ones(how):
     model = PatientEmbedding(config, VOCABULARY, how)
     behrt = BEHRT(config, VOCABULARY)
     batch = random_batch(9)
-    variables = model.init(jax.random.key(0), batch, segments=4)
-    pooled = model.apply(variables, batch, segments=4)
+    variables = jax.jit(model.init, static_argnames="segments")(jax.random.key(0), batch, segments=4)
+    pooled = jax.jit(model.apply, static_argnames="segments")(variables, batch, segments=4)
     chex.assert_shape(pooled, (4, 4, config.hidden_size))
-    hidden = behrt.apply({"params": variables["params"]["behrt"]}, batch)
+    hidden = jax.device_get(jax.jit(behrt.apply)({"params": variables["params"]["behrt"]}, batch))
     reduce = {"cls": lambda x: x[0], "mean": lambda x: x.mean(0), "max": lambda x: x.max(0)}[how]
     for row in range(4):
         for segment in (1, 2, 3):

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.config import TaskKind
+from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.models.losses import (
     add_totals,
-    base_outputs,
     decoder_losses,
     logit_losses,
     mean_metrics,
@@ -233,7 +232,9 @@ def test_no_targets_give_nan_not_a_perfect_score():
 # Losses of labelled tasks against slow formulas, and the outputs that training begins with.
 
 
-KINDS: tuple[TaskKind, ...] = ("binary", "multiclass", "multilabel", "regression", "survival")
+def losses_of(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> jax.Array:
+    """Of each example, float32 `[examples]`."""
+    return task_losses(KINDS[kind].loss, outputs, targets)
 
 
 def random_targets(rng: np.random.Generator, kind: TaskKind, examples: int, outputs: int) -> np.ndarray:
@@ -285,7 +286,7 @@ def test_losses_equal_a_slow_formula(kind, seed, wanted):
     outputs = rng.normal(scale=3, size=(4, outputs_of(kind, wanted))).astype(np.float32)
     targets = random_targets(rng, kind, 4, outputs.shape[1])
     expected = [slow_loss(kind, *pair) for pair in zip(outputs.tolist(), targets.tolist(), strict=True)]
-    np.testing.assert_allclose(task_losses(kind, outputs, targets), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(losses_of(kind, outputs, targets), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -293,15 +294,15 @@ def test_losses_of_packed_rows_equal_those_of_their_segments(kind):
     rng = np.random.default_rng(0)
     outputs = rng.normal(size=(6, outputs_of(kind, 3))).astype(np.float32)
     targets = random_targets(rng, kind, 6, outputs.shape[1])
-    packed = task_losses(kind, outputs.reshape(2, 3, -1), targets.reshape(2, 3, -1))
-    np.testing.assert_array_equal(np.asarray(packed).reshape(-1), task_losses(kind, outputs, targets))
+    packed = losses_of(kind, outputs.reshape(2, 3, -1), targets.reshape(2, 3, -1))
+    np.testing.assert_array_equal(np.asarray(packed).reshape(-1), losses_of(kind, outputs, targets))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_stay_finite_where_outputs_are_far_out(kind):
     outputs = np.full((1, outputs_of(kind, 3)), 300.0, np.float32)
     targets = random_targets(np.random.default_rng(1), kind, 1, outputs.shape[1])
-    assert np.isfinite(np.asarray(task_losses(kind, outputs, targets))).all()
+    assert np.isfinite(np.asarray(losses_of(kind, outputs, targets))).all()
 
 
 @settings(max_examples=10)
@@ -310,13 +311,13 @@ def test_the_survival_likelihood_of_all_outcomes_is_one(seed, intervals):
     """An event in one of the intervals, or none up to the last edge."""
     outputs = np.random.default_rng(seed).normal(scale=2, size=intervals).astype(np.float32)
     outcomes = [(number, 1) for number in range(intervals)] + [(intervals, 0)]
-    losses = task_losses("survival", np.tile(outputs, (len(outcomes), 1)), np.array(outcomes, np.float32))
+    losses = losses_of("survival", np.tile(outputs, (len(outcomes), 1)), np.array(outcomes, np.float32))
     assert np.exp(-np.asarray(losses, np.float64)).sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_censoring_in_the_first_interval_tells_nothing():
     outputs = np.array([[1.0, -2.0]], np.float32)
-    assert task_losses("survival", outputs, np.array([[0, 0]], np.float32))[0] == 0
+    assert losses_of("survival", outputs, np.array([[0, 0]], np.float32))[0] == 0
 
 
 def entropy(shares: np.ndarray) -> float:
@@ -333,19 +334,19 @@ def test_first_outputs_give_the_loss_of_the_base_rate(seed, examples, wanted):
     rng = np.random.default_rng(seed)
     for kind in ("binary", "multilabel"):
         targets = random_targets(rng, kind, examples, outputs_of(kind, wanted))
-        outputs = base_outputs(kind, targets, targets.shape[1])
+        outputs = KINDS[kind].base_outputs(targets, targets.shape[1])
         rates = (targets.sum(axis=0) + 0.5) / (examples + 1)
         losses = [
-            rate * task_losses(kind, x[None], np.ones(1, np.float32))
-            + (1 - rate) * task_losses(kind, x[None], np.zeros(1, np.float32))
+            rate * losses_of(kind, x[None], np.ones(1, np.float32))
+            + (1 - rate) * losses_of(kind, x[None], np.zeros(1, np.float32))
             for x, rate in zip(outputs, rates, strict=True)
         ]
         expected = [entropy(np.array([rate, 1 - rate])) for rate in rates]
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
     targets = random_targets(rng, "multiclass", examples, wanted)
-    outputs = base_outputs("multiclass", targets, wanted)
+    outputs = KINDS["multiclass"].base_outputs(targets, wanted)
     rates = (np.bincount(targets[:, 0].astype(int), minlength=wanted) + 0.5) / (examples + wanted / 2)
-    each = task_losses(
+    each = losses_of(
         "multiclass", np.tile(outputs, (wanted, 1)), np.arange(wanted, dtype=np.float32)[:, None]
     )
     assert float(rates @ np.asarray(each)) == pytest.approx(entropy(rates), rel=1e-4)
@@ -357,11 +358,11 @@ def test_first_outputs_of_many_examples_give_the_least_loss_of_all_constant_ones
         targets = random_targets(rng, kind, 4000, outputs_of(kind, 3))
         if kind == "regression":
             targets = (targets - targets.mean()) / targets.std()
-        outputs = base_outputs(kind, targets, outputs_of(kind, 3))
+        outputs = KINDS[kind].base_outputs(targets, outputs_of(kind, 3))
 
         def mean_loss(outputs, kind=kind, targets=targets):
             everyone = np.tile(outputs, (len(targets), 1)).astype(np.float32)
-            return float(np.asarray(task_losses(kind, everyone, targets), np.float64).mean())
+            return float(np.asarray(losses_of(kind, everyone, targets), np.float64).mean())
 
         least = mean_loss(outputs)
         for place in range(len(outputs)):
@@ -376,5 +377,5 @@ def test_first_outputs_are_finite_where_a_class_or_an_interval_has_no_example():
         ("multiclass", np.zeros((5, 1)), 3),
         ("survival", np.array([[0.0, 1.0], [2.0, 0.0]]), 3),
     ):
-        found = base_outputs(kind, targets.astype(np.float32), outputs)
+        found = KINDS[kind].base_outputs(targets.astype(np.float32), outputs)
         assert found.shape == (outputs,) and found.dtype == np.float32 and np.isfinite(found).all()

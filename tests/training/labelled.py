@@ -10,7 +10,6 @@ from behrt_jax.config import FreezingConfig, LoRAConfig
 from behrt_jax.data.batches import TaskBatch
 from behrt_jax.data.tasks import Task
 from behrt_jax.models.behrt import BEHRTForTask
-from behrt_jax.models.losses import base_outputs
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
 from behrt_jax.training.state import Setup, init_state, set_up_task
 from behrt_jax.training.step import make_update_step, task_objective
@@ -56,7 +55,7 @@ def set_up(task: Task, regime: str = "full", mesh: Any = None, **changes: Any) -
     """Of a tiny model."""
     adapters, freezing = REGIMES[regime]
     pooling = changes.pop("pooling", "mean")
-    first = base_outputs(task.kind, labelled_batch(0, task).targets.reshape(24, -1), task.outputs)
+    first = task.base_outputs(labelled_batch(0, task).targets.reshape(24, -1))
     model = BEHRTForTask(tiny_model(**changes), VOCABULARY, task.outputs, pooling)
     return set_up_task(model, adapters, freezing, mesh, first_outputs=first)
 
@@ -69,7 +68,7 @@ def start(setup: Setup, task: Task, devices: Any = None, micro_batches: int = 1,
     state = init_state(setup, optimizer, init_key, mesh)
     step = jax.jit(
         make_update_step(
-            task_objective(setup.predictor._replace(mesh=mesh), task.kind),
+            task_objective(setup.predictor._replace(mesh=mesh), task.of.loss),
             optimizer,
             setup.mask,
             step_key,

@@ -84,7 +84,7 @@ def objective(model, config, product):
                 rows=rows,
                 rngs={"dropout": key},
             )
-        losses = task_losses("binary", outputs, batch.targets) * batch.weights
+        losses = task_losses("sigmoid", outputs, batch.targets) * batch.weights
         return losses.sum(), {"targets": batch.weights.sum(), "loss": losses.sum()}
 
     def merged(variables):

@@ -11,7 +11,7 @@ from behrt_jax.cli import main
 from behrt_jax.config import EvaluateConfig
 from behrt_jax.data.predictions import members_path, read_predictions
 from behrt_jax.errors import InputError
-from behrt_jax.tracking.evaluation_report import MAIN
+from behrt_jax.evaluation.performance import main_figure
 from behrt_jax.workflows import evaluate as workflow
 from behrt_jax.workflows.evaluate import evaluate
 from tests.workflows.evaluated import FIRST_ID, Evaluated
@@ -61,7 +61,7 @@ def test_every_kind_is_evaluated_beside_its_baselines(tmp_path, kind, capsys):
     assert [baseline["name"] for baseline in record["baselines"]] == BASELINES[kind]
     assert all(baseline["figures"] for baseline in record["baselines"])
     assert json.loads((output / "metrics.json").read_text())["model"]["figures"] == record["model"]["figures"]
-    main = record["model"]["figures"][MAIN[kind]]
+    main = record["model"]["figures"][main_figure(kind)]
     assert main["low"] < main["value"] < main["high"]
     ages = [group["counts"]["examples"] for group in record["groups"]["age"]]
     assert sum(ages) == record["counts"]["examples"] == len(read_predictions(case.predictions))

@@ -12,11 +12,11 @@ import pytest
 
 from behrt_jax.cli import COMMANDS, parse
 from behrt_jax.config import EvaluateConfig, FinetuneConfig, PopulationConfig
+from behrt_jax.data.labels import read_label_tables
 from behrt_jax.data.predictions import read_predictions
 from behrt_jax.data.prepared import read_prepared
-from behrt_jax.data.tasks import read_label_tables
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold
+from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.finetune import finetune
