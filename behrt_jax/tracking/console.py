@@ -206,18 +206,16 @@ def progress_text(
     loss: float | None,
 ) -> str:
     """One line of progress; parts that are not known yet are left out."""
-    parts = [f"step {step:,}/{total_steps:,}"]
-    if epoch is not None:
-        parts.append(f"epoch {epoch:.1f}")
-    if steps_per_second is not None:
-        parts.append(f"{format_rate(steps_per_second)} steps/s")
-    if tokens_per_second is not None:
-        parts.append(f"{format_rate(tokens_per_second)} tokens/s")
-    if loss is not None:
-        parts.append(f"loss {loss:.3f}")
+    parts = [
+        f"step {step:,}/{total_steps:,}",
+        "" if epoch is None else f"epoch {epoch:.1f}",
+        "" if steps_per_second is None else f"{format_rate(steps_per_second)} steps/s",
+        "" if tokens_per_second is None else f"{format_rate(tokens_per_second)} tokens/s",
+        "" if loss is None else f"loss {loss:.3f}",
+    ]
     if steps_per_second and step < total_steps:
         parts.append(f"{format_duration((total_steps - step) / steps_per_second)} left")
-    return "  ".join(parts)
+    return "  ".join(filter(None, parts))
 
 
 def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
