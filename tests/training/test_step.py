@@ -23,7 +23,7 @@ from behrt_jax.training.masking import mask_codes
 from behrt_jax.training.optimizer import make_optimizer
 from behrt_jax.training.state import LARGE as LARGE_LEAF
 from behrt_jax.training.state import abstract_state, init_state, optimizer_for, set_up
-from behrt_jax.training.step import make_train_step, make_validation_step
+from behrt_jax.training.step import TrainState, make_train_step, make_validation_step
 from behrt_jax.training.telemetry import make_probe
 from behrt_jax.training.validation import make_scoring_step
 from behrt_jax.workflows.facts import unreached_adapters
@@ -42,12 +42,29 @@ SGD = optax.sgd(0.5)
 
 
 @cache
+def first_variables(config):
+    """Of a model and its adapters, on the host."""
+    setup, mesh = set_up(config, VOCABULARY), make_mesh(jax.devices()[:1])
+    init_key, _ = jax.random.split(jax.random.key(0))
+    return jax.device_get(init_state(config, setup, optax.identity(), init_key, mesh).variables)
+
+
+def first_state(config, optimizer, abstract):
+    """As `init_state` makes it; what is drawn at random is drawn once for all that begin alike."""
+    model = replace(config.model, dropout=0.0, head_chunk=None)
+    adapters = config.lora and replace(config.lora, dropout=0.0, product="auto")
+    variables = first_variables(PretrainConfig(model=model, lora=adapters))
+    state = TrainState(np.zeros((), np.int32), variables, jax.jit(optimizer.init)(variables))
+    return jax.device_put(state, shardings_of(abstract))
+
+
+@cache
 def built(config, mesh, micro_batches, optimizer, large, options):
     """Setup, first state and jitted step, once for all tests that ask for the same."""
     setup = set_up(config, VOCABULARY, mesh)
     optimizer = optimizer or optimizer_for(config, setup, total_steps=100)
-    init_key, step_key = jax.random.split(jax.random.key(0))
-    state = init_state(config, setup, optimizer, init_key, mesh, large)
+    _, step_key = jax.random.split(jax.random.key(0))
+    state = first_state(config, optimizer, abstract_state(setup.shapes, optimizer, mesh, large))
     step = jax.jit(
         make_train_step(
             setup.predictor, optimizer, setup.mask, config.masking, step_key,
