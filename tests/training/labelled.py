@@ -1,5 +1,6 @@
 """A small labelled task for tests of steps: batches, first state and jitted step."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -51,20 +52,37 @@ def segment_of(batch: Any, filled: np.ndarray) -> np.ndarray:
     return np.take_along_axis(padded, batch.segment_ids, axis=1)
 
 
-def set_up(task: Task, regime: str = "full", mesh: Any = None, **changes: Any) -> TaskSetup:
-    """Of a tiny model."""
+@cache
+def set_up(
+    task: Task, regime: str = "full", mesh: Any = None, pooling: Any = "mean", **changes: Any
+) -> TaskSetup:
+    """Of a tiny model, of one layer where not said: nothing here is about layers."""
     adapters, freezing = REGIMES[regime]
-    pooling = changes.pop("pooling", "mean")
     first = base_outputs(task.kind, labelled_batch(0, task).targets.reshape(24, -1), task.outputs)
     return set_up_task(
-        tiny_model(**changes), VOCABULARY, task, pooling, adapters, freezing, mesh, first_outputs=first
+        tiny_model(**{"layers": 1, **changes}),
+        VOCABULARY,
+        task,
+        pooling,
+        adapters,
+        freezing,
+        mesh,
+        first_outputs=first,
     )
 
 
-def start(setup: TaskSetup, devices: Any = None, micro_batches: int = 1, optimizer: Any = None):
+@cache
+def first_variables(task: Task, regime: str = "full") -> Any:
+    """Random variables, on the host."""
+    return jax.device_get(jax.jit(set_up(task, regime).init)(jax.random.key(0)))
+
+
+SGD = optax.sgd(0.5)
+
+
+def start(setup: TaskSetup, devices: Any = None, micro_batches: int = 1, optimizer: Any = SGD):
     """First state, jitted step and mesh."""
     mesh = make_mesh(devices or jax.devices()[:1])
-    optimizer = optimizer or optax.sgd(0.5)
     init_key, step_key = jax.random.split(jax.random.key(0))
     state = first_state(setup.init, setup.shapes, optimizer, init_key, mesh)
     step = jax.jit(
