@@ -1,9 +1,16 @@
-"""Commands: options from the command line to a configuration, and errors to one line."""
+"""The commands, in one table; options from the command line to a configuration, and errors to one line.
+
+``behrt-jax COMMAND``, ``python -m behrt_jax COMMAND`` and the scripts of ``experiments/`` all come from here.
+"""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import import_module
 from inspect import cleandoc
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import Any, Generic, TypeVar
 
 from behrt_jax.config import (
     DoctorConfig,
@@ -15,40 +22,160 @@ from behrt_jax.config import (
     PretrainConfig,
 )
 from behrt_jax.errors import InputError
+from behrt_jax.presets import FINETUNE, PRETRAIN
 
-C = TypeVar("C", bound=Any)
+C = TypeVar("C")
 
 
-def parse(arguments: Sequence[str], configurations: Mapping[str, C], default: str, prog: str) -> C:
+@dataclass(frozen=True)
+class Command(Generic[C]):
+    """One command: its options, and the function that they are given to."""
+
+    options: type[C]
+    """Configuration class; its docstring and those of its fields are the help."""
+    run: str
+    """``module:function`` with the configuration as its argument; imported when the command is run."""
+    help: str = ""
+    """What it does, in a line."""
+    named: Mapping[str, C] = field(default_factory=dict)
+    """Configurations for ``--config NAME``; without any, all options start from the defaults of the class."""
+    default: str = ""
+    """Name of the configuration that is taken without ``--config``."""
+    status: Callable[[Any], int] = lambda result: 0
+    """Exit status of what the function returned."""
+
+
+COMMANDS: dict[str, Command[Any]] = {
+    "prepare": Command(
+        PrepareConfig,
+        "behrt_jax.workflows.prepare:prepare_records",
+        "turn records of any source into a prepared data set",
+    ),
+    "pretrain": Command(
+        PretrainConfig,
+        "behrt_jax.workflows.pretrain:pretrain",
+        "train by masked codes, on prepared, MEDS or generated records",
+        named=PRETRAIN,
+        default="small_lora",
+        status=attrgetter("exit_status"),
+    ),
+    "make-labels": Command(
+        MakeLabelsConfig,
+        "behrt_jax.workflows.make_labels:make_labels",
+        "label prepared data: next visit, first occurrence, readmission, death",
+    ),
+    "finetune": Command(
+        FinetuneConfig,
+        "behrt_jax.workflows.finetune:finetune",
+        "fit a pretrained model to labels, alone or several at once",
+        named=FINETUNE,
+        default="lora",
+        status=attrgetter("exit_status"),
+    ),
+    "predict": Command(
+        PredictConfig,
+        "behrt_jax.workflows.predict:predict",
+        "write predictions of a fine-tuned model, or embeddings",
+    ),
+    "evaluate": Command(
+        EvaluateConfig,
+        "behrt_jax.workflows.evaluate:evaluate",
+        "judge predictions, with intervals, groups and simple baselines",
+    ),
+    "doctor": Command(
+        DoctorConfig,
+        "behrt_jax.workflows.doctor:examine_folder",
+        "examine a run, or prepared data and labels, for mistakes",
+        status=lambda findings: int(any(finding.severity == "error" for finding in findings)),
+    ),
+}
+"""Name -> command, in the order of use."""
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "behrt-jax") -> int:
+    """Run the command that the first argument names; the others are its options.
+
+    Args:
+        arguments: those of the process where not given.
+        prog: how this program was called, for usage and errors.
+
+    Returns:
+        The exit status of :func:`run_command`; 2 where no command is named.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in COMMANDS:
+        return run_command(COMMANDS[name], rest, f"{prog} {name}")
+    if name in ("-h", "--help"):
+        print(_list(prog))
+        return 0
+    if not name:
+        print(_list(prog), file=sys.stderr)
+        return 2
+    near = "".join(f"did you mean {close}? " for close in get_close_matches(name, COMMANDS, n=1))
+    print(f"error: {name!r} is no command: {near}{prog} --help lists all.", file=sys.stderr)
+    return 2
+
+
+def _list(prog: str) -> str:
+    """Every command with its line of help."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = (f"  {name:{width}}{command.help}" for name, command in COMMANDS.items())
+    return "\n".join(
+        [
+            f"usage: {prog} COMMAND [OPTIONS]",
+            "\nPretrain and adapt BERT-style encoders on electronic health records.\n",
+            *lines,
+            f"\n{prog} COMMAND --help shows the options of one.",
+        ]
+    )
+
+
+def run_command(command: Command[C], arguments: Sequence[str], prog: str) -> int:
+    """Run a command: its own status, 2 for wrong input, 1 for a training that diverged.
+
+    A run that a signal stopped returns 128 plus the signal's number, so that a scheduler can tell
+    it from a finished one and start it again with ``--resume``.
+
+    Args:
+        command: of the table, or of a study.
+        arguments: its options; ``--help`` prints them all and leaves by ``SystemExit``.
+        prog: name of the program in usage and errors.
+    """
+    try:
+        config = parse(command, arguments, prog)
+        module, _, function = command.run.partition(":")
+        return command.status(getattr(import_module(module), function)(config))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(command: Command[C], arguments: Sequence[str], prog: str) -> C:
     """Take ``--config NAME`` from the arguments, and the rest as overrides of that configuration.
-
-    ``--help`` prints every option and leaves by ``SystemExit``.
 
     Raises:
         InputError: NAME is missing or unknown (the message lists the names), or options of adapters
             are given for a configuration without any.
     """
-    import tyro
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error}: pip install 'behrt-jax[commands]' adds what commands need.") from error
 
-    name, rest = _take_name(list(arguments), default)
-    if isinstance(configurations[default], PretrainConfig):
-        rest = _spell_out_data(rest)
-    if name not in configurations:
-        raise InputError(f"--config {name!r} is unknown: choose one of {', '.join(configurations)}.")
-    config = configurations[name]
-    adapter_options = [argument for argument in rest if argument.startswith("--lora.")]
-    if getattr(config, "lora", None) is None and adapter_options:
-        with_adapters = [key for key, other in configurations.items() if getattr(other, "lora", None)]
-        raise InputError(
-            f"{adapter_options[0]}: {name} has no adapters, choose one of {', '.join(with_adapters)}."
+    config, rest = command.options(), list(arguments)
+    description = cleandoc(command.options.__doc__ or "")
+    if command.named:
+        name, rest = _take_name(rest, command.default)
+        if command.options is PretrainConfig:
+            rest = _spell_out_data(rest)
+        config = _find(command.named, name, rest)
+        description += (
+            f" Start from a named configuration with --config NAME ({', '.join(command.named)}; "
+            f"{command.default} where not given) and override single settings. "
+            f"Shown are the values of {name}."
         )
-    description = (
-        f"{type(config).__doc__} Start from a named configuration with --config NAME "
-        f"({', '.join(configurations)}; {default} where not given) and override single settings. "
-        f"Shown are the values of {name}."
-    )
     return tyro.cli(
-        type(config),
+        command.options,
         prog=prog,
         description=description,
         default=config,
@@ -58,156 +185,29 @@ def parse(arguments: Sequence[str], configurations: Mapping[str, C], default: st
     )
 
 
-def pretrain_command(
-    arguments: Sequence[str], configurations: Mapping[str, PretrainConfig], default: str
-) -> int:
-    """Run the pretraining command; returns the exit status of :func:`exit_status`."""
-
-    def run() -> int:
-        config = parse(arguments, configurations, default, "pretrain.py")
-        from behrt_jax.workflows.pretrain import pretrain
-
-        return pretrain(config).exit_status
-
-    return exit_status(run)
+def _take_name(arguments: list[str], default: str) -> tuple[str, list[str]]:
+    """The name after ``--config``, and the arguments without it."""
+    for index, argument in enumerate(arguments):
+        if argument == "--config":
+            if index + 1 == len(arguments) or arguments[index + 1].startswith("--"):
+                raise InputError("--config needs a name after it.")
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config="), arguments[:index] + arguments[index + 1 :]
+    return default, arguments
 
 
-def finetune_command(
-    arguments: Sequence[str], configurations: Mapping[str, FinetuneConfig], default: str
-) -> int:
-    """Run the fine-tuning command; as :func:`pretrain_command`."""
-
-    def run() -> int:
-        config = parse(arguments, configurations, default, "finetune.py")
-        from behrt_jax.workflows.finetune import finetune
-
-        return finetune(config).exit_status
-
-    return exit_status(run)
-
-
-def predict_command(arguments: Sequence[str]) -> int:
-    """Run the prediction command; returns the exit status of :func:`exit_status`."""
-    import tyro
-
-    config = tyro.cli(
-        PredictConfig,
-        prog="predict.py",
-        description=PredictConfig.__doc__,
-        args=list(arguments),
-        use_underscores=True,
-    )
-
-    def run() -> int:
-        from behrt_jax.workflows.predict import predict
-
-        predict(config)
-        return 0
-
-    return exit_status(run)
-
-
-def prepare_command(arguments: Sequence[str]) -> int:
-    """Run the preparation command; returns the exit status of :func:`exit_status`."""
-    import tyro
-
-    config = tyro.cli(
-        PrepareConfig,
-        prog="prepare.py",
-        description=PrepareConfig.__doc__,
-        args=list(arguments),
-        use_underscores=True,
-    )
-
-    def run() -> int:
-        from behrt_jax.workflows.prepare import prepare_records
-
-        prepare_records(config)
-        return 0
-
-    return exit_status(run)
-
-
-def make_labels_command(arguments: Sequence[str]) -> int:
-    """Make a label table of prepared data; returns the exit status of :func:`exit_status`."""
-    import tyro
-
-    config = tyro.cli(
-        MakeLabelsConfig,
-        prog="make_labels.py",
-        description=cleandoc(MakeLabelsConfig.__doc__ or ""),
-        args=list(arguments),
-        use_underscores=True,
-    )
-
-    def run() -> int:
-        from behrt_jax.workflows.make_labels import make_labels
-
-        make_labels(config)
-        return 0
-
-    return exit_status(run)
-
-
-def doctor_command(arguments: Sequence[str]) -> int:
-    """Examine a run or data; 1 where a finding is an error, else the status of :func:`exit_status`."""
-    import tyro
-
-    config = tyro.cli(
-        DoctorConfig,
-        prog="doctor.py",
-        description=DoctorConfig.__doc__,
-        args=list(arguments),
-        use_underscores=True,
-    )
-
-    def run() -> int:
-        if (config.run is None) == (config.data is None):
-            raise InputError("Give either --run RUN or --data DIR.")
-        if config.labels is not None and config.data is None:
-            raise InputError("--labels are audited with the data that they belong to: add --data DIR.")
-        if config.run is not None:
-            from behrt_jax.workflows.doctor import examine_run as examine
-        else:
-            from behrt_jax.workflows.doctor import audit_data as examine
-        findings = examine(config)
-        return 1 if any(finding.severity == "error" for finding in findings) else 0
-
-    return exit_status(run)
-
-
-def evaluate_command(arguments: Sequence[str]) -> int:
-    """Judge predictions; returns the exit status of :func:`exit_status`."""
-    import tyro
-
-    config = tyro.cli(
-        EvaluateConfig,
-        prog="evaluate.py",
-        description=EvaluateConfig.__doc__,
-        args=list(arguments),
-        use_underscores=True,
-    )
-
-    def run() -> int:
-        from behrt_jax.workflows.evaluate import evaluate
-
-        evaluate(config)
-        return 0
-
-    return exit_status(run)
-
-
-def exit_status(command: Callable[[], int]) -> int:
-    """Run a command: its own status, 2 for wrong input, 1 for a training that diverged.
-
-    A run that a signal stopped returns 128 plus the signal's number, so that a scheduler can tell
-    it from a finished one and start it again with ``--resume``.
-    """
-    try:
-        return command()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _find(named: Mapping[str, C], name: str, options: Sequence[str]) -> C:
+    """The configuration of this name, which has adapters if options are about them."""
+    if name not in named:
+        raise InputError(f"--config {name!r} is unknown: choose one of {', '.join(named)}.")
+    of_adapters = [option for option in options if option.startswith("--lora.")]
+    if of_adapters and getattr(named[name], "lora", None) is None:
+        with_adapters = [other for other, config in named.items() if getattr(config, "lora", None)]
+        raise InputError(
+            f"{of_adapters[0]}: {name} has no adapters, choose one of {', '.join(with_adapters)}."
+        )
+    return named[name]
 
 
 def _spell_out_data(arguments: list[str]) -> list[str]:
@@ -221,14 +221,3 @@ def _spell_out_data(arguments: list[str]) -> list[str]:
                 raise InputError("--data needs the folder of the prepared data after it.")
             return [*arguments[:index], "--data.source", "prepared", "--data.path", folder, *rest]
     return arguments
-
-
-def _take_name(arguments: list[str], default: str) -> tuple[str, list[str]]:
-    for index, argument in enumerate(arguments):
-        if argument == "--config":
-            if index + 1 == len(arguments) or arguments[index + 1].startswith("--"):
-                raise InputError("--config needs a name after it.")
-            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config="), arguments[:index] + arguments[index + 1 :]
-    return default, arguments

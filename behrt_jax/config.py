@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses, cut by what they configure.
+"""Every setting of every command, as frozen dataclasses: the model first, then each command's own.
 
 A field's docstring is its ``--help`` text on the command line. Checks that concern several fields
 live in :mod:`behrt_jax.workflows.checks`; nothing here imports anything else of the package.
@@ -9,92 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-# Where the events of a pretraining run come from.
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the events come from and how they become sequences."""
-
-    source: Literal["clinical", "uniform", "latent", "meds", "prepared"] = "clinical"
-    """clinical: generated, with structure to learn. uniform: generated, codes at random, nothing to
-    learn. latent: generated from a model whose best possible loss is known and reported. meds: a Medical
-    Event Data Standard folder at `path`. prepared: what prepare.py wrote to `path` (--data DIR for
-    short); codes, vocabulary and splits are fixed there."""
-    path: Path | None = None
-    """Folder of the MEDS data set (holds data/ and metadata/), or of prepared data."""
-    subjects: int = 5000
-    """Generated sources: how many subjects."""
-    vocabulary_size: int | None = None
-    """Rows of the vocabulary, special tokens included. Generated sources have exactly this many, 1000
-    where not given; of other sources the most frequent codes are kept, all where not given."""
-    min_count: int | None = None
-    """Codes seen fewer times in the train split become [UNK]. Default: 1 for generated sources, 5
-    for meds."""
-    events_mean: float = 15.0
-    """Generated sources: mean number of events in a subject's history."""
-    events_spread: float = 0.9
-    """Generated sources: standard deviation of the logarithm of that number (long-tailed)."""
-    codes: tuple[str, ...] = ()
-    """Regular expressions; a code is kept if one matches at its start. Default for meds:
-    DIAGNOSIS// PROCEDURE// MEDICATION//; for generated sources: all."""
-    exclude_codes: tuple[str, ...] = ()
-    """Regular expressions; a code is dropped if one matches at its start."""
-    duplicates: Literal["keep", "drop"] | None = None
-    """What to do with a code that comes again in the same visit. Default: drop; for latent, whose known
-    optimum counts on them, keep."""
-    difficulty: float = 0.5
-    """latent: from 0 (each condition has codes of its own) to 1 (conditions share codes, more noise)."""
-    visit_column: str | None = None
-    """Column of visit ids (hadm_id in MIMIC). Where it is absent or null, a visit is a calendar day."""
-    window: Literal["all", "random", "recent", "first"] = "all"
-    """What is read of a history longer than `max_length`. all: the whole of it, in consecutive windows,
-    each a sequence of its own. random: one window, drawn anew each epoch (validation reads all).
-    recent, first: the last or the first events."""
-    max_length: int | None = None
-    """Longest sequence in tokens; the model's positions where not given."""
-    packed: bool = True
-    """Several subjects share a row. Off: one subject a row, padded."""
-    tuning_fraction: float = 0.1
-    """Share of subjects in the tuning split where the source has no splits of its own."""
-    held_out_fraction: float = 0.1
-    """Share of subjects in the held_out split, likewise."""
-    seed: int = 0
-    """Seed of the generator and of the split."""
-
-
-# Examination of runs and data for mistakes.
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Examine a run, or prepared data and its labels, for mistakes. The exit status is 1 where a finding
-    is an error.
-    """
-
-    run: Path | None = None
-    """Folder of a training run, finished or not."""
-    data: Path | None = None
-    """Folder of prepared data, audited for leakage."""
-    labels: Path | None = None
-    """With `data`: a Parquet file or folder of MEDS labels to audit with it."""
-    output: Path | None = None
-    """JSON file to write the findings to."""
-    horizon_days: float | None = None
-    """With `labels`: days after the prediction time that the label speaks of. A negative label needs
-    events up to their end; without it, some event after the prediction time."""
-    outcome_codes: tuple[str, ...] = ()
-    """With `labels`: regular expressions of the codes that define the label; one matches at the start of
-    a code."""
-    delays: tuple[str, ...] = ()
-    """With `labels`: REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit
-    where it is known at the end of its visit, as diagnoses that are coded at discharge. Those that the data
-    were prepared with where not given."""
-    death_codes: tuple[str, ...] = (r"MEDS_DEATH", r"DOD$", r"DEATH\b", r".*//(DIED|EXPIRED)\b")
-    """With `data`: regular expressions of codes that say that the subject died."""
-
-
-# The encoder and its adapters.
+# The encoder.
 
 Attention = Literal["auto", "dense", "chunked", "cudnn"]
 
@@ -153,6 +68,9 @@ class ModelConfig:
     whole vocabulary while its logits take little memory, else parts of it. Equal results."""
 
 
+# Adapters, and what of the model is trained.
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
@@ -177,7 +95,7 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class FreezingConfig:
-    """Which parameter groups (lora, embedding, head, base) are trained."""
+    """Parameter groups (of lora, embedding, head and base) that are trained."""
 
     regime: Literal["full", "lora", "lora_pretrained", "lora_only", "all_but_adapted"] = "full"
     """full: all. lora: adapters, embeddings and head (right from scratch). lora_pretrained: adapters
@@ -185,6 +103,63 @@ class FreezingConfig:
     for study: they warn."""
     groups: tuple[Literal["lora", "embedding", "head", "base"], ...] = ()
     """An explicit set of groups to train, in place of a named regime."""
+
+
+# The records that a model is pretrained on.
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Source of the events, and how they become sequences."""
+
+    source: Literal["clinical", "uniform", "latent", "meds", "prepared"] = "clinical"
+    """clinical: generated, with structure to learn. uniform: generated, codes at random, nothing to
+    learn. latent: generated from a model whose best possible loss is known and reported. meds: a Medical
+    Event Data Standard folder at `path`. prepared: what prepare.py wrote to `path` (--data DIR for
+    short); codes, vocabulary and splits are fixed there."""
+    path: Path | None = None
+    """Folder of the MEDS data set (holds data/ and metadata/), or of prepared data."""
+    subjects: int = 5000
+    """Generated sources: how many subjects."""
+    vocabulary_size: int | None = None
+    """Rows of the vocabulary, special tokens included. Generated sources have exactly this many, 1000
+    where not given; of other sources the most frequent codes are kept, all where not given."""
+    min_count: int | None = None
+    """Codes seen fewer times in the train split become [UNK]. Default: 1 for generated sources, 5
+    for meds."""
+    events_mean: float = 15.0
+    """Generated sources: mean number of events in a subject's history."""
+    events_spread: float = 0.9
+    """Generated sources: standard deviation of the logarithm of that number (long-tailed)."""
+    codes: tuple[str, ...] = ()
+    """Regular expressions; a code is kept if one matches at its start. Default for meds:
+    DIAGNOSIS// PROCEDURE// MEDICATION//; for generated sources: all."""
+    exclude_codes: tuple[str, ...] = ()
+    """Regular expressions; a code is dropped if one matches at its start."""
+    duplicates: Literal["keep", "drop"] | None = None
+    """What to do with a code that comes again in the same visit. Default: drop; for latent, whose known
+    optimum counts on them, keep."""
+    difficulty: float = 0.5
+    """latent: from 0 (each condition has codes of its own) to 1 (conditions share codes, more noise)."""
+    visit_column: str | None = None
+    """Column of visit ids (hadm_id in MIMIC). Where it is absent or null, a visit is a calendar day."""
+    window: Literal["all", "random", "recent", "first"] = "all"
+    """What is read of a history longer than `max_length`. all: the whole of it, in consecutive windows,
+    each a sequence of its own. random: one window, drawn anew each epoch (validation reads all).
+    recent, first: the last or the first events."""
+    max_length: int | None = None
+    """Longest sequence in tokens; the model's positions where not given."""
+    packed: bool = True
+    """Several subjects share a row. Off: one subject a row, padded."""
+    tuning_fraction: float = 0.1
+    """Share of subjects in the tuning split where the source has no splits of its own."""
+    held_out_fraction: float = 0.1
+    """Share of subjects in the held_out split, likewise."""
+    seed: int = 0
+    """Seed of the generator and of the split."""
+
+
+# A training run: optimizer, first parameters and devices.
 
 
 @dataclass(frozen=True)
@@ -233,7 +208,7 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices share the work: data * fsdp is their number."""
+    """Division of the work among devices: data * fsdp is their number."""
 
     data: int | None = None
     """Groups of devices that each hold all parameters; all that `fsdp` leaves where not given."""
@@ -242,14 +217,87 @@ class MeshConfig:
     used (FSDP: Zhao et al. 2023, arXiv 2304.11277). The batch is split over all devices in any case."""
 
 
-# Fine-tuning: the task, its course, and all settings of a run.
+# Pretraining: the objective, its course, and all settings of a run.
 
-TaskKind = Literal["binary", "multiclass", "multilabel", "regression", "survival"]
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Masked-code prediction (Devlin et al. 2018, arXiv 1810.04805)."""
+
+    probability: float = 0.15
+    """Share of codes to predict."""
+    mask_share: float = 0.8
+    """Share of those shown as [MASK]."""
+    random_share: float = 0.1
+    """Share of those shown as a random code; the rest are shown unchanged."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch, validation and stopping of a training run."""
+
+    epochs: int = 20
+    """Passes over the training subjects."""
+    max_steps: int | None = None
+    """Stop after this many steps in all, if that comes first."""
+    batch_size: int = 128
+    """Subjects a step, on average: packing turns them into rows. (A history that is cut into several
+    windows counts as several.)"""
+    batch_tokens: int | None = None
+    """Tokens a step, in place of batch_size."""
+    micro_batches: int | None = None
+    """Parts a batch is cut into, one after the other inside the step: less memory, same result. Where not
+    given, the fastest number: tried once on each machine for a run of 2,000 steps or more, and remembered;
+    by a rule for a shorter one."""
+    validate_every: int | None = None
+    """Steps between validations; once an epoch where not given."""
+    patience: int | None = None
+    """Stop after this many validations without a better validation loss."""
+    log_every: int = 20
+    """Steps between lines in metrics.jsonl."""
+    data_on_device: Literal["auto", "yes", "no"] = "auto"
+    """The train split lies in the memory of the accelerator, whole on each, and batches are gathered
+    there; many steps are then one call. auto: on an accelerator, where it fits. Otherwise the host reads
+    batches ahead. Same batches."""
+    steps_per_call: int | None = None
+    """With data on the device: most steps in one call, after which a signal is answered; log_every where
+    not given."""
+    static_masks: bool = False
+    """Draw the masks once and reuse them each epoch (a historic mistake, for study)."""
+    seed: int = 0
+    """Seed of initialisation, row order, masks and dropout."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Masked-code pretraining of BEHRT."""
+
+    name: str = "custom"
+    """Name of the configuration; the default run folder is called after it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig | None = None
+    freezing: FreezingConfig = field(default_factory=FreezingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    output: Path | None = None
+    """Run folder; runs/<name>-<time> where not given."""
+    resume: bool = False
+    """Go on with the run in `output` where it stopped."""
+    compilation_cache: Literal["off"] | Path | None = None
+    """Folder in which compiled programs are kept for the next start; behrt_jax/compiled in the user's cache
+    folder where not given, off for none. JAX_COMPILATION_CACHE_DIR, where set, is used instead."""
+
+
+# Fine-tuning: the task, its course, a population, and all settings of a run.
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is made of the labels."""
+    """Use that is made of the labels."""
 
     pooling: Literal["mean", "max", "last", "cls"] = "mean"
     """From the vectors of a subject's events to one: their mean, their maximum, the last one, or that of
@@ -345,108 +393,6 @@ class FinetuneConfig:
     folder where not given, off for none. JAX_COMPILATION_CACHE_DIR, where set, is used instead."""
 
 
-# Labels made of prepared data.
-
-
-@dataclass(frozen=True)
-class MakeLabelsConfig:
-    """Make a label table of prepared data, for all of its splits.
-
-    next_visit: the codes of the next visit (multi-label). first_occurrence: does a code of a set occur
-    within a horizon, of subjects who have had none so far. readmission: does another visit begin within
-    some days after the end of this one. death: does the subject die within a horizon. Labels are at ends of
-    visits; what is not known up to the end of the horizon gets no label, and is counted.
-    """
-
-    task: Literal["next_visit", "first_occurrence", "readmission", "death"] | None = None
-    """Which labels to make."""
-    data: Path | None = None
-    """Folder of prepared data."""
-    output: Path | None = None
-    """Parquet file to write, a MEDS label table sorted by subject and time."""
-    codes: tuple[str, ...] = ()
-    """Regular expressions; one matches at the start of a code. first_occurrence: the set, must be given.
-    next_visit: the codes to predict, the whole vocabulary where not given. readmission: only visits with such
-    a code count."""
-    horizon_days: float | None = None
-    """Length of the horizon, which begins after the gap. Default: 365, for readmission 30, with --survival
-    all of the follow-up. Not of next_visit."""
-    gap_days: float = 0.0
-    """Days after the prediction time that do not count: who has it then gets no label. Not of next_visit."""
-    survival: bool = False
-    """Days until it happens or is not known any more (boolean_value tells which), in place of yes and no. Not
-    of next_visit."""
-    times: Literal["all", "last", "random"] = "all"
-    """all: after each visit. last: one of each subject, the last that leaves room for the horizon before
-    follow-up ends (for next_visit, for another visit). random: one of each subject, by seed."""
-    min_events: int = 1
-    """Fewest events that a subject has at the prediction time."""
-    follow_up: str | None = None
-    """Until when it is known what happens to a subject. subject: the own last event, or death. data: the last
-    event of the data set, or an earlier death (wrong where dates are shifted by subject, as in MIMIC). Or a
-    date in place of that event, such as 2020-12-31. Default: subject, for readmission data. Not of
-    next_visit."""
-    seed: int = 0
-    """Seed of --times random."""
-
-
-# Predictions of a fine-tuned model, and how they are judged.
-
-
-@dataclass(frozen=True)
-class PredictConfig:
-    """Predict with a fine-tuned model, or write embeddings of subjects."""
-
-    model: Path | None = None
-    """Folder of a fine-tuning run or of an adapter; with embeddings also of a pretraining run."""
-    base: Path | None = None
-    """Folder of the pretraining run that an adapter belongs to; the run that the adapter names where not
-    given."""
-    data: Path | None = None
-    """Folder of the prepared data."""
-    labels: Path | None = None
-    """Label table whose subjects and prediction times are predicted; its values, if it has any, are only
-    copied."""
-    split: Literal["train", "tuning", "held_out", "all"] = "held_out"
-    """Subjects to predict."""
-    output: Path | None = None
-    """Parquet file to write."""
-    embeddings: bool = False
-    """Write a vector for each subject and prediction time (subject_id, time, vector), in place of
-    predictions; without labels, one a subject at its last event."""
-    pooling: Literal["mean", "max", "last", "cls"] | None = None
-    """Of embeddings; the model's own, or mean, where not given."""
-    rows: int = 64
-    """Rows that are computed at once."""
-    compilation_cache: Literal["off"] | Path | None = None
-    """As in finetune."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Judge predictions: figures with intervals, calibration, groups, and simple baselines beside them."""
-
-    predictions: Path | None = None
-    """Parquet file that predict wrote."""
-    output: Path | None = None
-    """Folder to write; made anew, never written into another's files."""
-    data: Path | None = None
-    """Folder of the prepared data, for baselines and groups; the one that the predictions name where not
-    given."""
-    labels: Path | None = None
-    """Label table, for baselines; the one that the predictions name where not given."""
-    baselines: bool = True
-    """Fit prevalence, logistic regression and gradient boosting on counts of codes in the same histories."""
-    max_train_examples: int = 20_000
-    """Most examples of the train split (and of tuning) that baselines are fitted on, drawn at random."""
-    boosting_codes: int = 200
-    """Most frequent codes that gradient boosting sees."""
-    draws: int = 1000
-    """Bootstrap draws of subjects for the intervals."""
-    seed: int = 0
-    """Seed of draws and baselines."""
-
-
 # Preparation: records of any source to a data set on disk.
 
 
@@ -528,92 +474,147 @@ class PrepareConfig:
     """Read and report, but write no data set."""
 
 
-# Pretraining: the objective, its course, and all settings of a run.
+# Labels, predictions, and their evaluation.
 
 
 @dataclass(frozen=True)
-class MaskingConfig:
-    """Masked-code prediction (Devlin et al. 2018, arXiv 1810.04805)."""
+class MakeLabelsConfig:
+    """Make a label table of prepared data, for all of its splits.
 
-    probability: float = 0.15
-    """Share of codes to predict."""
-    mask_share: float = 0.8
-    """Share of those shown as [MASK]."""
-    random_share: float = 0.1
-    """Share of those shown as a random code; the rest are shown unchanged."""
+    next_visit: the codes of the next visit (multi-label). first_occurrence: does a code of a set occur
+    within a horizon, of subjects who have had none so far. readmission: does another visit begin within
+    some days after the end of this one. death: does the subject die within a horizon. Labels are at ends of
+    visits; what is not known up to the end of the horizon gets no label, and is counted.
+    """
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Length, batch, validation and stopping of a training run."""
-
-    epochs: int = 20
-    """Passes over the training subjects."""
-    max_steps: int | None = None
-    """Stop after this many steps in all, if that comes first."""
-    batch_size: int = 128
-    """Subjects a step, on average: packing turns them into rows. (A history that is cut into several
-    windows counts as several.)"""
-    batch_tokens: int | None = None
-    """Tokens a step, in place of batch_size."""
-    micro_batches: int | None = None
-    """Parts a batch is cut into, one after the other inside the step: less memory, same result. Where not
-    given, the fastest number: tried once on each machine for a run of 2,000 steps or more, and remembered;
-    by a rule for a shorter one."""
-    validate_every: int | None = None
-    """Steps between validations; once an epoch where not given."""
-    patience: int | None = None
-    """Stop after this many validations without a better validation loss."""
-    log_every: int = 20
-    """Steps between lines in metrics.jsonl."""
-    data_on_device: Literal["auto", "yes", "no"] = "auto"
-    """The train split lies in the memory of the accelerator, whole on each, and batches are gathered
-    there; many steps are then one call. auto: on an accelerator, where it fits. Otherwise the host reads
-    batches ahead. Same batches."""
-    steps_per_call: int | None = None
-    """With data on the device: most steps in one call, after which a signal is answered; log_every where
-    not given."""
-    static_masks: bool = False
-    """Draw the masks once and reuse them each epoch (a historic mistake, for study)."""
-    seed: int = 0
-    """Seed of initialisation, row order, masks and dropout."""
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Masked-code pretraining of BEHRT."""
-
-    name: str = "custom"
-    """Name of the configuration; the default run folder is called after it."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoRAConfig | None = None
-    freezing: FreezingConfig = field(default_factory=FreezingConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    init: InitConfig = field(default_factory=InitConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    task: Literal["next_visit", "first_occurrence", "readmission", "death"] | None = None
+    """Which labels to make."""
+    data: Path | None = None
+    """Folder of prepared data."""
     output: Path | None = None
-    """Run folder; runs/<name>-<time> where not given."""
-    resume: bool = False
-    """Go on with the run in `output` where it stopped."""
+    """Parquet file to write, a MEDS label table sorted by subject and time."""
+    codes: tuple[str, ...] = ()
+    """Regular expressions; one matches at the start of a code. first_occurrence: the set, must be given.
+    next_visit: the codes to predict, the whole vocabulary where not given. readmission: only visits with such
+    a code count."""
+    horizon_days: float | None = None
+    """Length of the horizon, which begins after the gap. Default: 365, for readmission 30, with --survival
+    all of the follow-up. Not of next_visit."""
+    gap_days: float = 0.0
+    """Days after the prediction time that do not count: who has it then gets no label. Not of next_visit."""
+    survival: bool = False
+    """Days until it happens or is not known any more (boolean_value tells which), in place of yes and no. Not
+    of next_visit."""
+    times: Literal["all", "last", "random"] = "all"
+    """all: after each visit. last: one of each subject, the last that leaves room for the horizon before
+    follow-up ends (for next_visit, for another visit). random: one of each subject, by seed."""
+    min_events: int = 1
+    """Fewest events that a subject has at the prediction time."""
+    follow_up: str | None = None
+    """Until when it is known what happens to a subject. subject: the own last event, or death. data: the last
+    event of the data set, or an earlier death (wrong where dates are shifted by subject, as in MIMIC). Or a
+    date in place of that event, such as 2020-12-31. Default: subject, for readmission data. Not of
+    next_visit."""
+    seed: int = 0
+    """Seed of --times random."""
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Predict with a fine-tuned model, or write embeddings of subjects."""
+
+    model: Path | None = None
+    """Folder of a fine-tuning run or of an adapter; with embeddings also of a pretraining run."""
+    base: Path | None = None
+    """Folder of the pretraining run that an adapter belongs to; the run that the adapter names where not
+    given."""
+    data: Path | None = None
+    """Folder of the prepared data."""
+    labels: Path | None = None
+    """Label table whose subjects and prediction times are predicted; its values, if it has any, are only
+    copied."""
+    split: Literal["train", "tuning", "held_out", "all"] = "held_out"
+    """Subjects to predict."""
+    output: Path | None = None
+    """Parquet file to write."""
+    embeddings: bool = False
+    """Write a vector for each subject and prediction time (subject_id, time, vector), in place of
+    predictions; without labels, one a subject at its last event."""
+    pooling: Literal["mean", "max", "last", "cls"] | None = None
+    """Of embeddings; the model's own, or mean, where not given."""
+    rows: int = 64
+    """Rows that are computed at once."""
     compilation_cache: Literal["off"] | Path | None = None
-    """Folder in which compiled programs are kept for the next start; behrt_jax/compiled in the user's cache
-    folder where not given, off for none. JAX_COMPILATION_CACHE_DIR, where set, is used instead."""
+    """As in finetune."""
 
 
-# Settings read back from what a run or an adapter was stored with.
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Judge predictions: figures with intervals, calibration, groups, and simple baselines beside them."""
 
-C = TypeVar("C", ModelConfig, LoRAConfig, FreezingConfig)
+    predictions: Path | None = None
+    """Parquet file that predict wrote."""
+    output: Path | None = None
+    """Folder to write; made anew, never written into another's files."""
+    data: Path | None = None
+    """Folder of the prepared data, for baselines and groups; the one that the predictions name where not
+    given."""
+    labels: Path | None = None
+    """Label table, for baselines; the one that the predictions name where not given."""
+    baselines: bool = True
+    """Fit prevalence, logistic regression and gradient boosting on counts of codes in the same histories."""
+    max_train_examples: int = 20_000
+    """Most examples of the train split (and of tuning) that baselines are fitted on, drawn at random."""
+    boosting_codes: int = 200
+    """Most frequent codes that gradient boosting sees."""
+    draws: int = 1000
+    """Bootstrap draws of subjects for the intervals."""
+    seed: int = 0
+    """Seed of draws and baselines."""
 
 
-def from_stored(kind: type[C], values: Mapping[str, Any]) -> C:
-    """Settings of this kind from their JSON, which another version of behrt_jax may have written.
+# The doctor.
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Examine a run, or prepared data and its labels, for mistakes. The exit status is 1 where a finding
+    is an error.
+    """
+
+    run: Path | None = None
+    """Folder of a training run, finished or not."""
+    data: Path | None = None
+    """Folder of prepared data, audited for leakage."""
+    labels: Path | None = None
+    """With `data`: a Parquet file or folder of MEDS labels to audit with it."""
+    output: Path | None = None
+    """JSON file to write the findings to."""
+    horizon_days: float | None = None
+    """With `labels`: days after the prediction time that the label speaks of. A negative label needs
+    events up to their end; without it, some event after the prediction time."""
+    outcome_codes: tuple[str, ...] = ()
+    """With `labels`: regular expressions of the codes that define the label; one matches at the start of
+    a code."""
+    delays: tuple[str, ...] = ()
+    """With `labels`: REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit
+    where it is known at the end of its visit, as diagnoses that are coded at discharge. Those that the data
+    were prepared with where not given."""
+    death_codes: tuple[str, ...] = (r"MEDS_DEATH", r"DOD$", r"DEATH\b", r".*//(DIED|EXPIRED)\b")
+    """With `data`: regular expressions of codes that say that the subject died."""
+
+
+# Settings, and other records, read back from what a run or an adapter was stored with.
+
+C = TypeVar("C")
+
+
+def from_stored(kind: type[C], values: Mapping[str, object]) -> C:
+    """A record of this kind (a dataclass) from its JSON, which another version of behrt_jax may have written.
 
     What is not there has its default, and what this version does not know is passed over.
     """
-    known = {field.name for field in fields(kind)}
+    known = {field.name for field in fields(kind)}  # pyright: ignore[reportArgumentType]
     read: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in values.items()

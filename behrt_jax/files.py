@@ -1,4 +1,4 @@
-"""Temporary folders beside an output, recognised and removed where a process died without doing so."""
+"""Files and folders that are written whole or not at all, and JSON."""
 
 import dataclasses
 import json
@@ -22,6 +22,86 @@ JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | boo
 """Any value that a JSON file can hold."""
 JsonObject: TypeAlias = dict[str, Any]
 """A JSON object as it is read or collected: its values are of mixed types, which whoever takes one knows."""
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write to, which replaces ``path`` when the block ends, or is removed where the block fails.
+
+    A reader sees the old content or the new, never a part.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: replacing is atomic
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all, and have it on the disk."""
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def json_text(value: object, indent: int | None = None, escaped: bool = True) -> str:
+    """`value` as JSON with a line end after it; equal input gives equal text.
+
+    Takes what ``json`` takes, and dataclasses, paths, numpy scalars and arrays (device arrays too); a number
+    that is not finite becomes ``null``, and keys stay in the order given. ``escaped``: in ASCII alone.
+
+    Raises:
+        TypeError: a value of another type.
+    """
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=escaped) + "\n"
+
+
+def write_json(path: Path, value: object, escaped: bool = True) -> None:
+    """Write `value` as indented JSON, whole or not at all; arguments and errors of :func:`json_text`."""
+    write_text(path, json_text(value, 2, escaped))
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}).") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}): mend it or write it anew.") from error
+
+
+def _plain(value: object) -> JSON:
+    """`value` in the types of JSON."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        if array.dtype.kind == "V":  # bfloat16: numpy has no type of its own for it
+            array = array.astype(np.float64)
+        if array.dtype.kind in "biufSU":
+            return _plain(array.tolist())
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON")
 
 
 def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -79,70 +159,3 @@ def _alive(process: int) -> bool:
     except OSError:  # another user's
         return True
     return True
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all: a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: replacing is atomic
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, whole or not at all; equal input gives equal bytes.
-
-    Takes what ``json`` takes, and dataclasses, paths, numpy scalars and arrays (device arrays too);
-    keys stay in the order given.
-
-    Raises:
-        TypeError: a value of another type.
-    """
-    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        InputError: the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}).") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): mend it or write it anew.") from error
-
-
-def _plain(value: object) -> JSON:
-    """`value` in the types of JSON."""
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if hasattr(value, "__array__"):
-        array = np.asarray(value)
-        if array.dtype.kind == "V":  # bfloat16: numpy has no type of its own for it
-            array = array.astype(np.float64)
-        if array.dtype.kind in "biufSU":
-            return _plain(array.tolist())
-    raise TypeError(f"cannot write a {type(value).__name__} as JSON")

@@ -1,4 +1,4 @@
-"""Named configurations of the experiments."""
+"""Named configurations: the sizes of the model, and the runs that ``--config NAME`` starts from."""
 
 from dataclasses import replace
 
@@ -28,14 +28,13 @@ BASE = ModelConfig(
     attention_dropout=0.0,
     compute_dtype="bfloat16",
 )
-XL = ModelConfig(
+XL = replace(
+    BASE,
     embedding_size=1024,
     hidden_size=1024,
     layers=24,
     heads=16,
     positions=1024,
-    attention_dropout=0.0,
-    compute_dtype="bfloat16",
     rematerialise=True,
     scan_layers=True,
 )
@@ -60,6 +59,13 @@ PAPER = ModelConfig(
 """Sizes, embeddings and tokens of Li et al. 2020 (ages in months up to 110 years)."""
 
 
+def _pretraining(
+    name: str, model: ModelConfig, data: DataConfig, learning_rate: float, train: TrainConfig
+) -> PretrainConfig:
+    optimizer = OptimizerConfig(learning_rate=learning_rate)
+    return PretrainConfig(name=name, model=model, data=data, optimizer=optimizer, train=train)
+
+
 def _with_lora(config: PretrainConfig, rank: int) -> PretrainConfig:
     return replace(
         config,
@@ -69,92 +75,46 @@ def _with_lora(config: PretrainConfig, rank: int) -> PretrainConfig:
     )
 
 
-_SMALL = PretrainConfig(
-    name="small",
-    model=SMALL,
-    data=DataConfig(subjects=5000),
-    optimizer=OptimizerConfig(learning_rate=3e-3),
-    train=TrainConfig(epochs=30, batch_size=64, patience=5),
+_SHORT = DataConfig(subjects=5000)
+# Large models read many tokens a step, however long the histories are.
+_TOKENS = TrainConfig(epochs=20, batch_tokens=65_536, patience=5)
+_LATENT = DataConfig(
+    source="latent",
+    subjects=400_000,
+    vocabulary_size=300,
+    window="first",  # the optimum is known for histories that are read from their beginning
+    tuning_fraction=0.0125,
+    held_out_fraction=0.001,
 )
-_SMALL_LATENT = PretrainConfig(
-    name="small_latent",
-    model=replace(SMALL, dropout=0.0),
-    # window first: the optimum is known for histories that are read from their beginning.
-    data=DataConfig(
-        source="latent",
-        subjects=400_000,
-        vocabulary_size=300,
-        window="first",
-        tuning_fraction=0.0125,
-        held_out_fraction=0.001,
+
+_RANKS = [
+    (_pretraining("small", SMALL, _SHORT, 3e-3, TrainConfig(epochs=30, batch_size=64, patience=5)), 8),
+    (_pretraining("medium", MEDIUM, _SHORT, 1e-3, TrainConfig(epochs=50, patience=10)), 8),
+    (_pretraining("large", LARGE, _SHORT, 3e-4, TrainConfig(epochs=100, patience=10)), 16),
+    (_pretraining("base", BASE, DataConfig(subjects=20_000, events_mean=100.0), 3e-4, _TOKENS), 16),
+    (_pretraining("xl", XL, DataConfig(subjects=20_000, events_mean=200.0), 2e-4, _TOKENS), 16),
+    (_pretraining("long", LONG, DataConfig(subjects=4000, events_mean=1500.0), 1e-3, _TOKENS), 16),
+    (_pretraining("paper", PAPER, _SHORT, 3e-4, TrainConfig(epochs=50, patience=10)), None),
+    (
+        _pretraining(
+            "small_latent",
+            replace(SMALL, dropout=0.0),
+            _LATENT,
+            4e-3,
+            # Many subjects seen a few times: what is left to the optimum is then not memorising.
+            TrainConfig(epochs=6, batch_size=256, log_every=50),
+        ),
+        8,
     ),
-    optimizer=OptimizerConfig(learning_rate=4e-3),
-    # Many subjects seen a few times: what is left to the optimum is then not memorising.
-    train=TrainConfig(epochs=6, batch_size=256, log_every=50),
-)
-_MEDIUM = PretrainConfig(
-    name="medium",
-    model=MEDIUM,
-    data=DataConfig(subjects=5000),
-    optimizer=OptimizerConfig(learning_rate=1e-3),
-    train=TrainConfig(epochs=50, batch_size=128, patience=10),
-)
-_LARGE = PretrainConfig(
-    name="large",
-    model=LARGE,
-    data=DataConfig(subjects=5000),
-    optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=0.01),
-    train=TrainConfig(epochs=100, batch_size=128, patience=10),
-)
-_BASE = PretrainConfig(
-    name="base",
-    model=BASE,
-    data=DataConfig(subjects=20_000, events_mean=100.0),
-    optimizer=OptimizerConfig(learning_rate=3e-4),
-    train=TrainConfig(epochs=20, batch_tokens=65_536, patience=5),
-)
-_XL = PretrainConfig(
-    name="xl",
-    model=XL,
-    data=DataConfig(subjects=20_000, events_mean=200.0),
-    optimizer=OptimizerConfig(learning_rate=2e-4),
-    train=TrainConfig(epochs=20, batch_tokens=65_536, patience=5),
-)
-_LONG = PretrainConfig(
-    name="long",
-    model=LONG,
-    data=DataConfig(subjects=4000, events_mean=1500.0),
-    optimizer=OptimizerConfig(learning_rate=1e-3),
-    train=TrainConfig(epochs=20, batch_tokens=65_536, patience=5),
-)
-_PAPER = PretrainConfig(
-    name="paper",
-    model=PAPER,
-    data=DataConfig(subjects=5000),
-    optimizer=OptimizerConfig(learning_rate=3e-4),
-    train=TrainConfig(epochs=50, batch_size=128, patience=10),
-)
+]
+"""Configurations, each with the rank of its adapters in ``<name>_lora``."""
 
 PRETRAIN: dict[str, PretrainConfig] = {
     config.name: config
-    for config in (
-        _SMALL,
-        _with_lora(_SMALL, rank=8),
-        _MEDIUM,
-        _with_lora(_MEDIUM, rank=8),
-        _LARGE,
-        _with_lora(_LARGE, rank=16),
-        _BASE,
-        _with_lora(_BASE, rank=16),
-        _XL,
-        _with_lora(_XL, rank=16),
-        _LONG,
-        _with_lora(_LONG, rank=16),
-        _PAPER,
-        _SMALL_LATENT,
-        _with_lora(_SMALL_LATENT, rank=8),
-    )
+    for plain, rank in _RANKS
+    for config in ([plain] if rank is None else [plain, _with_lora(plain, rank)])
 }
+"""Pretraining, by ``--config``: in full, and as ``<name>_lora`` with adapters on a frozen base."""
 
 
 FINETUNE = {
@@ -175,4 +135,5 @@ FINETUNE = {
         FinetuneConfig(name="scratch", from_scratch=True, optimizer=OptimizerConfig(learning_rate=3e-4)),
     )
 }
-"""Fine-tuning: adapters and head; everything; the head alone; everything from random parameters."""
+"""Fine-tuning, by ``--config``: adapters and head; everything; the head alone; everything, from random
+parameters."""

@@ -12,10 +12,17 @@ Everything is strict JSON: a number that is not finite is written as ``null``.
 """
 
 import json
+import math
+import numbers
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias, TypeGuard
 
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, _plain, write_text
+from behrt_jax.files import JsonObject, json_text, write_text
+
+Records: TypeAlias = Sequence[JsonObject]
+"""Records of metrics.jsonl, in the order written."""
 
 CONFIG_FILE = "config.json"
 PARAMETERS_FILE = "parameters.json"
@@ -63,7 +70,7 @@ def prepare_run_folder(path: Path, resume: bool) -> Path:
 def append_metrics(path: Path, record: JsonObject) -> None:
     """Add one record, as one whole line, and hand it to the operating system at once."""
     with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write(_line(record))
+        file.write(json_text(record))
         file.flush()
 
 
@@ -90,6 +97,16 @@ def read_metrics(path: Path) -> list[JsonObject]:
     return records if last is None else [*records, last]
 
 
+def of_split(records: Records, split: str) -> list[JsonObject]:
+    """Records of one split: ``train`` or ``tuning``, which are the validations."""
+    return [record for record in records if record.get("split") == split]
+
+
+def is_number(figure: object) -> TypeGuard[float]:
+    """True of a figure of a record that is known: a number, and finite."""
+    return isinstance(figure, numbers.Real) and math.isfinite(figure)
+
+
 def truncate_metrics(path: Path, step: int) -> int:
     """Drop the records past `step`, and a torn last line, so that a run resumed there has each step once.
 
@@ -103,12 +120,8 @@ def truncate_metrics(path: Path, step: int) -> int:
         return 0
     records = read_metrics(path)
     kept = [record for record in records if record["step"] <= step]
-    write_text(path, "".join(map(_line, kept)))
+    write_text(path, "".join(map(json_text, kept)))
     return len(records) - len(kept)
-
-
-def _line(record: JsonObject) -> str:
-    return json.dumps(_plain(record), allow_nan=False) + "\n"
 
 
 def _record(line: bytes) -> JsonObject | None:

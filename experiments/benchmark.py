@@ -1,47 +1,37 @@
 """Benchmarks: ``python experiments/benchmark.py NAME``, such as ``train --sizes large``."""
 
 import importlib
-import inspect
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from behrt_jax.cli import exit_status
-from behrt_jax.errors import InputError
-from behrt_jax.presets import PRETRAIN
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of the package `experiments`
+
+from behrt_jax.cli import Command, run_command
 
 BENCHMARKS = {
-    "ablation": ("AblationBenchmark", "benchmark_ablation"),
-    "attention": ("AttentionBenchmark", "benchmark_attention"),
-    "population": ("PopulationBenchmark", "benchmark_population"),
-    "prepare": ("PrepareBenchmark", "benchmark_prepare"),
-    "scaling": ("ScalingBenchmark", "benchmark_scaling"),
-    "startup": ("StartupBenchmark", "benchmark_startup"),
-    "train": ("TrainBenchmark", "benchmark_train"),
-    "vocabulary": ("VocabularyBenchmark", "benchmark_vocabulary"),
+    "ablation": "AblationBenchmark",
+    "attention": "AttentionBenchmark",
+    "population": "PopulationBenchmark",
+    "prepare": "PrepareBenchmark",
+    "scaling": "ScalingBenchmark",
+    "startup": "StartupBenchmark",
+    "train": "TrainBenchmark",
+    "vocabulary": "VocabularyBenchmark",
 }
-"""Name -> dataclass of its options and function that runs it, both in ``experiments.benchmarks.NAME``."""
+"""Name -> dataclass of its options; it and ``benchmark_NAME`` are in ``experiments.benchmarks.NAME``."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark that the first argument names; the others are its options."""
-
-    def run() -> int:
-        import tyro
-
-        name = arguments[0] if arguments else None
-        if name not in BENCHMARKS:
-            known = " or ".join(f"benchmark.py {known}" for known in BENCHMARKS)
-            raise InputError(f"Name a benchmark: {known} (--help after it shows its options).")
-        module = importlib.import_module(f"experiments.benchmarks.{name}")
-        options, benchmark = (getattr(module, part) for part in BENCHMARKS[name])
-        config = tyro.cli(
-            options, prog=f"benchmark.py {name}", args=list(arguments[1:]), use_underscores=True
-        )
-        named = "configurations" in inspect.signature(benchmark).parameters
-        benchmark(config, **({"configurations": PRETRAIN} if named else {}))
-        return 0
-
-    return exit_status(run)
+    name = arguments[0] if arguments else ""
+    if name not in BENCHMARKS:
+        known = " or ".join(f"benchmark.py {known}" for known in BENCHMARKS)
+        print(f"error: Name a benchmark: {known} (--help after it shows its options).", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"experiments.benchmarks.{name}")
+    benchmark = Command(getattr(module, BENCHMARKS[name]), f"{module.__name__}:benchmark_{name}")
+    return run_command(benchmark, arguments[1:], prog=f"benchmark.py {name}")
 
 
 if __name__ == "__main__":

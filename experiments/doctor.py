@@ -2,7 +2,7 @@
 
 import sys
 
-from behrt_jax.cli import doctor_command
+from behrt_jax.cli import COMMANDS, run_command
 
 if __name__ == "__main__":
-    sys.exit(doctor_command(sys.argv[1:]))
+    sys.exit(run_command(COMMANDS["doctor"], sys.argv[1:], prog="doctor.py"))

@@ -2,8 +2,7 @@
 
 import sys
 
-from behrt_jax.cli import finetune_command
-from behrt_jax.presets import FINETUNE
+from behrt_jax.cli import COMMANDS, run_command
 
 if __name__ == "__main__":
-    sys.exit(finetune_command(sys.argv[1:], FINETUNE, default="lora"))
+    sys.exit(run_command(COMMANDS["finetune"], sys.argv[1:], prog="finetune.py"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of the package `experiments`
 
-from experiments.studies.forecast import FORECAST_BASE, FORECASTS, forecast_study_command
+from experiments.studies.forecast import forecast_study_command
 
 if __name__ == "__main__":
-    sys.exit(forecast_study_command(sys.argv[1:], FORECAST_BASE, FORECASTS))
+    sys.exit(forecast_study_command(sys.argv[1:]))

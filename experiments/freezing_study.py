@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of the package `experiments`
 
-from experiments.studies.freezing import FREEZING_STUDIES, freezing_study_command
+from experiments.studies.freezing import freezing_study_command
 
 if __name__ == "__main__":
-    sys.exit(freezing_study_command(sys.argv[1:], FREEZING_STUDIES, default="large"))
+    sys.exit(freezing_study_command(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from behrt_jax.cli import make_labels_command
+from behrt_jax.cli import COMMANDS, run_command
 
 if __name__ == "__main__":
-    sys.exit(make_labels_command(sys.argv[1:]))
+    sys.exit(run_command(COMMANDS["make-labels"], sys.argv[1:], prog="make_labels.py"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from behrt_jax.cli import predict_command
+from behrt_jax.cli import COMMANDS, run_command
 
 if __name__ == "__main__":
-    sys.exit(predict_command(sys.argv[1:]))
+    sys.exit(run_command(COMMANDS["predict"], sys.argv[1:], prog="predict.py"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from behrt_jax.cli import prepare_command
+from behrt_jax.cli import COMMANDS, run_command
 
 if __name__ == "__main__":
-    sys.exit(prepare_command(sys.argv[1:]))
+    sys.exit(run_command(COMMANDS["prepare"], sys.argv[1:], prog="prepare.py"))

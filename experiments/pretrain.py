@@ -2,8 +2,7 @@
 
 import sys
 
-from behrt_jax.cli import pretrain_command
-from behrt_jax.presets import PRETRAIN
+from behrt_jax.cli import COMMANDS, run_command
 
 if __name__ == "__main__":
-    sys.exit(pretrain_command(sys.argv[1:], PRETRAIN, default="small_lora"))
+    sys.exit(run_command(COMMANDS["pretrain"], sys.argv[1:], prog="pretrain.py"))

@@ -1,27 +1,198 @@
-"""The pretraining command: options, help, and one clear error for each mistake before training."""
+"""The commands: their table, options, help, and one clear error for each mistake before anything is done."""
 
+import importlib
+import inspect
 import json
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.cli import parse, pretrain_command
+from behrt_jax.cli import COMMANDS, main, parse
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN
+from behrt_jax.workflows.run import RunResult
 from tests.records.meds_folder import by_remainder, history_rows, write_meds
 
-SCRIPT = Path(__file__).parents[1] / "experiments" / "pretrain.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "experiments" / "pretrain.py"
+
+# The table.
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_names_a_function_of_its_options(name):
+    command = COMMANDS[name]
+    module, function = command.run.split(":")
+    first = next(
+        iter(inspect.signature(getattr(importlib.import_module(module), function)).parameters.values())
+    )
+    assert first.annotation is command.options
+    assert all(isinstance(config, command.options) for config in command.named.values())
+    assert command.default in (command.named or {""})
+
+
+def test_help_lists_each_command_in_a_line(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: behrt-jax COMMAND")
+    listed = [line.split(maxsplit=1) for line in shown.splitlines() if line.startswith("  ")]
+    assert listed == [[name, command.help] for name, command in COMMANDS.items()]
+    assert list(COMMANDS) == [
+        "prepare", "pretrain", "make-labels", "finetune", "predict", "evaluate", "doctor",
+    ]  # fmt: skip
+    assert main([]) == 2
+    assert capsys.readouterr().err == shown
+
+
+def test_the_list_of_commands_needs_the_standard_library_alone():
+    script = (
+        "import sys; before = set(sys.modules); from behrt_jax.cli import main; main(['--help']); "
+        "found = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print('found', *sorted(found - sys.stdlib_module_names))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "found behrt_jax"
+
+
+def test_an_unknown_command_is_told_the_nearest(capsys):
+    assert main(["pretrian", "--config", "small"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: 'pretrian' is no command: did you mean pretrain? behrt-jax --help lists all."
+    assert main(["make_labels"]) == 2
+    assert "did you mean make-labels?" in capsys.readouterr().err
+    assert main(["--config", "small"]) == 2
+    assert capsys.readouterr().err == "error: '--config' is no command: behrt-jax --help lists all.\n"
+
+
+def help_of(run, capsys):
+    """First line of the help that this prints, and the rest."""
+    with pytest.raises(SystemExit) as left:
+        run()
+    assert left.value.code == 0
+    return capsys.readouterr().out.split("\n", 1)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_script_of_a_command_has_its_options(name, monkeypatch, capsys):
+    file = f"{name.replace('-', '_')}.py"
+    usage, options = help_of(lambda: main([name, "--help"]), capsys)
+    assert usage.startswith(f"usage: behrt-jax {name} [-h]")
+    monkeypatch.setattr(sys, "argv", [file, "--help"])
+    of_script = help_of(lambda: runpy.run_path(str(SCRIPT.with_name(file)), run_name="__main__"), capsys)
+    assert of_script[0].startswith(f"usage: {file} [-h]")
+    assert of_script[1] == options
+
+
+def test_statuses_of_what_ran(tmp_path):
+    stopped = RunResult(tmp_path, {}, 143)
+    assert COMMANDS["pretrain"].status(stopped) == COMMANDS["finetune"].status(stopped) == 143
+    assert COMMANDS["prepare"].status({"subjects": 3}) == COMMANDS["doctor"].status([]) == 0
+
+
+def test_the_package_runs_as_a_module():
+    def run(*arguments):
+        command = [sys.executable, "-m", "behrt_jax", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    listed = run("--help")
+    assert listed.returncode == 0 and listed.stdout.startswith("usage: python -m behrt_jax COMMAND")
+    wrong = run("evaluate", "--output", "there")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: --predictions is missing")
+
+
+def test_what_commands_need_is_told_where_it_is_not_there(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["predict"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "pip install 'behrt-jax[commands]'" in line
+
+
+# The command as it is installed, without the repository.
+
+INSTALLED = textwrap.dedent("""
+    import sys
+    from importlib.metadata import Distribution
+    from pathlib import Path
+
+    folder, *arguments = sys.argv[1:]
+    of_repository = [path for path in sys.path if Path(path, "experiments", "pretrain.py").exists()]
+    sys.path[:] = [folder, *(path for path in sys.path if path not in ("", *of_repository))]
+    import behrt_jax
+
+    assert Path(behrt_jax.__file__).parents[1] == Path(folder), behrt_jax.__file__
+    (distribution,) = Distribution.discover(name="behrt-jax", path=[folder])
+    (script,) = distribution.entry_points.select(group="console_scripts", name="behrt-jax")
+    sys.argv[:] = ["behrt-jax", *arguments]
+    sys.exit(script.load()())
+""")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A folder with a wheel of the package unpacked in it, and nothing else."""
+    root = tmp_path_factory.mktemp("wheel")
+    source, built, folder = (root / name for name in ("source", "built", "folder"))
+    shutil.copytree(ROOT / "behrt_jax", source / "behrt_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", build, built], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = built.glob("*.whl")
+    zipfile.ZipFile(file).extractall(folder)
+    return folder
+
+
+def run_installed(wheel, cwd, *arguments):
+    """Output of the installed command, which must end well."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", INSTALLED, str(wheel), *arguments],
+        capture_output=True, text=True, check=False, cwd=cwd, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_installed_command_has_the_named_configurations(wheel, tmp_path):
+    assert run_installed(wheel, tmp_path, "--help").startswith("usage: behrt-jax COMMAND")
+    options = run_installed(wheel, tmp_path, "pretrain", "--config", "large_lora", "--help")
+    assert "Shown are the values of large_lora." in " ".join(options.split())
+
+
+def test_the_wheel_has_every_module_of_the_package(wheel):
+    def modules(folder):
+        return sorted(str(path.relative_to(folder)) for path in folder.glob("behrt_jax/**/*.py"))
+
+    assert modules(wheel) == modules(ROOT)
+    assert {path.name.partition("-")[0] for path in wheel.iterdir()} == {"behrt_jax"}
+
+
+@pytest.mark.slow
+def test_the_installed_command_runs_a_named_configuration(wheel, tmp_path):
+    options = "--data.subjects", "200", "--train.max_steps", "2", "--output", "run"
+    run_installed(wheel, tmp_path, "pretrain", "--config", "small_lora", *options)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["name"] == "small_lora"
+
+
+# Options of pretraining.
 
 
 def parsed(*arguments):
-    return parse(arguments, PRETRAIN, default="small_lora", prog="pretrain.py")
+    return parse(COMMANDS["pretrain"], arguments, prog="pretrain.py")
 
 
 def test_names_of_the_configurations():
@@ -136,7 +307,7 @@ MISTAKES = {
 def test_one_clear_error_before_training(mistake, meds, tmp_path, capsys):
     arguments, expected = MISTAKES[mistake]
     arguments = [argument.format(meds=meds) for argument in arguments]
-    status = pretrain_command([*arguments, "--output", str(tmp_path / "run")], PRETRAIN, "small_lora")
+    status = main(["pretrain", *arguments, "--output", str(tmp_path / "run")])
     captured = capsys.readouterr()
     assert status == 2
     lines = captured.err.strip().splitlines()
@@ -150,7 +321,7 @@ def test_one_clear_error_before_training(mistake, meds, tmp_path, capsys):
 
 def test_a_folder_with_another_run_is_left_alone(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
-    assert pretrain_command(["--output", str(tmp_path)], PRETRAIN, "small_lora") == 2
+    assert main(["pretrain", "--output", str(tmp_path)]) == 2
     assert "--resume" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -212,3 +383,21 @@ def test_the_script_runs_from_anywhere(tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config 'nothing' is unknown")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "benchmark.py",
+        *(pytest.param(f"{name}_study.py", marks=pytest.mark.slow) for name in ("freezing", "forecast")),
+    ],
+)
+def test_what_needs_a_checkout_finds_the_rest_of_it(script, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = ["prepare", "--help"] if script == "benchmark.py" else ["--help"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT.with_name(script), *arguments], capture_output=True, text=True, cwd=tmp_path,
+        env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {script}")

@@ -62,8 +62,9 @@ from behrt_jax.config import DataConfig, FreezingConfig, LoRAConfig, PretrainCon
 from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.data.vocabulary import MASK, PAD, Vocabulary
 from behrt_jax.diagnosis.before import check_before
+from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.presets import LARGE, PRETRAIN
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import put_rows
@@ -230,13 +231,14 @@ def adapted(request):
     """Functions of the adapters (gradient of the masked-code loss, logits), and fresh adapters."""
     config = replace(TINY, model=tiny_model(layers=1))
     predictor = set_up(config, VOCABULARY).predictor._replace(product=request.param)
-    params = jax.jit(predictor.model.init)(jax.random.key(0), *example_inputs(config.model))["params"]
+    params = jax.jit(predictor.model.init)(jax.random.key(0), example_batch(config.model))["params"]
     batch = random_batch(0)
     mask = jax.jit(lambda key: mask_codes(key, batch.codes, batch.row_ids, config.masking, VOCABULARY))
     masked = jax.device_get(mask(jax.random.key(3)))
 
     def logits(adapters):
-        return predictor.logits({"params": params, "lora": adapters}, batch, masked, None)
+        shown = batch._replace(codes=masked.codes)
+        return predictor.outputs({"params": params, "lora": adapters}, shown, masked.columns)
 
     def loss(adapters):
         return optax.softmax_cross_entropy_with_integer_labels(logits(adapters), masked.labels).sum()
@@ -340,7 +342,7 @@ def told(**freezing) -> str:
         return str(error)
     setup = set_up(config, 200)
     report = {**count_parameters(setup.shapes, setup.mask), "regime": config.freezing.regime}
-    found = check_before(settings(config), report, {}, {})
+    found = check_before(RunRecord(settings(config), report))
     return " ".join(finding.seen for finding in found if finding.severity != "info")
 
 
@@ -372,11 +374,11 @@ def test_the_place_of_a_mask_is_read_and_that_of_padding_is_not():
     """[MASK] with the id of padding (PyTorch original): the age at a masked code still reaches the others."""
     assert MASK != PAD
     model = BEHRTForMLM(tiny_model(), VOCABULARY)
-    variables = jax.jit(model.init)(jax.random.key(0), *example_inputs(model.config))
+    variables = jax.jit(model.init)(jax.random.key(0), example_batch(model.config))
     batch = random_batch(0, rows=1, segments=1)
     length = int((batch.segment_ids > 0).sum())
     assert 3 < length < batch.codes.shape[1]
-    apply = jax.jit(lambda b: model.apply(variables, *b[:5]))
+    apply = jax.jit(lambda b: model.apply(variables, b))
 
     def logits(batch):
         return np.asarray(apply(batch))

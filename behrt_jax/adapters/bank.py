@@ -1,35 +1,176 @@
 """Several adapters on one base, answered in one pass: each segment of a batch has its own (task, hospital).
 
-Layers compute with all adapters at once, see `adapters.joined`. Segments of different adapters in one row
-never see each other: attention stays within a segment. Heads are applied after pooling, joined along their
-outputs.
+There is no command for it: :func:`load` and :func:`predict` are for a service in Python that holds one base
+for many tasks. Layers compute with the adapters of all members at once; segments of different adapters in
+one row never see each other, since attention stays within a segment. Heads are applied after pooling, joined
+along their outputs.
+
+Example, from a pretraining run and the adapter folders of fine-tuning runs on it::
+
+    pretrained = open_pretrained(Path("runs/base"))
+    params = {"behrt": read_encoder(pretrained, make_mesh()).params}
+    adapters = bank.load([Path("runs/death/adapter"), Path("runs/stay/adapter")], params)
+    model = PatientEmbedding(pretrained.model, len(pretrained.vocabulary))
+    predict = jax.jit(partial(bank.predict, model=model, segments=1))
+    batch = example_batch(pretrained.model, 3)  # three rows: one for death, two for stay
+    outputs = predict(adapters, batch=batch, numbers=np.array([0, 1, 1]))  # [3, 1, most outputs]
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from behrt_jax.adapters import lora
-from behrt_jax.adapters import lora as ranks
 from behrt_jax.adapters.files import base_fingerprint_of, load_adapter, read_config
 from behrt_jax.config import LoRAConfig, from_stored
+from behrt_jax.data.batches import Batch
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import PatientEmbedding, Pooling
-from behrt_jax.models.stacked_layers import is_stacked
+from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding
+from behrt_jax.models.stacked_layers import Path as TreePath
+from behrt_jax.models.stacked_layers import Tree, is_stacked
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bank:
+    """Adapters 0, 1, ... on one base: a tree of arrays, to be given to a jitted function like any other."""
+
+    behrt: Tree
+    """The base, shared with the params that the bank was made from."""
+    adapters: Tree
+    """Of all layers, see :func:`join`."""
+    kernel: jax.Array
+    """Kernels of all heads side by side, float32 `[hidden, outputs of all]`."""
+    bias: jax.Array
+    """float32 `[outputs of all]`."""
+    outputs: tuple[int, ...] = field(metadata={"static": True})
+    """Outputs of each adapter's head."""
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+
+def load(folders: Sequence[Path], params: Tree, vocabulary_fingerprint: str | None = None) -> Bank:
+    """Read adapter folders (`adapters.files`) into a bank; adapter i is that of ``folders[i]``.
+
+    Args:
+        folders: with a task head each; ranks, targets, dropout and outputs may differ.
+        params: of the base they were all trained on; only ``params["behrt"]`` is used, and kept as it is.
+        vocabulary_fingerprint: checked where given.
+
+    Raises:
+        InputError: no folders; an adapter on another base or vocabulary; one that has changed the base
+            itself (trained embeddings or encoder, codes of its own) or has no trained task head; a damaged
+            folder.
+    """
+    if not folders:
+        raise InputError("a bank needs one adapter folder at least")
+    base = {"behrt": params["behrt"]}
+    fingerprint = base_fingerprint_of(base)
+    members = [_read(Path(folder), base, fingerprint, vocabulary_fingerprint) for folder in folders]
+    _, kernels, biases = zip(*members, strict=True)
+    return Bank(
+        params["behrt"],
+        join([member.lora for member in members]),
+        jnp.concatenate(kernels, axis=1),
+        jnp.concatenate(biases),
+        tuple(kernel.shape[1] for kernel in kernels),
+    )
+
+
+class _Member(NamedTuple):
+    lora: dict[TreePath, jax.Array]
+    """Flat, below ``behrt``; the scale is in ``b``."""
+    kernel: jax.Array
+    bias: jax.Array
+
+
+def _read(folder: Path, base: Tree, fingerprint: str, vocabulary_fingerprint: str | None) -> _Member:
+    tensors = read_config(folder).tensors
+    changed = [
+        key for key in tensors if key.startswith("params/") and not key.startswith("params/task_head/")
+    ]
+    if changed:
+        raise InputError(
+            f"{folder}: this adapter cannot share a base with others, since it has trained {changed[0]}. "
+            "Train it with freezing.regime lora_pretrained, without extend_vocabulary, or use it alone."
+        )
+    head = {name: f"params/task_head/dense/{name}" for name in ("kernel", "bias")}
+    if not set(head.values()) <= tensors.keys():
+        raise InputError(f"{folder}: this adapter has no trained task head; a bank needs one of each adapter")
+    places = {name: np.zeros(tensors[key], np.float32) for name, key in head.items()}
+    like = {**base, "task_head": {"dense": places}}
+    params, adapters, config = load_adapter(folder, like, vocabulary_fingerprint, fingerprint)
+    factor = 1.0
+    if adapters:
+        of_lora = from_stored(LoRAConfig, config.lora or {})
+        factor = lora.scale(of_lora)
+        if "task_head" in adapters:  # one head each, so that its adapter can be merged
+            params = lora.merge(params, {"task_head": adapters["task_head"]}, of_lora)
+    own = lora.leaves_by_path(lora.scaled(adapters.get("behrt", {}), factor))
+    kernel, bias = (jnp.asarray(params["task_head"]["dense"][name]) for name in head)
+    return _Member(own, kernel, bias)
+
+
+def predict(
+    bank: Bank,
+    model: BEHRTForTask | PatientEmbedding,
+    batch: Batch,
+    numbers: jax.Array,
+    segments: int,
+) -> jax.Array:
+    """Outputs of each segment's own adapter, in one pass.
+
+    Args:
+        bank: see :func:`load`.
+        model: gives ``config``, ``vocabulary_size`` and ``pooling``, which all adapters share.
+        batch: of events, see `models.behrt.BEHRT`.
+        numbers: adapter of each segment, int32 `[batch, segments]`; or of each row, int32 `[batch]`, where no
+            row mixes them, which is less work.
+        segments: of a row, at least the largest id.
+
+    Returns:
+        float32 `[batch, segments, most outputs]`: segment `s + 1` at index `s`; 0 beyond ``bank.outputs`` of
+        the segment's adapter, and without meaning where there is no such segment.
+    """
+    segment_ids = jnp.asarray(batch.segment_ids)
+    numbers = jnp.asarray(numbers)
+    rows = segment_ids.shape[0]
+    by_row = numbers.ndim == 1
+    chex.assert_shape(numbers, (rows,) if by_row else (rows, segments))
+    of_segments = jnp.broadcast_to(numbers[:, None], (rows, segments)) if by_row else numbers  # [B, S]
+    of_tokens = jnp.take_along_axis(of_segments, jnp.maximum(segment_ids - 1, 0), axis=1)  # [B, L]
+    encoder = PatientEmbedding(model.config, model.vocabulary_size, model.pooling)
+    with choosing(numbers if by_row else jnp.where(segment_ids > 0, of_tokens, -1)):
+        variables = {"params": {"behrt": bank.behrt}, "bank": {"behrt": bank.adapters}}
+        pooled = encoder.apply(variables, batch, segments=segments)  # [B, S, D]
+    return _heads(bank, pooled, of_segments)  # pyright: ignore[reportArgumentType]
+
+
+def _heads(bank: Bank, pooled: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Outputs of each segment's own head, from `pooled` `[batch, segments, hidden]`."""
+    every = pooled @ bank.kernel + bank.bias[None, None]  # [B, S, outputs of all]
+    counts = np.asarray(bank.outputs)
+    within = np.arange(counts.max())  # [O]
+    columns = (np.cumsum(counts) - counts)[:, None] + within  # [K, O]
+    used = within < counts[:, None]
+    chosen = jnp.take_along_axis(every, jnp.asarray(np.where(used, columns, 0))[numbers], axis=2)  # [B, S, O]
+    return jnp.where(jnp.asarray(used)[numbers], chosen, 0.0)
+
 
 # Layers with the adapters of several members at once, of which each token uses those of its own member.
 
 
-def join(members: Sequence[Mapping[tuple[str, ...], jax.Array]]) -> dict[str, Any]:
+def join(members: Sequence[Mapping[TreePath, jax.Array]]) -> Tree:
     """Join the adapters of all members along the rank axis.
 
     Args:
@@ -92,139 +233,3 @@ def choosing(numbers: jax.Array) -> Iterator[None]:
 
     with nn.intercept_methods(add_adapters):
         yield
-
-
-HEAD = ("task_head", "dense")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Bank:
-    """Adapters 0, 1, ... on one base: a tree of arrays, to be given to a jitted function like any other."""
-
-    behrt: Any
-    """The base, shared with the params that the bank was made from."""
-    adapters: Any
-    """Of all layers, see :func:`behrt_jax.adapters.bank.join`."""
-    kernel: jax.Array
-    """Kernels of all heads side by side, float32 `[hidden, outputs of all]`."""
-    bias: jax.Array
-    """float32 `[outputs of all]`."""
-    outputs: tuple[int, ...] = field(metadata={"static": True})
-    """Outputs of each adapter's head."""
-
-    def __len__(self) -> int:
-        return len(self.outputs)
-
-
-def load(
-    folders: Sequence[Path], params: Mapping[str, Any], vocabulary_fingerprint: str | None = None
-) -> Bank:
-    """Read adapter folders (`adapters.files`) into a bank; adapter i is that of ``folders[i]``.
-
-    Args:
-        folders: with a task head each; ranks, targets, dropout and outputs may differ.
-        params: of the base they were all trained on; only ``params["behrt"]`` is used, and kept as it is.
-        vocabulary_fingerprint: checked where given.
-
-    Raises:
-        InputError: no folders; an adapter on another base or vocabulary; one that has changed the base
-            itself (trained embeddings or encoder, codes of its own) or has no trained task head; a damaged
-            folder.
-    """
-    if not folders:
-        raise InputError("a bank needs one adapter folder at least")
-    base = {"behrt": params["behrt"]}
-    fingerprint = base_fingerprint_of(base)
-    members = [_read(Path(folder), base, fingerprint, vocabulary_fingerprint) for folder in folders]
-    kernels, biases = zip(*(member.head for member in members), strict=True)
-    return Bank(
-        params["behrt"],
-        join([member.lora for member in members]),
-        jnp.concatenate(kernels, axis=1),
-        jnp.concatenate(biases),
-        tuple(kernel.shape[1] for kernel in kernels),
-    )
-
-
-@dataclass(frozen=True)
-class _Member:
-    lora: dict[tuple[str, ...], jax.Array]
-    """Flat, below ``behrt``; the scale is in ``b``."""
-    head: tuple[jax.Array, jax.Array]
-
-
-def _read(folder: Path, base: Any, fingerprint: str, vocabulary_fingerprint: str | None) -> _Member:
-    config = read_config(folder)
-    tensors = config["tensors"]
-    changed = [
-        key for key in tensors if key.startswith("params/") and not key.startswith("params/task_head/")
-    ]
-    if changed:
-        raise InputError(
-            f"{folder}: this adapter cannot share a base with others, since it has trained {changed[0]}. "
-            "Train it with freezing.regime lora_pretrained, without extend_vocabulary, or use it alone."
-        )
-    shapes = [tensors.get("/".join(("params", *HEAD, name))) for name in ("kernel", "bias")]
-    if None in shapes:
-        raise InputError(f"{folder}: this adapter has no trained task head; a bank needs one of each adapter")
-    places = dict(zip(("kernel", "bias"), (np.zeros(shape, np.float32) for shape in shapes), strict=True))
-    params, adapters, config = load_adapter(
-        folder, {**base, HEAD[0]: {HEAD[1]: places}}, vocabulary_fingerprint, fingerprint
-    )
-    factor = 1.0
-    if adapters:
-        of_lora = from_stored(LoRAConfig, config["lora"])
-        factor = lora.scale(of_lora)
-        if HEAD[0] in adapters:  # one head each, so that its adapter can be merged
-            params = lora.merge(params, {HEAD[0]: adapters[HEAD[0]]}, of_lora)
-    head = params[HEAD[0]][HEAD[1]]
-    own: Any = flatten_dict(ranks.scaled(adapters.get("behrt", {}), factor))
-    return _Member(own, (jnp.asarray(head["kernel"]), jnp.asarray(head["bias"])))
-
-
-def predict(
-    bank: Bank,
-    model: Any,
-    inputs: Sequence[jax.Array],
-    numbers: jax.Array,
-    segments: int,
-) -> jax.Array:
-    """What each segment's adapter says of it, in one pass.
-
-    Args:
-        bank: see :func:`load`.
-        model: gives ``config``, ``vocabulary_size`` and ``pooling``, which all adapters share.
-        inputs: codes, ages, visits, positions and segment_ids, `[batch, length]`, see `models.behrt.BEHRT`.
-        numbers: adapter of each segment, int32 `[batch, segments]`; or of each row, int32 `[batch]`, where no
-            row mixes them, which is less work.
-        segments: of a row, at least the largest id.
-
-    Returns:
-        float32 `[batch, segments, most outputs]`: segment `s + 1` at index `s`; 0 beyond ``bank.outputs`` of
-        the segment's adapter, and without meaning where there is no such segment.
-    """
-    segment_ids = jnp.asarray(inputs[4])
-    numbers = jnp.asarray(numbers)
-    batch = segment_ids.shape[0]
-    by_row = numbers.ndim == 1
-    chex.assert_shape(numbers, (batch,) if by_row else (batch, segments))
-    of_segments = jnp.broadcast_to(numbers[:, None], (batch, segments)) if by_row else numbers  # [B, S]
-    of_tokens = jnp.take_along_axis(of_segments, jnp.maximum(segment_ids - 1, 0), axis=1)  # [B, L]
-    pooling: Pooling = model.pooling
-    encoder = PatientEmbedding(model.config, model.vocabulary_size, pooling)
-    with choosing(numbers if by_row else jnp.where(segment_ids > 0, of_tokens, -1)):
-        variables = {"params": {"behrt": bank.behrt}, "bank": {"behrt": bank.adapters}}
-        pooled: Any = encoder.apply(variables, *inputs, segments=segments)  # [B, S, D]
-    return _heads(bank, pooled, of_segments)
-
-
-def _heads(bank: Bank, pooled: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Outputs of each segment's own head, from `pooled` `[batch, segments, hidden]`."""
-    every = pooled @ bank.kernel + bank.bias[None, None]  # [B, S, outputs of all]
-    counts = np.asarray(bank.outputs)
-    within = np.arange(counts.max())  # [O]
-    columns = (np.cumsum(counts) - counts)[:, None] + within  # [K, O]
-    used = within < counts[:, None]
-    chosen = jnp.take_along_axis(every, jnp.asarray(np.where(used, columns, 0))[numbers], axis=2)  # [B, S, O]
-    return jnp.where(jnp.asarray(used)[numbers], chosen, 0.0)

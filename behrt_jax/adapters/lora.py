@@ -2,17 +2,20 @@
 
 ``variables = {"params": base, "lora": adapters}``: for each targeted kernel at ``params/<path>/kernel``
 there is ``lora/<path>/{a, b}`` with ``a`` `[in, rank]` and ``b`` `[rank, out]`. The modules know
-nothing of it: :func:`applying` adds the adapters while a model is applied, :func:`merge` folds them
-into the kernels for good. Where a model stacks its layers (`models.stacked_layers`), kernels, ``a`` and ``b``
-all have a leading axis over layers.
+nothing of it: :func:`applying` adds the adapters while a model is applied, by one of three products, and
+:func:`merge` folds them into the kernels for good. Where a model stacks its layers (`models.stacked_layers`),
+kernels, ``a`` and ``b`` all have a leading axis over layers.
+
+Every leaf of the two trees is in one group of :data:`GROUPS`; groups are what trains or stays frozen.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +23,15 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 
-from behrt_jax.adapters.products import (
-    Product,
-    activation_product,
-    extended_product,
-    merged_kernel,
-    merged_product,
-)
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
+from behrt_jax.models.layers import dropout
 from behrt_jax.models.stacked_layers import Path, Tree, is_stacked, unstacked_path
 
-# Parameter groups by path: lora, embedding, head, base.
-
 GROUPS = ("lora", "embedding", "head", "base")
+"""Of parameters, by their path."""
+Product = Literal["activations", "extended", "merged"]
+"""Ways to compute ``x @ (kernel + scale * a @ b)``, with equal results."""
 
 
 def path_names(path: KeyPath) -> Path:
@@ -106,7 +104,7 @@ def adapted_layers(params: Tree, config: LoRAConfig) -> list[AdaptedLayer]:
     _check(config)
     layers = [
         AdaptedLayer(path[:-1], leaf.shape[-2], leaf.shape[-1], config.rank, layer)
-        for path, leaf in _flatten(params).items()
+        for path, leaf in leaves_by_path(params).items()
         if path[-1] == "kernel" and leaf.ndim == 2 + is_stacked(path)
         for layer in (range(leaf.shape[0]) if is_stacked(path) else (None,))
     ]
@@ -127,6 +125,21 @@ def adapted_layers(params: Tree, config: LoRAConfig) -> list[AdaptedLayer]:
                 "the pattern), or turn model.scan_layers off."
             )
     return adapted
+
+
+def _check(config: LoRAConfig) -> None:
+    if config.rank < 1:
+        raise InputError(f"lora.rank is {config.rank}: an adapter needs a rank of 1 or more.")
+    if not 0.0 <= config.dropout < 1.0:
+        raise InputError(f"lora.dropout is {config.dropout}: give a rate from 0 up to, but not, 1.")
+    if config.alpha is not None and config.alpha <= 0.0:
+        raise InputError(f"lora.alpha is {config.alpha}: give a number above 0.")
+    if not config.targets:
+        raise InputError("lora.targets is empty: name layers to adapt, such as query key value out.")
+
+
+def _matches(target: str, layer: AdaptedLayer) -> bool:
+    return fnmatchcase(layer.name if "/" in target else layer.path[-1], target)
 
 
 def init(key: jax.Array, params: Tree, config: LoRAConfig) -> Tree:
@@ -161,12 +174,17 @@ def init(key: jax.Array, params: Tree, config: LoRAConfig) -> Tree:
 
 def merge(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
     """Parameters with ``scale * a @ b`` added to each adapted kernel; every other leaf is the same."""
-    return _add(params, lora, scale(config))
+    leaves, adapters = leaves_by_path(params), leaves_by_path(lora)
+    for path in _layers_of(adapters):
+        kernel = leaves[(*path, "kernel")]
+        product = jnp.matmul(adapters[(*path, "a")], adapters[(*path, "b")], precision="highest")
+        leaves[(*path, "kernel")] = (kernel + scale(config) * product).astype(kernel.dtype)
+    return unflatten_dict(leaves)
 
 
 def unmerge(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
-    """Undo :func:`merge`, up to float rounding."""
-    return _add(params, lora, -scale(config))
+    """Inverse of :func:`merge`, up to rounding."""
+    return merge(params, scaled(lora, -1.0), config)
 
 
 def merged_kernels(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
@@ -175,15 +193,24 @@ def merged_kernels(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
     With it beside ``params`` and ``lora``, the `merged` product of :func:`applying` does not merge anew: a
     step that applies the model once for each micro-batch merges once.
     """
-    kernels, adapters = _flatten(params), _flatten(lora)
+    kernels, adapters = leaves_by_path(params), leaves_by_path(lora)
     return unflatten_dict(
         {
             (*path, "kernel"): merged_kernel(
                 kernels[(*path, "kernel")], adapters[(*path, "a")], adapters[(*path, "b")], scale(config)
             )
-            for path in dict.fromkeys(path[:-1] for path in adapters)
+            for path in _layers_of(adapters)
         }
     )
+
+
+def _layers_of(adapters: Mapping[Path, object]) -> Iterable[Path]:
+    return dict.fromkeys(path[:-1] for path in adapters)
+
+
+def leaves_by_path(tree: Tree) -> dict[Path, jax.Array]:
+    """Every leaf of nested dicts, in the order of the tree."""
+    return flatten_dict(tree)  # pyright: ignore[reportReturnType, reportArgumentType]
 
 
 @contextmanager
@@ -200,9 +227,9 @@ def applying(
 
     Args:
         config: gives scale and dropout.
-        product: how the product is computed, see :func:`products.resolve_product`.
+        product: how the product is computed, see :func:`resolve_product`.
         deterministic: no adapter dropout; otherwise a `dropout` PRNG key is needed.
-        rows: number of each row of the batch, for dropout, see `models.dropout`.
+        rows: number of each row of the batch, for dropout, see `models.layers.dropout`.
 
     Example:
         >>> with applying(config):
@@ -243,33 +270,145 @@ def _with_bias(module: nn.Dense, y: jax.Array) -> jax.Array:
     return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _matches(target: str, layer: AdaptedLayer) -> bool:
-    return fnmatchcase(layer.name if "/" in target else layer.path[-1], target)
+def resolve_product(config: LoRAConfig, compute_dtype: str, adapted_kernels_frozen: bool) -> Product:
+    """Choose between the forms of the adapted product.
+
+    Raises:
+        InputError: `merged` or `extended` is asked for where it would be wrong: their backward pass leaves
+            out the kernel's gradient, they have no place for adapter dropout, and with weights merged in
+            bfloat16 the update of a young adapter is rounded away.
+    """
+    reasons = []
+    if not adapted_kernels_frozen:
+        reasons.append("adapted kernels are trained")
+    if config.dropout > 0.0:
+        reasons.append("lora.dropout is above 0")
+    against: dict[str, list[str]] = {"activations": [], "extended": reasons, "merged": reasons}
+    if compute_dtype != "float32":
+        against["merged"] = [*reasons, f"model.compute_dtype is {compute_dtype}"]
+    if config.product == "auto":
+        if not against["merged"]:
+            return "merged"
+        return "activations" if against["extended"] else "extended"
+    if found := against[config.product]:
+        raise InputError(
+            f"lora.product {config.product}: not possible while {' and '.join(found)}. Use auto."
+        )
+    return config.product
 
 
-def _flatten(tree: Tree) -> dict[Path, Any]:
-    return flatten_dict(tree)  # pyright: ignore[reportReturnType, reportArgumentType]
+def activation_product(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: float,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+    rows: jax.Array | None = None,
+) -> jax.Array:
+    """``scale * dropout(x) @ a @ b``, to be added to the layer's own output.
+
+    Args:
+        x: `[..., in]`, in the dtype of the computation.
+        a: float32 `[in, rank]`.
+        b: float32 `[rank, out]`.
+        scale: factor on the product.
+        rate: dropout rate on `x`, applied where a key is given.
+        key: typed PRNG key.
+        rows: number of each row of `x`, for dropout, see `models.layers.dropout`.
+
+    Returns:
+        `[..., out]` in the dtype of `x`.
+    """
+    if key is not None:
+        x = dropout(key, x, rate, rows)
+    return scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
 
 
-def _add(params: Tree, lora: Tree, factor: float) -> Tree:
-    leaves = _flatten(params)
-    adapters = _flatten(lora)
-    for path in dict.fromkeys(path[:-1] for path in adapters):
-        kernel = leaves[(*path, "kernel")]
-        update = factor * jnp.matmul(adapters[(*path, "a")], adapters[(*path, "b")], precision="highest")
-        leaves[(*path, "kernel")] = (kernel + update).astype(kernel.dtype)
-    return unflatten_dict(leaves)
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def extended_product(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """``x @ kernel + scale * x @ a @ b`` in one product, of `x` with the columns ``x @ a`` beside its own and
+    the kernel with the rows ``scale * b`` below its own.
+
+    No sum of two full outputs is read and written again, nor is it of two gradients of `x`: measured on an
+    H200 in bfloat16, layers of 512 to 3,072 take 7 to 10 % less time than by :func:`activation_product`, and
+    the sum is rounded once. The kernel must be frozen: its cotangent is zero by definition.
+
+    Args:
+        x: `[..., in]`.
+        kernel: `[in, out]`, of the same dtype as all others.
+        a: `[in, rank]`.
+        b: `[rank, out]`.
+        scale: factor on ``a @ b``.
+
+    Returns:
+        `[..., out]`.
+    """
+    return _extended_forward(x, kernel, a, b, scale)[0]
 
 
-def _check(config: LoRAConfig) -> None:
-    if config.rank < 1:
-        raise InputError(f"lora.rank is {config.rank}: an adapter needs a rank of 1 or more.")
-    if not 0.0 <= config.dropout < 1.0:
-        raise InputError(f"lora.dropout is {config.dropout}: give a rate from 0 up to, but not, 1.")
-    if config.alpha is not None and config.alpha <= 0.0:
-        raise InputError(f"lora.alpha is {config.alpha}: give a number above 0.")
-    if not config.targets:
-        raise InputError("lora.targets is empty: name layers to adapt, such as query key value out.")
+def _extended_forward(x, kernel, a, b, scale):
+    through = x @ a  # [..., R]
+    y = jnp.concatenate([x, through], -1) @ jnp.concatenate([kernel, scale * b], 0)  # [..., O]
+    return y, (x, through, kernel, a, b)
+
+
+def _extended_backward(scale, residuals, gradient):
+    x, through, kernel, a, b = residuals
+    through_b = scale * (gradient @ b.T)  # [..., R]
+    dx = jnp.concatenate([gradient, through_b], -1) @ jnp.concatenate([kernel, a], 1).T  # [..., I]
+    da = _flat(x).T @ _flat(through_b)
+    return dx, jnp.zeros_like(kernel), da, scale * (_flat(through).T @ _flat(gradient))
+
+
+extended_product.defvjp(_extended_forward, _extended_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def merged_product(x: jax.Array, merged: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """``x @ merged`` where ``merged`` is ``kernel + scale * a @ b`` of a frozen kernel.
+
+    The forward pass is one full product on the merged weight, where XLA's skinny products are slow
+    (2.2 to 2.5 times on CPU). The backward pass goes through the rank for `a` and `b` and never
+    forms the kernel's gradient, which plain differentiation of a merged weight would: the cotangent of
+    `merged` is zero by definition, so the kernel must be frozen and `merged` be made outside of what is
+    differentiated.
+
+    Args:
+        x: `[..., in]`.
+        merged: `[in, out]`, see :func:`merged_kernel`.
+        a: `[in, rank]`.
+        b: `[rank, out]`.
+        scale: factor on ``a @ b``.
+
+    Returns:
+        `[..., out]`.
+    """
+    return x @ merged
+
+
+def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """``kernel + scale * a @ b``, without gradient: `[in, out]`."""
+    return jax.lax.stop_gradient(kernel + scale * jnp.matmul(a, b))
+
+
+def _merged_forward(x, merged, a, b, scale):
+    return x @ merged, (x, merged, a, b)
+
+
+def _merged_backward(scale, residuals, gradient):
+    x, merged, a, b = residuals
+    rows, gradient_rows = _flat(x), _flat(gradient)  # [N, I], [N, O]
+    through_b = scale * (gradient_rows @ b.T)  # [N, R]
+    through_a = scale * (rows @ a)  # [N, R]
+    return gradient @ merged.T, jnp.zeros_like(merged), rows.T @ through_b, through_a.T @ gradient_rows
+
+
+merged_product.defvjp(_merged_forward, _merged_backward)
+
+
+def _flat(x):
+    return x.reshape(-1, x.shape[-1])
 
 
 # Adapters of several ranks in one shape, so that they can be stacked and trained together.

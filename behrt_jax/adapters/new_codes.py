@@ -6,14 +6,15 @@ vocabulary is then that of the base followed by the new codes, gets both as one 
 :func:`with_new_codes`, inside the jitted step.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError
+from behrt_jax.models.stacked_layers import Tree
 
 SHORTEST_PREFIX = 3
 """Characters that relatives in a code hierarchy have in common at least."""
@@ -29,7 +30,7 @@ class NewRows(NamedTuple):
     mean of all."""
 
 
-def new_rows(params: Mapping[str, Any], base_codes: Sequence[str], new_codes: Sequence[str]) -> NewRows:
+def new_rows(params: Tree, base_codes: Sequence[str], new_codes: Sequence[str]) -> NewRows:
     """Start each new code at the mean of its nearest relatives in the base, or of all its codes.
 
     Relatives are of the same code system (the same text up to the last ``//``) and share the longest
@@ -69,7 +70,7 @@ def new_rows(params: Mapping[str, Any], base_codes: Sequence[str], new_codes: Se
     )
 
 
-def with_new_codes(params: Mapping[str, Any]) -> dict[str, Any]:
+def with_new_codes(params: Tree) -> Tree:
     """Parameters of a model of the larger vocabulary: the base's table with the new rows after it.
 
     Enter it inside the function that is jitted, after gradients are stopped at frozen leaves

@@ -1,11 +1,20 @@
-"""Batches of rows as numpy arrays: a pure function of (seed, step), so a run resumes from two integers."""
+"""Batches of rows as numpy arrays: a pure function of (seed, step), so a run resumes from two integers.
 
-from collections.abc import Iterator
+Those of training show the windows of a split, each epoch in other rows; those of validation are one pass in a
+fixed order; those of tasks show labelled examples. :func:`reading_ahead` makes them in the background.
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 
+from behrt_jax.data.examples import Examples
 from behrt_jax.data.packing import (
     RowPlan,
     WindowChoice,
@@ -15,12 +24,15 @@ from behrt_jax.data.packing import (
     pack_lengths,
     plan_rows,
 )
-from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import Sequences
+from behrt_jax.data.sorting import ragged_indices, run_offsets
 from behrt_jax.data.vocabulary import CLS, PAD
 from behrt_jax.errors import InputError
 
-# Rows of a batch: several subjects' events side by side, as numpy arrays.
+T = TypeVar("T")
+Array = TypeVar("Array")  # of the host or of a device
+
+# Rows of a batch: several subjects' events side by side.
 
 
 class Batch(NamedTuple):
@@ -66,7 +78,7 @@ def gather_rows(
     first = np.cumsum(segments) - segments  # [B]
     chosen = plan.windows[ragged_indices(plan.row_offsets[rows], segments)]  # [S]
     lengths = windows.lengths[chosen].astype(np.int64) + cls_token  # [S]
-    ends = np.concatenate([[0], np.cumsum(lengths)])  # [S + 1]
+    ends = run_offsets(lengths)  # [S + 1]
     if (ends[first + segments] - ends[first]).max(initial=0) > row_length:
         raise ValueError(f"the segments of a row do not fit in {row_length} tokens: plan with [CLS] counted")
 
@@ -95,38 +107,144 @@ def gather_rows(
     )
 
 
-class EpochRows(NamedTuple):
-    """The rows of an epoch and the order in which its steps take them, as host or device arrays."""
-
-    starts: Any
-    """First token of each segment in the flat arrays, one row after the other, int32 ``[segments]``."""
-    lengths: Any
-    """Tokens of each segment without [CLS], int32 ``[segments]``."""
-    offsets: Any
-    """Row ``i`` holds the segments from ``offsets[i]`` up to ``offsets[i + 1]``, int32 ``[rows + 1]``."""
-    rows: Any
-    """Rows of each step, -1 for an empty one, int32 ``[steps, batch_rows]``."""
-    first_step: Any
-    """Step of the run with which the epoch begins, int32 scalar."""
+# What all batches have in common: equal shapes, and rows that are planned epoch by epoch.
 
 
-@dataclass(frozen=True, eq=False)
-class TrainingBatches:
-    """Endless training batches; made by :func:`training_batches`.
+@dataclass(frozen=True)
+class RowShape:
+    """The way in which segments become the rows of a batch.
 
-    Every batch has the same shape. An epoch shows each window once: none is dropped, and the last
-    batch of an epoch is filled up with empty rows.
+    Raises:
+        InputError: ``multiple_of`` is below 1.
     """
 
-    sequences: Sequences
     row_length: int
-    """Tokens that a row holds."""
+    """Tokens of a row, and so of the longest segment; a longer history is cut."""
+    packed: bool = True
+    """Several segments share a row; otherwise one segment a row."""
+    cls_token: bool = False
+    """Each segment starts with [CLS], which has the age and visit of its first event."""
+    multiple_of: int = 1
+    """The number of rows of a batch is brought to a multiple of this with empty rows."""
+
+    def __post_init__(self):
+        if self.multiple_of < 1:
+            raise InputError(
+                f"multiple_of is {self.multiple_of}: give the number of equal parts of a batch, 1 or more"
+            )
+
+    def count_rows(self, windows: Windows) -> tuple[int, int]:
+        """Rows that windows fill, the same in each plan, and segments of the fullest one."""
+        if not self.packed:
+            return len(windows), 1
+        packing = pack_lengths(windows.lengths + self.cls_token, self.row_length)
+        return packing.rows, int(np.diff(packing.offsets).max())
+
+    def plan(self, windows: Windows, rng: np.random.Generator) -> RowPlan:
+        """Put windows into rows."""
+        if not self.packed:
+            return one_per_row(len(windows), rng)
+        return plan_rows(windows.lengths + self.cls_token, self.row_length, rng)
+
+
+class Epoch(NamedTuple):
+    """The rows of an epoch."""
+
+    windows: Windows
+    plan: RowPlan
+    order: np.ndarray
+    """Rows of the plan as batches take them, int64 ``[rows]``."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowBatches(ABC):
+    """Batches of equal shapes. An epoch shows each row once; its last batch is filled up with empty rows."""
+
+    sequences: Sequences
+    shape: RowShape
     rows: int
     """Rows of an epoch, the same in each."""
     rows_per_batch: int
-    """Rows of a batch, without the empty ones that ``multiple_of`` asks for."""
-    batch_rows: int
-    """Rows of a batch with those: the first axis of its arrays."""
+    """Rows of a batch, without the empty ones that fill it up."""
+    # The epoch last asked for: saves time, changes no result.
+    _drawn: dict[int, Epoch] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens that a row holds."""
+        return self.shape.row_length
+
+    @property
+    def cls_token(self) -> bool:
+        """Each segment starts with [CLS]."""
+        return self.shape.cls_token
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a batch with the empty ones: the first axis of its arrays."""
+        return -(-self.rows_per_batch // self.shape.multiple_of) * self.shape.multiple_of
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return -(-self.rows // self.rows_per_batch)
+
+    def of_rows(self, rows: int, multiple_of: int = 1) -> Self:
+        """The same rows in batches of a fixed number of rows."""
+        return replace(self, rows_per_batch=rows, shape=replace(self.shape, multiple_of=multiple_of))
+
+    def with_rows_a_multiple_of(self, multiple_of: int) -> Self:
+        """The same batches, with as many empty rows as bring the number of rows to a multiple.
+
+        Raises:
+            InputError: the number is below 1.
+        """
+        return self.of_rows(self.rows_per_batch, multiple_of)
+
+    @abstractmethod
+    def _draw(self, epoch: int) -> Epoch:
+        """The rows of an epoch, a pure function of its number."""
+
+    def _epoch(self, epoch: int) -> Epoch:
+        drawn = self._drawn.get(epoch)
+        if drawn is None:
+            drawn = self._draw(epoch)
+            self._drawn.clear()  # an epoch's rows are large: hold one at a time
+            self._drawn[epoch] = drawn
+        return drawn
+
+    def _rows_of(self, order: np.ndarray, index: int) -> np.ndarray:
+        """Rows of one batch of an epoch, int64 ``[batch_rows]``: its share of ``order``, then -1."""
+        share = order[index * self.rows_per_batch : (index + 1) * self.rows_per_batch]
+        return np.pad(share, (0, self.batch_rows - len(share)), constant_values=-1)
+
+    def _gather(self, epoch: Epoch, index: int) -> Batch:
+        rows = self._rows_of(epoch.order, index)
+        return gather_rows(self.sequences, epoch.windows, epoch.plan, rows, self.row_length, self.cls_token)
+
+
+# Batches of pretraining and of its validation.
+
+
+class EpochRows(NamedTuple, Generic[Array]):
+    """The rows of an epoch and the order in which its steps take them, as host or device arrays."""
+
+    starts: Array
+    """First token of each segment in the flat arrays, one row after the other, int32 ``[segments]``."""
+    lengths: Array
+    """Tokens of each segment without [CLS], int32 ``[segments]``."""
+    offsets: Array
+    """Row ``i`` holds the segments from ``offsets[i]`` up to ``offsets[i + 1]``, int32 ``[rows + 1]``."""
+    rows: Array
+    """Rows of each step, -1 for an empty one, int32 ``[steps, batch_rows]``."""
+    first_step: Array
+    """Step of the run with which the epoch begins, int32 scalar."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainingBatches(RowBatches):
+    """Endless training batches; made by :func:`training_batches`. An epoch shows each window once."""
+
     windows_per_epoch: int
     """Windows of an epoch: one a subject, or more where ``window`` is ``all``."""
     most_segments: int
@@ -134,19 +252,8 @@ class TrainingBatches:
     tokens_per_epoch: int
     """Tokens of an epoch without padding, [CLS] included."""
     window: WindowChoice
-    packed: bool
-    cls_token: bool
     seed: int
     static: bool
-    # What the epoch last asked for was drawn: saves time, changes no result.
-    _drawn: dict[int, tuple[Windows, RowPlan, np.ndarray]] = field(
-        default_factory=dict, init=False, repr=False
-    )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of an epoch."""
-        return -(-self.rows // self.rows_per_batch)
 
     @property
     def windows_per_step(self) -> float:
@@ -163,11 +270,9 @@ class TrainingBatches:
         if step < 0:
             raise ValueError(f"steps are counted from 0, not {step}")
         epoch, index = divmod(step, self.steps_per_epoch)
-        windows, plan, order = self._epoch(epoch)
-        rows = _padded(order, index, self.rows_per_batch, self.batch_rows)
-        return gather_rows(self.sequences, windows, plan, rows, self.row_length, self.cls_token)
+        return self._gather(self._epoch(epoch), index)
 
-    def epoch_rows(self, epoch: int) -> tuple[EpochRows, np.ndarray]:
+    def epoch_rows(self, epoch: int) -> tuple[EpochRows[np.ndarray], np.ndarray]:
         """All rows of an epoch, from which its batches can be gathered elsewhere.
 
         Its arrays have the same shapes in each epoch.
@@ -176,91 +281,73 @@ class TrainingBatches:
             The rows as numpy arrays, and the tokens of each step's batch without padding, int64 ``[steps]``.
         """
         windows, plan, order = self._epoch(epoch)
-        steps = range(self.steps_per_epoch)
-        rows = np.stack([_padded(order, i, self.rows_per_batch, self.batch_rows) for i in steps])
+        rows = np.stack([self._rows_of(order, index) for index in range(self.steps_per_epoch)])
         lengths = windows.lengths[plan.windows]
-        ends = np.concatenate([[0], np.cumsum(lengths + self.cls_token, dtype=np.int64)])
+        ends = run_offsets(lengths + self.cls_token)
         row_tokens = np.append(np.diff(ends[plan.row_offsets]), 0)  # an empty row, -1, has none
         found = EpochRows(
             starts=windows.starts[plan.windows].astype(np.int32),
             lengths=lengths.astype(np.int32),
             offsets=plan.row_offsets.astype(np.int32),
             rows=rows.astype(np.int32),
-            first_step=np.int32(epoch * self.steps_per_epoch),
+            first_step=np.array(epoch * self.steps_per_epoch, np.int32),
         )
         return found, row_tokens[rows].sum(axis=1)
 
-    def _epoch(self, epoch: int) -> tuple[Windows, RowPlan, np.ndarray]:
-        """Windows and plan of an epoch, and the order in which its batches take the rows."""
-        drawn = self._drawn.get(epoch)
-        if drawn is None:
-            rng = np.random.default_rng((self.seed, 0 if self.static else epoch))
-            windows = choose_windows(self.sequences, self.row_length - self.cls_token, self.window, rng)
-            plan = _plan(windows, self.row_length, self.packed, self.cls_token, rng)
-            order = np.arange(self.rows)
-            if self.static:
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
-            drawn = windows, plan, order
-            self._drawn.clear()  # an epoch's rows are large: hold one at a time
-            self._drawn[epoch] = drawn
-        return drawn
+    def _draw(self, epoch: int) -> Epoch:
+        rng = np.random.default_rng((self.seed, 0 if self.static else epoch))
+        windows = choose_windows(self.sequences, self.row_length - self.cls_token, self.window, rng)
+        plan = self.shape.plan(windows, rng)
+        order = np.arange(self.rows)
+        if self.static:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+        return Epoch(windows, plan, order)
 
 
-@dataclass(frozen=True, eq=False)
-class ValidationBatches:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ValidationBatches(RowBatches):
     """The batches of one pass, in a fixed order, each gathered when asked for."""
 
-    sequences: Sequences
-    row_length: int
-    rows_per_batch: int
-    """Rows of a batch, without the empty ones that ``multiple_of`` asks for."""
-    batch_rows: int
-    """Rows of a batch with those: the first axis of its arrays."""
-    cls_token: bool
     windows: Windows
     plan: RowPlan
 
     def __len__(self) -> int:
-        return -(-len(self.plan) // self.rows_per_batch)
+        return self.steps_per_epoch
 
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"there is no batch {index} among {len(self)}")
-        rows = _padded(np.arange(len(self.plan)), index, self.rows_per_batch, self.batch_rows)
-        return gather_rows(self.sequences, self.windows, self.plan, rows, self.row_length, self.cls_token)
+        return self._gather(self._epoch(0), index)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))
 
+    def _draw(self, epoch: int) -> Epoch:
+        return Epoch(self.windows, self.plan, np.arange(self.rows))
+
 
 def training_batches(
     sequences: Sequences,
+    shape: RowShape,
     *,
-    row_length: int,
     batch_size: int,
     batch_tokens: int | None = None,
     window: WindowChoice = "all",
-    packed: bool = True,
-    cls_token: bool = False,
     seed: int = 0,
     static: bool = False,
-    multiple_of: int = 1,
 ) -> TrainingBatches:
     """Arrange training batches, each epoch drawn anew from (seed, epoch).
 
     Args:
         sequences: histories of the train split.
-        row_length: tokens of a row, and so of the longest segment; a longer history is cut.
+        shape: of the rows.
         batch_size: windows a batch, on average: subjects, but that a history longer than a row is
             several windows where ``window`` is ``all``. Packing turns it into rows.
         batch_tokens: tokens a batch (padding included), in place of ``batch_size``.
-        window: which part of a longer history is read, see `windows.choose_windows`.
-        packed: several subjects share a row; otherwise one subject a row.
-        cls_token: each segment starts with [CLS], which has the age and visit of its first event.
+        window: which part of a longer history is read, see `packing.choose_windows`.
         seed: with the step, decides all of a batch.
         static: every epoch has the rows of the first one, in another order; ``row_ids`` name them, so
             that masks can be drawn once per row.
-        multiple_of: the number of rows of a batch is brought to a multiple of this with empty rows.
 
     Raises:
         InputError: an option is out of its range, or there is nothing to train on.
@@ -272,62 +359,37 @@ def training_batches(
     if seed < 0:
         raise InputError(f"train.seed is {seed}: give 0 or more")
     # Only the lengths count here, and those are the same in every draw.
-    windows = choose_windows(sequences, row_length - cls_token, window, np.random.default_rng(seed))
-    lengths = windows.lengths + cls_token
-    rows, most_segments = len(lengths), 1
-    if packed:
-        packing = pack_lengths(lengths, row_length)
-        rows, most_segments = packing.rows, int(np.diff(packing.offsets).max())
+    rng = np.random.default_rng(seed)
+    windows = choose_windows(sequences, shape.row_length - shape.cls_token, window, rng)
+    rows, most_segments = shape.count_rows(windows)
     if batch_tokens is None:
-        rows_per_batch = -(-rows // -(-len(windows) // batch_size))
+        rows_per_batch = _rows_of_batch(rows, len(windows), batch_size)
     else:
-        rows_per_batch = min(rows, max(1, round(batch_tokens / row_length)))
+        rows_per_batch = min(rows, max(1, round(batch_tokens / shape.row_length)))
     return TrainingBatches(
         sequences=sequences,
-        row_length=row_length,
+        shape=shape,
         rows=rows,
         rows_per_batch=rows_per_batch,
-        batch_rows=_rounded_up(rows_per_batch, multiple_of),
         windows_per_epoch=len(windows),
         most_segments=most_segments,
-        tokens_per_epoch=int(lengths.sum(dtype=np.int64)),
+        tokens_per_epoch=int(windows.lengths.sum(dtype=np.int64)) + len(windows) * shape.cls_token,
         window=window,
-        packed=packed,
-        cls_token=cls_token,
         seed=seed,
         static=static,
     )
 
 
-def with_rows_a_multiple_of(batches: TrainingBatches, multiple_of: int) -> TrainingBatches:
-    """The same batches, with as many empty rows as bring the number of rows to a multiple.
-
-    Raises:
-        InputError: the number is below 1.
-    """
-    return replace(batches, batch_rows=_rounded_up(batches.rows_per_batch, multiple_of))
-
-
 def validation_batches(
-    sequences: Sequences,
-    *,
-    row_length: int,
-    rows_per_batch: int,
-    window: WindowChoice = "all",
-    packed: bool = True,
-    cls_token: bool = False,
-    multiple_of: int = 1,
+    sequences: Sequences, shape: RowShape, *, rows_per_batch: int, window: WindowChoice = "all"
 ) -> ValidationBatches:
     """Arrange the batches of one pass over all subjects, always the same.
 
     Args:
         sequences: histories to evaluate on.
-        row_length: tokens of a row, and so of the longest segment.
+        shape: of the rows.
         rows_per_batch: rows of a batch; more than there are is no harm.
         window: as in training, but that ``random`` reads every history whole, as ``all`` does.
-        packed: several windows share a row; otherwise one window a row.
-        cls_token: each segment starts with [CLS], which has the age and visit of its first event.
-        multiple_of: the number of rows of a batch is brought to a multiple of this with empty rows.
 
     Raises:
         InputError: an option is out of its range, or there is nothing to evaluate on.
@@ -335,39 +397,22 @@ def validation_batches(
     _check_subjects(sequences)
     if rows_per_batch < 1:
         raise InputError(f"rows_per_batch is {rows_per_batch}: give 1 or more")
-    windows = choose_windows(sequences, row_length - cls_token, "all" if window == "random" else window)
-    plan = _plan(windows, row_length, packed, cls_token, np.random.default_rng(0))  # any seed, but always it
+    how = "all" if window == "random" else window
+    windows = choose_windows(sequences, shape.row_length - shape.cls_token, how)
+    plan = shape.plan(windows, np.random.default_rng(0))  # any seed, but always it
     return ValidationBatches(
         sequences=sequences,
-        row_length=row_length,
+        shape=shape,
+        rows=len(plan),
         rows_per_batch=rows_per_batch,
-        batch_rows=_rounded_up(rows_per_batch, multiple_of),
-        cls_token=cls_token,
         windows=windows,
         plan=plan,
     )
 
 
-def _plan(
-    windows: Windows, row_length: int, packed: bool, cls_token: bool, rng: np.random.Generator
-) -> RowPlan:
-    if not packed:
-        return one_per_row(len(windows), rng)
-    return plan_rows(windows.lengths + cls_token, row_length, rng)
-
-
-def _padded(order: np.ndarray, index: int, rows_per_batch: int, batch_rows: int) -> np.ndarray:
-    """Rows of one batch, int64 ``[batch_rows]``: its share of ``order``, then -1."""
-    share = order[index * rows_per_batch : (index + 1) * rows_per_batch]
-    return np.pad(share, (0, batch_rows - len(share)), constant_values=-1)
-
-
-def _rounded_up(rows: int, multiple_of: int) -> int:
-    if multiple_of < 1:
-        raise InputError(
-            f"multiple_of is {multiple_of}: give the number of equal parts of a batch, 1 or more"
-        )
-    return -(-rows // multiple_of) * multiple_of
+def _rows_of_batch(rows: int, windows: int, batch_size: int) -> int:
+    """Rows of a batch, so that all have as many, of about ``batch_size`` windows."""
+    return -(-rows // -(-windows // batch_size))
 
 
 def _check_subjects(sequences: Sequences) -> None:
@@ -376,3 +421,124 @@ def _check_subjects(sequences: Sequences) -> None:
         raise InputError(f"{empty} subjects have no events: leave them out of the sequences")
     if not len(sequences):
         raise InputError("there are no subjects to make batches of: put some into this split of the data")
+
+
+# Batches of labelled examples.
+
+
+class TaskBatch(NamedTuple):
+    """Packed rows, each segment of which is one example."""
+
+    rows: Batch
+    examples: np.ndarray
+    """Number of the example in each segment, -1 for none, int32 ``[rows, segments]``."""
+    targets: np.ndarray
+    """float32 ``[rows, segments, targets]``, 0 where there is no example."""
+    weights: np.ndarray
+    """1 where there is an example, else 0, float32 ``[rows, segments]``."""
+
+    @property
+    def segment_ids(self) -> np.ndarray:
+        """Of the rows, int32 ``[rows, length]``."""
+        return self.rows.segment_ids
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TaskBatches(RowBatches):
+    """Endless batches of examples; made by :func:`task_batches`. An epoch shows each example once."""
+
+    examples: Examples
+    targets: np.ndarray
+    segments: int
+    """Segments of a batch's rows, at least those of the fullest row."""
+    seed: int | None
+
+    def batch(self, step: int) -> TaskBatch:
+        """Gather the batch of a step, counted from 0 over all epochs."""
+        number, index = divmod(step, self.steps_per_epoch)
+        epoch = self._epoch(0 if self.seed is None else number)
+        found, plan = self._gather(epoch, index), epoch.plan
+        rows = found.row_ids
+        first = plan.row_offsets[np.maximum(rows, 0)]
+        count = np.where(rows < 0, 0, plan.row_offsets[rows + 1] - first)  # [B]
+        places = first[:, None] + np.arange(self.segments)  # [B, S]
+        filled = np.arange(self.segments) < count[:, None]
+        examples = np.where(filled, plan.windows[np.where(filled, places, 0)], -1).astype(np.int32)
+        targets = self.targets[np.maximum(examples, 0)] * filled[:, :, None]  # [B, S, T]
+        return TaskBatch(found, examples, targets.astype(np.float32), filled.astype(np.float32))
+
+    def _draw(self, epoch: int) -> Epoch:
+        windows = self.examples.windows
+        plan = self.shape.plan(windows, np.random.default_rng((self.seed or 0, epoch)))
+        return Epoch(windows, plan, np.arange(self.rows))
+
+
+def task_batches(
+    examples: Examples,
+    targets: np.ndarray,
+    shape: RowShape,
+    *,
+    batch_size: int,
+    seed: int | None,
+    least_segments: int = 1,
+) -> TaskBatches:
+    """Arrange batches of labelled examples.
+
+    Args:
+        examples: at least one.
+        targets: float32 ``[examples, targets]``.
+        shape: of the rows.
+        batch_size: examples a batch, on average.
+        seed: each epoch draws anew from it; None for the same order in each.
+        least_segments: segments that a batch has room for at least.
+
+    Raises:
+        InputError: no example, or a batch size below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"train.batch_size is {batch_size}: give 1 or more.")
+    if not len(examples):
+        raise InputError("There is no example to make batches of.")
+    rows, most = shape.count_rows(examples.windows)
+    return TaskBatches(
+        sequences=examples.sequences,
+        shape=shape,
+        rows=rows,
+        rows_per_batch=_rows_of_batch(rows, len(examples), batch_size),
+        examples=examples,
+        targets=targets,
+        segments=max(most, least_segments),
+        seed=seed,
+    )
+
+
+# The next items are made in the background, while the caller works with the present one.
+
+_END = object()
+
+
+@contextmanager
+def reading_ahead(items: Iterable[T], depth: int) -> Iterator[Iterator[T]]:
+    """Make the items of an iterable in one background thread, up to `depth` ahead of the caller.
+
+    Order and content are those of the iterable. An error that it raises comes to the caller in the place
+    of the item. However the block is left, the thread ends with it, at the latest after the item that it
+    is at.
+
+    Args:
+        items: iterated in the thread alone; an endless one is fine.
+        depth: most items that wait for the caller, 1 or more.
+    """
+    iterator = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
+
+        def ahead() -> Iterator[T]:
+            waiting = deque(thread.submit(next, iterator, _END) for _ in range(depth))
+            while (item := waiting.popleft().result()) is not _END:
+                waiting.append(thread.submit(next, iterator, _END))
+                yield item  # pyright: ignore[reportReturnType]
+
+        try:
+            yield ahead()
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,5 @@
-"""Which events become tokens: every rule that leaves one out, each counted."""
+"""Rules by which events become tokens of visits: every one that leaves an event out is counted."""
 
-import bisect
 import functools
 import re
 from collections import Counter
@@ -9,216 +8,51 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
 from behrt_jax.data.events import (
     BIRTH_CODE,
+    DAY,
     DEATH_CODE,
     Births,
     EventColumns,
     EventCounts,
     EventSet,
-    Selected,
     event_columns,
-    rank_ids,
 )
-from behrt_jax.data.sorting import sort_rows
+from behrt_jax.data.sorting import ascending, leads, sort_rows
 from behrt_jax.data.splits import hash_words
 from behrt_jax.errors import InputError
-
-# Which codes are selected, by patterns, and the error where nothing is.
-
-
-@dataclass(frozen=True)
-class CodeChoice:
-    """Which codes are read, and what for; its methods raise `InputError` where a pattern is wrong."""
-
-    codes: tuple[str, ...] = ()
-    """Patterns of those that become tokens; none: all."""
-    exclude_codes: tuple[str, ...] = ()
-    value_codes: tuple[str, ...] = ()
-    """Tokens too, with the bin of their value."""
-    static_codes: tuple[str, ...] = ()
-    """Kept as facts about the subject where they have no time."""
-
-    def tokens(self, names: Sequence[str]) -> np.ndarray:
-        """Bool ``[names]``."""
-        wanted = selects(names, self.codes, self.exclude_codes, options="")
-        if not self.value_codes:
-            return wanted
-        valued = matches(names, self.value_codes, "value_codes")
-        return wanted | (valued & selects(names, (), self.exclude_codes, options=""))
-
-    def static(self, names: Sequence[str]) -> np.ndarray:
-        """Bool ``[names]``."""
-        return matches(names, self.static_codes, "static_codes")
-
-    def read(self, names: Sequence[str]) -> np.ndarray:
-        """Bool ``[names]``: one or the other."""
-        return self.tokens(names) | self.static(names)
-
-
-def selects(
-    names: Sequence[str], codes: tuple[str, ...], exclude_codes: tuple[str, ...], options: str = "data."
-) -> np.ndarray:
-    """Which codes the patterns select: bool ``[names]``.
-
-    Raises:
-        InputError: a pattern is no regular expression; ``options`` goes before the option's name.
-    """
-    wanted = matches(names, codes, f"{options}codes") if codes else np.ones(len(names), bool)
-    return wanted & ~matches(names, exclude_codes, f"{options}exclude_codes")
-
-
-def matches(names: Sequence[str], patterns: tuple[str, ...], option: str) -> np.ndarray:
-    """Whether any pattern matches at the start of each name: bool ``[names]``.
-
-    Raises:
-        InputError: a pattern is no regular expression; ``option`` is named as the place to mend it.
-    """
-    compiled = []
-    for pattern in patterns:
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise InputError(
-                f"{option} has {pattern!r}, which is no regular expression ({error}): mend it, or put a "
-                "backslash before the sign to take it literally."
-            ) from error
-    if not compiled:
-        return np.zeros(len(names), dtype=bool)
-    return np.array([any(pattern.match(name) for pattern in compiled) for name in names], dtype=bool)
-
-
-def nothing_left(by_code: Mapping[str, int], counts: EventCounts, options: str = "data.") -> InputError:
-    """The error of a data set from which the rules leave nothing.
-
-    Args:
-        by_code: code, or prefix of codes -> events read, markers of birth and death aside.
-        counts: what the rules dropped.
-        options: goes before the names of the options.
-    """
-    by_prefix = Counter()
-    for name, count in by_code.items():
-        by_prefix[name.split("//")[0]] += count
-    prefixes = ", ".join(prefix for prefix, count in by_prefix.most_common(10) if count)
-    rules = ", ".join(f"{rule}: {count}" for rule, count in counts.dropped.items())
-    return InputError(
-        f"No event is left after filtering ({rules}): choose {options}codes and {options}exclude_codes to "
-        f"fit the codes of the data set (most frequent prefixes: {prefixes or 'none'}), and see that "
-        f"subjects have a {BIRTH_CODE} event with a time."
-    )
-
-
-# Visits of sorted events: their numbers, and the codes that come again within one.
-
-DAY = 86_400_000_000
-"""Microseconds in a day."""
-_SHORT = 8
-"""Events of a visit that are compared with each other one by one."""
-
-
-def number_visits(
-    subject: np.ndarray, time: np.ndarray, named: np.ndarray | None = None, visit: np.ndarray | None = None
-) -> np.ndarray:
-    """Number the visits of all subjects through, in the order of their first events.
-
-    Args:
-        subject: int32 ``[events]``, ascending.
-        time: int64 ``[events]`` microseconds, ascending within a subject.
-        named: bool ``[events]``, whether the event has a visit id; none has where not given.
-        visit: int64 ``[events]``, that id. A visit without one is a calendar day.
-
-    Returns:
-        int32 ``[events]``.
-    """
-    if not len(subject):
-        return np.empty(0, np.int32)
-    day = time // DAY
-    columns = (
-        [subject, day] if named is None or visit is None else [subject, named, np.where(named, visit, day)]
-    )
-    leads = _leads(columns)  # an event that continues the visit of the one before it does not lead
-    run = np.cumsum(leads, dtype=np.int32) - np.int32(1)  # [events]
-    if named is None or not named.any():
-        return run
-    # Other visits may interrupt one, so that it has several runs.
-    runs = np.arange(run[-1] + 1, dtype=np.int32)
-    *key, grouped = sort_rows([*(column[leads] for column in columns), runs])
-    heads = _leads(key)
-    is_first = np.zeros(len(runs), bool)
-    is_first[grouped[heads]] = True
-    number = np.cumsum(is_first, dtype=np.int32) - np.int32(1)  # right where is_first
-    of_run = np.empty(len(runs), np.int32)
-    of_run[grouped] = number[grouped[heads]][np.cumsum(heads) - 1]
-    return of_run[run]
-
-
-def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first event of each code in each visit.
-
-    Args:
-        visit: int32 ``[events]``, as `number_visits` gives them.
-        code: int32 ``[events]``.
-
-    Returns:
-        Whether an event is the first, bool ``[events]``; the places of those firsts whose code comes again,
-        int32 ``[repeated]``; and how often that code is in the visit, int64 ``[repeated]``, 2 or more.
-    """
-    first = np.ones(len(code), bool)
-    again = _may_come_again(visit, code)
-    if not again.any():
-        return first, np.empty(0, np.int32), np.empty(0, np.int64)
-    # Only visits with such an event need sorting.
-    suspect = np.zeros(int(visit.max()) + 1, bool)
-    suspect[visit[again]] = True
-    shared = np.flatnonzero(suspect[visit]).astype(np.int32)
-    *key, place = sort_rows([visit[shared], code[shared], shared])
-    heads = np.flatnonzero(_leads(key))
-    times = np.diff(np.append(heads, len(shared)))
-    place = place[heads]
-    first[shared] = False
-    first[place] = True
-    return first, place[times > 1], times[times > 1]
-
-
-def _may_come_again(visit: np.ndarray, code: np.ndarray) -> np.ndarray:
-    """Whether an event's code is in its visit before it; events of long or interrupted visits just may.
-
-    Comparing each event with the few before it is many times faster than sorting.
-
-    Returns:
-        bool ``[events]``.
-    """
-    again = np.zeros(len(code), bool)
-    for back in range(1, min(_SHORT, len(code))):
-        same = visit[back:] == visit[:-back]
-        if not same.any():
-            break
-        again[back:] |= same & (code[back:] == code[:-back])
-    if len(code) > _SHORT:
-        again[_SHORT:] |= visit[_SHORT:] == visit[:-_SHORT]
-    if (visit[1:] < visit[:-1]).any():
-        again = (np.bincount(visit) > 1)[visit]
-    return again
-
-
-def _leads(columns: list[np.ndarray]) -> np.ndarray:
-    """Whether a row differs from the one before it: bool ``[rows]``; the first one does."""
-    leads = np.ones(len(columns[0]), bool)
-    leads[1:] = columns[0][1:] != columns[0][:-1]
-    for column in columns[1:]:
-        leads[1:] |= column[1:] != column[:-1]
-    return leads
-
-
-__all__ = ["DAY", "Selected", "select_columns", "select_events"]
 
 _NEVER = np.iinfo(np.int64).max
 
 Duplicates = Literal["keep", "drop", "count"]
 
 REPEATS = ("//x2", "//x3-5", "//x6+")
-"""What ``duplicates="count"`` puts behind a code that occurs 2, 3 to 5, or 6 and more times in a visit."""
+"""Suffixes by ``duplicates="count"`` of a code that occurs 2, 3 to 5, or 6 and more times in a visit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """The events left, sorted by subject, time, visit and code, so whatever order they came in."""
+
+    subject_ids: np.ndarray
+    """int64 ``[subjects]``, ascending; only subjects with an event left."""
+    births: np.ndarray
+    """int64 ``[subjects]``, microseconds since 1970."""
+    offsets: np.ndarray
+    """int64 ``[subjects + 1]``: subject i has the events from ``offsets[i]`` to ``offsets[i + 1]``."""
+    codes: np.ndarray
+    """int32 ``[events]``, places in ``names``."""
+    times: np.ndarray
+    """int64 ``[events]``, microseconds since 1970."""
+    visits: np.ndarray
+    """int32 ``[events]``, from 0 for each subject, in the order of the visits' first events."""
+    names: tuple[str, ...]
+    """The distinct codes of the whole data set, sorted; where duplicates are counted, followed by all of
+    them with each suffix of `REPEATS` in turn."""
+    without_events: Births
+    """Of the subjects that have no event left, but a birth."""
 
 
 def select_events(
@@ -259,10 +93,9 @@ def select_events(
     selected = select_columns(columns, wanted, duplicates, event_set.counts)
     count_repeated(selected.codes, len(columns.names), event_set.counts)
     if not len(selected.codes):
-        marker = np.isin(np.array(columns.names), [BIRTH_CODE, DEATH_CODE])  # [names]
-        by_code = np.bincount(columns.codes, minlength=len(marker))[~marker]
-        names = [name for name in columns.names if name not in (BIRTH_CODE, DEATH_CODE)]
-        raise nothing_left(dict(zip(names, by_code.tolist(), strict=True)), event_set.counts)
+        events = np.bincount(columns.codes, minlength=len(columns.names)).tolist()
+        by_code = dict(zip(columns.names, events, strict=True))
+        raise nothing_left(by_code | {BIRTH_CODE: 0, DEATH_CODE: 0}, event_set.counts)
     return selected
 
 
@@ -293,7 +126,7 @@ def select_columns(
     if duplicates == "count":
         names = _with_repeats(names)
 
-    starts = np.flatnonzero(np.diff(subject, prepend=np.int32(-1)))  # [S]
+    starts = np.flatnonzero(leads([subject]))  # [S]
     offsets = np.append(starts, len(subject))
     present = subject[starts]
     alone = births != _NEVER
@@ -340,10 +173,8 @@ def apply_rules(
     """
     code, time = events.codes, events.times
     subjects, subject = rank_ids(events.subject_ids)
-    born, died = (code == _place(events.names, marker) for marker in (BIRTH_CODE, DEATH_CODE))
-    births, deaths = (
-        _earliest(np.flatnonzero(marked), events, subject, len(subjects)) for marked in (born, died)
-    )
+    born, died = events.of_code(BIRTH_CODE), events.of_code(DEATH_CODE)
+    births, deaths = (_earliest(marked, events, subject, len(subjects)) for marked in (born, died))
 
     keep = ~(born | died)  # [N]
     counts.drop("birth or death marker", len(keep) - int(np.count_nonzero(keep)))
@@ -373,19 +204,205 @@ def apply_rules(
     return subjects, births, [column[keep] for column in columns]
 
 
-def _place(names: Sequence[str], name: str) -> int:
-    """Place of a name in names, ascending; -1 where it is not there."""
-    place = bisect.bisect_left(names, name)
-    return place if place < len(names) and names[place] == name else -1
+def rank_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct ids, ascending, and the place of each id ``[N]`` among them, int32 ``[N]``."""
+    if not len(ids):
+        return ids, np.empty(0, np.int32)
+    if ascending(ids):
+        first = leads([ids])
+        return ids[first], np.cumsum(first, dtype=np.int32) - np.int32(1)
+    least, most = int(ids.min()), int(ids.max())
+    if most - least < max(4 * len(ids), 1 << 16):  # a table of all numbers in between is small enough
+        shifted = ids - least
+        seen = np.zeros(most - least + 1, bool)
+        seen[shifted] = True
+        place = np.cumsum(seen, dtype=np.int32) - np.int32(1)
+        return np.flatnonzero(seen) + least, place[shifted]
+    coded = pa.array(ids).dictionary_encode()
+    distinct, rank = np.unique(coded.dictionary.to_numpy(), return_inverse=True)
+    return distinct, rank.astype(np.int32)[coded.indices.to_numpy()]
 
 
-def _earliest(rows: np.ndarray, events: EventColumns, subject: np.ndarray, subjects: int) -> np.ndarray:
-    """Earliest time among some rows by subject: int64 ``[subjects]``, ``_NEVER`` where none."""
+def _earliest(marked: np.ndarray, events: EventColumns, subject: np.ndarray, subjects: int) -> np.ndarray:
+    """Earliest time of a marked event by subject: int64 ``[subjects]``, ``_NEVER`` where none."""
     first = np.full(subjects, _NEVER)
-    if events.timed is not None:
-        rows = rows[events.timed[rows]]
+    rows = np.flatnonzero(marked if events.timed is None else marked & events.timed)
     np.minimum.at(first, subject[rows], events.times[rows])
     return first
+
+
+# Visits of sorted events: their numbers, and the codes that come again within one.
+
+_SHORT = 8  # events of a visit that are compared with each other one by one
+
+
+def number_visits(
+    subject: np.ndarray, time: np.ndarray, named: np.ndarray | None = None, visit: np.ndarray | None = None
+) -> np.ndarray:
+    """Number the visits of all subjects through, in the order of their first events.
+
+    Args:
+        subject: int32 ``[events]``, ascending.
+        time: int64 ``[events]`` microseconds, ascending within a subject.
+        named: bool ``[events]``, whether the event has a visit id; none has where not given.
+        visit: int64 ``[events]``, that id. A visit without one is a calendar day.
+
+    Returns:
+        int32 ``[events]``.
+    """
+    if not len(subject):
+        return np.empty(0, np.int32)
+    day = time // DAY
+    columns = (
+        [subject, day] if named is None or visit is None else [subject, named, np.where(named, visit, day)]
+    )
+    starts = leads(columns)  # an event that continues the visit of the one before it does not lead
+    run = np.cumsum(starts, dtype=np.int32) - np.int32(1)  # [events]
+    if named is None or not named.any():
+        return run
+    # Other visits may interrupt one, so that it has several runs.
+    runs = np.arange(run[-1] + 1, dtype=np.int32)
+    *key, grouped = sort_rows([*(column[starts] for column in columns), runs])
+    heads = leads(key)
+    is_first = np.zeros(len(runs), bool)
+    is_first[grouped[heads]] = True
+    number = np.cumsum(is_first, dtype=np.int32) - np.int32(1)  # right where is_first
+    of_run = np.empty(len(runs), np.int32)
+    of_run[grouped] = number[grouped[heads]][np.cumsum(heads) - 1]
+    return of_run[run]
+
+
+def first_in_visit(visit: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first event of each code in each visit.
+
+    Args:
+        visit: int32 ``[events]``, as `number_visits` gives them.
+        code: int32 ``[events]``.
+
+    Returns:
+        Whether an event is the first, bool ``[events]``; the places of those firsts whose code comes again,
+        int32 ``[repeated]``; and how often that code is in the visit, int64 ``[repeated]``, 2 or more.
+    """
+    first = np.ones(len(code), bool)
+    again = _may_come_again(visit, code)
+    if not again.any():
+        return first, np.empty(0, np.int32), np.empty(0, np.int64)
+    # Only visits with such an event need sorting.
+    suspect = np.zeros(int(visit.max()) + 1, bool)
+    suspect[visit[again]] = True
+    shared = np.flatnonzero(suspect[visit]).astype(np.int32)
+    *key, place = sort_rows([visit[shared], code[shared], shared])
+    heads = np.flatnonzero(leads(key))
+    times = np.diff(np.append(heads, len(shared)))
+    place = place[heads]
+    first[shared] = False
+    first[place] = True
+    return first, place[times > 1], times[times > 1]
+
+
+def _may_come_again(visit: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """Tell which events may repeat a code of their visit; those of long or interrupted visits just may.
+
+    Comparing each event with the few before it is many times faster than sorting.
+
+    Returns:
+        bool ``[events]``.
+    """
+    again = np.zeros(len(code), bool)
+    for back in range(1, min(_SHORT, len(code))):
+        same = visit[back:] == visit[:-back]
+        if not same.any():
+            break
+        again[back:] |= same & (code[back:] == code[:-back])
+    if len(code) > _SHORT:
+        again[_SHORT:] |= visit[_SHORT:] == visit[:-_SHORT]
+    if (visit[1:] < visit[:-1]).any():
+        again = (np.bincount(visit) > 1)[visit]
+    return again
+
+
+# Codes chosen by patterns, and the error where nothing is left.
+
+
+@dataclass(frozen=True)
+class CodeChoice:
+    """The codes that are read, and what for; its methods raise `InputError` where a pattern is wrong."""
+
+    codes: tuple[str, ...] = ()
+    """Patterns of those that become tokens; none: all."""
+    exclude_codes: tuple[str, ...] = ()
+    value_codes: tuple[str, ...] = ()
+    """Tokens too, with the bin of their value."""
+    static_codes: tuple[str, ...] = ()
+    """Kept as facts about the subject where they have no time."""
+
+    def tokens(self, names: Sequence[str]) -> np.ndarray:
+        """Bool ``[names]``."""
+        wanted = selects(names, self.codes, self.exclude_codes, options="")
+        if not self.value_codes:
+            return wanted
+        valued = matches(names, self.value_codes, "value_codes")
+        return wanted | (valued & selects(names, (), self.exclude_codes, options=""))
+
+    def static(self, names: Sequence[str]) -> np.ndarray:
+        """Bool ``[names]``."""
+        return matches(names, self.static_codes, "static_codes")
+
+    def read(self, names: Sequence[str]) -> np.ndarray:
+        """Bool ``[names]``: one or the other."""
+        return self.tokens(names) | self.static(names)
+
+
+def selects(
+    names: Sequence[str], codes: tuple[str, ...], exclude_codes: tuple[str, ...], options: str = "data."
+) -> np.ndarray:
+    """Codes that the patterns select: bool ``[names]``.
+
+    Raises:
+        InputError: a pattern is no regular expression; ``options`` goes before the option's name.
+    """
+    wanted = matches(names, codes, f"{options}codes") if codes else np.ones(len(names), bool)
+    return wanted & ~matches(names, exclude_codes, f"{options}exclude_codes")
+
+
+def matches(names: Sequence[str], patterns: tuple[str, ...], option: str) -> np.ndarray:
+    """Names at the start of which any pattern matches: bool ``[names]``.
+
+    Raises:
+        InputError: a pattern is no regular expression; ``option`` is named as the place to mend it.
+    """
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise InputError(
+                f"{option} has {pattern!r}, which is no regular expression ({error}): mend it, or put a "
+                "backslash before the sign to take it literally."
+            ) from error
+    if not compiled:
+        return np.zeros(len(names), dtype=bool)
+    return np.array([any(pattern.match(name) for pattern in compiled) for name in names], dtype=bool)
+
+
+def nothing_left(by_code: Mapping[str, int], counts: EventCounts, options: str = "data.") -> InputError:
+    """The error of a data set from which the rules leave nothing.
+
+    Args:
+        by_code: code, or prefix of codes -> events read, markers of birth and death aside.
+        counts: what the rules dropped.
+        options: goes before the names of the options.
+    """
+    by_prefix = Counter()
+    for name, count in by_code.items():
+        by_prefix[name.split("//")[0]] += count
+    prefixes = ", ".join(prefix for prefix, count in by_prefix.most_common(10) if count)
+    rules = ", ".join(f"{rule}: {count}" for rule, count in counts.dropped.items())
+    return InputError(
+        f"No event is left after filtering ({rules}): choose {options}codes and {options}exclude_codes to "
+        f"fit the codes of the data set (most frequent prefixes: {prefixes or 'none'}), and see that "
+        f"subjects have a {BIRTH_CODE} event with a time."
+    )
 
 
 # Numeric values as part of the code: a quantile bin, fitted on the train split.

@@ -11,119 +11,20 @@ An events table is a :class:`pyarrow.Table` with the columns
 Source: the MEDS schema 0.4, https://github.com/Medical-Event-Data-Standard/meds.
 """
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from behrt_jax.data.sorting import ascending
-
-# Events as plain arrays, which the rules work on.
-
-
-@dataclass(frozen=True, eq=False)
-class EventColumns:
-    """Events in any row order, as arrays ``[events]``."""
-
-    subject_ids: np.ndarray
-    """int64."""
-    codes: np.ndarray
-    """int32 places in ``names``."""
-    times: np.ndarray
-    """int64 microseconds since 1970, 0 where null."""
-    names: Sequence[str]
-    """Distinct codes, ascending, so that places sort as the codes do."""
-    timed: np.ndarray | None = None
-    """bool: the time is not null. None where all are so."""
-    visits: np.ndarray | None = None
-    """int64 visit ids, anything where there is none. None where no event has one."""
-    named: np.ndarray | None = None
-    """bool: the event has a visit id. Given with ``visits``."""
-
-
-@dataclass(frozen=True, eq=False)
-class Births:
-    """When some subjects were born; by default of none."""
-
-    subject_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """int64 ``[subjects]``, ascending."""
-    times: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """int64 ``[subjects]``, microseconds since 1970."""
-
-    def __len__(self) -> int:
-        return len(self.subject_ids)
-
-
-@dataclass(frozen=True, eq=False)
-class Selected:
-    """The events left, sorted by subject, time, visit and code, so whatever order they came in."""
-
-    subject_ids: np.ndarray
-    """int64 ``[subjects]``, ascending; only subjects with an event left."""
-    births: np.ndarray
-    """int64 ``[subjects]``, microseconds since 1970."""
-    offsets: np.ndarray
-    """int64 ``[subjects + 1]``: subject i has the events from ``offsets[i]`` to ``offsets[i + 1]``."""
-    codes: np.ndarray
-    """int32 ``[events]``, places in ``names``."""
-    times: np.ndarray
-    """int64 ``[events]``, microseconds since 1970."""
-    visits: np.ndarray
-    """int32 ``[events]``, from 0 for each subject, in the order of the visits' first events."""
-    names: tuple[str, ...]
-    """The distinct codes of the whole data set, sorted; where duplicates are counted, followed by all of
-    them with each suffix of `filtering.REPEATS` in turn."""
-    without_events: Births
-    """Of the subjects that have no event left, but a birth."""
-
-
-def event_columns(events: pa.Table) -> EventColumns:
-    """The columns of an events table, with the codes' names sorted."""
-    code = events["code"].combine_chunks()
-    given = code.dictionary.to_pylist()
-    names = sorted(set(given))
-    place = {name: index for index, name in enumerate(names)}
-    lookup = np.array([place[name] for name in given], np.int32)
-    time = events["time"].cast(pa.int64())
-    visits = named = None
-    if "visit_id" in events.column_names and events["visit_id"].null_count < events.num_rows:
-        named = events["visit_id"].is_valid().to_numpy()
-        visits = events["visit_id"].fill_null(0).to_numpy()
-    return EventColumns(
-        subject_ids=events["subject_id"].to_numpy(),
-        codes=lookup[code.indices.to_numpy()],
-        times=time.fill_null(0).to_numpy(),
-        names=names,
-        timed=time.is_valid().to_numpy() if time.null_count else None,
-        visits=visits,
-        named=named,
-    )
-
-
-def rank_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids, ascending, and the place of each id ``[N]`` among them, int32 ``[N]``."""
-    if not len(ids):
-        return ids, np.empty(0, np.int32)
-    if ascending(ids):
-        leads = np.ones(len(ids), bool)
-        leads[1:] = ids[1:] != ids[:-1]
-        return ids[leads], np.cumsum(leads, dtype=np.int32) - np.int32(1)
-    least, most = int(ids.min()), int(ids.max())
-    if most - least < max(4 * len(ids), 1 << 16):  # a table of all numbers in between is small enough
-        shifted = ids - least
-        seen = np.zeros(most - least + 1, bool)
-        seen[shifted] = True
-        place = np.cumsum(seen, dtype=np.int32) - np.int32(1)
-        return np.flatnonzero(seen) + least, place[shifted]
-    coded = pa.array(ids).dictionary_encode()
-    distinct, rank = np.unique(coded.dictionary.to_numpy(), return_inverse=True)
-    return distinct, rank.astype(np.int32)[coded.indices.to_numpy()]
-
-
 BIRTH_CODE = "MEDS_BIRTH"
 DEATH_CODE = "MEDS_DEATH"
 SPLITS = ("train", "tuning", "held_out")
+DAY = 86_400_000_000
+"""Microseconds in a day."""
+YEAR = 365.25 * DAY
+"""Microseconds in a year."""
 
 EVENT_SCHEMA = pa.schema(
     [
@@ -138,7 +39,7 @@ VISIT_FIELD = pa.field("visit_id", pa.int64())
 
 @dataclass
 class EventCounts:
-    """What came in, and one row per rule that dropped or changed an event; filled along the way."""
+    """Events that came in, and those that each rule dropped or changed; filled along the way."""
 
     read: int = 0
     """Events read from the source."""
@@ -180,3 +81,69 @@ class EventSet:
     declared_codes: tuple[str, ...] | None = None
     """Codes that the source can emit, where it is known beforehand (generators): they all get a row
     in the vocabulary, whether or not they occur."""
+
+
+@dataclass(frozen=True, eq=False)
+class Births:
+    """Times at which some subjects were born; by default of none."""
+
+    subject_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64 ``[subjects]``, ascending."""
+    times: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64 ``[subjects]``, microseconds since 1970."""
+
+    def __len__(self) -> int:
+        return len(self.subject_ids)
+
+
+# The same events as plain arrays, which the rules work on.
+
+
+@dataclass(frozen=True, eq=False)
+class EventColumns:
+    """Events in any row order, as arrays ``[events]``."""
+
+    subject_ids: np.ndarray
+    """int64."""
+    codes: np.ndarray
+    """int32 places in ``names``."""
+    times: np.ndarray
+    """int64 microseconds since 1970, 0 where null."""
+    names: Sequence[str]
+    """Distinct codes, ascending, so that places sort as the codes do."""
+    timed: np.ndarray | None = None
+    """bool: the time is not null. None where all are so."""
+    visits: np.ndarray | None = None
+    """int64 visit ids, anything where there is none. None where no event has one."""
+    named: np.ndarray | None = None
+    """bool: the event has a visit id. Given with ``visits``."""
+
+    def of_code(self, name: str) -> np.ndarray:
+        """The events with a code: bool ``[events]``."""
+        place = bisect.bisect_left(self.names, name)
+        if place == len(self.names) or self.names[place] != name:
+            return np.zeros(len(self.codes), bool)
+        return self.codes == place
+
+
+def event_columns(events: pa.Table) -> EventColumns:
+    """The columns of an events table, with the codes' names sorted."""
+    code = events["code"].combine_chunks()
+    given = code.dictionary.to_pylist()
+    names = sorted(set(given))
+    place = {name: index for index, name in enumerate(names)}
+    lookup = np.array([place[name] for name in given], np.int32)
+    time = events["time"].cast(pa.int64())
+    visits = named = None
+    if "visit_id" in events.column_names and events["visit_id"].null_count < events.num_rows:
+        named = events["visit_id"].is_valid().to_numpy()
+        visits = events["visit_id"].fill_null(0).to_numpy()
+    return EventColumns(
+        subject_ids=events["subject_id"].to_numpy(),
+        codes=lookup[code.indices.to_numpy()],
+        times=time.fill_null(0).to_numpy(),
+        names=names,
+        timed=time.is_valid().to_numpy() if time.null_count else None,
+        visits=visits,
+        named=named,
+    )

@@ -1,10 +1,11 @@
-"""Several windows share a row: which windows, chosen from the histogram of their lengths alone.
+"""Windows of histories, and rows that several windows share.
 
-Best-fit decreasing (Johnson 1974, Fast algorithms for bin packing): windows are placed from long to
-short, each into the fullest row that still holds it. Windows of one length are interchangeable, so
-all of them are placed at once (the histogram of Krell et al. 2021, arXiv 2107.02027); the cost then
-depends on the number of distinct lengths, not of windows. The outcome is a recipe (so many rows with
-such lengths) that random windows fill anew in each epoch; the number of rows never changes.
+Which windows share a row is chosen from the histogram of their lengths alone, by best-fit decreasing
+(Johnson 1974, Fast algorithms for bin packing): windows are placed from long to short, each into the fullest
+row that still holds it. Windows of one length are interchangeable, so all of them are placed at once (the
+histogram of Krell et al. 2021, arXiv 2107.02027); the cost then depends on the number of distinct lengths,
+not of windows. The outcome is a recipe (so many rows with such lengths) that random windows fill anew in each
+epoch; the number of rows never changes.
 """
 
 from bisect import bisect_left, insort
@@ -14,15 +15,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import Sequences
+from behrt_jax.data.sorting import ragged_indices, run_offsets
 from behrt_jax.errors import InputError
 
-# Which part of each subject's history is read, where the history is longer than the model.
-
-SingleWindow = Literal["random", "recent", "first"]
 WindowChoice = Literal["all", "random", "recent", "first"]
 
 
@@ -42,41 +39,40 @@ class Windows:
 def choose_windows(
     sequences: Sequences, max_tokens: int, how: WindowChoice, rng: np.random.Generator | None = None
 ) -> Windows:
-    """Windows of every subject: ``all`` cuts histories into :func:`consecutive_windows`, the other
-    choices take one of :func:`subject_windows`; arguments and errors are theirs.
-    """
-    if how == "all":
-        return consecutive_windows(sequences, max_tokens)
-    return subject_windows(sequences, max_tokens, how, rng)
+    """Choose which part of each history is read where it is longer than the model.
 
-
-def subject_windows(
-    sequences: Sequences, max_tokens: int, how: SingleWindow, rng: np.random.Generator | None = None
-) -> Windows:
-    """Choose one window of ``min(tokens of the subject, max_tokens)`` tokens for every subject.
-
-    The lengths do not depend on ``how`` nor on ``rng``, so the number of rows that the windows fill
-    is the same in every epoch.
+    The lengths do not depend on ``rng``, so the number of rows that the windows fill is the same in every
+    epoch.
 
     Args:
         sequences: the histories.
         max_tokens: longest window, in tokens.
-        how: ``recent`` takes the last tokens of a history, ``first`` the first, ``random`` draws the
-            start uniformly.
+        how: ``all`` cuts every history into consecutive windows of ``max_tokens`` tokens, of which the last
+            may be shorter, so that every token is in exactly one. The others take one window of
+            ``min(tokens of the subject, max_tokens)`` tokens: ``recent`` the last tokens of a history,
+            ``first`` the first, and ``random`` draws the start uniformly.
         rng: needed where ``how`` is ``random``.
 
     Returns:
-        Windows ``[subjects]``, in the order of the subjects.
+        Windows in the order of the subjects; ``[subjects]``, but for ``all``, where a history without tokens
+        has none.
 
     Raises:
         InputError: if ``max_tokens`` is below 1 or ``how`` is unknown.
         ValueError: if ``how`` is ``random`` and there is no ``rng``.
     """
-    _check(max_tokens, how)
-    tokens = sequences.lengths
+    if max_tokens < 1:
+        raise InputError(f"data.max_length leaves a sequence {max_tokens} codes: give it more")
+    if how not in get_args(WindowChoice):
+        raise InputError(f"data.window is {how!r}: choose one of {', '.join(get_args(WindowChoice))}")
+    tokens, starts = sequences.lengths, sequences.offsets[:-1]
     lengths = np.minimum(tokens, max_tokens)
-    starts = sequences.offsets[:-1]
-    if how == "recent":
+    if how == "all":
+        pieces = -(-tokens // max_tokens)  # [subjects]
+        ends = np.repeat(sequences.offsets[1:], pieces)  # [windows]
+        starts = np.repeat(starts, pieces) + max_tokens * ragged_indices(np.zeros_like(pieces), pieces)
+        lengths = np.minimum(max_tokens, ends - starts)
+    elif how == "recent":
         starts = starts + (tokens - lengths)
     elif how == "random":
         if rng is None:
@@ -85,28 +81,7 @@ def subject_windows(
     return Windows(np.asarray(starts, np.int64), lengths.astype(np.int32))
 
 
-def consecutive_windows(sequences: Sequences, max_tokens: int) -> Windows:
-    """Cut every history into consecutive windows of ``max_tokens`` tokens; the last may be shorter.
-
-    Every token is in exactly one window. A history without tokens has none.
-
-    Raises:
-        InputError: if ``max_tokens`` is below 1.
-    """
-    _check(max_tokens)
-    pieces = -(-sequences.lengths // max_tokens)  # [subjects]
-    ends = np.repeat(sequences.offsets[1:], pieces)  # [windows]
-    starts = np.repeat(sequences.offsets[:-1], pieces)
-    starts = starts + max_tokens * ragged_indices(np.zeros_like(pieces), pieces)
-    return Windows(np.asarray(starts, np.int64), np.minimum(max_tokens, ends - starts).astype(np.int32))
-
-
-def _check(max_tokens: int, how: str = "first") -> None:
-    if max_tokens < 1:
-        raise InputError(f"data.max_length leaves a sequence {max_tokens} codes: give it more")
-    if how not in get_args(WindowChoice):
-        raise InputError(f"data.window is {how!r}: choose one of {', '.join(get_args(WindowChoice))}")
-
+# Rows of windows.
 
 Composition = tuple[tuple[int, int], ...]  # of (window length, copies)
 
@@ -132,7 +107,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which windows are in which row."""
+    """Rows, each with the windows that share it."""
 
     windows: np.ndarray
     """Window indices, one row after the other, int64 ``[windows]``."""
@@ -205,7 +180,7 @@ def plan_rows(lengths: np.ndarray, row_length: int, rng: np.random.Generator) ->
     windows = np.empty(len(lengths), np.int64)
     by_length = np.argsort(slot_lengths.astype(lengths.dtype), kind="stable")
     windows[by_length] = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    return RowPlan(windows, _offsets(slots))
+    return RowPlan(windows, run_offsets(slots))
 
 
 def one_per_row(count: int, rng: np.random.Generator | None = None) -> RowPlan:
@@ -234,9 +209,4 @@ def _flattened(row_length: int, rows: Iterable[tuple[Composition, int]]) -> Pack
         compositions.append(np.repeat(lengths, copies))
         uses.append(count)
     flat = np.concatenate([np.empty(0, np.int32), *compositions])
-    return Packing(row_length, flat, _offsets([len(c) for c in compositions]), np.array(uses, np.int64))
-
-
-def _offsets(counts: ArrayLike) -> np.ndarray:
-    """Where each run of a concatenation starts, and where the last one ends: int64 ``[runs + 1]``."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    return Packing(row_length, flat, run_offsets([len(c) for c in compositions]), np.array(uses, np.int64))

@@ -1,4 +1,7 @@
+"""Parquet files read, and their columns checked and cast, with an error that says how to mend them."""
+
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +17,28 @@ CHUNK_ROWS = 1 << 20
 _TEXT = EVENT_SCHEMA.field("code").type
 
 
+@contextmanager
+def readable(file: Path, message: str | None = None) -> Iterator[None]:
+    """Turn errors of reading a file within the block into an InputError that says how to mend it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        problem = f"{file} is no readable Parquet file (cut short, or another format): write it again."
+        raise InputError(message or problem) from error
+
+
 def open_parquet(file: Path) -> pq.ParquetFile:
     """Open a file whose texts are read dictionary-encoded; its columns are in ``schema_arrow``.
 
     Raises:
         InputError: cut short, or no Parquet file.
     """
-    try:
+    with readable(file):
         columns = [field.name for field in pq.read_schema(file) if not pt.is_nested(field.type)]
         texts = [name for name in columns if name in ("code", "split", "description")]
         return pq.ParquetFile(file, read_dictionary=texts)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file) from error
 
 
 def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...]) -> None:
@@ -41,10 +54,8 @@ def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...
 
 def read_columns(file: Path, opened: pq.ParquetFile, columns: list[str]) -> pa.Table:
     """All rows of some columns, at once; InputError where the file is damaged."""
-    try:
+    with readable(file):
         return opened.read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file) from error
 
 
 def _tables(
@@ -52,18 +63,12 @@ def _tables(
 ) -> Iterator[pa.Table]:
     """Read row groups at once where they fit into one table, else in pieces."""
     rows = sum(opened.metadata.row_group(group).num_rows for group in row_groups)
-    try:
+    with readable(file):
         if rows <= CHUNK_ROWS:
             yield opened.read_row_groups(list(row_groups), columns=columns)
             return
         for batch in opened.iter_batches(CHUNK_ROWS, row_groups=list(row_groups), columns=columns):
             yield pa.Table.from_batches([batch])
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file) from error
-
-
-def _unreadable(file: Path) -> InputError:
-    return InputError(f"{file} is no readable Parquet file (cut short, or another format): write it again.")
 
 
 def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
@@ -81,6 +86,13 @@ def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.Dat
         raise InputError(f"{file} has {kind} in the column {column}: write it as {meant}.")
     # Values and nanoseconds may lose their last digits; anything else must come through exactly.
     safe = not (pt.is_float32(target) or (pt.is_timestamp(kind) and kind.unit == "ns"))
+    return cast_or_refuse(file, column, values, target, safe)
+
+
+def cast_or_refuse(
+    file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType, safe: bool = True
+) -> pa.ChunkedArray:
+    """A column in another type; InputError where a value does not fit."""
     try:
         return values.cast(target, safe=safe)
     except pa.ArrowInvalid as error:

@@ -2,263 +2,40 @@
 
 A folder holds ``vocabulary.parquet``, ``manifest.json`` and, for each split, ``subjects.arrow`` (columns
 subject_id and start, the place of the subject's first event) and ``events.arrow`` (columns code, age,
-visit and time: one record batch, so that each column is one array on disk). Beside them lie what is known of
-the subjects themselves, ``static.parquet``, ``deaths.parquet`` and ``births.parquet``, see `subject_facts`.
+visit and time: one record batch, so that each column is one array on disk). Beside them lies what is known of
+the subjects themselves: ``static.parquet``, ``deaths.parquet`` and ``births.parquet``.
 """
 
 import json
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.data.events import DEATH_CODE, SPLITS, Births, EventColumns, EventCounts
+from behrt_jax.data.parquet import readable
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-
-# Arrow files of one record batch, whose columns may be written part by part and are read as views.
-
-_FEW_ROWS = 1 << 16
-
-
-def write_columns(file: Path, schema: pa.Schema, rows: int, columns: Sequence[Iterable[np.ndarray]]) -> None:
-    """Write an Arrow file of one record batch, with no column in memory as a whole.
-
-    Args:
-        file: to write.
-        schema: types of the columns, numbers.
-        rows: how many there are.
-        columns: parts of each column, of its type, with ``rows`` values together.
-    """
-    if rows <= _FEW_ROWS:
-        batch = pa.RecordBatch.from_arrays(
-            [
-                pa.array(np.concatenate([np.empty(0, field.type.to_pandas_dtype()), *parts]))
-                for field, parts in zip(schema, columns, strict=True)
-            ],
-            schema=schema,
-        )
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(batch)
-        return
-    sizes = [rows * field.type.bit_width // 8 for field in schema]
-    with file.open("wb", buffering=0) as opened:
-        filling = _Filling(opened, sizes, columns)
-        # Never touched, so that it takes no memory: it only tells Arrow where columns are and how long.
-        blank = pa.py_buffer(mmap.mmap(-1, max(sizes)))
-        arrays = [
-            pa.Array.from_buffers(field.type, rows, [None, blank.slice(0, size)], null_count=0)
-            for field, size in zip(schema, sizes, strict=True)
-        ]
-        with pa.PythonFile(filling, mode="w") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-    filling.check()
-
-
-class _Filling:
-    """A file in which the buffers of Arrow's columns are replaced by parts."""
-
-    closed = False
-
-    def __init__(self, file: BinaryIO, sizes: Sequence[int], columns: Sequence[Iterable[np.ndarray]]):
-        self._file = file
-        self._columns = list(zip(sizes, columns, strict=True))
-
-    def write(self, piece: bytes | pa.Buffer) -> int:
-        size = len(piece)
-        # What belongs to the format comes as short bytes, and the columns in their order.
-        if size <= _FEW_ROWS:
-            return self._all(piece)
-        expected, parts = self._columns.pop(0)
-        if size != expected or expected != sum(self._all(np.ascontiguousarray(part).data) for part in parts):
-            raise ValueError("parts of a column that are not as long as the column")
-        return size
-
-    def _all(self, piece: bytes | memoryview | pa.Buffer) -> int:
-        left = memoryview(piece).cast("B")
-        size = len(left)
-        while left:
-            left = left[self._file.write(left) :]
-        return size
-
-    def check(self) -> None:
-        if self._columns:
-            raise ValueError("columns that were not written")
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def read_columns(file: Path, schema: pa.Schema) -> list[np.ndarray]:
-    """Columns as read-only views of the file, which is memory-mapped.
-
-    Raises:
-        InputError: no such file, or another one.
-    """
-    try:
-        reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        if reader.schema != schema or reader.num_record_batches != 1:
-            raise pa.ArrowInvalid("another schema")
-        return [column.to_numpy(zero_copy_only=True) for column in reader.get_batch(0).columns]
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{file} is missing, cut short or of another format: run prepare again, with another output."
-        ) from error
-
-
-# What a prepared data set tells of its subjects beside their events: static facts, births and deaths.
-
-STATIC = pa.schema([("subject_id", pa.int64()), ("code", pa.string())])
-DEATHS = pa.schema([("subject_id", pa.int64()), ("time", pa.timestamp("us"))])
-BIRTHS = DEATHS
-_ROWS = 1 << 20  # of a row group
-
-
-@dataclass(frozen=True, eq=False)
-class SubjectFacts:
-    """Those of some subjects, ascending."""
-
-    static_ids: np.ndarray
-    """int64 ``[facts]``, subject ids."""
-    static_codes: np.ndarray
-    """object ``[facts]``, strings."""
-    death_ids: np.ndarray
-    """int64 ``[deaths]``, subject ids, distinct."""
-    deaths: np.ndarray
-    """int64 ``[deaths]``, microseconds since 1970."""
-    births: Births
-    """Of those without any event left."""
-
-
-def subject_facts(
-    events: EventColumns,
-    static: np.ndarray,
-    births: Births,
-    split_of: Callable[[np.ndarray], np.ndarray],
-) -> dict[str, SubjectFacts]:
-    """Split -> the facts of its subjects.
-
-    Args:
-        events: all events of whole subjects.
-        static: bool ``[names]``, codes that are static facts where they have no time.
-        births: of those without any event left.
-        split_of: from subject ids, ascending, to the places of their splits in `events.SPLITS`.
-    """
-    names = np.array(events.names, object)
-    rows = np.zeros(0, np.int64)
-    if events.timed is not None:
-        rows = np.flatnonzero(~events.timed & static[events.codes])
-    facts = np.unique(np.stack([events.subject_ids[rows], events.codes[rows]]), axis=1)  # [2, facts]
-    died = events.codes == (events.names.index(DEATH_CODE) if DEATH_CODE in events.names else -1)
-    if events.timed is not None:
-        died &= events.timed
-    ids, times = events.subject_ids[died], events.times[died]
-    order = np.lexsort([times, ids])
-    dead, first = np.unique(ids[order], return_index=True)
-    times = times[order][first]
-    split, split_of_dead, split_of_births = map(split_of, (facts[0], dead, births.subject_ids))
-    return {
-        name: SubjectFacts(
-            facts[0][split == index],
-            names[facts[1][split == index]],
-            dead[split_of_dead == index],
-            times[split_of_dead == index],
-            Births(births.subject_ids[split_of_births == index], births.times[split_of_births == index]),
-        )
-        for index, name in enumerate(SPLITS)
-    }
-
-
-class FactWriter:
-    """Writes the facts of one split, subjects ascending; row groups do not depend on how they come."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        schemas = {"static": STATIC, "deaths": DEATHS, "births": BIRTHS}
-        self._tables = [_Rows(folder / f"{name}.parquet", schema) for name, schema in schemas.items()]
-        self.subjects = 0
-        """Subjects with a static fact."""
-
-    def append(self, facts: SubjectFacts) -> None:
-        """Add the facts of further subjects."""
-        self.subjects += len(np.unique(facts.static_ids))
-        columns = [
-            (facts.static_ids, facts.static_codes),
-            (facts.death_ids, facts.deaths.astype("datetime64[us]")),
-            (facts.births.subject_ids, facts.births.times.astype("datetime64[us]")),
-        ]
-        for rows, (ids, values) in zip(self._tables, columns, strict=True):
-            if len(ids):
-                columns = [pa.array(ids), pa.array(values, rows.schema.field(1).type)]
-                rows.append(pa.table(columns, schema=rows.schema))
-
-    def counts(self) -> dict[str, int]:
-        """Static facts, subjects with any, deaths, and births of subjects without any event left."""
-        static, deaths, births = (table.rows for table in self._tables)
-        return {
-            "facts": static,
-            "subjects": self.subjects,
-            "deaths": deaths,
-            "births_without_events": births,
-        }
-
-    def __enter__(self) -> "FactWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for rows in self._tables:
-            rows.close()
-
-
-class _Rows:
-    """A Parquet file, written in row groups of `_ROWS`."""
-
-    def __init__(self, file: Path, schema: pa.Schema):
-        self.schema, self.rows = schema, 0
-        self._writer = pq.ParquetWriter(file, schema)
-        self._held: list[pa.Table] = []
-
-    def append(self, table: pa.Table) -> None:
-        before, self.rows = self.rows, self.rows + table.num_rows
-        self._held.append(table)
-        if before // _ROWS < self.rows // _ROWS:
-            held = pa.concat_tables(self._held)
-            whole = held.num_rows // _ROWS * _ROWS
-            self._write(held.slice(0, whole))
-            self._held = [held.slice(whole).combine_chunks()]
-
-    def close(self) -> None:
-        if self.rows % _ROWS:
-            self._write(pa.concat_tables(self._held))
-        self._writer.close()
-
-    def _write(self, table: pa.Table) -> None:
-        self._writer.write_table(table.combine_chunks(), row_group_size=_ROWS)
-
+from behrt_jax.files import JsonObject
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.parquet"
 EVENTS = pa.schema([("code", pa.int32()), ("age", pa.float32()), ("visit", pa.int32()), ("time", pa.int64())])
 SUBJECTS = pa.schema([("subject_id", pa.int64()), ("start", pa.int64())])
+STATIC = pa.schema([("subject_id", pa.int64()), ("code", pa.string())])
+DEATHS = pa.schema([("subject_id", pa.int64()), ("time", pa.timestamp("us"))])
+BIRTHS = DEATHS
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, indented, in the order given."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> JsonObject:
     """Read the manifest of a prepared data set.
 
     Raises:
@@ -370,13 +147,228 @@ def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Ta
     file = Path(folder) / split / name
     if not file.is_file():
         return schema.empty_table()
-    try:
+    with readable(file, f"{file} is damaged: run prepare again, with another output."):
         return pq.ParquetFile(file).read().cast(schema)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{file} is damaged: run prepare again, with another output.") from error
 
 
-# The sequences of one split, collected and written as they belong into a prepared data set.
+# Arrow files of one record batch, whose columns may be written part by part and are read as views.
+
+_FEW_ROWS = 1 << 16
+
+
+def write_columns(file: Path, schema: pa.Schema, rows: int, columns: Sequence[Iterable[np.ndarray]]) -> None:
+    """Write an Arrow file of one record batch, with no column in memory as a whole.
+
+    Args:
+        file: to write.
+        schema: types of the columns, numbers.
+        rows: how many there are.
+        columns: parts of each column, of its type, with ``rows`` values together.
+    """
+    if rows <= _FEW_ROWS:
+        batch = pa.RecordBatch.from_arrays(
+            [
+                pa.array(np.concatenate([np.empty(0, field.type.to_pandas_dtype()), *parts]))
+                for field, parts in zip(schema, columns, strict=True)
+            ],
+            schema=schema,
+        )
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(batch)
+        return
+    sizes = [rows * field.type.bit_width // 8 for field in schema]
+    with file.open("wb", buffering=0) as opened:
+        filling = _Filling(opened, sizes, columns)
+        # Never touched, so that it takes no memory: it only tells Arrow where columns are and how long.
+        blank = pa.py_buffer(mmap.mmap(-1, max(sizes)))
+        arrays = [
+            pa.Array.from_buffers(field.type, rows, [None, blank.slice(0, size)], null_count=0)
+            for field, size in zip(schema, sizes, strict=True)
+        ]
+        with pa.PythonFile(filling, mode="w") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    filling.check()
+
+
+class _Filling:
+    """A file in which the buffers of Arrow's columns are replaced by parts."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO, sizes: Sequence[int], columns: Sequence[Iterable[np.ndarray]]):
+        self._file = file
+        self._columns = list(zip(sizes, columns, strict=True))
+
+    def write(self, piece: bytes | pa.Buffer) -> int:
+        size = len(piece)
+        # What belongs to the format comes as short bytes, and the columns in their order.
+        if size <= _FEW_ROWS:
+            return self._all(piece)
+        expected, parts = self._columns.pop(0)
+        if size != expected or expected != sum(self._all(np.ascontiguousarray(part).data) for part in parts):
+            raise ValueError("parts of a column that are not as long as the column")
+        return size
+
+    def _all(self, piece: bytes | memoryview | pa.Buffer) -> int:
+        left = memoryview(piece).cast("B")
+        size = len(left)
+        while left:
+            left = left[self._file.write(left) :]
+        return size
+
+    def check(self) -> None:
+        if self._columns:
+            raise ValueError("columns that were not written")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def read_columns(file: Path, schema: pa.Schema) -> list[np.ndarray]:
+    """Columns as read-only views of the file, which is memory-mapped.
+
+    Raises:
+        InputError: no such file, or another one.
+    """
+    problem = f"{file} is missing, cut short or of another format: run prepare again, with another output."
+    with readable(file, problem):
+        reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        if reader.schema != schema or reader.num_record_batches != 1:
+            raise pa.ArrowInvalid("another schema")
+        return [column.to_numpy(zero_copy_only=True) for column in reader.get_batch(0).columns]
+
+
+# Static facts, births and deaths of subjects, collected and written.
+
+_ROWS = 1 << 20  # of a row group
+
+
+@dataclass(frozen=True, eq=False)
+class SubjectFacts:
+    """Those of some subjects, ascending."""
+
+    static_ids: np.ndarray
+    """int64 ``[facts]``, subject ids."""
+    static_codes: np.ndarray
+    """object ``[facts]``, strings."""
+    death_ids: np.ndarray
+    """int64 ``[deaths]``, subject ids, distinct."""
+    deaths: np.ndarray
+    """int64 ``[deaths]``, microseconds since 1970."""
+    births: Births
+    """Of those without any event left."""
+
+
+def subject_facts(
+    events: EventColumns,
+    static: np.ndarray,
+    births: Births,
+    split_of: Callable[[np.ndarray], np.ndarray],
+) -> dict[str, SubjectFacts]:
+    """Split -> the facts of its subjects.
+
+    Args:
+        events: all events of whole subjects.
+        static: bool ``[names]``, codes that are static facts where they have no time.
+        births: of those without any event left.
+        split_of: from subject ids, ascending, to the places of their splits in `events.SPLITS`.
+    """
+    names = np.array(events.names, object)
+    rows = np.zeros(0, np.int64)
+    if events.timed is not None:
+        rows = np.flatnonzero(~events.timed & static[events.codes])
+    facts = np.unique(np.stack([events.subject_ids[rows], events.codes[rows]]), axis=1)  # [2, facts]
+    died = events.of_code(DEATH_CODE)
+    if events.timed is not None:
+        died &= events.timed
+    ids, times = events.subject_ids[died], events.times[died]
+    order = np.lexsort([times, ids])
+    dead, first = np.unique(ids[order], return_index=True)
+    times = times[order][first]
+    split, split_of_dead, split_of_births = map(split_of, (facts[0], dead, births.subject_ids))
+    return {
+        name: SubjectFacts(
+            facts[0][split == index],
+            names[facts[1][split == index]],
+            dead[split_of_dead == index],
+            times[split_of_dead == index],
+            Births(births.subject_ids[split_of_births == index], births.times[split_of_births == index]),
+        )
+        for index, name in enumerate(SPLITS)
+    }
+
+
+class FactWriter:
+    """Writes the facts of one split, subjects ascending; row groups do not depend on how they come."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        schemas = {"static": STATIC, "deaths": DEATHS, "births": BIRTHS}
+        self._tables = [_Rows(folder / f"{name}.parquet", schema) for name, schema in schemas.items()]
+        self.subjects = 0
+        """Subjects with a static fact."""
+
+    def append(self, facts: SubjectFacts) -> None:
+        """Add the facts of further subjects."""
+        self.subjects += len(np.unique(facts.static_ids))
+        columns = [
+            (facts.static_ids, facts.static_codes),
+            (facts.death_ids, facts.deaths.astype("datetime64[us]")),
+            (facts.births.subject_ids, facts.births.times.astype("datetime64[us]")),
+        ]
+        for rows, (ids, values) in zip(self._tables, columns, strict=True):
+            if len(ids):
+                columns = [pa.array(ids), pa.array(values, rows.schema.field(1).type)]
+                rows.append(pa.table(columns, schema=rows.schema))
+
+    def counts(self) -> dict[str, int]:
+        """Static facts, subjects with any, deaths, and births of subjects without any event left."""
+        static, deaths, births = (table.rows for table in self._tables)
+        return {
+            "facts": static,
+            "subjects": self.subjects,
+            "deaths": deaths,
+            "births_without_events": births,
+        }
+
+    def __enter__(self) -> "FactWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for rows in self._tables:
+            rows.close()
+
+
+class _Rows:
+    """A Parquet file, written in row groups of `_ROWS`."""
+
+    def __init__(self, file: Path, schema: pa.Schema):
+        self.schema, self.rows = schema, 0
+        self._writer = pq.ParquetWriter(file, schema)
+        self._held: list[pa.Table] = []
+
+    def append(self, table: pa.Table) -> None:
+        before, self.rows = self.rows, self.rows + table.num_rows
+        self._held.append(table)
+        if before // _ROWS < self.rows // _ROWS:
+            held = pa.concat_tables(self._held)
+            whole = held.num_rows // _ROWS * _ROWS
+            self._write(held.slice(0, whole))
+            self._held = [held.slice(whole).combine_chunks()]
+
+    def close(self) -> None:
+        if self.rows % _ROWS:
+            self._write(pa.concat_tables(self._held))
+        self._writer.close()
+
+    def _write(self, table: pa.Table) -> None:
+        self._writer.write_table(table.combine_chunks(), row_group_size=_ROWS)
+
+
+# The sequences of one split, collected and written.
 
 _PART_ROWS = 1 << 20
 

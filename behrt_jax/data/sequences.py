@@ -5,22 +5,20 @@ import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from behrt_jax.config import DataConfig
-from behrt_jax.data.event_rules import DAY, Selected, select_events
-from behrt_jax.data.events import SPLITS, Births, EventCounts, EventSet
+from behrt_jax.data.event_rules import Selected, select_events
+from behrt_jax.data.events import SPLITS, YEAR, Births, EventCounts, EventSet
+from behrt_jax.data.sorting import leads, run_offsets
 from behrt_jax.data.splits import check_disjoint, hash_splits, split_index
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK, Vocabulary, fit_vocabulary
 from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject
 
 MEDS_CODES = ("DIAGNOSIS//", "PROCEDURE//", "MEDICATION//")
 """Patterns for MEDS data where ``data.codes`` gives none."""
-YEAR = 365.25 * DAY
-"""Microseconds in a year."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +45,28 @@ class Sequences:
     def lengths(self) -> np.ndarray:
         """Tokens of each subject, int64 ``[subjects]``."""
         return np.diff(self.offsets)
+
+    def births(self, subjects: np.ndarray) -> np.ndarray:
+        """Births of some subjects, by the age at their first event: float64 ``[n]`` microseconds."""
+        first = self.offsets[subjects]
+        return self.times[first] - self.ages[first].astype(np.float64) * YEAR
+
+    @property
+    def visits_per_subject(self) -> np.ndarray:
+        """Visits of each subject, who has an event at least: int64 ``[subjects]``."""
+        if not len(self):
+            return np.zeros(0, np.int64)
+        # They are numbered from 0 without gaps, so the largest number tells how many there are.
+        return np.maximum.reduceat(self.visits, self.offsets[:-1]).astype(np.int64) + 1
+
+    def numbered_visits(self) -> np.ndarray:
+        """The visit of each token, numbered through all subjects: int64 ``[tokens]``."""
+        return np.repeat(run_offsets(self.visits_per_subject)[:-1], self.lengths) + self.visits
+
+    def of_tokens(self, subject_ids: np.ndarray, offsets: np.ndarray, tokens: np.ndarray) -> "Sequences":
+        """Some tokens, by place or by a bool ``[tokens]``, as the histories of subjects."""
+        columns = (column[tokens] for column in (self.codes, self.ages, self.visits, self.times))
+        return Sequences(subject_ids, offsets, *columns)
 
     def fingerprint(self) -> str:
         """SHA-256 of the names, types, shapes and SHA-256 of all arrays."""
@@ -78,7 +98,7 @@ class SequenceSet:
     where they were not read."""
 
     def subject_ids(self, split: str) -> np.ndarray:
-        """Who can be predicted: subjects with a sequence, then those with a birth alone; int64 ``[n]``."""
+        """Subjects that can be predicted: with a sequence, then those with a birth alone; int64 ``[n]``."""
         return np.concatenate([self.splits[split].subject_ids, self.births[split].subject_ids])
 
 
@@ -125,7 +145,8 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
     ids = vocabulary.encode(selected.names)[selected.codes]  # [N]
     unknown = (ids == UNK) & (event_split >= 0)
     counts.change("rare or unseen code -> [UNK]", int(np.count_nonzero(unknown)))
-    sequences = _sequences(selected, ids)
+    ages = ages_in_years(selected)
+    sequences = Sequences(selected.subject_ids, selected.offsets, ids, ages, selected.visits, selected.times)
     if sep_token:
         sequences = with_separators(sequences)
     by_split = {name: _of_subjects(sequences, split == index) for index, name in enumerate(SPLITS)}
@@ -151,9 +172,9 @@ def _fit(selected: Selected, train: np.ndarray, event_set: EventSet, data: DataC
     min_count = data.min_count
     if min_count is None:
         min_count = 5 if event_set.declared_codes is None else 1
-    codes = pa.DictionaryArray.from_arrays(selected.codes[train], pa.array(selected.names, pa.string()))
+    events = np.bincount(selected.codes[train], minlength=len(selected.names)).tolist()
     return fit_vocabulary(
-        pa.table({"code": codes}),
+        {code: count for code, count in zip(selected.names, events, strict=True) if count},
         min_count,
         data.vocabulary_size,
         event_set.declared_codes,
@@ -167,17 +188,6 @@ def ages_in_years(selected: Selected) -> np.ndarray:
     return ((selected.times - births) / YEAR).astype(np.float32)
 
 
-def _sequences(selected: Selected, ids: np.ndarray) -> Sequences:
-    return Sequences(
-        subject_ids=selected.subject_ids,
-        offsets=selected.offsets,
-        codes=ids,
-        ages=ages_in_years(selected),
-        visits=selected.visits,
-        times=selected.times,
-    )
-
-
 def with_separators(sequences: Sequences) -> Sequences:
     """Put a [SEP] after each run of events of one visit, with the last one's age, visit and time.
 
@@ -186,37 +196,23 @@ def with_separators(sequences: Sequences) -> Sequences:
     """
     visits = sequences.visits
     ends = np.ones(len(visits), dtype=bool)  # [N]
-    ends[:-1] = visits[1:] != visits[:-1]
+    ends[:-1] = leads([visits])[1:]
     ends[sequences.offsets[1:] - 1] = True
-    copies = 1 + ends
-    after = np.cumsum(copies)  # [N]: tokens up to and with each event's own
-    source = np.repeat(np.arange(len(visits)), copies)  # [T]
-    codes = sequences.codes[source]
-    codes[after[ends] - 1] = SEP
-    return Sequences(
-        subject_ids=sequences.subject_ids,
-        offsets=np.concatenate([[0], after])[sequences.offsets],
-        codes=codes,
-        ages=sequences.ages[source],
-        visits=visits[source],
-        times=sequences.times[source],
-    )
+    places = run_offsets(1 + ends)  # [N + 1], of the events among the tokens
+    source = np.repeat(np.arange(len(visits)), 1 + ends)  # [T]
+    separated = sequences.of_tokens(sequences.subject_ids, places[sequences.offsets], source)
+    separated.codes[places[1:][ends] - 1] = SEP
+    return separated
 
 
 def _of_subjects(sequences: Sequences, chosen: np.ndarray) -> Sequences:
     """The subjects where ``chosen``, bool ``[subjects]``, is true."""
-    tokens = np.repeat(chosen, sequences.lengths)  # [T]
-    return Sequences(
-        subject_ids=sequences.subject_ids[chosen],
-        offsets=np.concatenate([[0], np.cumsum(sequences.lengths[chosen])]).astype(np.int64),
-        codes=sequences.codes[tokens],
-        ages=sequences.ages[tokens],
-        visits=sequences.visits[tokens],
-        times=sequences.times[tokens],
-    )
+    lengths = sequences.lengths
+    offsets = run_offsets(lengths[chosen])
+    return sequences.of_tokens(sequences.subject_ids[chosen], offsets, np.repeat(chosen, lengths))
 
 
-def describe(sequence_set: SequenceSet) -> dict[str, Any]:
+def describe(sequence_set: SequenceSet) -> JsonObject:
     """Summary for logs and manifests, ready for JSON: figures only, no subject ids and no events.
 
     Lengths are in tokens ([SEP] included), ages in years. ``events_read`` equals ``events_kept`` plus
@@ -237,20 +233,15 @@ def describe(sequence_set: SequenceSet) -> dict[str, Any]:
     }
 
 
-def describe_split(part: Sequences) -> dict[str, Any]:
+def describe_split(part: Sequences) -> JsonObject:
     """Subjects, events, tokens, visits and percentiles of lengths, in tokens; ready for JSON."""
-    lengths: dict[str, float] = {}
-    visits = 0
-    if len(part):
-        # Visits are numbered from 0 without gaps, so the largest number tells how many there are.
-        visits = int((np.maximum.reduceat(part.visits, part.offsets[:-1]) + 1).sum())
-        points = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
-        lengths = {name: round(float(np.percentile(part.lengths, at)), 1) for name, at in points.items()}
+    points = {"p50": 50, "p90": 90, "p99": 99, "max": 100} if len(part) else {}
+    lengths = {name: round(float(np.percentile(part.lengths, at)), 1) for name, at in points.items()}
     return {
         "subjects": len(part),
         "events": int(np.count_nonzero(part.codes != SEP)),
         "tokens": len(part.codes),
-        "visits": visits,
+        "visits": int(part.visits_per_subject.sum()),
         "lengths": lengths,
     }
 
@@ -260,12 +251,12 @@ def describe_split(part: Sequences) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMap:
-    """How ids of a data set become ids of a model."""
+    """Ids of a data set as ids of a model."""
 
     ids: np.ndarray
     """int32 `[V of the data]`: the new id of each."""
     vocabulary: Vocabulary
-    """What the new ids belong to: the base's, with the new codes after it where it is extended."""
+    """The one of the new ids: the base's, with the new codes after it where it is extended."""
     new_codes: tuple[str, ...]
     """Codes of the data that the base has not: added (extended), or read as [UNK]. Most frequent first."""
     new_events: int
@@ -273,7 +264,7 @@ class VocabularyMap:
 
     @property
     def identical(self) -> bool:
-        """Whether every id stays as it is."""
+        """Every id stays as it is."""
         return np.array_equal(self.ids, np.arange(len(self.ids)))
 
     def apply(self, sequences: Sequences) -> Sequences:
@@ -309,11 +300,5 @@ def map_vocabulary(of_data: Vocabulary, of_base: Vocabulary, extend: bool) -> Vo
     trained = new[of_data.counts[new] > 0]
     ids[trained] = np.arange(len(of_base), len(of_base) + len(trained))
     codes = codes[: len(trained)]
-    if not codes:
-        return VocabularyMap(ids, of_base, codes, events)
-    extended = Vocabulary(
-        (*of_base.codes, *codes),
-        np.concatenate([of_base.counts, of_data.counts[trained]]),
-        (*of_base.descriptions, *(of_data.descriptions[row] for row in trained)),
-    )
-    return VocabularyMap(ids, extended, codes, events)
+    texts = [of_data.descriptions[row] for row in trained]
+    return VocabularyMap(ids, of_base.extended(codes, of_data.counts[trained], texts), codes, events)

@@ -1,8 +1,13 @@
-"""Sorting rows by several integer columns at once: the columns are packed into 64-bit words first."""
+"""Sorting rows by several integer columns at once, runs of equal rows, and search in sorted arrays.
 
-from collections.abc import Sequence
+To be sorted, the columns are packed into 64-bit words first.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 _WORD = 64
 _FEW = 4096
@@ -51,7 +56,7 @@ def sort_rows(columns: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def in_order(columns: Sequence[np.ndarray]) -> bool:
-    """Whether rows ascend by the first column, ties by the second, and so on; looks at a few first."""
+    """Tell whether rows ascend by the first column, ties by the second, and so on; looks at a few first."""
     if len(columns[0]) > 2 * _FEW and not in_order([column[:_FEW] for column in columns]):
         return False
     tied = np.ones(len(columns[0]) - 1, bool)  # rows like the one before them in the columns so far
@@ -66,7 +71,7 @@ def in_order(columns: Sequence[np.ndarray]) -> bool:
 
 
 def ascending(values: np.ndarray) -> bool:
-    """Whether no value is smaller than the one before it; looks at a few first."""
+    """Tell whether no value is smaller than the one before it; looks at a few first."""
     some = values[:_FEW]
     return bool((some[1:] >= some[:-1]).all() and (values[1:] >= values[:-1]).all())
 
@@ -79,9 +84,7 @@ def distinct(numbers: np.ndarray) -> np.ndarray:
     numbers = np.asarray(numbers, np.int64)
     if not ascending(numbers):
         (numbers,) = sort_rows([numbers])
-    leads = np.ones(len(numbers), bool)
-    leads[1:] = numbers[1:] != numbers[:-1]
-    return numbers[leads]
+    return numbers[leads([numbers])]
 
 
 def _rough_order(word: np.ndarray) -> np.ndarray | None:
@@ -187,7 +190,42 @@ def _order(words: list[np.ndarray]) -> np.ndarray | None:
     return order
 
 
-# Where subjects and times lie in the flat arrays of a split.
+# Runs of rows in flat arrays, and search in them.
+
+
+def leads(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows that differ from the one before them in any column, and the first one: bool ``[rows]``."""
+    found = np.ones(len(columns[0]), bool)
+    found[1:] = columns[0][1:] != columns[0][:-1]
+    for column in columns[1:]:
+        found[1:] |= column[1:] != column[:-1]
+    return found
+
+
+def runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Runs of equal values: the place of the first, and one after that of the last."""
+    if len(values):
+        yield from pairwise([*np.flatnonzero(leads([values])).tolist(), len(values)])
+
+
+def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenate the ranges ``starts[i], ..., starts[i] + lengths[i] - 1``.
+
+    Args:
+        starts: integers ``[ranges]``.
+        lengths: integers ``[ranges]``, zero or more.
+
+    Returns:
+        int64 ``[sum of lengths]``.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)  # [ranges]
+    total = ends[-1] if len(ends) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def run_offsets(lengths: ArrayLike) -> np.ndarray:
+    """Starts of the runs of a concatenation, and the end of the last one: int64 ``[runs + 1]``."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def place_in(
@@ -216,18 +254,20 @@ def place_in(
     return low
 
 
-def find_subjects(subject_ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Place of each of some subjects.
+def find_ids(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Place of each of some ids: the first one where it is there several times.
 
     Args:
-        subject_ids: int64 ``[subjects]``, distinct, in any order.
-        wanted: int64 ``[n]``.
+        ids: integers ``[ids]``, in any order; searched at once where they ascend.
+        wanted: integers ``[n]``.
 
     Returns:
         int64 ``[n]``, -1 where it is not there.
     """
-    if not len(subject_ids):
+    if not len(ids):
         return np.full(len(wanted), -1)
-    order = np.argsort(subject_ids, kind="stable")
-    place = order[np.searchsorted(subject_ids[order], wanted).clip(max=len(order) - 1)]
-    return np.where(subject_ids[place] == wanted, place, -1)
+    order = None if ascending(ids) else np.argsort(ids, kind="stable")
+    listed = ids if order is None else ids[order]
+    place = np.searchsorted(listed, wanted).clip(max=len(ids) - 1)
+    found = listed[place] == wanted
+    return np.where(found, place if order is None else order[place], -1)

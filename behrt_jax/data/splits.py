@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from behrt_jax.data.events import SPLITS
-from behrt_jax.data.sorting import distinct
+from behrt_jax.data.sorting import distinct, find_ids, leads
 from behrt_jax.errors import InputError
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -80,18 +80,13 @@ def hash_split_index(
     Returns:
         int8 ``[n]``.
     """
-    share = _hash_to_unit(ids, seed)  # [n]
+    key = _mix(np.array([(seed + _GOLDEN) & _WORD], dtype=np.uint64))  # [1]
+    mixed = _mix(hash_words(ids) + key)  # [n]
+    share = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in [0, 1)
     split = np.full(len(ids), SPLITS.index("train"), np.int8)
     split[share < held_out_fraction + tuning_fraction] = SPLITS.index("tuning")
     split[share < held_out_fraction] = SPLITS.index("held_out")
     return split
-
-
-def _hash_to_unit(ids: np.ndarray, seed: int) -> np.ndarray:
-    """Hash int64 ids ``[S]`` to float64 ``[S]`` in [0, 1), evenly."""
-    key = _mix(np.array([(seed + _GOLDEN) & _WORD], dtype=np.uint64))  # [1]
-    mixed = _mix(hash_words(ids) + key)  # [S]
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def hash_words(numbers: np.ndarray) -> np.ndarray:
@@ -119,12 +114,7 @@ def split_index(subject_ids: np.ndarray, splits: Mapping[str, np.ndarray]) -> np
     parts = [np.asarray(splits.get(name, empty), dtype=np.int64) for name in SPLITS]
     listed = np.concatenate(parts)  # [S]
     index = np.repeat(np.arange(len(SPLITS), dtype=np.int8), [len(part) for part in parts])  # [S]
-    if not len(listed):
-        return np.full(len(subject_ids), -1, dtype=np.int8)
-    order = np.argsort(listed, kind="stable")
-    place = np.searchsorted(listed[order], subject_ids).clip(max=len(listed) - 1)  # [n]
-    found = order[place]
-    return np.where(listed[found] == subject_ids, index[found], np.int8(-1))
+    return np.append(index, np.int8(-1))[find_ids(listed, subject_ids)]  # where it is not there: the last, -1
 
 
 def check_disjoint(splits: Mapping[str, np.ndarray], where: str) -> None:
@@ -139,6 +129,6 @@ def check_disjoint(splits: Mapping[str, np.ndarray], where: str) -> None:
     """
     listed = [distinct(np.asarray(ids, np.int64)) for ids in splits.values()]
     together = np.sort(np.concatenate([np.empty(0, np.int64), *listed]), kind="stable")
-    shared = len(np.unique(together[1:][together[1:] == together[:-1]]))
+    shared = len(np.unique(together[~leads([together])]))
     if shared:
         raise InputError(f"{where} puts {shared} subjects into more than one split: keep each in one.")

@@ -10,29 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.data.event_rules import REPEATS
+from behrt_jax.data.event_rules import REPEATS, matches
+from behrt_jax.data.parquet import readable
 from behrt_jax.errors import InputError
-
-# Texts of codes, also of those that the preparation made.
-
-
-class Descriptions:
-    """Texts of codes, also of those with a quantile or a count behind them."""
-
-    def __init__(self, texts: Mapping[str, str]):
-        self._texts = texts
-
-    def of(self, code: str) -> str | None:
-        if code in self._texts or not self._texts:
-            return self._texts.get(code)
-        for count in REPEATS:
-            if code.endswith(count) and (text := self.of(code.removesuffix(count))) is not None:
-                return f"{text} ({count.removeprefix('//')})"
-        base, _, place = code.rpartition("//Q")
-        if base in self._texts and place.isdigit():
-            return f"{self._texts[base]} (Q{place})"
-        return None
-
 
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[UNK]", "[CLS]", "[SEP]")
 PAD, MASK, UNK, CLS, SEP = range(len(SPECIAL_TOKENS))
@@ -66,12 +46,20 @@ class Vocabulary:
         ids = {code: row for row, code in enumerate(self.codes[first:], start=first)}
         return np.fromiter((ids.get(code, UNK) for code in codes), dtype=np.int32, count=len(codes))
 
-    def extended(self, codes: Sequence[str]) -> "Vocabulary":
-        """The vocabulary with more codes after its own, of unknown counts (0) and descriptions."""
+    def extended(
+        self,
+        codes: Sequence[str],
+        counts: np.ndarray | None = None,
+        descriptions: Sequence[str | None] | None = None,
+    ) -> "Vocabulary":
+        """The vocabulary with more codes after its own, of unknown counts (0) where none are given."""
         if not codes:
             return self
-        counts = np.concatenate([self.counts, np.zeros(len(codes), np.int64)])
-        return Vocabulary((*self.codes, *codes), counts, (*self.descriptions, *(None,) * len(codes)))
+        counts = np.zeros(len(codes), np.int64) if counts is None else counts
+        texts = (None,) * len(codes) if descriptions is None else descriptions
+        return Vocabulary(
+            (*self.codes, *codes), np.concatenate([self.counts, counts]), (*self.descriptions, *texts)
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of the codes in order: vocabularies with the same fingerprint encode alike."""
@@ -90,14 +78,12 @@ class Vocabulary:
         Raises:
             InputError: no file, not such a table, or rows that are not in the order of their ids.
         """
-        try:
-            with pq.ParquetFile(path) as file:
-                table = file.read(columns=_SCHEMA.names).cast(_SCHEMA)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise InputError(
-                f"{path} cannot be read as a vocabulary with the columns {', '.join(_SCHEMA.names)}: "
-                "give the vocabulary.parquet of a run or of prepared data."
-            ) from error
+        problem = (
+            f"{path} cannot be read as a vocabulary with the columns {', '.join(_SCHEMA.names)}: "
+            "give the vocabulary.parquet of a run or of prepared data."
+        )
+        with readable(path, problem), pq.ParquetFile(path) as file:
+            table = file.read(columns=_SCHEMA.names).cast(_SCHEMA)
         codes = tuple(table["code"].to_pylist())
         in_order = np.array_equal(table["id"].to_numpy(), np.arange(len(codes)))
         if not in_order or codes[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
@@ -109,33 +95,6 @@ class Vocabulary:
 
 
 def fit_vocabulary(
-    events: pa.Table,
-    min_count: int,
-    max_rows: int | None,
-    declared_codes: tuple[str, ...] | None = None,
-    descriptions: Mapping[str, str] | None = None,
-) -> Vocabulary:
-    """Choose the codes that get a row: the frequent ones, most frequent first, ties by code.
-
-    Args:
-        events: the train split's events after filtering; only the column ``code`` (dictionary of
-            strings) is read.
-        min_count: a code with fewer events gets no row, unless it is declared.
-        max_rows: largest number of rows, special tokens included; the most frequent codes stay.
-        declared_codes: codes that get a row whatever their count (0 included).
-        descriptions: code -> text.
-
-    Raises:
-        InputError: a code is named like a special token, ``max_rows`` has no room for the declared codes
-            or for any code at all, or no code is frequent enough.
-    """
-    counted = events["code"].value_counts()
-    names = counted.field("values").cast(pa.string()).to_pylist()
-    counts = dict(zip(names, counted.field("counts").to_pylist(), strict=True))
-    return vocabulary_of_counts(counts, min_count, max_rows, declared_codes, descriptions)
-
-
-def vocabulary_of_counts(
     counts: Mapping[str, int],
     min_count: int,
     max_rows: int | None,
@@ -143,18 +102,19 @@ def vocabulary_of_counts(
     descriptions: Mapping[str, str] | None = None,
     options: str = "data.",
 ) -> Vocabulary:
-    """What :func:`fit_vocabulary` does, from the number of events of each code in the train split.
+    """Choose the codes that get a row: the frequent ones, most frequent first, ties by code.
 
     Args:
-        counts: code -> events, 1 or more.
-        min_count: see there, as for the arguments that follow.
-        max_rows: see there.
-        declared_codes: see there.
-        descriptions: see there.
+        counts: code -> events in the train split after filtering, 1 or more.
+        min_count: a code with fewer events gets no row, unless it is declared.
+        max_rows: largest number of rows, special tokens included; the most frequent codes stay.
+        declared_codes: codes that get a row whatever their count (0 included).
+        descriptions: code -> text.
         options: goes before the names of options in messages.
 
     Raises:
-        InputError: as there.
+        InputError: a code is named like a special token, ``max_rows`` has no room for the declared codes
+            or for any code at all, or no code is frequent enough.
     """
     declared = dict.fromkeys(declared_codes or (), 0)
     taken = sorted({*counts, *declared}.intersection(SPECIAL_TOKENS))
@@ -188,3 +148,32 @@ def vocabulary_of_counts(
     codes = (*SPECIAL_TOKENS, *chosen)
     texts = descriptions or {}
     return Vocabulary(codes, rows, tuple(texts.get(code) for code in codes))
+
+
+class Descriptions:
+    """Texts of codes, also of those with a quantile or a count behind them."""
+
+    def __init__(self, texts: Mapping[str, str]):
+        self._texts = texts
+
+    def of(self, code: str) -> str | None:
+        if code in self._texts or not self._texts:
+            return self._texts.get(code)
+        for count in REPEATS:
+            if code.endswith(count) and (text := self.of(code.removesuffix(count))) is not None:
+                return f"{text} ({count.removeprefix('//')})"
+        base, _, place = code.rpartition("//Q")
+        if base in self._texts and place.isdigit():
+            return f"{self._texts[base]} (Q{place})"
+        return None
+
+
+def matching_codes(vocabulary: Vocabulary, patterns: tuple[str, ...], option: str) -> np.ndarray:
+    """Rows of the vocabulary, special tokens aside, that a pattern matches: bool ``[V]``.
+
+    Raises:
+        InputError: a pattern is no regular expression.
+    """
+    found = matches(vocabulary.codes, patterns, option)
+    found[: len(SPECIAL_TOKENS)] = False
+    return found

@@ -1,15 +1,126 @@
-"""Checks before training: what the settings, the parameters and the data already tell."""
+"""Checks before training: what the settings, the parameters and the data already tell.
+
+Each takes the record of a run and passes over what is not known of it; :func:`check_before` has the list.
+"""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-from behrt_jax.diagnosis.finding import Finding, is_number
+from behrt_jax.diagnosis.finding import Finding, RunRecord
+from behrt_jax.run_folder import is_number
 
-# Checks of the data that a run reads.
 
-Values = Mapping[str, Any]
+def check_before(run: RunRecord) -> Iterator[Finding]:
+    """Every check that can be made before the first step."""
+    yield from frozen_at_random(run)
+    yield from trainable_share(run)
+    yield from adapters_reached(run)
+    yield from data_without_structure(run)
+    yield from validation_size(run)
+    yield from unseen_codes(run)
+    yield from beyond_tables(run)
+    yield from cut_histories(run)
+    yield from static_masks(run)
+    yield from steps_for_schedule(run)
+    yield from learning_rate_for_batch(run)
 
+
+# What trains: groups, regimes and adapters.
+
+MOST_TRAINABLE = 50.0
+"""Percent of the parameters; above it adapters save little."""
+
+
+def frozen_at_random(run: RunRecord) -> Iterator[Finding]:
+    """Groups that neither train nor were loaded from a run."""
+    loaded = set(run.setting("init", "groups") or ()) if run.setting("init", "run") else set()
+    frozen = {
+        group: run.parameters[group]["total"]
+        for group in ("embedding", "head", "base")
+        if (run.parameters.get(group) or {}).get("total")
+        and not run.parameters[group]["trainable"]
+        and group not in loaded
+    }
+    base = frozen.pop("base", None)
+    if frozen:
+        listed = " and ".join(f"{group} ({total:,})" for group, total in frozen.items())
+        yield Finding(
+            "frozen-at-random",
+            "error",
+            f"Parameters frozen at random values: {listed}.",
+            "Adapters cannot make up for random embeddings or a random head: the loss stays near "
+            "ln(vocabulary).",
+            "From scratch use --freezing.regime lora; or give a pretrained run with --init.run.",
+        )
+    if base is not None:
+        adapted = run.settings.get("lora") is not None
+        yield Finding(
+            "base-at-random",
+            "info" if adapted else "warning",
+            f"The {base:,} parameters of the base are frozen at random values.",
+            "Adapters, embeddings and head learn around it, but not all that a trained encoder would."
+            if adapted
+            else "A random encoder without adapters can learn little of order and context.",
+            "For the best result pretrain with --freezing.regime full first and give that run with "
+            "--init.run.",
+        )
+
+
+def trainable_share(run: RunRecord) -> Iterator[Finding]:
+    """Adapters beside a base that trains as well, or beside large embeddings and head."""
+    percent = run.parameters.get("trainable_percent")
+    if run.settings.get("lora") is None or percent is None:
+        return
+    trainable = {
+        group: (run.parameters.get(group) or {}).get("trainable") for group in ("embedding", "head", "base")
+    }
+    if trainable["base"]:
+        yield Finding(
+            "trainable-share",
+            "warning",
+            f"Regime {run.parameters.get('regime', 'unknown')}: {percent:.1f} % of the parameters train "
+            f"although LoRA is on, {trainable['base']:,} of them in the base.",
+            "Adapters are meant to replace the training of the base: hardly anything is saved over "
+            "full training.",
+            "Use --freezing.regime lora, or a configuration without adapters.",
+        )
+    elif percent > MOST_TRAINABLE:
+        large = ", ".join(f"{group} {count:,}" for group, count in trainable.items() if count)
+        yield Finding(
+            "trainable-share",
+            "info",
+            f"{percent:.1f} % of the parameters train although the base is frozen: {large}.",
+            "With a large vocabulary and a small encoder, embeddings and head are most of the model: "
+            "LoRA saves little.",
+            "Nothing is wrong. Train in full if memory allows, or take a larger encoder.",
+        )
+
+
+def adapters_reached(run: RunRecord) -> Iterator[Finding]:
+    """Adapters that are not there, or that the prediction does not depend on."""
+    if run.settings.get("lora") is None or not run.parameters:
+        return
+    if not (run.parameters.get("lora") or {}).get("total"):
+        yield Finding(
+            "no-adapters",
+            "error",
+            "LoRA is on, but the model has no adapters.",
+            "Nothing of what lora.targets asks for is trained.",
+            "Name layers that exist in --lora.targets (query key value out intermediate output).",
+        )
+    elif unreached := run.facts.unreached_adapters:
+        yield Finding(
+            "adapters-not-reached",
+            "error",
+            f"{len(unreached)} adapter matrices do not take part in the prediction, the first is "
+            f"{unreached[0]}.",
+            "They get no gradient and stay what they are, while everything looks as if LoRA were on.",
+            "See that the layer is a flax Dense and is called inside adapters.lora.applying, or leave it "
+            "out of --lora.targets.",
+        )
+
+
+# The data that a run reads.
 
 WIDE_INTERVAL, NOTED_INTERVAL = 0.15, 0.05
 """Half the width, in nats, of the 95 % interval of a validation loss."""
@@ -18,55 +129,48 @@ MUCH_UNSEEN, MUCH_BEYOND, MUCH_CUT = 0.02, 0.01, 0.10
 """Shares of events."""
 
 
-def data_without_structure(settings: Values, facts: Values) -> list[Finding]:
+def data_without_structure(run: RunRecord) -> Iterator[Finding]:
     """Codes drawn at random."""
-    if (settings.get("data") or {}).get("source") != "uniform":
-        return []
-    best = f" ln({facts['codes']}) = {math.log(facts['codes']):.4f}" if facts.get("codes") else " ln(codes)"
-    return [
-        Finding(
+    if run.setting("data", "source") == "uniform":
+        codes = run.facts.codes
+        best = f" ln({codes}) = {math.log(codes):.4f}" if codes else " ln(codes)"
+        yield Finding(
             "uniform-data",
             "warning",
             "data.source uniform: codes are drawn at random, there is nothing to learn.",
             f"The best possible validation loss is{best}.",
             "For study only; to see a model learn use --data.source clinical or latent.",
         )
-    ]
 
 
-def validation_size(baselines: Values, facts: Values) -> list[Finding]:
-    """How well a validation loss can be known, from the interval of the unigram's on the same codes."""
-    unigram = baselines.get("unigram") or {}
-    low, high = unigram.get("interval") or (None, None)
-    subjects = facts.get("validation_subjects")
+def validation_size(run: RunRecord) -> Iterator[Finding]:
+    """A validation loss that cannot be known well, by the interval of the unigram's on the same codes."""
+    low, high = run.baseline("unigram", "interval") or (None, None)
+    subjects = run.facts.validation_subjects
     half = (high - low) / 2 if is_number(low) and is_number(high) else None
     few = subjects is not None and subjects < FEW_VALIDATION_SUBJECTS
     if not few and (half is None or half <= NOTED_INTERVAL):
-        return []
+        return
     of = f" of {subjects:,} subjects" if subjects is not None else ""
     interval = (
         "its interval cannot be told" if half is None else f"95 % interval of their loss: +- {half:.3f} nats"
     )
-    return [
-        Finding(
-            "validation-size",
-            "warning" if few or half is None or half > WIDE_INTERVAL else "info",
-            f"Validation is on {unigram.get('targets', 0):,} masked codes{of}; {interval}.",
-            "Differences between runs on other data that are smaller than this say nothing, and the best "
-            "epoch is chosen partly by chance.",
-            "Put more subjects into the tuning split (--data.tuning_fraction), or compare runs on the same "
-            "one.",
-        )
-    ]
+    targets = (run.baselines.get("unigram") or {}).get("targets", 0)
+    yield Finding(
+        "validation-size",
+        "warning" if few or half is None or half > WIDE_INTERVAL else "info",
+        f"Validation is on {targets:,} masked codes{of}; {interval}.",
+        "Differences between runs on other data that are smaller than this say nothing, and the best "
+        "epoch is chosen partly by chance.",
+        "Put more subjects into the tuning split (--data.tuning_fraction), or compare runs on the same one.",
+    )
 
 
-def unseen_codes(facts: Values) -> list[Finding]:
+def unseen_codes(run: RunRecord) -> Iterator[Finding]:
     """Validation events whose code the train split does not know."""
-    share = facts.get("unseen_share") or 0.0
-    if share <= MUCH_UNSEEN:
-        return []
-    return [
-        Finding(
+    share = run.facts.unseen_share or 0.0
+    if share > MUCH_UNSEEN:
+        yield Finding(
             "unseen-codes",
             "warning",
             f"{share:.1%} of the validation events have a code that is rare in the train split, or not in "
@@ -75,13 +179,11 @@ def unseen_codes(facts: Values) -> list[Finding]:
             "harder than the data is.",
             "Lower --data.min_count, split by subject at random, or map codes to a coarser level.",
         )
-    ]
 
 
-def beyond_tables(settings: Values, facts: Values) -> list[Finding]:
+def beyond_tables(run: RunRecord) -> Iterator[Finding]:
     """Ages and visits that share the last row of their table, and events before birth."""
-    model = settings.get("model") or {}
-    beyond = facts.get("beyond_tables") or {}
+    model = run.settings.get("model") or {}
     explained = {
         "ages": (
             "are older than the age table reaches "
@@ -99,40 +201,36 @@ def beyond_tables(settings: Values, facts: Values) -> list[Finding]:
             "raise --model.positions",
         ),
     }
-    return [
-        Finding(
-            f"beyond-tables-{name.replace('_', '-')}",
-            "warning" if share > MUCH_BEYOND else "info",
-            f"{share:.2%} of the events {explained[name][0]}.",
-            "They share the embedding at the table's end, so the model cannot tell them apart.",
-            f"If they matter, {explained[name][1]}.",
-        )
-        for name, share in beyond.items()
-        if share > 0 and name in explained
-    ]
-
-
-def cut_histories(settings: Values, facts: Values) -> list[Finding]:
-    """Events that the sequence length leaves out."""
-    share = facts.get("cut_share") or 0.0
-    if share <= MUCH_CUT:
-        return []
-    window = (settings.get("data") or {}).get("window", "all")
-    length = facts.get("row_length")
-    seen = f"{share:.1%} of the train events are past the first {length} tokens of their history"
-    if window == "all":
-        return [
-            Finding(
-                "cut-histories",
-                "info",
-                f"{seen}; such histories are read in several windows.",
-                "Nothing is lost, but a window does not see what the others hold.",
-                "For longer context raise --model.positions.",
+    for name, share in run.facts.beyond_tables.items():
+        if share > 0 and name in explained:
+            lie, mend = explained[name]
+            yield Finding(
+                f"beyond-tables-{name.replace('_', '-')}",
+                "warning" if share > MUCH_BEYOND else "info",
+                f"{share:.2%} of the events {lie}.",
+                "They share the embedding at the table's end, so the model cannot tell them apart.",
+                f"If they matter, {mend}.",
             )
-        ]
-    left_out = "unread in each epoch" if window == "random" else "never read"
-    return [
-        Finding(
+
+
+def cut_histories(run: RunRecord) -> Iterator[Finding]:
+    """Events that the sequence length leaves out."""
+    share, length = run.facts.cut_share or 0.0, run.facts.row_length
+    if share <= MUCH_CUT:
+        return
+    window = (run.settings.get("data") or {}).get("window", "all")
+    if window == "all":
+        yield Finding(
+            "cut-histories",
+            "info",
+            f"{share:.1%} of the train events are past the first {length} tokens of their history; such "
+            "histories are read in several windows.",
+            "Nothing is lost, but a window does not see what the others hold.",
+            "For longer context raise --model.positions.",
+        )
+    else:
+        left_out = "unread in each epoch" if window == "random" else "never read"
+        yield Finding(
             "cut-histories",
             "warning",
             f"With data.window {window} {share:.1%} of the train events are {left_out}: histories are cut "
@@ -140,190 +238,60 @@ def cut_histories(settings: Values, facts: Values) -> list[Finding]:
             "The model learns nothing from what it does not read.",
             "Raise --model.positions, or read histories whole with --data.window all.",
         )
-    ]
 
 
-# Checks of what trains: groups, regimes and adapters.
-
-MOST_TRAINABLE = 50.0
-"""Percent of the parameters; above it adapters save little."""
-
-
-def frozen_at_random(settings: Values, parameters: Values) -> list[Finding]:
-    """Groups that neither train nor were loaded from a run."""
-    init = settings.get("init") or {}
-    loaded = set(init.get("groups") or ()) if init.get("run") else set()
-    frozen = {
-        group: parameters[group]["total"]
-        for group in ("embedding", "head", "base")
-        if (parameters.get(group) or {}).get("total")
-        and not parameters[group]["trainable"]
-        and group not in loaded
-    }
-    base = frozen.pop("base", None)
-    mend = "From scratch use --freezing.regime lora; or give a pretrained run with --init.run."
-    findings = []
-    if frozen:
-        listed = " and ".join(f"{group} ({total:,})" for group, total in frozen.items())
-        findings.append(
-            Finding(
-                "frozen-at-random",
-                "error",
-                f"Parameters frozen at random values: {listed}.",
-                "Adapters cannot make up for random embeddings or a random head: the loss stays near "
-                "ln(vocabulary).",
-                mend,
-            )
-        )
-    if base is not None:
-        adapted = settings.get("lora") is not None
-        findings.append(
-            Finding(
-                "base-at-random",
-                "info" if adapted else "warning",
-                f"The {base:,} parameters of the base are frozen at random values.",
-                "Adapters, embeddings and head learn around it, but not all that a trained encoder would."
-                if adapted
-                else "A random encoder without adapters can learn little of order and context.",
-                "For the best result pretrain with --freezing.regime full first and give that run with "
-                "--init.run.",
-            )
-        )
-    return findings
-
-
-def trainable_share(settings: Values, parameters: Values) -> list[Finding]:
-    """Adapters beside a base that trains as well, or beside large embeddings and head."""
-    percent = parameters.get("trainable_percent")
-    if settings.get("lora") is None or percent is None:
-        return []
-    base = parameters.get("base") or {}
-    regime = parameters.get("regime", "unknown")
-    if base.get("trainable"):
-        return [
-            Finding(
-                "trainable-share",
-                "warning",
-                f"Regime {regime}: {percent:.1f} % of the parameters train although LoRA is on, "
-                f"{base['trainable']:,} of them in the base.",
-                "Adapters are meant to replace the training of the base: hardly anything is saved over "
-                "full training.",
-                "Use --freezing.regime lora, or a configuration without adapters.",
-            )
-        ]
-    if percent > MOST_TRAINABLE:
-        large = ", ".join(
-            f"{group} {parameters[group]['trainable']:,}"
-            for group in ("embedding", "head")
-            if (parameters.get(group) or {}).get("trainable")
-        )
-        return [
-            Finding(
-                "trainable-share",
-                "info",
-                f"{percent:.1f} % of the parameters train although the base is frozen: {large}.",
-                "With a large vocabulary and a small encoder, embeddings and head are most of the model: "
-                "LoRA saves little.",
-                "Nothing is wrong. Train in full if memory allows, or take a larger encoder.",
-            )
-        ]
-    return []
-
-
-def adapters_reached(settings: Values, parameters: Values, facts: Values) -> list[Finding]:
-    """Adapters that are not there, or that the prediction does not depend on."""
-    if settings.get("lora") is None or not parameters:
-        return []
-    if not (parameters.get("lora") or {}).get("total"):
-        return [
-            Finding(
-                "no-adapters",
-                "error",
-                "LoRA is on, but the model has no adapters.",
-                "Nothing of what lora.targets asks for is trained.",
-                "Name layers that exist in --lora.targets (query key value out intermediate output).",
-            )
-        ]
-    unreached = facts.get("unreached_adapters") or []
-    if not unreached:
-        return []
-    return [
-        Finding(
-            "adapters-not-reached",
-            "error",
-            f"{len(unreached)} adapter matrices do not take part in the prediction, the first is "
-            f"{unreached[0]}.",
-            "They get no gradient and stay what they are, while everything looks as if LoRA were on.",
-            "See that the layer is a flax Dense and is called inside adapters.lora.applying, or leave it "
-            "out of --lora.targets.",
-        )
-    ]
-
-
-# Checks of how long and how fast a run trains, and on which masks.
+# How long and how fast a run trains, and on which masks.
 
 FEW_STEPS, FEW_WARMUP_STEPS, FEW_STEPS_PER_EPOCH = 200, 10, 5
 HIGH_RATE, LOW_RATE = 10.0, 1 / 30
 """Learning rate relative to :func:`usual_rate`."""
 
 
-def static_masks(settings: Values) -> list[Finding]:
+def static_masks(run: RunRecord) -> Iterator[Finding]:
     """Masks drawn once."""
-    if not (settings.get("train") or {}).get("static_masks"):
-        return []
-    return [
-        Finding(
+    if run.setting("train", "static_masks"):
+        yield Finding(
             "static-masks",
             "warning",
             "train.static_masks: masks are drawn once and reused in each epoch.",
             "The training loss falls by memorising them.",
             "For study only; leave it out to draw new masks at each step.",
         )
-    ]
 
 
-def steps_for_schedule(settings: Values, facts: Values) -> list[Finding]:
+def steps_for_schedule(run: RunRecord) -> Iterator[Finding]:
     """Too few steps for a warm-up and a schedule."""
-    total, per_epoch = facts.get("total_steps"), facts.get("steps_per_epoch")
+    total, per_epoch = run.facts.total_steps, run.facts.steps_per_epoch
     if not total or not per_epoch:
-        return []
-    optimizer, train = settings.get("optimizer") or {}, settings.get("train") or {}
+        return
     # A run that is cut short on purpose is no mistake.
-    severity = "warning" if train.get("max_steps") is None else "info"
-    findings = []
+    severity = "warning" if run.setting("train", "max_steps") is None else "info"
     if total < FEW_STEPS:
-        findings.append(
-            Finding(
-                "few-steps",
-                severity,
-                f"The whole run has {total:,} steps.",
-                "From scratch a model hardly gets beyond code frequencies in so few.",
-                "Raise --train.epochs, or lower --train.batch_size or --train.batch_tokens.",
-            )
+        yield Finding(
+            "few-steps",
+            severity,
+            f"The whole run has {total:,} steps.",
+            "From scratch a model hardly gets beyond code frequencies in so few.",
+            "Raise --train.epochs, or lower --train.batch_size or --train.batch_tokens.",
         )
-    warmup = round((optimizer.get("warmup_fraction") or 0.0) * total)
+    warmup = run.warmup_steps(total)
     if total >= FEW_STEPS and 0 < warmup < FEW_WARMUP_STEPS:
-        findings.append(
-            Finding(
-                "few-warmup-steps",
-                severity,
-                f"The warm-up has {warmup} of {total:,} steps.",
-                "The learning rate is at its peak before Adam's moments mean anything.",
-                f"Raise --optimizer.warmup_fraction to {min(1.0, FEW_WARMUP_STEPS / total):.2g} or more, or "
-                "set it to 0.",
-            )
+        yield Finding(
+            "few-warmup-steps",
+            severity,
+            f"The warm-up has {warmup} of {total:,} steps.",
+            "The learning rate is at its peak before Adam's moments mean anything.",
+            f"Raise --optimizer.warmup_fraction to {min(1.0, FEW_WARMUP_STEPS / total):.2g} or more, or "
+            "set it to 0.",
         )
     if per_epoch < FEW_STEPS_PER_EPOCH:
-        findings.append(
-            Finding(
-                "few-steps-per-epoch",
-                severity,
-                f"An epoch has {per_epoch} steps.",
-                "A batch holds most of the train split, and validations come after very few steps.",
-                "Lower --train.batch_size or --train.batch_tokens.",
-            )
+        yield Finding(
+            "few-steps-per-epoch",
+            severity,
+            f"An epoch has {per_epoch} steps.",
+            "A batch holds most of the train split, and validations come after very few steps.",
+            "Lower --train.batch_size or --train.batch_tokens.",
         )
-    return findings
 
 
 def usual_rate(tokens_per_step: float, hidden_size: int) -> float:
@@ -335,60 +303,32 @@ def usual_rate(tokens_per_step: float, hidden_size: int) -> float:
     return 1e-3 * min(4.0, math.sqrt(tokens_per_step / 2000.0)) * 256.0 / hidden_size
 
 
-def learning_rate_for_batch(settings: Values, parameters: Values, facts: Values) -> list[Finding]:
+def learning_rate_for_batch(run: RunRecord) -> Iterator[Finding]:
     """Learning rates far from what the effective batch and the width call for."""
-    optimizer, model = settings.get("optimizer") or {}, settings.get("model") or {}
-    tokens = facts.get("tokens_per_step")
-    if not tokens or not model.get("hidden_size") or not optimizer.get("learning_rate"):
-        return []
-    usual = usual_rate(tokens, model["hidden_size"])
-    own = optimizer.get("learning_rates") or {}
+    tokens, width = run.facts.tokens_per_step, run.setting("model", "hidden_size")
+    common = run.setting("optimizer", "learning_rate")
+    if not tokens or not width or not common:
+        return
+    usual = usual_rate(tokens, width)
+    own = run.setting("optimizer", "learning_rates") or {}
     rates = {
-        group: own.get(group) or optimizer["learning_rate"]
-        for group, counted in parameters.items()
+        group: own.get(group) or common
+        for group, counted in run.parameters.items()
         if isinstance(counted, Mapping) and counted.get("trainable")
     }
     high = {group: rate for group, rate in rates.items() if rate > HIGH_RATE * usual}
     low = {group: rate for group, rate in rates.items() if rate < LOW_RATE * usual}
-    findings = []
     for name, odd, why, mend in (
         ("high", high, "Training tends to diverge, or never leaves the code frequencies.", "Lower"),
         ("low", low, "The model hardly moves in the steps that it has.", "Raise"),
     ):
         if odd:
             listed = ", ".join(f"{group} {rate:.2g}" for group, rate in odd.items())
-            findings.append(
-                Finding(
-                    f"learning-rate-{name}",
-                    "warning",
-                    f"Learning rate {listed} at {tokens:,.0f} tokens a step and width "
-                    f"{model['hidden_size']}; about {usual:.1g} is usual.",
-                    why,
-                    f"{mend} --optimizer.learning_rate, or change the batch.",
-                )
+            yield Finding(
+                f"learning-rate-{name}",
+                "warning",
+                f"Learning rate {listed} at {tokens:,.0f} tokens a step and width {width}; about "
+                f"{usual:.1g} is usual.",
+                why,
+                f"{mend} --optimizer.learning_rate, or change the batch.",
             )
-    return findings
-
-
-def check_before(settings: Values, parameters: Values, facts: Values, baselines: Values) -> list[Finding]:
-    """Every check that can be made before the first step; what is unknown is not checked.
-
-    Args:
-        settings: the configuration as nested dicts, ``settings`` in config.json.
-        parameters: the parameter report, parameters.json.
-        facts: what only the running process could see, ``facts`` in config.json.
-        baselines: name -> figures, as in summary.json.
-    """
-    return [
-        *frozen_at_random(settings, parameters),
-        *trainable_share(settings, parameters),
-        *adapters_reached(settings, parameters, facts),
-        *data_without_structure(settings, facts),
-        *validation_size(baselines, facts),
-        *unseen_codes(facts),
-        *beyond_tables(settings, facts),
-        *cut_histories(settings, facts),
-        *static_masks(settings),
-        *steps_for_schedule(settings, facts),
-        *learning_rate_for_batch(settings, parameters, facts),
-    ]

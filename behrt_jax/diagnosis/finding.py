@@ -1,15 +1,28 @@
-"""A finding: what was seen, why it matters and what to do."""
+"""Findings of the doctor, and the record of a run that its checks are made on."""
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeGuard, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from behrt_jax.config import from_stored
+from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject, read_json
+from behrt_jax.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    PARAMETERS_FILE,
+    SUMMARY_FILE,
+    Records,
+    of_split,
+    read_metrics,
+)
+from behrt_jax.tracking.summary import Baselines, Summary
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 """From grave to harmless. An error makes results wrong or useless; an info is no alarm."""
-COLUMNS = ("severity", "id", "seen", "why", "mend")
-"""Of the table of findings."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +48,26 @@ def by_severity(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def has_error(findings: Iterable[Finding]) -> bool:
-    """Whether one of them is an error."""
+    """True where one of them is an error."""
     return any(finding.severity == "error" for finding in findings)
 
 
 def table_rows(findings: Iterable[Finding]) -> list[tuple[str, ...]]:
-    """Rows of :data:`COLUMNS`, errors first."""
+    """Severity, id, what was seen, why and what to do, errors first."""
     return [
         (finding.severity, finding.id, finding.seen, finding.why, finding.mend)
         for finding in by_severity(findings)
     ]
 
 
-def to_json(findings: Iterable[Finding]) -> list[dict[str, str]]:
+def to_json(findings: Iterable[Finding]) -> list[JsonObject]:
     """As dicts, errors first, ready for JSON."""
     return [asdict(finding) for finding in by_severity(findings)]
 
 
-def from_json(values: Iterable[Mapping[str, Any]]) -> list[Finding]:
+def from_json(values: Iterable[JsonObject]) -> list[Finding]:
     """Inverse of :func:`to_json`; keys of newer versions are left out."""
-    names = {field.name for field in fields(Finding)}
-    return [Finding(**{key: value for key, value in entry.items() if key in names}) for entry in values]
+    return [from_stored(Finding, entry) for entry in values]
 
 
 def one_line(finding: Finding) -> str:
@@ -65,13 +77,96 @@ def one_line(finding: Finding) -> str:
 
 
 def summary_line(findings: Iterable[Finding]) -> str:
-    """How many of each severity: ``1 error, 2 warnings, 0 infos``."""
+    """Counts by severity: ``1 error, 2 warnings, 0 infos``."""
     counts = dict.fromkeys(SEVERITIES, 0)
     for finding in findings:
         counts[finding.severity] += 1
     return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a figure is known: a number, and finite."""
-    return isinstance(value, int | float) and math.isfinite(value)
+@dataclass(frozen=True)
+class Facts:
+    """Figures that only the process with data and model at hand can see: ``facts`` in config.json.
+
+    Those that are not known, as in a run of an older version, are None or empty.
+    """
+
+    codes: int | None = None
+    """Rows of the vocabulary that are codes."""
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+    tokens_per_step: float | None = None
+    """Without padding."""
+    row_length: int | None = None
+    validation_subjects: int | None = None
+    unseen_share: float | None = None
+    """Of validation events, those whose code the train split hardly or never has."""
+    cut_share: float | None = None
+    """Of train tokens, those past the first `row_length` of their history."""
+    beyond_tables: Mapping[str, float] = field(default_factory=dict)
+    """Shares of events that share the row at the end of a table: by ``ages`` above, ``before_birth``,
+    ``visits`` and ``positions`` (where those count visits)."""
+    unreached_adapters: Sequence[str] = ()
+    """Names of adapter leaves that the prediction does not depend on."""
+    micro_batches: int | None = None
+    """Parts of a batch that a step computes one after the other."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that is known of a run; parts that are not there yet are empty, and not checked."""
+
+    settings: JsonObject = field(default_factory=dict)
+    """The configuration as nested dicts, ``settings`` in config.json."""
+    parameters: JsonObject = field(default_factory=dict)
+    """The parameter report, parameters.json."""
+    facts: Facts = field(default_factory=Facts)
+    baselines: Baselines = field(default_factory=dict)
+    metrics: Records = ()
+    summary: Summary = field(default_factory=Summary)
+    """Empty while the run goes on."""
+
+    def setting(self, section: str, name: str) -> Any:
+        """A setting of a section; None where it is not known."""
+        return (self.settings.get(section) or {}).get(name)
+
+    def baseline(self, name: str, figure: str) -> Any:
+        """A figure of a baseline; None where it is not known."""
+        return (self.baselines.get(name) or {}).get(figure)
+
+    @cached_property
+    def trainings(self) -> list[JsonObject]:
+        """Records of the train split."""
+        return of_split(self.metrics, "train")
+
+    @cached_property
+    def validations(self) -> list[JsonObject]:
+        """Records of the tuning split."""
+        return of_split(self.metrics, "tuning")
+
+    def warmup_steps(self, total: int) -> int:
+        """Steps of the warm-up, of `total`."""
+        return round((self.setting("optimizer", "warmup_fraction") or 0.0) * total)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder, of a run finished or not.
+
+    Raises:
+        InputError: no run is there, or one of its files is broken.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"{folder} holds no run ({CONFIG_FILE} is not there): give the --output of one.")
+    config, parameters, summary = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in (CONFIG_FILE, PARAMETERS_FILE, SUMMARY_FILE)
+    )
+    facts = {name: value for name, value in (config.get("facts") or {}).items() if value is not None}
+    return RunRecord(
+        config.get("settings") or {},
+        parameters,
+        from_stored(Facts, facts),
+        summary.get("baselines") or config.get("baselines") or {},
+        read_metrics(folder / METRICS_FILE),
+        Summary(**summary),
+    )

@@ -1,76 +1,104 @@
-"""Checks of codes against labels: single codes that tell the outcome."""
+"""Checks of codes against binary labels: codes that tell the outcome, and the outcome's own codes.
+
+:func:`check_codes` has the list. Findings hold figures and codes, no subject ids.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.events import SPLITS
-from behrt_jax.data.labels import Labels
-from behrt_jax.data.ragged import ragged_indices
-from behrt_jax.data.sequences import Sequences, SequenceSet
-from behrt_jax.data.sorting import find_subjects, place_in
-from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.config import DoctorConfig
+from behrt_jax.data.events import DAY
+from behrt_jax.data.sorting import ragged_indices, runs
+from behrt_jax.data.vocabulary import Vocabulary, matching_codes
 from behrt_jax.diagnosis.finding import Finding
 from behrt_jax.diagnosis.leakage_data import FIRST_CODE
+from behrt_jax.diagnosis.leakage_labels import PlacedLabels
 
-# Labels beside the histories they are predicted from: which tokens lie before and after each of them.
+
+def check_codes(
+    placed: Mapping[str, PlacedLabels], vocabulary: Vocabulary, config: DoctorConfig
+) -> Iterator[Finding]:
+    """Every check of codes before and after the prediction times.
+
+    Args:
+        placed: binary labels of each split.
+        vocabulary: of the data.
+        config: its ``outcome_codes`` and ``horizon_days`` are read.
+
+    Raises:
+        InputError: one of the outcome codes is no regular expression.
+    """
+    yield from check_telling_codes(list(placed.values()), vocabulary)
+    yield from check_outcome(placed, vocabulary, config.outcome_codes, config.horizon_days)
+
+
+TELLING = {
+    "input": Finding(
+        "outcome-code-in-input",
+        "error",
+        "The presence of one of {} codes in the input alone predicts a positive label: {}.",
+        "It is the outcome under another name, or only written once the outcome is known.",
+        "Leave these codes out with exclude_codes, or predict only for subjects without them.",
+    ),
+    "prediction time": Finding(
+        "label-revealed-at-prediction-time",
+        "error",
+        "{} codes at exactly the prediction time predict a positive label: {}.",
+        "The prediction time is inclusive, so the input holds the event that the label was made from.",
+        "Set the prediction time before that event, a microsecond at least.",
+    ),
+    "day before": Finding(
+        "label-revealed-just-before",
+        "error",
+        "{} codes in the day before the prediction time predict a positive label: {}.",
+        "The outcome is already under way, or was recorded, when it is to be predicted.",
+        "Predict earlier: put a gap between the input and the outcome.",
+    ),
+    "input of few": Finding(
+        "outcome-code-suspected",
+        "info",
+        "{} codes in the input go with a positive label, but few subjects have them: {}.",
+        "They may be strong predictors, or the outcome under another name.",
+        "Look at what these codes mean.",
+    ),
+    "day after": Finding(
+        "outcome-just-after-prediction",
+        "info",
+        "{} codes in the day after the prediction time go with a positive label: {}.",
+        "They are not in the input; but where clocks differ by hours or hold dates alone, such events slip "
+        "into it.",
+        "See that all times have the same clock, or predict earlier.",
+    ),
+}
+"""By window of tokens; how many codes and which is filled in."""
+
+
+def check_telling_codes(parts: Sequence[PlacedLabels], vocabulary: Vocabulary) -> Iterator[Finding]:
+    """Single codes that tell the label: anywhere in the input, at its very end, and just after it."""
+    inputs = [labels.up_to() for labels in parts]
+    before = [labels.up_to(inclusive=False) for labels in parts]
+    windows = {
+        "input": ([labels.starts for labels in parts], inputs),
+        "prediction time": (before, inputs),
+        "day before": ([labels.up_to(-DAY, inclusive=False) for labels in parts], before),
+        "day after": (inputs, [labels.up_to(DAY) for labels in parts]),
+    }
+    counts = {name: count_codes(parts, *window, len(vocabulary)) for name, window in windows.items()}
+    codes = {name: revealing_codes(counted) for name, counted in counts.items()}
+    counts["input of few"] = counts["input"]
+    codes["input of few"] = suspected_codes(counts["input"]) & ~codes["input"]
+    for window, finding in TELLING.items():
+        if codes[window].any():
+            listed = _named(codes[window], counts[window], vocabulary.codes)
+            yield replace(finding, seen=finding.seen.format(f"{codes[window].sum():,}", listed))
+
+
+# By how many subjects a code was seen, in windows of tokens that each label has.
 
 _PIECE_TOKENS = 1 << 22
 """Tokens looked at together."""
-
-
-@dataclass(frozen=True, eq=False)
-class PlacedLabels:
-    """The labels of one split's subjects, sorted by subject and prediction time."""
-
-    part: Sequences
-    """The split."""
-    subjects: np.ndarray
-    """int64 ``[labels]``, places in ``part``."""
-    times: np.ndarray
-    """int64 ``[labels]``, prediction times in microseconds since 1970."""
-    values: np.ndarray
-    """int64 ``[labels]``: 0 and 1 where the labels are binary, else a number of the value."""
-
-    def __len__(self) -> int:
-        return len(self.subjects)
-
-    @property
-    def starts(self) -> np.ndarray:
-        """First token of each label's subject, int64 ``[labels]``."""
-        return self.part.offsets[self.subjects]
-
-    @property
-    def stops(self) -> np.ndarray:
-        """One after the last token of each label's subject, int64 ``[labels]``."""
-        return self.part.offsets[self.subjects + 1]
-
-    def up_to(self, shift: int = 0, inclusive: bool = True) -> np.ndarray:
-        """One after the last token at or before (or just before) prediction time + shift, ``[labels]``.
-
-        From ``starts`` to ``up_to()`` is the input: the prediction time is inclusive. ``shift`` is in
-        microseconds.
-        """
-        return place_in(self.part.times, self.starts, self.stops, self.times + shift, inclusive)
-
-
-def place_labels(labels: Labels, data: SequenceSet) -> dict[str, PlacedLabels]:
-    """Split name -> its labels; those of subjects without a sequence are left out."""
-    positive = labels.positive()
-    ids = labels.value_ids() if positive is None else positive
-    placed = {}
-    for name in SPLITS:
-        part = data.splits[name]
-        place = find_subjects(part.subject_ids, labels.subject_ids)
-        known = place >= 0
-        subjects = place[known]
-        times, values = labels.times[known], ids[known].astype(np.int64)
-        by_time = np.lexsort([values, times, subjects])
-        placed[name] = PlacedLabels(part, subjects[by_time], times[by_time], values[by_time])
-    return placed
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +152,7 @@ def _subjects_by_code(
     # A piece ends where a subject does.
     last = np.searchsorted(subject, subject, side="right") - 1
     piece = np.cumsum(length)[last] // _PIECE_TOKENS  # [labels]
-    for start, stop in _runs(piece):
+    for start, stop in runs(piece):
         tokens = ragged_indices(begin[start:stop], length[start:stop])
         owner = np.repeat(subject[start:stop], length[start:stop])
         pairs = np.unique(owner * rows + labels.part.codes[tokens])
@@ -132,17 +160,10 @@ def _subjects_by_code(
     return counts
 
 
-def _runs(values: np.ndarray) -> list[tuple[int, int]]:
-    """Where runs of equal values begin and end."""
-    cuts = np.flatnonzero(np.diff(values)) + 1
-    edges = [0, *cuts.tolist(), len(values)]
-    return list(pairwise(edges))
-
-
 PRECISION = 0.95
 """Share of positives among the subjects with a code from which on it tells the outcome."""
 LEAST_PRECISION = 0.8
-"""What that share must surely exceed; strong predictors that are no leakage come near it."""
+"""Share that it must surely exceed; strong predictors that are no leakage come near it."""
 LEAST_SUBJECTS = 5
 """Fewest positive subjects with the code."""
 _ODDS = 10.0
@@ -189,67 +210,6 @@ def _evidence(share: np.ndarray, seen: np.ndarray, expected: float) -> np.ndarra
     return seen * divergence
 
 
-def check_codes(placed: Mapping[str, PlacedLabels], vocabulary: Vocabulary) -> Iterator[Finding]:
-    """Single codes that tell the label: anywhere in the input, at its very end, and just after it."""
-    parts = list(placed.values())
-    names, rows = vocabulary.codes, len(vocabulary)
-    inputs = [labels.up_to() for labels in parts]
-    before = [labels.up_to(inclusive=False) for labels in parts]
-    day_before = [labels.up_to(-DAY, inclusive=False) for labels in parts]
-    day_after = [labels.up_to(DAY) for labels in parts]
-    everywhere = count_codes(parts, [labels.starts for labels in parts], inputs, rows)
-    if (found := revealing_codes(everywhere)).any():
-        yield Finding(
-            "outcome-code-in-input",
-            "error",
-            f"The presence of one of {found.sum():,} codes in the input alone predicts a positive label: "
-            f"{_named(found, everywhere, names)}.",
-            "It is the outcome under another name, or only written once the outcome is known.",
-            "Leave these codes out with exclude_codes, or predict only for subjects without them.",
-        )
-    at = count_codes(parts, before, inputs, rows)
-    if (found := revealing_codes(at)).any():
-        yield Finding(
-            "label-revealed-at-prediction-time",
-            "error",
-            f"{found.sum():,} codes at exactly the prediction time predict a positive label: "
-            f"{_named(found, at, names)}.",
-            "The prediction time is inclusive, so the input holds the event that the label was made from.",
-            "Set the prediction time before that event, a microsecond at least.",
-        )
-    ahead = count_codes(parts, day_before, before, rows)
-    if (found := revealing_codes(ahead)).any():
-        yield Finding(
-            "label-revealed-just-before",
-            "error",
-            f"{found.sum():,} codes in the day before the prediction time predict a positive label: "
-            f"{_named(found, ahead, names)}.",
-            "The outcome is already under way, or was recorded, when it is to be predicted.",
-            "Predict earlier: put a gap between the input and the outcome.",
-        )
-    weak = suspected_codes(everywhere) & ~revealing_codes(everywhere)
-    if weak.any():
-        yield Finding(
-            "outcome-code-suspected",
-            "info",
-            f"{weak.sum():,} codes in the input go with a positive label, but few subjects have them: "
-            f"{_named(weak, everywhere, names)}.",
-            "They may be strong predictors, or the outcome under another name.",
-            "Look at what these codes mean.",
-        )
-    after = count_codes(parts, inputs, day_after, rows)
-    if (found := revealing_codes(after)).any():
-        yield Finding(
-            "outcome-just-after-prediction",
-            "info",
-            f"{found.sum():,} codes in the day after the prediction time go with a positive label: "
-            f"{_named(found, after, names)}.",
-            "They are not in the input; but where clocks differ by hours or hold dates alone, such events "
-            "slip into it.",
-            "See that all times have the same clock, or predict earlier.",
-        )
-
-
 def _named(found: np.ndarray, counts: CodeCounts, names: tuple[str, ...]) -> str:
     """The codes with most positive subjects, with their figures."""
     rows = np.flatnonzero(found)
@@ -260,3 +220,65 @@ def _named(found: np.ndarray, counts: CodeCounts, names: tuple[str, ...]) -> str
         for row in rows[:_NAMED]
     ]
     return ", ".join(listed) + (f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else "")
+
+
+def check_outcome(
+    placed: Mapping[str, PlacedLabels],
+    vocabulary: Vocabulary,
+    outcome_codes: tuple[str, ...],
+    horizon_days: float | None,
+) -> Iterator[Finding]:
+    """The codes that define the label: in the history, at the prediction time, and after a negative one."""
+    if not outcome_codes:
+        return
+    is_outcome = matching_codes(vocabulary, outcome_codes, "--outcome_codes")
+    if not is_outcome.any():
+        yield Finding(
+            "outcome-not-among-codes",
+            "info",
+            f"No code of the vocabulary matches {', '.join(outcome_codes)}.",
+            "The outcome itself is then no input, but repeats of it cannot be counted.",
+            "None needed, unless a pattern is misspelt.",
+        )
+        return
+    positives = history = exactly = negatives = contradicted = 0
+    for labels in placed.values():
+        if not len(labels):
+            continue
+        seen = np.concatenate([[0], np.cumsum(is_outcome[labels.part.codes])])  # [T + 1]
+        positive = labels.values == 1
+        end, before = labels.up_to(), labels.up_to(inclusive=False)
+        positives += int(positive.sum())
+        history += int(np.count_nonzero(positive & (seen[before] > seen[labels.starts])))
+        exactly += int(np.count_nonzero(positive & (seen[end] > seen[before])))
+        if horizon_days is not None:
+            later = labels.up_to(int(horizon_days * DAY))
+            negatives += int(np.count_nonzero(~positive))
+            contradicted += int(np.count_nonzero(~positive & (seen[later] > seen[end])))
+    if positives:
+        yield Finding(
+            "outcome-repeated",
+            "warning" if history > positives / 2 else "info",
+            f"In {history:,} of {positives:,} positive labels ({history / positives:.1%}) the subject had an "
+            "outcome code before.",
+            "Predicting a repeat is easy, and says little about new cases.",
+            "Predict the first occurrence, or report new and repeated cases apart.",
+        )
+    if exactly:
+        yield Finding(
+            "outcome-at-prediction-time",
+            "error",
+            f"{exactly:,} of {positives:,} positive labels have an outcome code at exactly the prediction "
+            "time.",
+            "The prediction time is inclusive, so the outcome is in the input.",
+            "Set the prediction time before the outcome.",
+        )
+    if contradicted:
+        yield Finding(
+            "negative-with-outcome",
+            "error",
+            f"{contradicted:,} of {negatives:,} negative labels are followed by an outcome code within "
+            f"{horizon_days:g} days.",
+            "The labels are wrong, or mean another horizon or other codes.",
+            "Compute the labels again, or give the horizon and the codes that they were made with.",
+        )

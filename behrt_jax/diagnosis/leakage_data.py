@@ -1,25 +1,48 @@
-"""Checks of prepared data for leakage between splits: subjects, vocabulary and quantiles."""
+"""Checks of prepared data: leakage between splits, times outside of a life, and codes dated too early.
+
+They see the data as `data.prepared.read_prepared` gives them, without separators, beside their manifest;
+:func:`check_data` has the list. Findings hold figures and codes, no subject ids.
+"""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
-from behrt_jax.data.event_rules import DAY, REPEATS, matches
-from behrt_jax.data.events import SPLITS
+from behrt_jax.data.event_rules import REPEATS
+from behrt_jax.data.events import DAY, SPLITS, YEAR
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint
-from behrt_jax.data.sorting import place_in
-from behrt_jax.data.vocabulary import SPECIAL_TOKENS
+from behrt_jax.data.sorting import leads, place_in
+from behrt_jax.data.vocabulary import SPECIAL_TOKENS, matching_codes
 from behrt_jax.diagnosis.finding import Finding
+from behrt_jax.files import JsonObject
 
 FIRST_CODE = len(SPECIAL_TOKENS)
+
+
+def check_data(data: SequenceSet, manifest: JsonObject, death_codes: tuple[str, ...]) -> Iterator[Finding]:
+    """Every check of prepared data.
+
+    Raises:
+        InputError: one of the `death_codes` is no regular expression.
+    """
+    yield from check_splits(data)
+    yield from check_vocabulary(data, manifest)
+    yield from check_quantiles(data, manifest)
+    yield from check_ages(data)
+    yield from check_deaths(data, death_codes)
+    yield from check_visit_ends(data)
+    yield from check_repeats(data)
+
+
+# Leakage between splits: subjects, vocabulary and quantiles.
+
 _LEAST_PER_BIN = 20
 """Fewest events per quantile bin for which its share is judged."""
 _UNIONS = (("train",), ("train", "tuning"), ("train", "held_out"), SPLITS)
-"""What quantiles may have been fitted on; the first is right."""
+"""Splits that quantiles may have been fitted on; the first is right."""
 
 
-def check_splits(data: SequenceSet, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+def check_splits(data: SequenceSet) -> Iterator[Finding]:
     """Files changed after they were prepared, and subjects in two splits or twice in one."""
     if set_fingerprint(data.vocabulary, data.splits) != data.fingerprint:
         yield Finding(
@@ -51,7 +74,7 @@ def check_splits(data: SequenceSet, manifest: Mapping[str, Any]) -> Iterator[Fin
         )
 
 
-def check_vocabulary(data: SequenceSet, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+def check_vocabulary(data: SequenceSet, manifest: JsonObject) -> Iterator[Finding]:
     """Recount the vocabulary in the train split."""
     vocabulary = data.vocabulary
     by_split = code_counts(data)
@@ -86,12 +109,12 @@ def check_vocabulary(data: SequenceSet, manifest: Mapping[str, Any]) -> Iterator
         )
 
 
-def check_quantiles(data: SequenceSet, manifest: Mapping[str, Any]) -> Iterator[Finding]:
-    """Whether quantile bins are of equal size in the train split, rather than with other splits added.
+def check_quantiles(data: SequenceSet, manifest: JsonObject) -> Iterator[Finding]:
+    """Quantile bins that are of equal size with other splits added, rather than in the train split.
 
     Bins fitted on the train split divide its events evenly but for rounding, and the events of more splits
     only about so; bins fitted on more the other way round. The distance from an even division is
-    Pearson's chi-square. Where values are tied, drawn (see `values.SAMPLE`) or dropped as duplicates,
+    Pearson's chi-square. Where values are tied, drawn (see `event_rules.SAMPLE`) or dropped as duplicates,
     no division is even, and nothing can be told.
     """
     edges: Mapping[str, list[float]] = manifest.get("value_edges", {})
@@ -152,13 +175,12 @@ def code_counts(data: SequenceSet) -> dict[str, np.ndarray]:
     }
 
 
-# Checks of the times in prepared data: order, ages, life and death.
+# Times: order, ages, life and death.
 
 OLDEST = 120.0
 """Ages above, in years, are taken for mistakes."""
 _MUCH = 0.01
 """Share of the events above which those outside of a life are a warning."""
-_YEAR = 365.25 * DAY
 
 
 def check_ages(data: SequenceSet) -> Iterator[Finding]:
@@ -172,7 +194,7 @@ def check_ages(data: SequenceSet) -> Iterator[Finding]:
         unordered += int(np.count_nonzero(steps < 0))
         below += int(np.count_nonzero(part.ages < 0))
         above += int(np.count_nonzero(part.ages > OLDEST))
-        births = part.times - part.ages.astype(np.float64) * _YEAR  # [T]
+        births = part.times - part.ages.astype(np.float64) * YEAR  # [T]
         starts = part.offsets[:-1]
         spread = np.maximum.reduceat(births, starts) - np.minimum.reduceat(births, starts)
         off += int(np.count_nonzero(spread > DAY))
@@ -215,8 +237,7 @@ def check_ages(data: SequenceSet) -> Iterator[Finding]:
 
 def check_deaths(data: SequenceSet, death_codes: tuple[str, ...]) -> Iterator[Finding]:
     """Events after a code of death, and what preparing dropped because it lay outside of a life."""
-    is_death = matches(data.vocabulary.codes, death_codes, "--death_codes")
-    is_death[:FIRST_CODE] = False
+    is_death = matching_codes(data.vocabulary, death_codes, "--death_codes")
     late = dead = 0
     for part in data.splits.values():
         if not len(part):
@@ -257,37 +278,10 @@ def check_deaths(data: SequenceSet, death_codes: tuple[str, ...]) -> Iterator[Fi
         )
 
 
-# Checks of the visits in prepared data: codes that are stamped at their end, and repeated codes.
+# Visits: codes that are stamped at their end, and repeated codes.
 
 _LEAST_VISITS = 20
 _MOST = 0.9  # of the visits of a family, and of the other events of a visit
-
-
-def check_repeats(data: SequenceSet) -> Iterator[Finding]:
-    """How many codes of a visit the subject already had in an earlier one."""
-    later = repeats = 0
-    for part in data.splits.values():
-        codes = part.codes >= FIRST_CODE
-        subject = np.repeat(np.arange(len(part)), part.lengths)[codes]
-        code, visit = part.codes[codes], part.visits[codes]
-        order = np.lexsort([visit, code, subject])
-        subject, code, visit = subject[order], code[order], visit[order]
-        new = np.ones(len(code), bool)  # a code of a subject
-        new[1:] = (subject[1:] != subject[:-1]) | (code[1:] != code[:-1])
-        in_visit = new.copy()
-        in_visit[1:] |= visit[1:] != visit[:-1]
-        counted = in_visit & (visit > 0)
-        later += int(np.count_nonzero(counted))
-        repeats += int(np.count_nonzero(counted & ~new))
-    if later:
-        yield Finding(
-            "repeated-codes",
-            "info",
-            f"{repeats / later:.1%} of the {later:,} codes of visits after the first are repeats of the "
-            "subject's earlier codes.",
-            "Repeats are easy, and hide how well new codes are predicted.",
-            "Report metrics of new and of repeated codes apart.",
-        )
 
 
 def check_visit_ends(data: SequenceSet) -> Iterator[Finding]:
@@ -326,13 +320,10 @@ def _add_visit_ends(
     part: Sequences, family_of: np.ndarray, visits: np.ndarray, closed: np.ndarray, chance: np.ndarray
 ) -> None:
     """Add the visits of one split to the counts of each family, ``[families]``."""
-    per_subject = np.maximum.reduceat(part.visits, part.offsets[:-1]).astype(np.int64) + 1  # [S]
-    visit = np.repeat(np.cumsum(per_subject) - per_subject, part.lengths) + part.visits  # [T]
+    visit = part.numbered_visits()  # [T]
     order = np.lexsort([part.times, family_of[part.codes], visit])
     by_visit, family, time = visit[order], family_of[part.codes][order], part.times[order]
-    leads = np.ones(len(order), bool)
-    leads[1:] = (by_visit[1:] != by_visit[:-1]) | (family[1:] != family[:-1])
-    first = np.flatnonzero(leads)  # of each family in each visit
+    first = np.flatnonzero(leads([by_visit, family]))  # of each family in each visit
     size = np.diff(first, append=len(order))
     at, family, begin, end = by_visit[first], family[first], time[first], time[first + size - 1]
 
@@ -340,9 +331,7 @@ def _add_visit_ends(
     time, by_visit = part.times[order], visit[order]
     starts = np.searchsorted(by_visit, at)
     stops = np.searchsorted(by_visit, at, side="right")
-    new_time = np.ones(len(time), bool)
-    new_time[1:] = (by_visit[1:] != by_visit[:-1]) | (time[1:] != time[:-1])
-    distinct = np.bincount(by_visit[new_time])[at]  # times of the visit
+    distinct = np.bincount(by_visit[leads([by_visit, time])])[at]  # times of the visit
     others = stops - starts - size
     past = place_in(time, starts, stops, end, inclusive=True) - starts - size
     span = time[stops - 1] - time[starts]
@@ -352,3 +341,27 @@ def _add_visit_ends(
     closed += np.bincount(family[closes], minlength=len(visits))
     likely = np.log(np.minimum(1 / distinct[closes] + 1 - _MOST, 1))
     chance += np.bincount(family[closes], likely, minlength=len(visits))
+
+
+def check_repeats(data: SequenceSet) -> Iterator[Finding]:
+    """Codes of a visit that the subject already had in an earlier one."""
+    later = repeats = 0
+    for part in data.splits.values():
+        codes = part.codes >= FIRST_CODE
+        subject = np.repeat(np.arange(len(part)), part.lengths)[codes]
+        code, visit = part.codes[codes], part.visits[codes]
+        order = np.lexsort([visit, code, subject])
+        subject, code, visit = subject[order], code[order], visit[order]
+        new = leads([subject, code])  # a code of a subject
+        counted = leads([subject, code, visit]) & (visit > 0)
+        later += int(np.count_nonzero(counted))
+        repeats += int(np.count_nonzero(counted & ~new))
+    if later:
+        yield Finding(
+            "repeated-codes",
+            "info",
+            f"{repeats / later:.1%} of the {later:,} codes of visits after the first are repeats of the "
+            "subject's earlier codes.",
+            "Repeats are easy, and hide how well new codes are predicted.",
+            "Report metrics of new and of repeated codes apart.",
+        )

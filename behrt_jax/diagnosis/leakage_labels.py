@@ -1,99 +1,119 @@
-"""Checks of a label table beside prepared data: subjects, classes, times and follow-up."""
+"""Checks of a label table beside prepared data: subjects, classes, times, delays and follow-up.
+
+:func:`place_labels` finds each label's place in the history that it is predicted from; :func:`check_labels`
+has the list of checks. Findings hold figures, no subject ids.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from behrt_jax.data.delays import matching_codes, parse_delay
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.events import SPLITS
+from behrt_jax.config import DoctorConfig
+from behrt_jax.data.events import DAY, SPLITS
+from behrt_jax.data.examples import CodeDelays, code_delays, parse_delay
 from behrt_jax.data.labels import Labels
-from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.sorting import find_subjects, place_in
-from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.data.sequences import Sequences, SequenceSet
+from behrt_jax.data.sorting import find_ids, place_in
+from behrt_jax.data.vocabulary import Vocabulary, matching_codes
 from behrt_jax.diagnosis.finding import Finding
-from behrt_jax.diagnosis.leakage_codes import PlacedLabels
 from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject
 
-# Check of codes that are recorded before they are known: delays by pattern of codes.
+
+@dataclass(frozen=True, eq=False)
+class PlacedLabels:
+    """The labels of one split's subjects, sorted by subject and prediction time."""
+
+    part: Sequences
+    """The split."""
+    subjects: np.ndarray
+    """int64 ``[labels]``, places in ``part``."""
+    times: np.ndarray
+    """int64 ``[labels]``, prediction times in microseconds since 1970."""
+    values: np.ndarray
+    """int64 ``[labels]``: 0 and 1 where the labels are binary, else a number of the value."""
+
+    def __len__(self) -> int:
+        return len(self.subjects)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """First token of each label's subject, int64 ``[labels]``."""
+        return self.part.offsets[self.subjects]
+
+    @property
+    def stops(self) -> np.ndarray:
+        """One after the last token of each label's subject, int64 ``[labels]``."""
+        return self.part.offsets[self.subjects + 1]
+
+    def up_to(self, shift: int = 0, inclusive: bool = True) -> np.ndarray:
+        """One after the last token at or before (or just before) prediction time + shift, ``[labels]``.
+
+        From ``starts`` to ``up_to()`` is the input: the prediction time is inclusive. ``shift`` is in
+        microseconds.
+        """
+        return place_in(self.part.times, self.starts, self.stops, self.times + shift, inclusive)
 
 
-def check_delays(
+def place_labels(labels: Labels, data: SequenceSet) -> dict[str, PlacedLabels]:
+    """Split name -> its labels; those of subjects without a sequence are left out."""
+    positive = labels.positive()
+    ids = labels.value_ids() if positive is None else positive
+    placed = {}
+    for name in SPLITS:
+        part = data.splits[name]
+        place = find_ids(part.subject_ids, labels.subject_ids)
+        known = place >= 0
+        subjects = place[known]
+        times, values = labels.times[known], ids[known].astype(np.int64)
+        by_time = np.lexsort([values, times, subjects])
+        placed[name] = PlacedLabels(part, subjects[by_time], times[by_time], values[by_time])
+    return placed
+
+
+def check_labels(
+    labels: Labels,
+    data: SequenceSet,
     placed: Mapping[str, PlacedLabels],
-    vocabulary: Vocabulary,
-    delays: Sequence[str],
-    recorded: Sequence[str] = (),
+    manifest: JsonObject,
+    config: DoctorConfig,
 ) -> Iterator[Finding]:
-    """Events up to the prediction time that were not known yet then.
+    """Every check of labels, but those of the codes before and after them.
 
     Args:
-        placed: the labels.
-        vocabulary: of the data.
-        delays: to check.
-        recorded: those of the data's manifest, which prediction keeps to; they may match no code.
+        labels: of some of the subjects.
+        data: prepared, without separators.
+        placed: the labels in `data`.
+        manifest: of `data`.
+        config: its ``horizon_days`` and ``delays`` are read.
+
+    Raises:
+        InputError: a delay whose pattern matches no code, or is no regular expression.
     """
-    for option in delays:
-        pattern, days = parse_delay(option)
-        chosen = matching_codes(vocabulary, (pattern,), "--delays")
-        if not chosen.any() and option not in recorded:
-            raise InputError(f"--delays has {pattern!r}, but no code of the vocabulary matches: mend it.")
-        early = total = affected = count = 0
-        for labels in placed.values():
-            known, unknown = _known(labels, chosen, days)
-            total += int(known.sum() + unknown.sum())
-            early += int(unknown.sum())
-            affected += int(np.count_nonzero(unknown))
-            count += len(labels)
-        known_at = "at the end of the visit" if days is None else f"{days:g} days later"
-        if early and option in recorded:
-            yield Finding(
-                "kept-until-known",
-                "info",
-                f"{early:,} of {total:,} events of {pattern} up to the prediction times of {affected:,} of "
-                f"{count:,} labels are only known {known_at}, as the data's manifest says.",
-                "Fine-tuning and prediction do not show them to the model.",
-                "None needed; whatever else reads the events must leave them out too.",
-            )
-        elif early:
-            yield Finding(
-                "not-yet-known",
-                "error",
-                f"{early:,} of {total:,} events of {pattern} in the inputs of {affected:,} of {count:,} "
-                f"labels are only known {known_at}, which is after the prediction time.",
-                "In use the model will not have them.",
-                "Predict later, or give the delay to prepare, so that predictions keep to it.",
-            )
-
-
-def _known(labels: PlacedLabels, chosen: np.ndarray, days: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Events of chosen codes in each input that are known, and that are not: int64 ``[labels]`` each."""
-    part = labels.part
-    if not len(part):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    subject = np.repeat(np.arange(len(part)), part.lengths)
-    if days is None:
-        per_subject = np.maximum.reduceat(part.visits, part.offsets[:-1]) + 1  # [S]
-        visit = np.repeat(np.cumsum(per_subject) - per_subject, part.lengths) + part.visits  # [T]
-        known_at = np.full(int(per_subject.sum()), np.iinfo(np.int64).min)
-        np.maximum.at(known_at, visit, part.times)
-        known_at = known_at[visit]
+    binary = labels.positive() is not None
+    yield from check_subjects(labels, data)
+    yield from check_rows(placed)
+    yield from check_histories(labels, data, placed)
+    yield from check_classes(placed, binary)
+    recorded = manifest.get("options", {}).get("delays", ())
+    yield from check_delays(placed, data.vocabulary, config.delays or recorded, recorded)
+    if binary:
+        follow_up = labels.account.get("options", {}).get("follow_up")
+        ends = {"subject": None, "data": "the last event of the data"}
+        yield from check_follow_up(placed, config.horizon_days, ends.get(follow_up, follow_up))
     else:
-        known_at = part.times + int(days * DAY)
-    rows = np.flatnonzero(chosen[part.codes])
-    subject, time, known_at = subject[rows], part.times[rows], known_at[rows]
-    known_at = known_at[np.lexsort([known_at, subject])]
-    starts = np.searchsorted(subject, labels.subjects)
-    stops = np.searchsorted(subject, labels.subjects, side="right")
-    if not len(rows):
-        return np.zeros(len(labels), np.int64), np.zeros(len(labels), np.int64)
-    recorded = place_in(time, starts, stops, labels.times, inclusive=True) - starts
-    known = place_in(known_at, starts, stops, labels.times, inclusive=True) - starts
-    return known, recorded - known
+        yield Finding(
+            "labels-not-binary",
+            "info",
+            f"The labels are {labels.kind}, so follow-up and codes that tell the outcome were not checked.",
+            "These checks need a yes or no.",
+            "Audit each class against the rest, as a table with boolean_value.",
+        )
 
 
 _SURE = 4.0
 """Standard errors between two prevalences that are not taken for chance."""
-_YEAR = 365.25 * DAY
 
 
 def check_subjects(labels: Labels, data: SequenceSet) -> Iterator[Finding]:
@@ -162,13 +182,12 @@ def check_histories(
         if not len(of_split):
             continue
         first = of_split.starts
-        births = of_split.part.times[first] - of_split.part.ages[first].astype(np.float64) * _YEAR
-        before = of_split.times < births - DAY
+        before = of_split.times < of_split.part.births(of_split.subjects) - DAY
         total += len(of_split)
         unborn += int(np.count_nonzero(before))
         empty += int(np.count_nonzero((of_split.up_to() == first) & ~before))
     for born in data.births.values():  # of subjects without any event
-        place = find_subjects(born.subject_ids, labels.subject_ids)
+        place = find_ids(born.subject_ids, labels.subject_ids)
         own = place >= 0
         before = labels.times[own] < born.times[place[own]] - DAY
         total += len(before)
@@ -268,7 +287,68 @@ def _prevalences(placed: Mapping[str, PlacedLabels]) -> Iterator[Finding]:
             )
 
 
-# Checks of the outcome: subjects that nobody followed, and the codes that define the label.
+def check_delays(
+    placed: Mapping[str, PlacedLabels],
+    vocabulary: Vocabulary,
+    delays: Sequence[str],
+    recorded: Sequence[str] = (),
+) -> Iterator[Finding]:
+    """Events up to the prediction time that were not known yet then.
+
+    Args:
+        placed: the labels.
+        vocabulary: of the data.
+        delays: to check.
+        recorded: those of the data's manifest, which prediction keeps to; they may match no code.
+    """
+    for option in delays:
+        pattern, days = parse_delay(option)
+        chosen = matching_codes(vocabulary, (pattern,), "--delays")
+        if not chosen.any() and option not in recorded:
+            raise InputError(f"--delays has {pattern!r}, but no code of the vocabulary matches: mend it.")
+        early = total = affected = count = 0
+        for labels in placed.values():
+            events, unknown = _unknown(labels, chosen, code_delays(vocabulary, (option,)))
+            total += int(events.sum())
+            early += int(unknown.sum())
+            affected += int(np.count_nonzero(unknown))
+            count += len(labels)
+        known_at = "at the end of the visit" if days is None else f"{days:g} days later"
+        if early and option in recorded:
+            yield Finding(
+                "kept-until-known",
+                "info",
+                f"{early:,} of {total:,} events of {pattern} up to the prediction times of {affected:,} of "
+                f"{count:,} labels are only known {known_at}, as the data's manifest says.",
+                "Fine-tuning and prediction do not show them to the model.",
+                "None needed; whatever else reads the events must leave them out too.",
+            )
+        elif early:
+            yield Finding(
+                "not-yet-known",
+                "error",
+                f"{early:,} of {total:,} events of {pattern} in the inputs of {affected:,} of {count:,} "
+                f"labels are only known {known_at}, which is after the prediction time.",
+                "In use the model will not have them.",
+                "Predict later, or give the delay to prepare, so that predictions keep to it.",
+            )
+
+
+def _unknown(labels: PlacedLabels, chosen: np.ndarray, delays: CodeDelays) -> tuple[np.ndarray, np.ndarray]:
+    """Events of chosen codes in each input, and those that are not known yet: int64 ``[labels]`` each."""
+    part = labels.part
+    rows = np.flatnonzero(chosen[part.codes])
+    if not len(rows):
+        return np.zeros(len(labels), np.int64), np.zeros(len(labels), np.int64)
+    subject = np.repeat(np.arange(len(part)), part.lengths)[rows]
+    known_at = delays.known_at(part, np.arange(len(part)))[rows]
+    known_at = known_at[np.lexsort([known_at, subject])]
+    starts = np.searchsorted(subject, labels.subjects)
+    stops = np.searchsorted(subject, labels.subjects, side="right")
+    recorded = place_in(part.times[rows], starts, stops, labels.times, inclusive=True) - starts
+    known = place_in(known_at, starts, stops, labels.times, inclusive=True) - starts
+    return recorded, recorded - known
+
 
 MUCH_UNFOLLOWED = 0.1
 """Share of the negative labels without follow-up above which it is an error."""
@@ -311,66 +391,4 @@ def check_follow_up(
             "again. (Follow-up is seen by the selected codes alone, not by deaths or the end of the data.)",
             "Leave such labels out, or censor them; keep those where a death or discharge ends the follow-up "
             "by definition.",
-        )
-
-
-def check_outcome(
-    placed: Mapping[str, PlacedLabels],
-    vocabulary: Vocabulary,
-    outcome_codes: tuple[str, ...],
-    horizon_days: float | None,
-) -> Iterator[Finding]:
-    """The codes that define the label: in the history, at the prediction time, and after a negative one."""
-    if not outcome_codes:
-        return
-    is_outcome = matching_codes(vocabulary, outcome_codes, "--outcome_codes")
-    if not is_outcome.any():
-        yield Finding(
-            "outcome-not-among-codes",
-            "info",
-            f"No code of the vocabulary matches {', '.join(outcome_codes)}.",
-            "The outcome itself is then no input, but repeats of it cannot be counted.",
-            "None needed, unless a pattern is misspelt.",
-        )
-        return
-    positives = history = exactly = negatives = contradicted = 0
-    for labels in placed.values():
-        if not len(labels):
-            continue
-        seen = np.concatenate([[0], np.cumsum(is_outcome[labels.part.codes])])  # [T + 1]
-        positive = labels.values == 1
-        end, before = labels.up_to(), labels.up_to(inclusive=False)
-        positives += int(positive.sum())
-        history += int(np.count_nonzero(positive & (seen[before] > seen[labels.starts])))
-        exactly += int(np.count_nonzero(positive & (seen[end] > seen[before])))
-        if horizon_days is not None:
-            later = labels.up_to(int(horizon_days * DAY))
-            negatives += int(np.count_nonzero(~positive))
-            contradicted += int(np.count_nonzero(~positive & (seen[later] > seen[end])))
-    if positives:
-        yield Finding(
-            "outcome-repeated",
-            "warning" if history > positives / 2 else "info",
-            f"In {history:,} of {positives:,} positive labels ({history / positives:.1%}) the subject had an "
-            "outcome code before.",
-            "Predicting a repeat is easy, and says little about new cases.",
-            "Predict the first occurrence, or report new and repeated cases apart.",
-        )
-    if exactly:
-        yield Finding(
-            "outcome-at-prediction-time",
-            "error",
-            f"{exactly:,} of {positives:,} positive labels have an outcome code at exactly the prediction "
-            "time.",
-            "The prediction time is inclusive, so the outcome is in the input.",
-            "Set the prediction time before the outcome.",
-        )
-    if contradicted:
-        yield Finding(
-            "negative-with-outcome",
-            "error",
-            f"{contradicted:,} of {negatives:,} negative labels are followed by an outcome code within "
-            f"{horizon_days:g} days.",
-            "The labels are wrong, or mean another horizon or other codes.",
-            "Compute the labels again, or give the horizon and the codes that they were made with.",
         )

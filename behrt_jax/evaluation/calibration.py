@@ -1,8 +1,75 @@
-"""How far predicted probabilities agree with how often the event came."""
+"""Calibration: temperature and threshold, which are fitted on the tuning split, and how far predictions agree
+with what came true.
+"""
 
-from typing import Any
+from typing import Literal
 
 import numpy as np
+
+from behrt_jax.data.tasks import KINDS, TaskKind
+
+
+def mean_predictions(kind: TaskKind, outputs: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Mean over members of what their outputs say, float64 ``[examples, outputs]``.
+
+    Args:
+        kind: of the task.
+        outputs: float32 ``[members, examples, outputs]``.
+        temperature: of all members.
+    """
+    return np.mean([KINDS[kind].predictions(one, temperature) for one in outputs], axis=0)
+
+
+def fit_temperature(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> float:
+    """Temperature at which the log loss of the mean prediction is least (Guo et al. 2017, arXiv 1706.04599).
+
+    Args:
+        kind: of the task; of regression and survival it is 1, and where no output is on the wrong side.
+        outputs: float ``[members, examples, outputs]``.
+        targets: ``[examples, targets]``, see `data.tasks`.
+    """
+    from scipy.optimize import minimize_scalar
+
+    of = KINDS[kind]
+
+    def loss(log_temperature: float) -> float:
+        found = mean_predictions(kind, outputs, float(np.exp(log_temperature)))
+        return float(-np.log(np.maximum(of.of_truth(found, targets), 1e-300)).mean())
+
+    if not of.tempered or not of.errs(outputs, targets):
+        return 1.0  # where nothing is wrong sharper is always better: nothing can be learnt
+    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20.0)), method="bounded")
+    return float(np.exp(found.x))
+
+
+def fit_threshold(
+    probabilities: np.ndarray, labels: np.ndarray, how: Literal["f1", "youden"] | float
+) -> float:
+    """Probability from which on a prediction is positive.
+
+    Args:
+        probabilities: float64 ``[examples]``.
+        labels: bool ``[examples]``.
+        how: ``f1`` for the largest F1, ``youden`` for the largest sensitivity + specificity, or the
+            threshold itself. 0.5 where there is one class alone.
+    """
+    if not isinstance(how, str):
+        return float(how)
+    positives = np.count_nonzero(labels)
+    if positives in (0, len(labels)):
+        return 0.5
+    order = np.argsort(-probabilities, kind="stable")
+    ranked, true = probabilities[order], np.cumsum(labels[order])  # [N]
+    last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)  # of each run of equal ones
+    true, false = true[last], last + 1 - true[last]
+    if how == "f1":
+        score = 2 * true / (true + false + positives)
+    else:
+        score = true / positives - false / (len(labels) - positives)
+    return float(ranked[last[np.argmax(score)]])
+
+
+# How far predictions agree with what came true.
 
 BINS = 10
 _STEPS = 60
@@ -15,44 +82,47 @@ def quantile_bins(probabilities: np.ndarray) -> np.ndarray:
     return np.unique(np.searchsorted(edges, probabilities, side="right"), return_inverse=True)[1]
 
 
-def reliability_bins(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, Any]]:
+def reliability_bins(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, float]]:
     """Mean prediction and share of positives in each of :func:`quantile_bins`, ready for JSON.
 
     ``low`` and ``high`` are the 95 % interval of the share by Wilson (1927), which takes examples for
     independent.
     """
-    found = []
-    bins = quantile_bins(probabilities)
-    for index in range(bins.max() + 1):
-        inside = bins == index
-        count, positives = int(inside.sum()), int(labels[inside].sum())
-        share, z = positives / count, 1.96
+    found, z = [], 1.96
+    for inside in _bins(probabilities):
+        count, share = int(inside.sum()), int(labels[inside].sum()) / int(inside.sum())
         middle = (share + z * z / (2 * count)) / (1 + z * z / count)
         half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-        found.append(
-            {
-                "examples": count,
-                "predicted": float(probabilities[inside].mean()),
-                "observed": share,
-                "low": max(0.0, float(middle - half)),
-                "high": min(1.0, float(middle + half)),
-            }
-        )
+        low, high = max(0.0, float(middle - half)), min(1.0, float(middle + half))
+        found.append(_bin(probabilities[inside], share, low, high))
     return found
 
 
-def regression_bins(labels: np.ndarray, predictions: np.ndarray) -> list[dict[str, Any]]:
+def regression_bins(labels: np.ndarray, predictions: np.ndarray) -> list[dict[str, float]]:
     """The same for predicted numbers: mean prediction, and mean label with its 95 % interval."""
     found = []
-    bins = quantile_bins(predictions)
-    for index in range(bins.max() + 1):
-        of_bin = labels[bins == index]
+    for inside in _bins(predictions):
+        of_bin = labels[inside]
         mean, count = float(of_bin.mean()), len(of_bin)
         half = 1.96 * float(of_bin.std(ddof=1)) / np.sqrt(count) if count > 1 else 0.0
-        predicted = float(predictions[bins == index].mean())
-        ends = {"low": mean - half, "high": mean + half}
-        found.append({"examples": count, "predicted": predicted, "observed": mean, **ends})
+        found.append(_bin(predictions[inside], mean, mean - half, mean + half))
     return found
+
+
+def _bins(predictions: np.ndarray) -> list[np.ndarray]:
+    bins = quantile_bins(predictions)
+    return [bins == index for index in range(bins.max() + 1)]
+
+
+def _bin(predictions: np.ndarray, observed: float, low: float, high: float) -> dict[str, float]:
+    predicted = float(predictions.mean())
+    return {
+        "examples": len(predictions),
+        "predicted": predicted,
+        "observed": observed,
+        "low": low,
+        "high": high,
+    }
 
 
 def calibration_line(

@@ -1,17 +1,23 @@
-"""Masked codes of a split, one by one: where they are, how well each was predicted, and summaries of that."""
+"""Masked codes of a split, one by one: how well a model and baselines that count codes predict them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import Sequences
+from behrt_jax.data.sorting import ragged_indices
+from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import TOP, mean_metrics
 
+REACH = 8
+"""Places to either side of a masked code that count as near."""
 _BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))
-# Ranks by frequency in the train split, both ends included.
+"""Ranks by frequency in the train split, both ends included."""
+_MOST_TOKENS = 1_000_000  # of the train split that are counted
+_TUNING_PLACES = 5_000  # masked to choose the share
+_CELLS = 4_000_000  # probabilities in memory at once
+_SHARES = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +58,8 @@ class MaskedCodeResults:
     subjects: np.ndarray
     """Index of the subject, int64 ``[targets]``."""
 
-    def metrics(self) -> dict[str, Any]:
-        """Figures of `metrics.mean_metrics`, with the 95 % interval of the loss over subjects."""
+    def metrics(self) -> JsonObject:
+        """Figures of `losses.mean_metrics`, with the 95 % interval of the loss over subjects."""
         hits = {f"top{k}": float(np.count_nonzero(self.ranks < k)) for k in TOP}
         sums = {"loss": float(np.sum(self.losses, dtype=np.float64)), **hits, "targets": len(self.codes)}
         return {**mean_metrics(sums), "interval": list(mean_interval(self.losses, self.subjects))}
@@ -84,7 +90,7 @@ def mean_interval(values: np.ndarray, subjects: np.ndarray) -> tuple[float, floa
 
 def frequency_bands(
     counts: np.ndarray, first_code: int, results: MaskedCodeResults, unigram: MaskedCodeResults
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Loss and accuracy by how frequent the code to predict is in the train split.
 
     Args:
@@ -102,6 +108,13 @@ def frequency_bands(
     rank = np.zeros(len(counts), np.int64)
     rank[first_code + np.argsort(-counts[first_code:], kind="stable")] = np.arange(1, codes + 1)
     rank[:first_code] = len(counts) + 1  # [UNK] as a target, where it is one, is in no band
+    figures = {
+        "loss": results.losses,
+        "accuracy": results.ranks == 0,
+        "accuracy_top10": results.ranks < 10,
+        "unigram_loss": unigram.losses,
+        "unigram_accuracy": unigram.ranks == 0,
+    }
     bands = []
     for first, last in _BANDS:
         if first > codes:
@@ -109,36 +122,34 @@ def frequency_bands(
         last = codes if last is None else min(last, codes)
         of_band = (rank[results.codes] >= first) & (rank[results.codes] <= last)
         targets = int(np.count_nonzero(of_band))
-
-        def mean(values: np.ndarray, of_band: np.ndarray = of_band, targets: int = targets) -> float | None:
-            return float(values[of_band].mean()) if targets else None
-
-        bands.append(
-            {
-                "band": f"{first}-{last}",
-                "codes": last - first + 1,
-                "targets": targets,
-                "loss": mean(results.losses),
-                "accuracy": mean(results.ranks == 0),
-                "accuracy_top10": mean(results.ranks < 10),
-                "unigram_loss": mean(unigram.losses),
-                "unigram_accuracy": mean(unigram.ranks == 0),
-            }
-        )
+        band = {"band": f"{first}-{last}", "codes": last - first + 1, "targets": targets}
+        means = {name: float(values[of_band].mean()) if targets else None for name, values in figures.items()}
+        bands.append({**band, **means})
     return bands
 
 
-def results_of(split: MaskedSplit, losses: Sequence[float] | np.ndarray, ranks: Any) -> MaskedCodeResults:
+def results_of(split: MaskedSplit, losses: np.ndarray, ranks: np.ndarray) -> MaskedCodeResults:
     """Losses and ranks ``[targets]``, in the order of ``split.targets``, as results."""
-    return MaskedCodeResults(split.codes, np.asarray(losses), np.asarray(ranks), split.subjects)
+    return MaskedCodeResults(split.codes, losses, ranks, split.subjects)
 
 
-# What a model's single masked codes say beside its mean loss.
+def losses_and_ranks(probabilities: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the codes ``[n]`` under probabilities ``[n, vocabulary]``, float64 and int64 ``[n]``; ties go to the
+    lower id.
+    """
+    own = probabilities[np.arange(len(codes)), codes][:, None]  # [n, 1]
+    earlier = np.arange(probabilities.shape[1]) < codes[:, None]
+    ahead = (probabilities > own) | ((probabilities == own) & earlier)
+    with np.errstate(divide="ignore"):
+        return -np.log(own[:, 0]), ahead.sum(axis=1)
+
+
+# A model beside the baselines: what its single masked codes say beside its mean loss.
 
 
 def assess(
     counts: np.ndarray, first_code: int, baselines: Mapping[str, MaskedCodeResults], model: MaskedCodeResults
-) -> dict[str, Any]:
+) -> JsonObject:
     """Compare a model with the baselines on the very same masked codes; ready for JSON.
 
     Args:
@@ -149,13 +160,13 @@ def assess(
 
     Returns:
         ``interval``: 95 % interval of the model's loss over subjects; ``bands``: see
-        `masked_codes.frequency_bands`; ``gaps``: for each baseline the mean of model loss less baseline
+        :func:`frequency_bands`; ``gaps``: for each baseline the mean of model loss less baseline
         loss (nats) with its 95 % interval, paired code by code, as ``nats``, ``low``, ``high``; and with
         an oracle ``oracle_gap`` (the same) and ``share_of_attainable_gain``, see
         :func:`share_of_attainable_gain`.
     """
     gaps = {name: _gap(model, baseline) for name, baseline in baselines.items()}
-    found: dict[str, Any] = {
+    found: JsonObject = {
         "interval": list(mean_interval(model.losses, model.subjects)),
         "bands": frequency_bands(counts, first_code, model, baselines["unigram"]),
         "gaps": gaps,
@@ -180,7 +191,7 @@ def _gap(model: MaskedCodeResults, baseline: MaskedCodeResults) -> dict[str, flo
     return {"nats": float(differences.mean()), "low": low, "high": high}
 
 
-# What a model must beat: predicting every masked code by its frequency in the train split.
+# Baselines: every masked code by its frequency in the train split, or by the codes that stand near it.
 
 
 class Unigram:
@@ -204,16 +215,6 @@ class Unigram:
     def predict(self, split: MaskedSplit) -> MaskedCodeResults:
         """Loss and rank of every masked code."""
         return results_of(split, self.losses[split.codes], self.ranks[split.codes])
-
-
-# A simple baseline with context: the codes that stand near a masked code, by counts alone.
-
-REACH = 8
-"""Places to either side of a masked code that count as near."""
-_MOST_TOKENS = 1_000_000  # of the train split that are counted
-_TUNING_PLACES = 5_000  # masked to choose the share
-_CELLS = 4_000_000  # probabilities in memory at once
-_SHARES = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
 
 
 class Cooccurrence:
@@ -252,13 +253,7 @@ class Cooccurrence:
             has_context = context.sum(axis=1, keepdims=True) > 0
             share = np.where(has_context, self.share, 0.0)
             probabilities = (1 - share) * self.unigram + share * context
-            codes = split.sequences.codes[targets]
-            own = probabilities[np.arange(len(codes)), codes][:, None]
-            earlier = np.arange(len(self.unigram)) < codes[:, None]
-            ahead = (probabilities > own) | ((probabilities == own) & earlier)
-            with np.errstate(divide="ignore"):
-                losses[part] = -np.log(own[:, 0])
-            ranks[part] = ahead.sum(axis=1)
+            losses[part], ranks[part] = losses_and_ranks(probabilities, split.sequences.codes[targets])
         return results_of(split, losses, ranks)
 
     def _count(self, codes: np.ndarray, owner: np.ndarray) -> None:

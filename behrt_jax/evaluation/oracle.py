@@ -1,6 +1,6 @@
 """The best possible prediction of masked codes of generated records, by exact inference.
 
-Records of :mod:`behrt_jax.data.synthetic.latent` are a hidden Markov model over the visits (joint stage of
+Records of :mod:`behrt_jax.records.synthetic.latent` are a hidden Markov model over the visits (joint stage of
 all conditions) with another one inside each visit (topics). Forward and backward messages over both
 (Rabiner 1989, Proceedings of the IEEE 77(2), section III) give the probability of each code given
 everything else that is shown; no predictor that sees the same tokens can have a lower expected loss.
@@ -14,17 +14,20 @@ import numpy as np
 from behrt_jax.config import DataConfig, MaskingConfig
 from behrt_jax.data.vocabulary import CLS, MASK, PAD, SEP, SPECIAL_TOKENS, UNK
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, results_of
+from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, losses_and_ranks, results_of
 from behrt_jax.records.load import generated_code_count
 from behrt_jax.records.synthetic.histories import YEAR_DAYS
-from behrt_jax.records.synthetic.latent_model import LatentModel, latent_model
+from behrt_jax.records.synthetic.latent import LatentModel, latent_model
 
-# Messages of a :class:`LatentModel` within visits and between them, many visits at a time.
+_FIRST = len(SPECIAL_TOKENS)
+_CHUNK = 4096  # tokens worked on at once
+
+# Messages of a latent model within visits and between them, many visits at a time.
 
 
 @dataclass(frozen=True, eq=False)
-class Visits:
-    """The visits of some histories, in order; each visit's tokens stand together."""
+class VisitRuns:
+    """The visits of some histories, in order; the tokens of each are a run."""
 
     of_token: np.ndarray
     """int64 ``[tokens]``: the visit of each token."""
@@ -42,7 +45,7 @@ class Visits:
     """int64 ``[histories]``: number of visits."""
 
 
-def find_visits(model: LatentModel, histories: np.ndarray, visits: np.ndarray, ages: np.ndarray) -> Visits:
+def find_visits(model: LatentModel, histories: np.ndarray, visits: np.ndarray, ages: np.ndarray) -> VisitRuns:
     """Group tokens by visit.
 
     Args:
@@ -56,7 +59,7 @@ def find_visits(model: LatentModel, histories: np.ndarray, visits: np.ndarray, a
     starts = np.flatnonzero(leads)
     firsts = np.flatnonzero(new_history[starts])
     days = np.floor(ages[starts].astype(np.float64) * YEAR_DAYS).astype(np.int64)
-    return Visits(
+    return VisitRuns(
         of_token=np.cumsum(leads) - 1,
         starts=starts,
         sizes=np.diff(np.append(starts, len(leads))),
@@ -68,7 +71,7 @@ def find_visits(model: LatentModel, histories: np.ndarray, visits: np.ndarray, a
 
 
 def read_forward(
-    model: LatentModel, visits: Visits, likelihoods: np.ndarray
+    model: LatentModel, visits: VisitRuns, likelihoods: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read the codes of each visit in order.
 
@@ -104,7 +107,7 @@ def read_forward(
     return arriving, totals
 
 
-def read_backward(model: LatentModel, visits: Visits, likelihoods: np.ndarray) -> np.ndarray:
+def read_backward(model: LatentModel, visits: VisitRuns, likelihoods: np.ndarray) -> np.ndarray:
     """Read the codes of each visit from its end; arguments as of :func:`read_forward`.
 
     Returns:
@@ -122,7 +125,7 @@ def read_backward(model: LatentModel, visits: Visits, likelihoods: np.ndarray) -
     return rests
 
 
-def pass_over_visits(model: LatentModel, visits: Visits, likelihoods: np.ndarray) -> np.ndarray:
+def pass_over_visits(model: LatentModel, visits: VisitRuns, likelihoods: np.ndarray) -> np.ndarray:
     """Joint stage at each visit given all other visits of the history, ``[V, Z]``, up to a factor."""
     before = filter_visits(model, visits, likelihoods)
     after = np.ones_like(before)
@@ -138,7 +141,7 @@ def pass_over_visits(model: LatentModel, visits: Visits, likelihoods: np.ndarray
     return before * after
 
 
-def filter_visits(model: LatentModel, visits: Visits, likelihoods: np.ndarray) -> np.ndarray:
+def filter_visits(model: LatentModel, visits: VisitRuns, likelihoods: np.ndarray) -> np.ndarray:
     """Joint stage at each visit given the visits before it: float64 ``[V, Z]``, rows sum to 1."""
     before = np.empty_like(likelihoods)
     for place in range(int(visits.counts.max())):
@@ -157,7 +160,7 @@ def filter_visits(model: LatentModel, visits: Visits, likelihoods: np.ndarray) -
 
 def rows_of_targets(
     model: LatentModel,
-    visits: Visits,
+    visits: VisitRuns,
     outside: np.ndarray,
     messages: tuple[np.ndarray, np.ndarray],
     targets: np.ndarray,
@@ -183,8 +186,7 @@ def rows_of_targets(
     return rows / rows.sum(axis=1, keepdims=True)
 
 
-_FIRST = len(SPECIAL_TOKENS)
-_CHUNK = 4096  # tokens worked on at once
+# The oracle, made of these messages.
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,28 +214,14 @@ class Oracle:
         """
         losses = np.empty(len(split.targets))
         ranks = np.empty(len(split.targets), np.int64)
-        for where, posterior in self._posteriors(split, masking):
-            truth = split.codes[where]
-            own = posterior[np.arange(len(truth)), truth][:, None]  # [n, 1]
-            ahead = (posterior > own) | (
-                (posterior == own) & (np.arange(posterior.shape[1]) < truth[:, None])
-            )
-            with np.errstate(divide="ignore"):
-                losses[where] = -np.log(own[:, 0])
-            ranks[where] = ahead.sum(axis=1)
+        for where, posterior in self.posteriors(split, masking):
+            losses[where], ranks[where] = losses_and_ranks(posterior, split.codes[where])
         return results_of(split, losses, ranks)
 
-    def posterior(self, split: MaskedSplit, masking: MaskingConfig) -> np.ndarray:
-        """Probability of every code at every target, float64 ``[targets, vocabulary]``; see `predict`."""
-        found = np.empty((len(split.targets), self.emissions.shape[2]))
-        for where, posterior in self._posteriors(split, masking):
-            found[where] = posterior
-        return found
-
-    def _posteriors(
+    def posteriors(
         self, split: MaskedSplit, masking: MaskingConfig
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield places in ``split.targets`` and posteriors ``[n, vocabulary]``, chunk by chunk."""
+        """Yield places in ``split.targets``, and the probabilities of all codes, ``[n, vocabulary]``."""
         sequences = split.sequences
         seen = np.flatnonzero((split.windows >= 0) & ~np.isin(split.shown, (PAD, CLS, SEP)))
         seen = seen[np.argsort(split.windows[seen], kind="stable")]  # tokens, window by window
@@ -263,7 +251,7 @@ class Oracle:
             yield where, self._of_chunk(visits, split.shown[rows], targets[where] - tokens.start, masking)
 
     def _of_chunk(
-        self, visits: Visits, shown: np.ndarray, targets: np.ndarray, masking: MaskingConfig
+        self, visits: VisitRuns, shown: np.ndarray, targets: np.ndarray, masking: MaskingConfig
     ) -> np.ndarray:
         bands = visits.bands[visits.of_token]  # [tokens]
         likelihoods = self._likelihoods(bands, shown, masking)  # [tokens, R]
@@ -325,7 +313,7 @@ def make_oracle(model: LatentModel, codes: tuple[str, ...]) -> Oracle:
 
 
 def oracle_of(data: DataConfig, codes: tuple[str, ...]) -> Oracle | None:
-    """The oracle for what `data.load.load_sequences` gives; None unless the source is ``latent``.
+    """The oracle for what `records.load.load_sequences` gives; None unless the source is ``latent``.
 
     Args:
         data: the options that the records were generated with.

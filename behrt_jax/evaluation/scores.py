@@ -1,15 +1,178 @@
-"""Figures of predicted probabilities of yes or no."""
+"""Figures of predictions: what they are called, and how they are computed under many sets of weights."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from behrt_jax.evaluation.bootstrap import Scorer, weighted_means
+from behrt_jax.data.tasks import Predicts
 from behrt_jax.evaluation.calibration import calibration_line, quantile_bins
-from behrt_jax.evaluation.ranking import figures_of_rows, pooled_figures, ranked, ranked_figures
 
+Scorer = Callable[[np.ndarray], dict[str, np.ndarray]]
+"""Figures under each set of weights: float64 ``[sets, examples]`` to name -> float64 ``[sets]``, NaN where
+a figure is not defined."""
+TITLES = {
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "brier": "Brier score",
+    "log_loss": "log loss",
+    "ece": "calibration error",
+    "calibration_slope": "calibration slope",
+    "calibration_intercept": "calibration intercept",
+    "prevalence": "share of positives",
+    "mean_prediction": "mean prediction",
+    "f1": "F1",
+    "precision": "precision",
+    "recall": "recall",
+    "specificity": "specificity",
+    "accuracy": "accuracy",
+    "macro_auroc": "AUROC, mean over classes",
+    "weighted_auroc": "AUROC, mean by class size",
+    "incident_average_precision": "average precision, new codes",
+    "incident_auroc": "AUROC, new codes",
+    "repeat_average_precision": "average precision, repeats",
+    "repeat_auroc": "AUROC, repeats",
+    "mae": "mean absolute error",
+    "rmse": "root mean square error",
+    "r2": "R2",
+    "spearman": "Spearman correlation",
+    "c_index": "time-dependent C-index",
+    "integrated_brier": "integrated Brier score",
+}
+LESS_IS_BETTER = frozenset({"brier", "log_loss", "mae", "rmse", "integrated_brier", "ece"})
 THRESHOLDS = np.arange(1, 100) / 100
 """Threshold probabilities of the decision curve."""
+_RANKED = 1 << 20
+"""Scores ranked together."""
+_COMPARED = 1 << 22
+"""Pairs of examples compared at once."""
+
+
+def weighted_means(weights: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weighted mean of each column, float ``[n]``, over its entries that are not NaN: ``[sets]`` each."""
+    values = np.stack(list(columns.values()), axis=1).astype(np.float64)  # [n, C]
+    defined = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        means = (weights @ np.where(defined, values, 0.0)) / (weights @ defined)  # [sets, C]
+    return dict(zip(columns, means.T, strict=True))
+
+
+# AUROC and average precision of weighted and ranked examples, many rankings or sets of weights at once.
+
+
+def ranked(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sort scores in descending order and find the runs of equal ones.
+
+    Args:
+        scores: float ``[..., n]``.
+
+    Returns:
+        order: int64 ``[..., n]``, places of the scores, the highest first;
+        first, last: int64 ``[..., n]``, ranks of the first and last score equal to that of each rank.
+    """
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    values = np.take_along_axis(scores, order, axis=-1)
+    ranks = np.broadcast_to(np.arange(scores.shape[-1]), scores.shape)
+    changes = values[..., 1:] != values[..., :-1]
+    edge = np.ones((*scores.shape[:-1], 1), bool)
+    first = np.where(np.concatenate([edge, changes], axis=-1), ranks, 0)
+    last = np.where(np.concatenate([changes, edge], axis=-1), ranks, scores.shape[-1])
+    first = np.maximum.accumulate(first, axis=-1)
+    last = np.flip(np.minimum.accumulate(np.flip(last, axis=-1), axis=-1), axis=-1)
+    return order, first, last
+
+
+def ranked_figures(
+    positive: np.ndarray, negative: np.ndarray, first: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC and average precision from the weights of positive and negative examples, in rank order.
+
+    AUROC counts a tie as half (Mann-Whitney); average precision is the sum of precision over steps of
+    recall, without interpolation, as scikit-learn has it.
+
+    Args:
+        positive: float64 ``[rows, n]``, weight of the example at each rank where it is positive, else 0.
+        negative: the same for negative ones.
+        first: of :func:`ranked`, ``[n]`` where all rows share one ranking, or ``[rows, n]``.
+        last: likewise.
+
+    Returns:
+        Two float64 ``[rows]``; NaN where positives (or, for AUROC, negatives) have no weight.
+    """
+    hits, alarms = np.cumsum(positive, axis=1), np.cumsum(negative, axis=1)  # [R, n]
+    all_positive, all_negative = hits[:, -1], alarms[:, -1]
+    above = _at(alarms - negative, first)
+    hits, alarms = _at(hits, last), _at(alarms, last)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        beaten = np.einsum("rn,rn->r", positive, all_negative[:, None] - (alarms + above) / 2)
+        auroc = beaten / (all_positive * all_negative)
+        precision = np.where(positive > 0, hits / (hits + alarms), 0.0)
+        average_precision = np.einsum("rn,rn->r", positive, precision) / all_positive
+    return auroc, average_precision
+
+
+def figures_of_rows(
+    labels: np.ndarray, scores: np.ndarray, counted: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC and average precision within each row.
+
+    Args:
+        labels: bool ``[rows, n]``.
+        scores: float ``[rows, n]``.
+        counted: bool ``[rows, n]``, which entries count; all where not given.
+
+    Returns:
+        Two float64 ``[rows]``, NaN where a row has no positive, or (both) no negative to tell it from.
+    """
+    found = np.full((2, len(labels)), np.nan)
+    if not labels.shape[1]:
+        return found[0], found[1]
+    step = max(1, _RANKED // labels.shape[1])
+    for start in range(0, len(labels), step):
+        piece = slice(start, start + step)
+        order, first, last = ranked(scores[piece])
+        sorted_labels = np.take_along_axis(labels[piece], order, axis=1)
+        weights = (
+            np.ones_like(sorted_labels) if counted is None else np.take_along_axis(counted[piece], order, 1)
+        )
+        positive = (sorted_labels & weights).astype(np.float64)
+        negative = (~sorted_labels & weights).astype(np.float64)
+        found[:, piece] = ranked_figures(positive, negative, first, last)
+    found[1, np.isnan(found[0])] = np.nan
+    return found[0], found[1]
+
+
+def pooled_figures(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
+    """AUROC and average precision of two flat sets of scores, in little memory: NaN where one is empty, or a
+    score is NaN.
+    """
+    if not len(positive) or not len(negative):
+        return np.nan, np.nan
+    positive, negative = np.sort(positive), np.sort(negative)
+    if np.isnan(positive[-1]) or np.isnan(negative[-1]):  # NaN is sorted to the end
+        return np.nan, np.nan
+    below = np.searchsorted(negative, positive, side="left")
+    beaten = (below + np.searchsorted(negative, positive, side="right")) / 2  # a tie is half
+    hits = len(positive) - np.searchsorted(positive, positive, side="left")
+    precision = hits / (hits + len(negative) - below)
+    return float(beaten.mean() / len(negative)), float(precision.mean())
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """AUROC of one set of examples; None where there is one class alone, or a score is NaN.
+
+    Args:
+        scores: float ``[examples]``.
+        labels: bool ``[examples]``.
+    """
+    found, _ = pooled_figures(scores[labels], scores[~labels])
+    return None if np.isnan(found) else found
+
+
+def _at(values: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    return values[:, ranks] if ranks.ndim == 1 else np.take_along_axis(values, ranks, axis=1)
+
+
+# Figures of predicted probabilities of yes or no.
 
 
 def binary_scorer(
@@ -95,7 +258,7 @@ def decision_curve(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[s
     ]
 
 
-def curves(labels: np.ndarray, probabilities: np.ndarray, points: int = 200) -> dict[str, Any] | None:
+def curves(labels: np.ndarray, probabilities: np.ndarray, points: int = 200) -> dict[str, list[float]] | None:
     """ROC and precision-recall curves, thinned to some points; None where there is one class only."""
     if labels.all() or not labels.any():
         return None
@@ -177,7 +340,9 @@ def multilabel_scorer(labels: np.ndarray, probabilities: np.ndarray, seen_before
     return lambda weights: weighted_means(weights, columns)
 
 
-def over_codes(labels: np.ndarray, probabilities: np.ndarray, seen_before: np.ndarray) -> dict[str, dict]:
+def over_codes(
+    labels: np.ndarray, probabilities: np.ndarray, seen_before: np.ndarray
+) -> dict[str, dict[str, float | None]]:
     """AUROC and average precision over codes, for all, incident and repeated ones; arguments as above.
 
     Returns:
@@ -258,3 +423,121 @@ def _correlation(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarra
     return (weights * x * y).sum(axis=1) / np.sqrt(
         (weights * x**2).sum(axis=1) * (weights * y**2).sum(axis=1)
     )
+
+
+# Figures of predicted survival curves, with follow-up that may end before the event.
+
+
+def survival_scorer(labels: np.ndarray, survival: np.ndarray, edges: np.ndarray) -> Scorer:
+    """Scorer of ``c_index`` and ``integrated_brier``.
+
+    ``c_index`` is time-dependent (Antolini et al. 2005, doi 10.1002/sim.2427): of two examples, the one
+    that has the event first should, at that time, have the lower predicted survival; equal predictions
+    count as half. Survival at a time is that at the end of its interval. Follow-up is cut at the last edge.
+
+    ``integrated_brier`` is the Brier score weighted by the inverse probability of still being followed
+    (Graf et al. 1999, doi 10.1002/(SICI)1097-0258(19990915/30)18:17/18<2529::AID-SIM274>3.0.CO;2-5),
+    integrated over time by trapezoids from 0 up to the last edge at which somebody could still be followed,
+    and divided by that time. The weights are estimated once, from all examples.
+
+    Args:
+        labels: float64 ``[n, 2]``: days to the event or to the end of follow-up, and 1 or 0 for the event.
+        survival: float64 ``[n, T]``, probability of no event up to each edge.
+        edges: float64 ``[T]``, days, ascending.
+    """
+    scores = brier_over_time(labels, survival, edges)
+    usable = np.flatnonzero(~np.isnan(scores).any(axis=0))
+    if len(usable):
+        span = np.append(0.0, edges[usable])
+        integrated = np.trapezoid(np.pad(scores[:, usable], ((0, 0), (1, 0))), span, axis=1) / span[-1]
+    else:
+        integrated = np.full(len(labels), np.nan)
+
+    def score(weights: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            "c_index": _c_index(labels, survival, edges, weights),
+            "integrated_brier": weights @ integrated / weights.sum(axis=1),
+        }
+
+    return score
+
+
+def _c_index(labels: np.ndarray, survival: np.ndarray, edges: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    days, events = cut_follow_up(labels, edges[-1])
+    cases = np.flatnonzero(events)
+    step = max(1, _COMPARED // len(days))
+    concordant, comparable = np.zeros(len(weights)), np.zeros(len(weights))
+    columns = weights.T.astype(np.float32)  # [n, sets]; counts, exact
+    for start in range(0, len(cases), step):
+        case = cases[start : start + step]
+        interval = np.searchsorted(edges, days[case], side="left")
+        own, others = survival[case, interval][:, None], survival[:, interval].T  # [c, 1], [c, n]
+        later = (days > days[case, None]) | ((days == days[case, None]) & ~events)  # [c, n]
+        right = (later & (others > own)) + 0.5 * (later & (others == own))
+        of_case = weights[:, case]  # [sets, c]
+        concordant += np.einsum("sc,cs->s", of_case, right.astype(np.float32) @ columns)
+        comparable += np.einsum("sc,cs->s", of_case, later.astype(np.float32) @ columns)
+    with np.errstate(invalid="ignore"):
+        return concordant / comparable
+
+
+def brier_over_time(labels: np.ndarray, survival: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Each example's weighted square error at each edge, ``[n, T]``; their mean is the Brier score.
+
+    NaN at edges past the end of all follow-up, where nothing can be said.
+    """
+    days, events = labels[:, 0], labels[:, 1] > 0
+    censoring = kaplan_meier(days, ~events, edges, last=True)  # [T]
+    before = kaplan_meier(days, ~events, days, last=True, left=True)  # [n]
+    with np.errstate(divide="ignore"):
+        dead = np.where(events, 1 / before, 0.0)[:, None] * (days[:, None] <= edges)  # [n, T]
+        alive = (days[:, None] > edges) / np.where(censoring > 0, censoring, np.nan)
+    return survival**2 * dead + (1 - survival) ** 2 * alive
+
+
+def kaplan_meier(
+    days: np.ndarray, events: np.ndarray, at: np.ndarray, *, last: bool = False, left: bool = False
+) -> np.ndarray:
+    """Share without an event after some days (Kaplan and Meier 1958), float64 in the shape of ``at``.
+
+    Args:
+        days: float64 ``[n]``, to the event or the end of follow-up.
+        events: bool ``[n]``.
+        at: days, any shape.
+        last: the others of the same day come first, so that they are not at risk any more: for censoring.
+        left: just before ``at``, not with it.
+    """
+    times, place = np.unique(days, return_inverse=True)
+    counts, found = np.bincount(place), np.bincount(place, events)
+    risk = len(days) - np.cumsum(counts) + counts
+    risk = risk - (counts - found) if last else risk
+    shares = np.cumprod(1 - np.divide(found, risk, out=np.zeros(len(times)), where=risk > 0))
+    return np.append(1.0, shares)[np.searchsorted(times, at, side="left" if left else "right")]
+
+
+def cut_follow_up(labels: np.ndarray, horizon: float) -> tuple[np.ndarray, np.ndarray]:
+    """Days and events (bool), each ``[n]``, as if follow-up had ended at the horizon."""
+    days, events = labels[:, 0], labels[:, 1] > 0
+    return np.minimum(days, horizon), events & (days <= horizon)
+
+
+def survival_by_edge(
+    labels: np.ndarray, survival: np.ndarray, edges: np.ndarray
+) -> list[dict[str, float | None]]:
+    """Mean ``predicted`` and ``observed`` (Kaplan-Meier) survival at each edge (``days``); for JSON."""
+    observed = kaplan_meier(labels[:, 0], labels[:, 1] > 0, edges)
+    observed = np.where(edges <= labels[:, 0].max(), observed, np.nan)
+    return [
+        {"days": float(day), "predicted": float(mean), "observed": float(share) if share == share else None}
+        for day, mean, share in zip(edges, survival.mean(axis=0), observed, strict=True)
+    ]
+
+
+# Figures of the tuning split while a model is trained.
+
+ON_TUNING: dict[Predicts, dict[str, Callable[[np.ndarray, np.ndarray], float | None]]] = {
+    "probability": {"auroc": lambda outputs, targets: auroc(outputs[:, 0], targets[:, 0] > 0.5)},
+    "class": {"accuracy": lambda outputs, targets: float((outputs.argmax(axis=1) == targets[:, 0]).mean())},
+}
+"""By what a kind of task predicts: figures beside the loss, from outputs ``[examples, outputs]`` and targets
+``[examples, targets]``; None where not defined."""

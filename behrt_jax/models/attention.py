@@ -23,7 +23,7 @@ from behrt_jax.models.chunked_attention import (
 
 
 def segment_mask(segment_ids: jax.Array) -> jax.Array:
-    """Who may attend to whom in packed rows: bool `[batch, 1, length, length]`.
+    """Mask of who may attend to whom in packed rows: bool `[batch, 1, length, length]`.
 
     Args:
         segment_ids: subject of each token within its row, int32 `[batch, length]`; 0 is padding.
@@ -77,14 +77,14 @@ def cudnn_attention(
 
 
 def cudnn_takes(length: int, size: int, dtype: jnp.dtype, rate: float) -> bool:
-    """Whether cuDNN is there and takes rows of `length` tokens with heads of `size`, forward and backward."""
+    """Tell whether cuDNN is there and takes rows of `length` tokens with heads of `size`, in both passes."""
     fits = size % 8 == 0 and size <= 128 and length % 2 == 0
     return fits and dtype == jnp.bfloat16 and rate == 0.0 and has_cudnn()
 
 
 @functools.cache
 def has_cudnn() -> bool:
-    """Whether JAX computes on an NVIDIA GPU of compute capability 8.0 (Ampere) or later."""
+    """Tell whether JAX computes on an NVIDIA GPU of compute capability 8.0 (Ampere) or later."""
     capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; AMD's are "gfx90a"
     return capability[:1].isdigit() and int(capability.split(".")[0]) >= 8
 

@@ -1,7 +1,13 @@
-"""BEHRT (Li et al. 2020, doi 10.1038/s41598-020-62922-y) with a pre-LayerNorm encoder."""
+"""BEHRT (Li et al. 2020, doi 10.1038/s41598-020-62922-y) with a pre-LayerNorm encoder, and its heads.
+
+A batch of events goes through :class:`Embeddings` and :class:`Encoder`; a head makes of each event, or of
+each subject's events pooled, what a task asks for. All modules share two arguments beside their input:
+``rows``, the number of each row in its batch, int32 `[batch]` (dropout draws by it; 0, 1, ... where not
+given), and ``packed``, which False makes a promise that no row holds more than one subject.
+"""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import chex
 import jax
@@ -10,11 +16,10 @@ import numpy as np
 from flax import linen as nn
 
 from behrt_jax.config import ModelConfig
+from behrt_jax.data.batches import Batch
 from behrt_jax.models.attention import SelfAttention
 from behrt_jax.models.layers import Dropout, LayerNorm, gelu
 from behrt_jax.models.stacked_layers import STACKED, layer_name
-
-# Embedding of an event: its code, the age at it, its visit and its position.
 
 EMBEDDING_STDDEV = 0.02
 
@@ -44,29 +49,9 @@ class Embeddings(nn.Module):
     vocabulary_size: int
 
     @nn.compact
-    def __call__(
-        self,
-        codes: jax.Array,
-        ages: jax.Array,
-        visits: jax.Array,
-        positions: jax.Array,
-        deterministic: bool = True,
-        rows: jax.Array | None = None,
-    ) -> jax.Array:
-        """Embed events.
-
-        Args:
-            codes: vocabulary ids, int32 `[batch, length]`.
-            ages: years, float32 `[batch, length]`.
-            visits: ordinal of the visit from 0, int32 `[batch, length]`.
-            positions: ordinal of the token in its sequence from 0, int32 `[batch, length]`.
-            deterministic: no dropout.
-            rows: number of each row in its batch, int32 `[batch]`, for dropout; 0, 1, ... where not given.
-
-        Returns:
-            `[batch, length, hidden]` in the compute dtype.
-        """
-        config = self.config
+    def __call__(self, batch: Batch, deterministic: bool = True, rows: jax.Array | None = None) -> jax.Array:
+        """Embed the events of a batch; `[batch, length, hidden]` in the compute dtype."""
+        config, visits = self.config, jnp.asarray(batch.visits)
         dtype = jnp.dtype(config.compute_dtype)
 
         # The gradient of each table stays the compiler's scatter-add. On a CPU, summing by sorted codes takes
@@ -75,13 +60,16 @@ class Embeddings(nn.Module):
             init = nn.initializers.normal(EMBEDDING_STDDEV)
             return nn.Embed(rows, config.embedding_size, embedding_init=init, name=name)(index)
 
-        x = table("code", self.vocabulary_size, codes)  # [B, L, E]
-        x = x + table("age", config.age_rows, age_bins(ages, config.age_bin_years, config.age_rows))
+        x = table("code", self.vocabulary_size, jnp.asarray(batch.codes))  # [B, L, E]
+        ages = age_bins(jnp.asarray(batch.ages), config.age_bin_years, config.age_rows)
+        x = x + table("age", config.age_rows, ages)
         if config.visit_embedding == "alternating":
             x = x + table("visit", 2, visits % 2)
         else:
             x = x + table("visit", config.visit_rows, jnp.clip(visits, 0, config.visit_rows - 1))
-        place = jnp.clip(visits, 0, config.positions - 1) if config.position_of == "visit" else positions
+        place = jnp.asarray(batch.positions)
+        if config.position_of == "visit":
+            place = jnp.clip(visits, 0, config.positions - 1)
         if config.position_embedding == "sinusoidal":
             x = x + jnp.asarray(sinusoids(config.positions, config.embedding_size))[place]
         else:
@@ -91,9 +79,6 @@ class Embeddings(nn.Module):
         if config.embedding_size != config.hidden_size:
             x = nn.Dense(config.hidden_size, dtype=dtype, name="projection")(x)  # [B, L, D]
         return x
-
-
-# Pre-LayerNorm transformer encoder.
 
 
 class Block(nn.Module):
@@ -171,7 +156,36 @@ class Encoder(nn.Module):
         return LayerNorm(name="norm")(x)
 
 
-# Heads on top of the encoder.
+class BEHRT(nn.Module):
+    """Events in, one vector an event out."""
+
+    config: ModelConfig
+    vocabulary_size: int
+
+    @nn.compact
+    def __call__(
+        self,
+        batch: Batch,
+        deterministic: bool = True,
+        rows: jax.Array | None = None,
+        packed: bool = True,
+    ) -> jax.Array:
+        """Encode rows of events, in each of which several subjects may stand one after the other.
+
+        Args:
+            batch: of arrays of either kind, numpy's or JAX's; its `row_ids` are not read.
+            deterministic: no dropout; otherwise a `dropout` PRNG key is needed.
+            rows: see the module.
+            packed: see the module.
+
+        Returns:
+            float32 `[batch, length, hidden]`; at padding, numbers without meaning.
+        """
+        chex.assert_rank(batch.codes, 2)
+        chex.assert_equal_shape([batch.codes, batch.ages, batch.visits, batch.positions, batch.segment_ids])
+        x = Embeddings(self.config, self.vocabulary_size, name="embeddings")(batch, deterministic, rows)
+        segment_ids = jnp.asarray(batch.segment_ids)
+        return Encoder(self.config, name="encoder")(x, segment_ids, deterministic, rows, packed)
 
 
 class MLMHead(nn.Module):
@@ -185,7 +199,7 @@ class MLMHead(nn.Module):
         """Map `hidden` `[..., hidden]` to float32 logits `[..., vocabulary]`.
 
         Without `decode`, to the decoder's input `[..., hidden]`: a loss over a large vocabulary takes it
-        from there in parts (`evaluation.code_losses`).
+        from there in parts (`models.losses`).
         """
         x = nn.Dense(hidden.shape[-1], dtype=self.dtype, name="dense")(hidden)
         x = gelu(x)
@@ -203,20 +217,43 @@ class MLMHead(nn.Module):
         )(x).astype(jnp.float32)
 
 
-class TaskHead(nn.Module):
-    """One linear layer, in float32: few numbers, and all that the task adds to the encoder."""
+class BEHRTForMLM(nn.Module):
+    """BEHRT with the masked-code head."""
 
-    outputs: int
+    config: ModelConfig
+    vocabulary_size: int
 
     @nn.compact
-    def __call__(self, pooled: jax.Array) -> jax.Array:
-        """Map `pooled` `[..., hidden]` to float32 `[..., outputs]`."""
-        # Small at first, so that training starts at the loss of an even guess.
-        kernel_init = nn.initializers.normal(EMBEDDING_STDDEV)
-        return nn.Dense(self.outputs, kernel_init=kernel_init, name="dense")(pooled.astype(jnp.float32))
+    def __call__(
+        self,
+        batch: Batch,
+        targets: jax.Array | None = None,
+        deterministic: bool = True,
+        rows: jax.Array | None = None,
+        packed: bool = True,
+        decode: bool = True,
+    ) -> jax.Array:
+        """Logits over the vocabulary.
 
+        Args:
+            batch: see :class:`BEHRT`.
+            targets: columns at which the head is evaluated, int32 `[batch, targets]`; every column
+                where not given. The head is the widest layer: evaluate it only where it is asked.
+            deterministic: no dropout.
+            rows: see the module.
+            packed: see the module.
+            decode: False for the input of the head's last layer in place of its logits.
 
-# From token vectors to one vector for each subject in a packed row.
+        Returns:
+            float32 `[batch, targets or length, vocabulary]`, or `[batch, targets or length, hidden]`.
+        """
+        hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(batch, deterministic, rows, packed)
+        if targets is not None:
+            chex.assert_shape(targets, (hidden.shape[0], None))
+            hidden = jnp.take_along_axis(hidden, targets[:, :, None], axis=1)  # [B, T, D]
+        head = MLMHead(self.vocabulary_size, jnp.dtype(self.config.compute_dtype), name="mlm_head")
+        return head(hidden, decode)
+
 
 Pooling = Literal["cls", "mean", "max", "last"]
 
@@ -257,93 +294,17 @@ def pool_segments(hidden: jax.Array, segment_ids: jax.Array, how: Pooling, segme
     return jnp.where(present, pooled, 0.0)
 
 
-class BEHRT(nn.Module):
-    """Events in, one vector an event out."""
+class TaskHead(nn.Module):
+    """One linear layer, in float32: few numbers, and all that the task adds to the encoder."""
 
-    config: ModelConfig
-    vocabulary_size: int
-
-    @nn.compact
-    def __call__(
-        self,
-        codes: jax.Array,
-        ages: jax.Array,
-        visits: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        deterministic: bool = True,
-        rows: jax.Array | None = None,
-        packed: bool = True,
-    ) -> jax.Array:
-        """Encode rows of events, in each of which several subjects may stand one after the other.
-
-        Args:
-            codes: vocabulary ids, int32 `[batch, length]`.
-            ages: years at the event, float32 `[batch, length]`.
-            visits: ordinal of the visit in the subject's history from 0, int32 `[batch, length]`.
-            positions: ordinal of the token in the subject's sequence from 0, int32 `[batch, length]`.
-            segment_ids: subject within the row from 1, int32 `[batch, length]`; 0 is padding.
-            deterministic: no dropout; otherwise a `dropout` PRNG key is needed.
-            rows: number of each row in its batch, int32 `[batch]`, for dropout; 0, 1, ... where not given.
-            packed: False promises that no row holds more than one subject, see `SelfAttention`.
-
-        Returns:
-            float32 `[batch, length, hidden]`; at padding, numbers without meaning.
-        """
-        chex.assert_rank(codes, 2)
-        chex.assert_equal_shape([codes, ages, visits, positions, segment_ids])
-        x = Embeddings(self.config, self.vocabulary_size, name="embeddings")(
-            codes, ages, visits, positions, deterministic, rows
-        )
-        return Encoder(self.config, name="encoder")(x, segment_ids, deterministic, rows, packed)
-
-
-class BEHRTForMLM(nn.Module):
-    """BEHRT with the masked-code head."""
-
-    config: ModelConfig
-    vocabulary_size: int
+    outputs: int
 
     @nn.compact
-    def __call__(
-        self,
-        codes: jax.Array,
-        ages: jax.Array,
-        visits: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        targets: jax.Array | None = None,
-        deterministic: bool = True,
-        rows: jax.Array | None = None,
-        packed: bool = True,
-        decode: bool = True,
-    ) -> jax.Array:
-        """Logits over the vocabulary.
-
-        Args:
-            codes: as the other inputs up to `segment_ids`, see :class:`BEHRT`.
-            ages: see :class:`BEHRT`.
-            visits: see :class:`BEHRT`.
-            positions: see :class:`BEHRT`.
-            segment_ids: see :class:`BEHRT`.
-            targets: columns at which the head is evaluated, int32 `[batch, targets]`; every column
-                where not given. The head is the widest layer: evaluate it only where it is asked.
-            deterministic: no dropout.
-            rows: see :class:`BEHRT`.
-            packed: see :class:`BEHRT`.
-            decode: False for the input of the head's last layer in place of its logits.
-
-        Returns:
-            float32 `[batch, targets or length, vocabulary]`, or `[batch, targets or length, hidden]`.
-        """
-        hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(
-            codes, ages, visits, positions, segment_ids, deterministic, rows, packed
-        )
-        if targets is not None:
-            chex.assert_shape(targets, (codes.shape[0], None))
-            hidden = jnp.take_along_axis(hidden, targets[:, :, None], axis=1)  # [B, T, D]
-        head = MLMHead(self.vocabulary_size, jnp.dtype(self.config.compute_dtype), name="mlm_head")
-        return head(hidden, decode)
+    def __call__(self, pooled: jax.Array) -> jax.Array:
+        """Map `pooled` `[..., hidden]` to float32 `[..., outputs]`."""
+        # Small at first, so that training starts at the loss of an even guess.
+        kernel_init = nn.initializers.normal(EMBEDDING_STDDEV)
+        return nn.Dense(self.outputs, kernel_init=kernel_init, name="dense")(pooled.astype(jnp.float32))
 
 
 class PatientEmbedding(nn.Module):
@@ -360,23 +321,17 @@ class PatientEmbedding(nn.Module):
     @nn.compact
     def __call__(
         self,
-        codes: jax.Array,
-        ages: jax.Array,
-        visits: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
+        batch: Batch,
         segments: int,
         deterministic: bool = True,
         rows: jax.Array | None = None,
         packed: bool = True,
     ) -> jax.Array:
-        """Return float32 `[batch, segments, hidden]`; inputs as in :class:`BEHRT`."""
+        """Return float32 `[batch, segments, hidden]`; other arguments as in :class:`BEHRT`."""
         if self.pooling == "cls" and not self.config.cls_token:
             raise ValueError("cls pooling needs sequences with a [CLS] token: set model.cls_token")
-        hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(
-            codes, ages, visits, positions, segment_ids, deterministic, rows, packed
-        )
-        return pool_segments(hidden, segment_ids, self.pooling, segments)
+        hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(batch, deterministic, rows, packed)
+        return pool_segments(hidden, jnp.asarray(batch.segment_ids), self.pooling, segments)
 
 
 class BEHRTForTask(nn.Module):
@@ -389,16 +344,30 @@ class BEHRTForTask(nn.Module):
     pooling: Pooling = "mean"
 
     @nn.compact
-    def __call__(self, *inputs: Any, **options: Any) -> jax.Array:
+    def __call__(
+        self,
+        batch: Batch,
+        segments: int,
+        deterministic: bool = True,
+        rows: jax.Array | None = None,
+        packed: bool = True,
+    ) -> jax.Array:
         """Return float32 `[batch, segments, outputs]`; arguments as in :class:`PatientEmbedding`."""
         embedding = PatientEmbedding(self.config, self.vocabulary_size, self.pooling)
         nn.share_scope(self, embedding)  # its parameters have the same paths here as there
-        pooled = embedding(*inputs, **options)  # [B, S, D]
+        pooled = embedding(batch, segments, deterministic, rows, packed)  # [B, S, D]
         return TaskHead(self.outputs, name="task_head")(pooled)
 
 
-def example_inputs(config: ModelConfig, rows: int = 1) -> tuple[jax.Array, ...]:
-    """Inputs of the right shapes and dtypes, `[rows, positions]`, to initialise or tabulate a model."""
+def example_batch(config: ModelConfig, rows: int = 1) -> Batch:
+    """A batch of the right shapes and dtypes, `[rows, positions]`, to initialise or tabulate a model."""
     shape = (rows, config.positions)
-    integers = jnp.zeros(shape, jnp.int32)
-    return integers, jnp.zeros(shape, jnp.float32), integers, integers, jnp.ones(shape, jnp.int32)
+    integers = np.zeros(shape, np.int32)
+    return Batch(
+        codes=integers,
+        ages=np.zeros(shape, np.float32),
+        visits=integers,
+        positions=integers,
+        segment_ids=np.ones(shape, np.int32),
+        row_ids=np.zeros(rows, np.int32),
+    )

@@ -17,8 +17,6 @@ from jax import lax
 
 from behrt_jax.models.layers import batch_rows, bits_at, row_words, threshold
 
-# What the forms of attention share: tiles of scores and weights, `[batch, heads, keys, queries]`.
-
 Words = tuple[jax.Array, jax.Array] | None
 """Two words a row, from which dropout bits are made, see `dropout.row_words`; None without dropout."""
 MASKED = -1e30
@@ -31,7 +29,7 @@ def product(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def same_segment(of_keys: jax.Array, of_queries: jax.Array) -> jax.Array:
-    """Who may attend to whom: from int32 `[batch, length]` each, bool `[batch, 1, keys, queries]`."""
+    """Mask of who may attend to whom: from int32 `[batch, length]` each, bool `[batch, 1, keys, queries]`."""
     return (of_keys[:, :, None] == of_queries[:, None, :])[:, None]
 
 
@@ -51,7 +49,7 @@ def dropout_words(rate: float, key: jax.Array | None, rows: jax.Array | None, x:
 def kept(
     words: Words, rate: float, length: int, shape: tuple[int, int, int], first_key, first_query
 ) -> jax.Array | None:
-    """Which weights of a tile dropout keeps, by the bits that they have among all weights of their row.
+    """Mask of the weights of a tile that dropout keeps, by their bits among all weights of their row.
 
     Args:
         words: of the rows; without, the result is None: all are kept.
@@ -85,11 +83,11 @@ Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Words]
 _OUTSIDE = jnp.iinfo(jnp.int32).max
 """Segment of what fills the last tiles up."""
 _LOWEST = -1e29
-"""Where the running maximum starts: above masked scores, so that those always come to exp(-inf) = 0."""
+"""Start of the running maximum: above masked scores, so that those always come to exp(-inf) = 0."""
 
 
 class Tiling(NamedTuple):
-    """What a tile needs to know besides its operands; all static."""
+    """Settings of a tile besides its operands; all static."""
 
     query_chunk: int
     key_chunk: int
@@ -256,7 +254,7 @@ def _tiles(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def _whole(tiles: jax.Array) -> jax.Array:
-    """What `_tiles` has taken apart."""
+    """Put together what `_tiles` has taken apart."""
     count, batch, heads, chunk, size = tiles.shape
     return tiles.transpose(1, 2, 0, 3, 4).reshape(batch, heads, count * chunk, size)
 
@@ -285,7 +283,7 @@ def _overlap(of_queries: jax.Array, of_keys: jax.Array) -> tuple[jax.Array, jax.
 
 
 def _kept(tiling: Tiling, words: Words, heads: int, number, other) -> jax.Array | None:
-    """What dropout keeps in the tile of query tile `number` and key tile `other`, see `kept`."""
+    """Mask of what dropout keeps in the tile of query tile `number` and key tile `other`, see `kept`."""
     shape = (heads, tiling.key_chunk, tiling.query_chunk)
     starts = other * tiling.key_chunk, number * tiling.query_chunk
     return kept(words, tiling.rate, tiling.length, shape, *starts)

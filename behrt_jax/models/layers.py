@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-# Where the compiler needs to be told something that holds on one kind of device alone.
-
 
 def on_cpu() -> bool:
-    """Whether JAX computes on a CPU by default. Results do not depend on it, up to rounding."""
+    """Tell whether JAX computes on a CPU by default. Results do not depend on it, up to rounding."""
     return jax.default_backend() == "cpu"
 
 

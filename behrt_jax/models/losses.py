@@ -1,4 +1,4 @@
-"""Cross-entropy and ranks of masked codes, over a large vocabulary without the array of all logits.
+"""Losses: of masked codes, with their ranks and the figures made of both, and of labelled tasks.
 
 The last layer of the MLM head makes N x V logits, at V = 100,000 more numbers than the whole encoder holds.
 Here they are worked out for some codes of the vocabulary at a time: a first pass collects the logarithm of
@@ -9,7 +9,7 @@ where the plain way takes three.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,8 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-from behrt_jax.config import TaskKind
 
 # Sums of loss and hits over predicted codes, from which every MLM figure is made.
 
@@ -81,6 +79,9 @@ def mean_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
+# Losses of single masked codes, from all logits at once or from those of some codes at a time.
+
+
 class CodeLosses(NamedTuple):
     """What a model made of masked codes."""
 
@@ -89,7 +90,7 @@ class CodeLosses(NamedTuple):
     losses: jax.Array
     """Of each slot, float32."""
     ranks: jax.Array
-    """Codes ranked ahead of the label, as `metrics.target_ranks`, int32."""
+    """Codes ranked ahead of the label, see :func:`target_ranks`, int32."""
 
 
 # As long as all logits fit 64 MiB, holding them is as fast or up to 1.3 times faster on a CPU (N = 300 and
@@ -274,51 +275,30 @@ def _backward(chunk, dtype, gradients, cotangents):
 
 _losses.defvjp(_forward, _backward, symbolic_zeros=True)
 
-# Losses of labelled tasks, and the outputs that training begins with.
 
-TARGETS: dict[TaskKind, str] = {
-    "binary": "0 or 1",
-    "multiclass": "number of the class",
-    "multilabel": "0 or 1 for each code",
-    "regression": "the value, standardised",
-    "survival": "number of the interval of the event or of censoring, and 1 for an event",
-}
-"""What the targets of a task are, float32 `[..., targets]`."""
+# Losses of labelled tasks, float32 `[...]` from outputs `[..., outputs]` and targets `[..., targets]`.
 
 
-def task_losses(
-    kind: TaskKind, outputs: jax.Array | np.ndarray, targets: jax.Array | np.ndarray
-) -> jax.Array:
-    """Loss of each example.
+def _sigmoid(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy of independent yes or no, in nats, the mean over the outputs."""
+    chex.assert_equal_shape([outputs, targets])
+    return optax.losses.sigmoid_binary_cross_entropy(outputs, targets).mean(axis=-1)
 
-    Binary and multi-label: cross-entropy of independent yes or no, in nats, the mean over the codes.
-    Multi-class: cross-entropy. Regression: half the squared error. Survival: negative log-likelihood of
-    discrete hazards (Gensheimer and Narasimhan 2019, doi 10.7717/peerj.6257), where whoever is censored in
-    an interval is known to have survived those before it.
 
-    Args:
-        kind: of the task.
-        outputs: of `models.behrt.BEHRTForTask`, float32 `[..., outputs]`.
-        targets: float32 `[..., targets]`, see `TARGETS`.
+def _softmax(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy of classes, in nats."""
+    return optax.losses.softmax_cross_entropy_with_integer_labels(outputs, targets[..., 0].astype(jnp.int32))
 
-    Returns:
-        float32 `[...]`.
+
+def _squared(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Half the squared error."""
+    return optax.losses.l2_loss(outputs, targets).sum(axis=-1)
+
+
+def _hazards(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Negative log-likelihood of discrete hazards (Gensheimer and Narasimhan 2019, doi 10.7717/peerj.6257),
+    where whoever is censored in an interval is known to have survived those before it.
     """
-    outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
-    chex.assert_equal_shape_prefix([outputs, targets], outputs.ndim - 1)
-    if kind in ("binary", "multilabel"):
-        chex.assert_equal_shape([outputs, targets])
-        return optax.losses.sigmoid_binary_cross_entropy(outputs, targets).mean(axis=-1)
-    if kind == "multiclass":
-        return optax.losses.softmax_cross_entropy_with_integer_labels(
-            outputs, targets[..., 0].astype(jnp.int32)
-        )
-    if kind == "regression":
-        return optax.losses.l2_loss(outputs, targets).sum(axis=-1)
-    return _survival_losses(outputs, targets)
-
-
-def _survival_losses(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     interval, event = targets[..., :1], targets[..., 1:]
     numbers = jnp.arange(outputs.shape[-1], dtype=jnp.float32).reshape((1,) * (outputs.ndim - 1) + (-1,))
     survived = -jax.nn.log_sigmoid(-outputs) * (numbers < interval)
@@ -326,27 +306,26 @@ def _survival_losses(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     return (survived + died).sum(axis=-1)
 
 
-def base_outputs(kind: TaskKind, targets: np.ndarray, outputs: int) -> np.ndarray:
-    """Outputs that tell of each example what is true on average, float32 `[outputs]`: where training begins.
+LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "sigmoid": _sigmoid,
+    "softmax": _softmax,
+    "squared": _squared,
+    "hazards": _hazards,
+}
+"""By the ``loss`` of a kind of task."""
 
-    Each count is raised by a half, so that no output is infinite.
+
+def task_losses(loss: str, outputs: jax.Array | np.ndarray, targets: jax.Array | np.ndarray) -> jax.Array:
+    """Loss of each example.
 
     Args:
-        kind: of the task.
-        targets: of the train examples, float32 `[examples, targets]`.
-        outputs: of the model.
+        loss: a name in `LOSSES`.
+        outputs: of `models.behrt.BEHRTForTask`, float32 `[..., outputs]`.
+        targets: of the kind of task, float32 `[..., targets]`.
+
+    Returns:
+        float32 `[...]`.
     """
-    if kind == "regression":
-        return np.zeros(outputs, np.float32)
-    if kind == "multiclass":
-        counts = np.bincount(targets[:, 0].astype(int), minlength=outputs) + 0.5
-        return np.log(counts / counts.sum()).astype(np.float32)
-    if kind == "survival":
-        interval, event = targets[:, 0].astype(int), targets[:, 1] > 0
-        yes = np.bincount(interval[event], minlength=outputs)[:outputs] + 0.5
-        at_risk = (interval[:, None] > np.arange(outputs)).sum(axis=0) + yes + 0.5
-        no = at_risk - yes
-    else:
-        yes = targets.sum(axis=0) + 0.5
-        no = len(targets) + 1.0 - yes
-    return (np.log(yes) - np.log(no)).astype(np.float32)
+    outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
+    chex.assert_equal_shape_prefix([outputs, targets], outputs.ndim - 1)
+    return LOSSES[loss](outputs, targets)

@@ -29,17 +29,17 @@ def layer_name(layer: int) -> str:
 
 
 def is_stacked(path: Sequence[str]) -> bool:
-    """Whether the leaf or module at `path` has a leading axis over layers."""
+    """Tell whether the leaf or module at `path` has a leading axis over layers."""
     return STACKED in path
 
 
 def count_stacked_layers(tree: Tree) -> int:
-    """How many layers are stacked in nested dicts; 0 where none are."""
+    """Number of layers that are stacked in nested dicts; 0 where none are."""
     return next((leaf.shape[0] for path, leaf in _flatten(tree).items() if is_stacked(path)), 0)
 
 
 def unstacked_path(path: Path, layer: int) -> Path:
-    """Where one layer of the leaf or module at the stacked `path` is in the other layout."""
+    """Path, in the other layout, of one layer of the leaf or module at the stacked `path`."""
     return tuple(layer_name(layer) if name == STACKED else name for name in path)
 
 

@@ -1,4 +1,8 @@
-"""What the label makers look at: one split's histories, visits, deaths and ends of follow-up."""
+"""Labels made of prepared data at the ends of visits: death, first occurrence, readmission, the next visit.
+
+A split's visits, deaths and follow-up are found first; the ends of its visits are the candidates for
+prediction times, from which rule after rule leaves some out, each counted; what is left gets its label.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,12 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from behrt_jax.config import MakeLabelsConfig
-from behrt_jax.data.delays import matching_codes
-from behrt_jax.data.event_rules import DAY
+from behrt_jax.data.events import DAY
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.sorting import place_in
 from behrt_jax.data.splits import hash_words
-from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
+from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary, matching_codes
 
 NEVER = np.iinfo(np.int64).max
 """Time of what does not happen, as far as is known."""
@@ -24,7 +27,7 @@ def microseconds(days: float) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Visits:
+class SplitVisits:
     """The visits of one split, each subject's in the order of their first events."""
 
     subjects: np.ndarray
@@ -41,14 +44,14 @@ class Visits:
     """bool ``[visits]``: at the end, another visit that began before has not ended."""
 
 
-def visits_of(part: Sequences, chosen: np.ndarray | None = None) -> Visits:
+def visits_of(part: Sequences, chosen: np.ndarray | None = None) -> SplitVisits:
     """The visits of a split.
 
     Args:
         part: the histories.
         chosen: bool ``[V]``: only visits with such a code count; all where not given.
     """
-    number = visit_numbers(part)
+    number = part.numbered_visits()
     count = int(number.max(initial=-1)) + 1
     subjects = np.zeros(count, np.int64)
     subjects[number] = np.repeat(np.arange(len(part)), part.lengths)
@@ -67,7 +70,7 @@ def visits_of(part: Sequences, chosen: np.ndarray | None = None) -> Visits:
     rank[order] = np.arange(len(ends))
     latest = np.maximum.accumulate(subjects * len(ends) + rank)
     latest_end = ends[order[latest % max(len(ends), 1)]]
-    return Visits(
+    return SplitVisits(
         subjects,
         offsets,
         starts,
@@ -75,14 +78,6 @@ def visits_of(part: Sequences, chosen: np.ndarray | None = None) -> Visits:
         following=np.where(later < offsets[subjects + 1], later, -1),
         others_go_on=latest_end[later - 1] > ends,
     )
-
-
-def visit_numbers(part: Sequences) -> np.ndarray:
-    """The visit of each token, numbered through all subjects: int64 ``[tokens]``, ascending by subject."""
-    if not len(part):
-        return np.zeros(0, np.int64)
-    per_subject = np.maximum.reduceat(part.visits, part.offsets[:-1]).astype(np.int64) + 1  # [S]
-    return np.repeat(np.cumsum(per_subject) - per_subject, part.lengths) + part.visits
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,12 +105,12 @@ class SplitHistory:
         return cls(part, vocabulary, deaths, known_until)
 
     def events_up_to(self, subjects: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """How many events a subject has at or before a time: int64 ``[n]``; places and times ``[n]``."""
+        """Number of a subject's events at or before a time: int64 ``[n]``, of places and times ``[n]``."""
         starts, stops = self.part.offsets[subjects], self.part.offsets[subjects + 1]
         return place_in(self.part.times, starts, stops, times, inclusive=True) - starts
 
     def first_times(self, chosen: np.ndarray) -> np.ndarray:
-        """When each subject first has a code of ``chosen``, bool ``[V]``: int64 ``[subjects]``."""
+        """Time at which each subject first has a code of ``chosen``, bool ``[V]``: int64 ``[subjects]``."""
         tokens = np.flatnonzero(chosen[self.part.codes])
         first = np.full(len(self.part), NEVER)
         subjects = np.searchsorted(self.part.offsets, tokens, side="right") - 1
@@ -123,7 +118,7 @@ class SplitHistory:
         return first
 
 
-# At which times a subject is labelled: which candidates are left, and why the others are not.
+# The times at which a subject is labelled: the candidates that are left, and why the others are not.
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,10 +205,10 @@ class Candidates:
         )
 
 
-# Whether something happens within a horizon: positive, negative, or not known.
+# Whether something happens within a horizon, or when.
 
 
-def label_within(
+def label_event(
     candidates: Candidates,
     history: SplitHistory,
     config: MakeLabelsConfig,
@@ -221,55 +216,40 @@ def label_within(
     known_until: np.ndarray,
     death_ends: bool = True,
 ) -> MadeLabels:
-    """Boolean labels: whether it happens after the gap and within the horizon that follows it.
+    """Survival labels with ``config.survival``, else boolean ones.
 
-    Left out and counted are candidates where it happens in the gap, and those without an answer: death comes
-    first, or what happens is not known up to the end of the horizon.
+    Survival labels are days from the prediction time until it happens, or until it is not known any more, up
+    to the end of the horizon; without ``horizon_days`` all of the follow-up counts. Boolean ones say whether
+    it happens after the gap and within the horizon that follows it; left out and counted are candidates
+    without an answer: death comes first, or what happens is not known up to the end of the horizon. In both,
+    candidates where it happens in the gap are left out.
 
     Args:
         candidates: all of whom can still have it.
         history: the split.
-        config: ``horizon_days`` (given) and ``gap_days`` are read.
+        config: ``horizon_days`` (given for boolean labels) and ``gap_days`` are read.
         happens: int64 ``[candidates]``, after the prediction time; `NEVER` where it does not.
         known_until: int64 ``[candidates]``.
-        death_ends: whether a death within the horizon leaves the question open.
-    """
-    assert config.horizon_days is not None
-    begin = candidates.times + microseconds(config.gap_days)
-    end = begin + microseconds(config.horizon_days)
-    candidates.leave_out("it happens in the gap", happens <= begin)
-    positive = happens <= end
-    room = known_until >= end
-    if death_ends:
-        deaths = history.deaths[candidates.subjects]
-        died = ~positive & (deaths <= end)
-        candidates.leave_out("death before the end of the horizon", died)
-    if config.times != "last":
-        candidates.leave_out("follow-up ends before the horizon does", ~positive & ~room)
-    candidates.choose(history, config, room)
-    chosen = positive[candidates.left]
-    values = {"boolean_value": pa.array(chosen)}
-    return candidates.labelled(history, values, positive=int(chosen.sum()))
-
-
-def label_survival(
-    candidates: Candidates,
-    history: SplitHistory,
-    config: MakeLabelsConfig,
-    happens: np.ndarray,
-    known_until: np.ndarray,
-) -> MadeLabels:
-    """Survival labels: days from the prediction time until it happens, or until it is not known any more.
-
-    Arguments are those of `label_within`; without ``horizon_days`` all of the follow-up counts.
+        death_ends: whether a death within the horizon leaves the question of boolean labels open.
     """
     begin = candidates.times + microseconds(config.gap_days)
     end = np.full(len(begin), NEVER)
     if config.horizon_days is not None:
         end = begin + microseconds(config.horizon_days)
+    room = known_until >= end
     candidates.leave_out("it happens in the gap", happens <= begin)
+    if not config.survival:
+        positive = happens <= end
+        if death_ends:
+            died = ~positive & (history.deaths[candidates.subjects] <= end)
+            candidates.leave_out("death before the end of the horizon", died)
+        if config.times != "last":
+            candidates.leave_out("follow-up ends before the horizon does", ~positive & ~room)
+        candidates.choose(history, config, room)
+        chosen = positive[candidates.left]
+        return candidates.labelled(history, {"boolean_value": pa.array(chosen)}, positive=int(chosen.sum()))
     candidates.leave_out("follow-up ends before the gap does", (happens == NEVER) & (known_until <= begin))
-    candidates.choose(history, config, known_until >= end)
+    candidates.choose(history, config, room)
     seen = (happens <= end) & (happens < NEVER)
     until = np.minimum(np.where(happens < NEVER, happens, known_until), end)
     left = candidates.left
@@ -281,11 +261,11 @@ def label_survival(
     return candidates.labelled(history, values, positive=events, censored=int(left.sum()) - events)
 
 
-# Death within a horizon.
+# The tasks.
 
 
 def label_death(history: SplitHistory, config: MakeLabelsConfig) -> MadeLabels:
-    """Boolean labels, or survival labels, at the ends of visits.
+    """Death, within a horizon or when.
 
     Deaths are those of MEDS_DEATH, at their time in the source, which is often the day alone: a prediction
     later on that day is after death. Who has no death lives up to the end of follow-up.
@@ -296,16 +276,11 @@ def label_death(history: SplitHistory, config: MakeLabelsConfig) -> MadeLabels:
     candidates.leave_out("the subject has died", happens <= visits.ends)
     candidates.leave_out_short(history, config.min_events)
     known_until = np.where(happens < NEVER, NEVER, history.known_until[visits.subjects])
-    if config.survival:
-        return label_survival(candidates, history, config, happens, known_until)
-    return label_within(candidates, history, config, happens, known_until, death_ends=False)
-
-
-# First occurrence of a set of codes within a horizon, for subjects who have had none of them so far.
+    return label_event(candidates, history, config, happens, known_until, death_ends=False)
 
 
 def label_first_occurrence(history: SplitHistory, config: MakeLabelsConfig) -> MadeLabels:
-    """Boolean labels, or survival labels, at the ends of visits.
+    """First occurrence of a set of codes, for subjects who have had none of them so far.
 
     [UNK], which may stand for any code, is none of the set. Follow-up ends with a subject's last event or
     death: death before the end of the horizon is no answer (a competing event), nor is silence.
@@ -317,16 +292,11 @@ def label_first_occurrence(history: SplitHistory, config: MakeLabelsConfig) -> M
     candidates.leave_out("it has happened already", happens <= visits.ends)
     candidates.leave_out("the subject has died", history.deaths[visits.subjects] <= visits.ends)
     candidates.leave_out_short(history, config.min_events)
-    known_until = history.known_until[visits.subjects]
-    label = label_survival if config.survival else label_within
-    return label(candidates, history, config, happens, known_until)
-
-
-# The codes of the next visit.
+    return label_event(candidates, history, config, happens, history.known_until[visits.subjects])
 
 
 def label_next_visit(history: SplitHistory, config: MakeLabelsConfig) -> MadeLabels:
-    """Sets of codes, at the ends of visits: those of the first visit that begins later.
+    """Sets of codes: those of the first visit that begins later.
 
     They are codes of the vocabulary, or of ``config.codes``; [UNK] is none. A set may be empty.
     """
@@ -342,7 +312,7 @@ def label_next_visit(history: SplitHistory, config: MakeLabelsConfig) -> MadeLab
 
     # Codes of each visit, as pairs of visit and code, once each and ascending by visit.
     tokens = np.flatnonzero(wanted[part.codes])
-    pairs = np.unique(visit_numbers(part)[tokens] * len(history.vocabulary) + part.codes[tokens])
+    pairs = np.unique(part.numbered_visits()[tokens] * len(history.vocabulary) + part.codes[tokens])
     visit, code = np.divmod(pairs, len(history.vocabulary))
     asked = visits.following[candidates.left]
     starts, stops = np.searchsorted(visit, asked), np.searchsorted(visit, asked, side="right")
@@ -353,11 +323,8 @@ def label_next_visit(history: SplitHistory, config: MakeLabelsConfig) -> MadeLab
     return candidates.labelled(history, values, without_code=empty, codes=int((stops - starts).sum()))
 
 
-# Readmission: whether another visit begins within some days after the end of this one.
-
-
 def label_readmission(history: SplitHistory, config: MakeLabelsConfig) -> MadeLabels:
-    """Boolean labels, or survival labels, at the ends of visits.
+    """Another visit that begins after the end of this one.
 
     Visits are those of the prepared data, with ``config.codes`` only those that have such a code. A death on
     the day on which a visit ends, or before, leaves nobody to be readmitted; a later one that comes before a
@@ -371,6 +338,4 @@ def label_readmission(history: SplitHistory, config: MakeLabelsConfig) -> MadeLa
     candidates.leave_out("another visit goes on", visits.others_go_on)
     candidates.leave_out("death in the visit, or on the day of its end", deaths // DAY <= visits.ends // DAY)
     candidates.leave_out_short(history, config.min_events)
-    known_until = history.known_until[visits.subjects]
-    label = label_survival if config.survival else label_within
-    return label(candidates, history, config, following, known_until)
+    return label_event(candidates, history, config, following, history.known_until[visits.subjects])

@@ -71,7 +71,7 @@ def load_events(config: DataConfig) -> EventSet:
 
 
 def generated_code_count(config: DataConfig) -> int:
-    """How many codes a generated source has, special tokens aside."""
+    """Number of codes that a generated source has, special tokens aside."""
     return (config.vocabulary_size or GENERATED_VOCABULARY_SIZE) - len(SPECIAL_TOKENS)
 
 

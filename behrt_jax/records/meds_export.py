@@ -1,8 +1,6 @@
-"""A source's events as a MEDS data set, in bounded memory."""
+"""Events of a source written as a data set in the Medical Event Data Standard, 0.4, in bounded memory."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,25 +11,67 @@ import pyarrow.parquet as pq
 from behrt_jax import __version__
 from behrt_jax.config import PrepareConfig
 from behrt_jax.data.events import EVENT_SCHEMA, SPLITS, VISIT_FIELD
-from behrt_jax.data.splits import check_disjoint, hash_splits, split_index
+from behrt_jax.data.splits import check_disjoint, split_index
 from behrt_jax.errors import InputError
-from behrt_jax.files import work_folder
-from behrt_jax.records.prepare.spill import (
-    Reading,
-    Spill,
-    choose_boundaries,
-    choose_partitions,
-    load_partition,
-    spill_units,
-)
+from behrt_jax.files import JsonObject, work_folder
+from behrt_jax.records.prepare.encode import split_by_hash
+from behrt_jax.records.prepare.spill import Partitions, Reading, choose_boundaries, spill_units
 from behrt_jax.records.sources.source import Source
-
-# Events written as a data set in the Medical Event Data Standard, 0.4.
 
 MEDS_VERSION = "0.4.1"
 """The version of the standard that is written."""
 _ROW_GROUP = 1 << 18
 _FIELDS = [*EVENT_SCHEMA.set(2, pa.field("code", pa.string(), nullable=False)), VISIT_FIELD]
+
+
+def export_meds(source: Source, config: PrepareConfig, folder: Path) -> list[Path]:
+    """Write every event of a source, selected or not, as a MEDS 0.4 data set.
+
+    Splits are the source's own, else those that the prepared data gets by hash. Subjects that the
+    source's splits leave out are left out.
+
+    Args:
+        source: opened.
+        config: fractions and seed of the split.
+        folder: new or empty.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: see `write_meds` and the source.
+    """
+    reading = Reading(choose_boundaries(source), _every_code, values=True, subjects=True)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with work_folder(folder.absolute().parent, f"exporting-{folder.name}") as work:
+        spill = spill_units(source, range(source.units()), reading, work / "spill")
+        splits = source.splits() or split_by_hash(spill.subjects(), config)
+        return write_meds(
+            _events(Partitions([spill]), splits),
+            folder,
+            splits=splits,
+            descriptions=source.descriptions(),
+            dataset_name=source.name,
+        )
+
+
+def _every_code(names: Sequence[str]) -> np.ndarray:
+    return np.ones(len(names), dtype=bool)
+
+
+def _events(partitions: Partitions, splits: Mapping[str, np.ndarray]) -> Iterator[pa.Table]:
+    """Events tables of whole subjects, without those in no split, which the preparation drops too."""
+    for buckets in partitions.buckets:
+        events, values = partitions.load(buckets)
+        untimed = None if events.timed is None else ~events.timed
+        times = pa.array(events.times, pa.int64(), mask=untimed).cast(pa.timestamp("us"))
+        codes = pa.DictionaryArray.from_arrays(events.codes, pa.array(partitions.names, pa.string()))
+        columns = {"subject_id": pa.array(events.subject_ids), "time": times, "code": codes}
+        values = np.full(len(events.codes), np.nan, np.float32) if values is None else values
+        columns["numeric_value"] = pa.array(values.astype(np.float32), mask=np.isnan(values))
+        if events.visits is not None and events.named is not None:
+            columns[VISIT_FIELD.name] = pa.array(events.visits, pa.int64(), mask=~events.named)
+        yield pa.table(columns).filter(pa.array(split_index(events.subject_ids, splits) >= 0))
 
 
 def write_meds(
@@ -71,23 +111,27 @@ def write_meds(
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} is there already: give a new folder for the MEDS data set, or remove it.")
     check_disjoint(splits, "The splits to write")
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        files = _write(tables, unfinished, splits, descriptions, dataset_name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with work_folder(folder.parent, f"writing-{folder.name}") as work:
+        unfinished = work / "meds"
+        files, codes, visits = _write_shards(tables, unfinished, splits)
+        texts = {code: descriptions.get(code) for code in sorted(codes)}
+        about = {
+            "dataset_name": dataset_name,
+            "etl_name": "behrt_jax",
+            "etl_version": __version__,
+            "meds_version": MEDS_VERSION,
+            **({"raw_source_id_columns": [VISIT_FIELD.name]} if visits else {}),
+        }
+        files += _write_metadata(unfinished / "metadata", texts, splits, about)
         unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return [folder / file.relative_to(unfinished) for file in files]
 
 
-def _write(
-    tables: Iterable[pa.Table],
-    folder: Path,
-    splits: Mapping[str, np.ndarray],
-    descriptions: Mapping[str, str],
-    dataset_name: str,
-) -> list[Path]:
+def _write_shards(
+    tables: Iterable[pa.Table], folder: Path, splits: Mapping[str, np.ndarray]
+) -> tuple[list[Path], set[str], bool]:
+    """Write the shards; gives them, the codes in them, and whether any table has visit ids."""
     files: list[Path] = []
     seen: list[np.ndarray] = []
     shards: dict[str, int] = {}
@@ -107,40 +151,27 @@ def _write(
     if not files:
         raise InputError("There is no event to write as MEDS: select codes that occur.")
     refuse_repeats(seen, "The tables to write as MEDS have {} subjects in more than one table")
-    return files + _write_metadata(folder, splits, sorted(codes), descriptions, dataset_name, visits)
+    return files, codes, visits
 
 
 def _write_metadata(
-    folder: Path,
-    splits: Mapping[str, np.ndarray],
-    codes: list[str],
-    descriptions: Mapping[str, str],
-    dataset_name: str,
-    visits: bool,
+    folder: Path, texts: Mapping[str, str | None], splits: Mapping[str, np.ndarray], about: JsonObject
 ) -> list[Path]:
-    metadata = folder / "metadata"
-    metadata.mkdir()
+    folder.mkdir()
     columns = {
-        "code": pa.array(codes, pa.string()),
-        "description": pa.array([descriptions.get(code) for code in codes], pa.string()),
-        "parent_codes": pa.nulls(len(codes), pa.list_(pa.string())),
+        "code": pa.array(texts.keys(), pa.string()),
+        "description": pa.array(texts.values(), pa.string()),
+        "parent_codes": pa.nulls(len(texts), pa.list_(pa.string())),
     }
-    files = [metadata / "codes.parquet"]
+    files = [folder / "codes.parquet"]
     pq.write_table(pa.table(columns), files[0])
     if splits:
-        files.append(metadata / "subject_splits.parquet")
+        files.append(folder / "subject_splits.parquet")
         ids = [np.unique(np.asarray(splits.get(name, ()), np.int64)) for name in SPLITS]
         names = np.repeat(SPLITS, [len(part) for part in ids])
         table = pa.table({"subject_id": np.concatenate(ids), "split": pa.array(names, pa.string())})
         pq.write_table(table, files[-1])
-    files.append(metadata / "dataset.json")
-    about = {
-        "dataset_name": dataset_name,
-        "etl_name": "behrt_jax",
-        "etl_version": __version__,
-        "meds_version": MEDS_VERSION,
-        **({"raw_source_id_columns": [VISIT_FIELD.name]} if visits else {}),
-    }
+    files.append(folder / "dataset.json")
     files[-1].write_text(json.dumps(about, indent=2) + "\n")
     return files
 
@@ -182,62 +213,3 @@ def refuse_repeats(subjects: list[np.ndarray], what: str) -> None:
     repeated = int(np.count_nonzero(np.unique(ids, return_counts=True)[1] > 1))
     if repeated:
         raise InputError(f"{what.format(repeated)}: put all events of a subject into one.")
-
-
-def export_meds(source: Source, config: PrepareConfig, folder: Path) -> list[Path]:
-    """Write every event of a source, selected or not, as a MEDS 0.4 data set.
-
-    Splits are the source's own, else those that the prepared data gets by hash. Subjects that the
-    source's splits leave out are left out.
-
-    Args:
-        source: opened.
-        config: fractions and seed of the split.
-        folder: new or empty.
-
-    Returns:
-        The files written.
-
-    Raises:
-        InputError: see `meds_writer.write_meds` and the source.
-    """
-    reading = Reading(choose_boundaries(source), _every_code, values=True, subjects=True)
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with work_folder(folder.absolute().parent, f"exporting-{folder.name}") as work:
-        spill = spill_units(source, range(source.units()), reading, work / "spill")
-        splits = source.splits() or hash_splits(
-            spill.subjects(), config.tuning_fraction, config.held_out_fraction, config.seed, options=""
-        )
-        return write_meds(
-            (_in_splits(table, splits) for table in _partitions(spill)),
-            folder,
-            splits=splits,
-            descriptions=source.descriptions(),
-            dataset_name=source.name,
-        )
-
-
-def _every_code(names: Sequence[str]) -> np.ndarray:
-    return np.ones(len(names), dtype=bool)
-
-
-def _in_splits(table: pa.Table, splits: Mapping[str, np.ndarray]) -> pa.Table:
-    """Without the events of subjects in no split, which the preparation drops and counts as well."""
-    return table.filter(pa.array(split_index(table["subject_id"].to_numpy(), splits) >= 0))
-
-
-def _partitions(spill: Spill) -> Iterator[pa.Table]:
-    """Events tables, each with whole subjects."""
-    names = sorted(spill.codes)
-    for buckets in choose_partitions([spill]):
-        events, values = load_partition([spill], buckets, names)
-        untimed = None if events.timed is None else ~events.timed
-        times = pa.array(events.times, pa.int64(), mask=untimed).cast(pa.timestamp("us"))
-        places, texts = pa.array(events.codes, pa.int32()), pa.array(names, pa.string())
-        codes = pa.DictionaryArray.from_arrays(places, texts)
-        columns = {"subject_id": pa.array(events.subject_ids), "time": times, "code": codes}
-        values = np.full(len(events.codes), np.nan, np.float32) if values is None else values
-        columns["numeric_value"] = pa.array(values.astype(np.float32), mask=np.isnan(values))
-        if events.visits is not None and events.named is not None:
-            columns[VISIT_FIELD.name] = pa.array(events.visits, pa.int64(), mask=~events.named)
-        yield pa.table(columns)

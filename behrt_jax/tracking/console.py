@@ -1,4 +1,4 @@
-"""What a person sees during a run: a live bar and tables on a terminal, quiet plain lines elsewhere."""
+"""Console of a command: a live bar and tables on a terminal, quiet plain lines elsewhere."""
 
 import math
 import re
@@ -7,112 +7,10 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TextIO
+from typing import TYPE_CHECKING, Self, SupportsFloat, TextIO
 
 if TYPE_CHECKING:
     import rich.console
-
-
-# How figures, tables and progress read as text.
-
-_NUMERIC = re.compile(r"-?[\d,]*\.?\d*(e-?\d+)? ?%?")
-
-
-def progress_text(
-    step: int,
-    total_steps: int,
-    epoch: float | None,
-    steps_per_second: float | None,
-    tokens_per_second: float | None,
-    loss: float | None,
-) -> str:
-    """One line of progress; parts that are not known yet are left out."""
-    parts = [f"step {step:,}/{total_steps:,}"]
-    if epoch is not None:
-        parts.append(f"epoch {epoch:.1f}")
-    if steps_per_second is not None:
-        parts.append(f"{format_rate(steps_per_second)} steps/s")
-    if tokens_per_second is not None:
-        parts.append(f"{format_rate(tokens_per_second)} tokens/s")
-    if loss is not None:
-        parts.append(f"loss {loss:.3f}")
-    if steps_per_second and step < total_steps:
-        parts.append(f"{format_duration((total_steps - step) / steps_per_second)} left")
-    return "  ".join(parts)
-
-
-def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as lines of text: title, column names, a rule, rows."""
-    cells = [[format_cell(value) for value in row] for row in rows]
-    head = [printable(name) for name in columns]
-    widths = [max(len(row[index]) for row in [head, *cells]) for index in range(len(head))]
-    right = [is_numeric(cells, index) for index in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        parts = (
-            cell.rjust(width) if numeric else cell.ljust(width)
-            for cell, width, numeric in zip(row, widths, right, strict=True)
-        )
-        return "  ".join(parts).rstrip()
-
-    return "\n".join(
-        [printable(title), line(head), line(["-" * width for width in widths]), *map(line, cells)]
-    )
-
-
-def format_cell(value: Any) -> str:
-    """A table cell: integers as 20,366,312, floats with four significant digits, None as nothing."""
-    if value is None:
-        return ""
-    if isinstance(value, str | bool):
-        return printable(str(value)).replace("\n", " ")
-    if hasattr(value, "item"):
-        value = value.item()  # numpy scalar
-    if isinstance(value, int):
-        return format_count(value)
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e15 else f"{value:.4g}"
-    return format_cell(str(value))
-
-
-def format_count(value: int) -> str:
-    """An exact count with thousands separators: 20,366,312."""
-    return f"{value:,}"
-
-
-def format_rate(value: float) -> str:
-    """A rate to the precision worth reading: 0.53, 4.1, 41.2, 61,000."""
-    if not 1e-3 <= abs(value) < 1e15:
-        return f"{value:.2g}"
-    digits = (1 if abs(value) < 10 else 2) - math.floor(math.log10(abs(value)))
-    return f"{round(value, digits):,.{max(digits, 0)}f}"
-
-
-def format_duration(seconds: float) -> str:
-    """A time span for a person: 0.4 s, 45 s, 3 min 34 s, 2 h 05 min, 3 d 04 h."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24:02d} h"
-
-
-def is_numeric(cells: Sequence[Sequence[str]], column: int) -> bool:
-    """Whether every filled cell of a column is a number, and one is filled."""
-    filled = [row[column] for row in cells if row[column]]
-    return bool(filled) and all(_NUMERIC.fullmatch(cell) for cell in filled)
-
-
-def printable(text: str) -> str:
-    """`text` with control characters shown as ``?``: data may hold what a terminal would act on."""
-    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
 
 
 PLAIN_INTERVAL = 30.0  # seconds between progress lines where the output is not a terminal
@@ -145,9 +43,9 @@ class Console(ABC):
     def log(self, text: str) -> None:
         """Show a message above the progress, verbatim (no markup is read)."""
 
-    @abstractmethod
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Show a table; columns of numbers stand flush right, integers with thousands separators."""
+        self.log(table_text(title, columns, rows))
 
     def step(self, step: int, tokens: int, loss: SupportsFloat | None = None) -> None:
         """Say that `step` steps are done and that `tokens` real tokens went in since the last call.
@@ -162,12 +60,11 @@ class Console(ABC):
             self._loss = None if loss is None else float(loss)
             self._show_progress(self._progress())
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """End the progress display; messages and tables can still follow."""
 
-    @abstractmethod
-    def _show_progress(self, text: str) -> None: ...
+    def _show_progress(self, text: str) -> None:
+        self.log(text)
 
     def _progress(self) -> str:
         steps, tokens = self._pace.per_second()
@@ -199,16 +96,6 @@ class PlainConsole(Console):
         self._stream.write(line + "\n")
         self._stream.flush()
 
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Write the table in aligned columns, two spaces apart."""
-        self.log(table_text(title, columns, rows))
-
-    def close(self) -> None:
-        """Nothing to take down."""
-
-    def _show_progress(self, text: str) -> None:
-        self.log(text)
-
 
 class RichConsole(Console):
     """A live progress bar with messages and tables above it, drawn by rich."""
@@ -235,15 +122,15 @@ class RichConsole(Console):
         """Print the text above the bar."""
         self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Print a rich table above the bar."""
         from rich.table import Table
         from rich.text import Text
 
-        cells = [[format_cell(value) for value in row] for row in rows]
+        cells, right = table_cells(columns, rows)
         drawn = Table(title=Text(printable(title)), title_justify="left")
-        for index, name in enumerate(columns):
-            drawn.add_column(Text(printable(name)), justify="right" if is_numeric(cells, index) else "left")
+        for name, numeric in zip(columns, right, strict=True):
+            drawn.add_column(Text(printable(name)), justify="right" if numeric else "left")
         for row in cells:
             drawn.add_row(*map(Text, row))
         self._console.print(drawn)
@@ -303,3 +190,110 @@ class Pace:
         if now <= then or last_step <= step:
             return None, None
         return (last_step - step) / (now - then), (last_tokens - tokens) / (now - then)
+
+
+# Figures, tables and progress as text.
+
+_NUMERIC = re.compile(r"-?[\d,]*\.?\d*(e-?\d+)? ?%?")
+
+
+def progress_text(
+    step: int,
+    total_steps: int,
+    epoch: float | None,
+    steps_per_second: float | None,
+    tokens_per_second: float | None,
+    loss: float | None,
+) -> str:
+    """One line of progress; parts that are not known yet are left out."""
+    parts = [f"step {step:,}/{total_steps:,}"]
+    if epoch is not None:
+        parts.append(f"epoch {epoch:.1f}")
+    if steps_per_second is not None:
+        parts.append(f"{format_rate(steps_per_second)} steps/s")
+    if tokens_per_second is not None:
+        parts.append(f"{format_rate(tokens_per_second)} tokens/s")
+    if loss is not None:
+        parts.append(f"loss {loss:.3f}")
+    if steps_per_second and step < total_steps:
+        parts.append(f"{format_duration((total_steps - step) / steps_per_second)} left")
+    return "  ".join(parts)
+
+
+def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table as lines of text: title, column names, a rule, rows."""
+    cells, right = table_cells(columns, rows)
+    head = [printable(name) for name in columns]
+    widths = [max(len(row[index]) for row in [head, *cells]) for index in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        parts = (
+            cell.rjust(width) if numeric else cell.ljust(width)
+            for cell, width, numeric in zip(row, widths, right, strict=True)
+        )
+        return "  ".join(parts).rstrip()
+
+    return "\n".join(
+        [printable(title), line(head), line(["-" * width for width in widths]), *map(line, cells)]
+    )
+
+
+def table_cells(
+    columns: Sequence[str], rows: Iterable[Sequence[object]]
+) -> tuple[list[list[str]], list[bool]]:
+    """Cells of a table as text, and of each column whether it stands flush right.
+
+    Those do of which every filled cell is a number, and one is filled.
+    """
+    cells = [[format_cell(value) for value in row] for row in rows]
+    filled = [[row[index] for row in cells if row[index]] for index in range(len(columns))]
+    return cells, [bool(column) and all(map(_NUMERIC.fullmatch, column)) for column in filled]
+
+
+def format_cell(value: object) -> str:
+    """A table cell: integers as 20,366,312, floats with four significant digits, None as nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, str | bool):
+        return printable(str(value)).replace("\n", " ")
+    if callable(item := getattr(value, "item", None)):  # numpy scalar
+        value = item()
+    if isinstance(value, int):
+        return format_count(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e15 else f"{value:.4g}"
+    return format_cell(str(value))
+
+
+def format_count(value: int) -> str:
+    """An exact count with thousands separators: 20,366,312."""
+    return f"{value:,}"
+
+
+def format_rate(value: float) -> str:
+    """A rate to the precision worth reading: 0.53, 4.1, 41.2, 61,000."""
+    if not 1e-3 <= abs(value) < 1e15:
+        return f"{value:.2g}"
+    digits = (1 if abs(value) < 10 else 2) - math.floor(math.log10(abs(value)))
+    return f"{round(value, digits):,.{max(digits, 0)}f}"
+
+
+def format_duration(seconds: float) -> str:
+    """A time span for a person: 0.4 s, 45 s, 3 min 34 s, 2 h 05 min, 3 d 04 h."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def printable(text: str) -> str:
+    """`text` with control characters shown as ``?``: data may hold what a terminal would act on."""
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)

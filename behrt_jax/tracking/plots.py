@@ -1,9 +1,12 @@
 """Pictures of a run: loss and accuracy over the epochs, beside the baselines and the known optimum."""
 
 import math
-import numbers
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING
+
+from behrt_jax.files import JsonObject
+from behrt_jax.run_folder import Records, is_number, of_split
+from behrt_jax.tracking.summary import BASELINES, Baselines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,10 +17,12 @@ TRAIN_COLOUR = "#0072B2"
 VALIDATION_COLOUR = "#D55E00"
 BASELINE_COLOUR = "#555555"
 ORACLE_COLOUR = "#009E73"
+CURVES = {"train": ("train", TRAIN_COLOUR, 1.2), "tuning": ("validation", VALIDATION_COLOUR, 1.8)}
+"""Label, colour and width of the curves of each split."""
 DPI = 150
 
 
-def plot_curves(metrics: list[dict[str, Any]], baselines: dict[str, Any], folder: Path) -> list[Path]:
+def plot_curves(metrics: Records, baselines: Baselines, folder: Path) -> list[Path]:
     """Draw ``loss.png`` and ``accuracy.png`` into `folder`, which is made where it is missing.
 
     `metrics` are the records of ``metrics.jsonl``: `split` is ``train`` or ``tuning``, losses are in
@@ -55,20 +60,16 @@ def plot_curves(metrics: list[dict[str, Any]], baselines: dict[str, Any], folder
     return drawn
 
 
-def best_validation(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
+def best_validation(metrics: Records) -> JsonObject | None:
     """The validation record of least loss, the earliest of equals; None where no loss is finite."""
-    found = [record for record in _of_split(metrics, "tuning") if _finite(record.get("loss"))]
+    found = [record for record in _with_epoch(metrics, "tuning") if is_number(record.get("loss"))]
     return min(found, key=lambda record: record["loss"], default=None)
 
 
-def _draw_loss(axes: "Axes", metrics: list[dict[str, Any]], baselines: dict[str, Any], best: Any) -> bool:
-    curves = [
-        _curve(axes, metrics, "train", "loss", label="train", color=TRAIN_COLOUR, linewidth=1.2),
-        _curve(axes, metrics, "tuning", "loss", label="validation", color=VALIDATION_COLOUR, linewidth=1.8),
-    ]
-    _baseline(axes, baselines, "unigram", "loss", "unigram baseline", "--")
-    _baseline(axes, baselines, "co-occurrence", "loss", "co-occurrence baseline", ":")
-    _baseline(axes, baselines, "oracle", "loss", "best possible", "-.")
+def _draw_loss(axes: "Axes", metrics: Records, baselines: Baselines, best: JsonObject | None) -> bool:
+    curves = [_curve(axes, metrics, split, "loss") for split in CURVES]
+    for which, style in (("unigram", "--"), ("co-occurrence", ":"), ("oracle", "-.")):
+        _baseline(axes, baselines, which, "loss", style)
     if best is not None:
         _mark_best(axes, best, "loss", f"best validation: {best['loss']:.3f} at epoch {best['epoch']:.4g}")
     axes.set_ylabel("loss (nats per masked code)")
@@ -76,24 +77,19 @@ def _draw_loss(axes: "Axes", metrics: list[dict[str, Any]], baselines: dict[str,
     return any(curves)
 
 
-def _draw_accuracy(axes: "Axes", metrics: list[dict[str, Any]], baselines: dict[str, Any], best: Any) -> bool:
+def _draw_accuracy(axes: "Axes", metrics: Records, baselines: Baselines, best: JsonObject | None) -> bool:
     from matplotlib.ticker import PercentFormatter
 
     curves = []
     # The legend has two columns: first all of top-1, then all of top-10.
     for field, name, alpha, style in (
-        ("accuracy", "top-1", 1.0, "--"),
-        ("accuracy_top10", "top-10", 0.45, ":"),
+        ("accuracy", ", top-1", 1.0, "--"),
+        ("accuracy_top10", ", top-10", 0.45, ":"),
     ):
-        for split, label, colour, width in (
-            ("train", "train", TRAIN_COLOUR, 1.2),
-            ("tuning", "validation", VALIDATION_COLOUR, 1.8),
-        ):
-            options = {"color": colour, "linewidth": width, "alpha": alpha}
-            curves.append(_curve(axes, metrics, split, field, label=f"{label}, {name}", **options))
-        _baseline(axes, baselines, "unigram", field, f"unigram baseline, {name}", style)
-        _baseline(axes, baselines, "oracle", field, f"best possible, {name}", style)
-        if best is not None and _finite(best.get(field)):
+        curves += [_curve(axes, metrics, split, field, name, alpha) for split in CURVES]
+        for which in ("unigram", "oracle"):
+            _baseline(axes, baselines, which, field, style, name)
+        if best is not None and is_number(best.get(field)):
             label = f"{best[field]:.1%} at epoch {best['epoch']:.4g} (least validation loss)"
             _mark_best(axes, best, field, label)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
@@ -103,34 +99,32 @@ def _draw_accuracy(axes: "Axes", metrics: list[dict[str, Any]], baselines: dict[
     return any(curves)
 
 
-def _curve(axes: "Axes", metrics: list[dict[str, Any]], split: str, field: str, **options: Any) -> bool:
+def _curve(
+    axes: "Axes", metrics: Records, split: str, field: str, name: str = "", alpha: float | None = None
+) -> bool:
     """Draw one figure of one split over the epochs; False where there is nothing to draw."""
-    points = [(record["epoch"], record.get(field)) for record in _of_split(metrics, split)]
-    heights = [value if _finite(value) else math.nan for _, value in points]
+    points = [(record["epoch"], record.get(field)) for record in _with_epoch(metrics, split)]
+    heights = [value if is_number(value) else math.nan for _, value in points]
     if all(map(math.isnan, heights)):
         return False
+    label, colour, width = CURVES[split]
     marker = "." if len(points) <= 30 else None  # a lone point has no line
-    axes.plot([epoch for epoch, _ in points], heights, marker=marker, **options)
+    style = {"marker": marker, "color": colour, "linewidth": width, "alpha": alpha}
+    axes.plot([epoch for epoch, _ in points], heights, label=label + name, **style)
     return True
 
 
-def _baseline(
-    axes: "Axes", baselines: dict[str, Any], which: str, field: str, label: str, style: str
-) -> None:
+def _baseline(axes: "Axes", baselines: Baselines, which: str, field: str, style: str, name: str = "") -> None:
     value = (baselines.get(which) or {}).get(field)
-    if _finite(value):
+    if is_number(value):
         colour = ORACLE_COLOUR if which == "oracle" else BASELINE_COLOUR
-        axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=label)
+        axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=BASELINES[which] + name)
 
 
-def _mark_best(axes: "Axes", best: dict[str, Any], field: str, label: str) -> None:
+def _mark_best(axes: "Axes", best: JsonObject, field: str, label: str) -> None:
     style = {"markersize": 8, "markerfacecolor": "none", "markeredgecolor": VALIDATION_COLOUR}
     axes.plot(best["epoch"], best[field], "o", markeredgewidth=1.8, label=label, zorder=5, **style)
 
 
-def _of_split(metrics: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    return [record for record in metrics if record.get("split") == split and _finite(record.get("epoch"))]
-
-
-def _finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and math.isfinite(value)
+def _with_epoch(metrics: Records, split: str) -> list[JsonObject]:
+    return [record for record in of_split(metrics, split) if is_number(record.get("epoch"))]

@@ -1,18 +1,18 @@
 """``report.html``: a run folder on one page, with nothing to load from anywhere else."""
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from behrt_jax import run_folder
 from behrt_jax.errors import InputError
-from behrt_jax.files import read_json, write_text
-from behrt_jax.tracking.console import format_cell, format_duration, is_numeric
+from behrt_jax.files import JsonObject, read_json, write_text
+from behrt_jax.tracking.console import format_duration, table_cells
 from behrt_jax.tracking.plots import best_validation
 from behrt_jax.tracking.summary import (
     FIGURES,
+    Summary,
     attained,
     band_table,
     figure_table,
@@ -20,8 +20,6 @@ from behrt_jax.tracking.summary import (
     format_figure,
     verdict,
 )
-
-# One HTML page with nothing to load from anywhere else: its tables, pictures and frame.
 
 # A browser refuses everything but this page's own pictures and style, whatever the data holds.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -59,10 +57,9 @@ def html_picture(path: Path, label: str) -> str:
     return f'<img alt="{escape(label, quote=True)}" src="data:image/png;base64,{content}">'
 
 
-def html_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """An HTML table, escaped; columns of numbers stand flush right."""
-    cells = [[format_cell(value) for value in row] for row in rows]
-    right = [is_numeric(cells, index) for index in range(len(columns))]
+    cells, right = table_cells(columns, rows)
     lines = ["<table>"]
     if any(columns):
         lines.append(_row("th", columns, right))
@@ -78,7 +75,6 @@ def _row(tag: str, cells: Sequence[str], right: Sequence[bool]) -> str:
     return f"<tr>{content}</tr>"
 
 
-_GROUPS = ("lora", "embedding", "head", "base")
 # More rows than this are thinned out in the page; metrics.jsonl has them all.
 _HISTORY_ROWS = 100
 
@@ -95,7 +91,7 @@ def write_report(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"there is no run folder {folder}: give the --output of a run.")
     config = _read(folder / run_folder.CONFIG_FILE)
-    summary = _read(folder / run_folder.SUMMARY_FILE)
+    summary = Summary(**_read(folder / run_folder.SUMMARY_FILE))
     metrics = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
     parameters = _read(folder / run_folder.PARAMETERS_FILE)
     name = folder.resolve().name
@@ -114,7 +110,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     """The object in a JSON file; empty where there is no such file."""
     if not path.exists():
         return {}
@@ -124,7 +120,7 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _outcome(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+def _outcome(summary: Summary, metrics: run_folder.Records) -> str:
     if not summary:
         best = best_validation(metrics)
         reached = f" It got to step {metrics[-1]['step']:,}." if metrics else " It has no metrics yet."
@@ -134,8 +130,8 @@ def _outcome(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
         text = f"This run has no summary: it is going on or was interrupted.{reached}{found}"
         return f'<p class="verdict">{text}</p>'
     facts = [f"{summary.get('epochs') or 0:.1f} epochs", f"{summary.get('steps') or 0:,} steps"]
-    if summary.get("wall_seconds") is not None:
-        facts.append(format_duration(summary["wall_seconds"]))
+    if (seconds := summary.get("wall_seconds")) is not None:
+        facts.append(format_duration(seconds))
     facts.append(f"stopped: {summary.get('stop_reason', 'unknown')}")
     parts = [
         f'<p class="verdict">{escape(verdict(summary.get("gain_over_unigram")))}</p>',
@@ -157,7 +153,7 @@ def _outcome(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def _at(name: str, record: dict[str, Any] | None) -> str:
+def _at(name: str, record: JsonObject | None) -> str:
     return f"{name} (step {record['step']:,})" if record else name
 
 
@@ -169,10 +165,10 @@ def _pictures(folder: Path) -> str:
     return "<h2>Curves</h2>\n" + "\n".join(images)
 
 
-def _parameters(parameters: dict[str, Any]) -> str:
+def _parameters(parameters: JsonObject) -> str:
     if not parameters:
         return ""
-    groups = [(name, parameters[name]) for name in _GROUPS if isinstance(parameters.get(name), dict)]
+    groups = [(name, count) for name, count in parameters.items() if isinstance(count, dict)]
     rows = [(name, count.get("total"), count.get("trainable")) for name, count in groups]
     rows.append(("all", parameters.get("total"), parameters.get("trainable")))
     shares = [
@@ -193,8 +189,8 @@ def _parameters(parameters: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _history(metrics: list[dict[str, Any]]) -> str:
-    validations = [record for record in metrics if record.get("split") == "tuning"]
+def _history(metrics: run_folder.Records) -> str:
+    validations = run_folder.of_split(metrics, "tuning")
     if not validations:
         return ""
     every = -(-len(validations) // _HISTORY_ROWS)
@@ -213,7 +209,7 @@ def _history(metrics: list[dict[str, Any]]) -> str:
     return f"<details><summary>{len(validations)} validations{note}</summary>\n{table}</details>"
 
 
-def _settings(config: dict[str, Any]) -> str:
+def _settings(config: JsonObject) -> str:
     if not config:
         return '<p class="note">The configuration is missing (config.json).</p>'
     table = html_table(("setting", "value"), flat(_as_text(config)))
@@ -221,10 +217,14 @@ def _settings(config: dict[str, Any]) -> str:
     return f"<h2>Configuration</h2>\n<details><summary>{title}</summary>\n{table}</details>"
 
 
-def _as_text(value: Any) -> Any:
+def _as_text(settings: Mapping[str, object]) -> dict[str, object]:
     """Nested settings with each value, and each list of values, as the text it was written as."""
-    if isinstance(value, dict):
-        return {key: _as_text(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "none"
-    return "not set" if value is None else str(value)
+
+    def text(value: object) -> object:
+        if isinstance(value, dict):
+            return _as_text(value)
+        if isinstance(value, list):
+            return " ".join(map(str, value)) or "none"
+        return "not set" if value is None else str(value)
+
+    return {name: text(value) for name, value in settings.items()}

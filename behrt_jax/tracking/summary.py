@@ -1,15 +1,16 @@
-"""What came out of a run, as ``summary.json`` and as a page of text."""
+"""Outcome of a run: as ``summary.json``, and as text and tables for a person."""
 
 import math
-import numbers
 import textwrap
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias, TypedDict
 
+from behrt_jax.files import JsonObject
+from behrt_jax.run_folder import Records, is_number, of_split
 from behrt_jax.tracking.console import format_cell, format_duration, table_text
 
-# A gain this small (nats) is within what another seed would change.
 SMALL_GAIN = 0.01
+"""Nats; a gain this small is within what another seed would change."""
 
 FIGURES = (
     ("loss", "loss (nats)"),
@@ -25,37 +26,61 @@ BASELINES = {
     "co-occurrence": "co-occurrence baseline",
     "oracle": "best possible",
 }
-"""What a run is compared with, with its name for a person."""
+"""Predictors that a run is compared with, with their names for a person."""
+
+Baselines: TypeAlias = Mapping[str, JsonObject]
+"""Figures by the name of the baseline: ``unigram`` predicts by train frequency, and others."""
+
+
+class Summary(TypedDict, total=False):
+    """Content of summary.json; a run of an older version, or one that was interrupted, has not all of it."""
+
+    best_step: int | None
+    """Step of the best validation; None where the run stopped before the first."""
+    best: JsonObject | None
+    """Validation record at the best step."""
+    last: JsonObject | None
+    """Validation record at the last validation."""
+    last_train: JsonObject | None
+    """The last training record."""
+    epochs: float
+    steps: int
+    stop_reason: str
+    """Why the run ended, as a clause for a person."""
+    wall_seconds: float
+    """Time that the run took, all its parts together."""
+    baselines: Baselines
+    gain_over_unigram: float | None
+    """Unigram loss less best validation loss in nats (positive is good); None where either is unknown."""
+    data: JsonObject
+    """What went in, counted; nothing about single subjects."""
+    parameters: JsonObject
+    """The parameter report without its list of adapters."""
+    findings: list[JsonObject]
+    """Of the doctor."""
+    interval: list[float]
+    """This and the next four: see `evaluation.masked_codes.assess`."""
+    bands: list[JsonObject]
+    gaps: dict[str, dict[str, float]]
+    oracle_gap: dict[str, float]
+    share_of_attainable_gain: float | None
+    first_step_seconds: float
+    startup_seconds: dict[str, float]
+    """Marks of `training.runtime.Startup`."""
 
 
 def summarise(
-    metrics: list[dict[str, Any]],
-    baselines: dict[str, Any],
+    metrics: Records,
+    baselines: Baselines,
     best_step: int | None,
     stop_reason: str,
     wall_seconds: float,
-    data: dict[str, Any],
-    parameters: dict[str, Any],
-) -> dict[str, Any]:
-    """The figures of a run that ended.
-
-    Args:
-        metrics: records of ``metrics.jsonl``.
-        baselines: ``unigram`` -> loss (nats) and accuracies of predicting by train frequency.
-        best_step: step of the best validation; None where the run stopped before the first.
-        stop_reason: why the run ended, as a clause for a person.
-        wall_seconds: time the run took, all its parts together.
-        data: what went in, counted; nothing about single subjects.
-        parameters: the parameter report; its list of adapters is left out here.
-
-    Returns:
-        best_step; best, last: validation records at the best and the last validation, or None;
-        last_train: the last training record, or None; epochs, steps; stop_reason; wall_seconds; baselines;
-        gain_over_unigram: unigram loss less best validation loss in nats (positive is good), or None
-        where either is unknown; data; parameters; findings: of the doctor, none yet.
-    """
-    validations = [_without_split(record) for record in metrics if record.get("split") == "tuning"]
-    trainings = [_without_split(record) for record in metrics if record.get("split") == "train"]
+    data: JsonObject,
+    parameters: JsonObject,
+) -> Summary:
+    """The figures of a run that ended, from the records of its ``metrics.jsonl``; no findings yet."""
+    validations = [_without_split(record) for record in of_split(metrics, "tuning")]
+    trainings = [_without_split(record) for record in of_split(metrics, "train")]
     best = next((record for record in validations if record["step"] == best_step), None)
     return {
         "best_step": best_step,
@@ -74,17 +99,18 @@ def summarise(
     }
 
 
-def gain_over_unigram(record: dict[str, Any] | None, baselines: dict[str, Any]) -> float | None:
+def _without_split(record: JsonObject) -> JsonObject:
+    return {key: value for key, value in record.items() if key != "split"}
+
+
+def gain_over_unigram(record: JsonObject | None, baselines: Baselines) -> float | None:
     """Unigram loss less the record's loss, in nats; None where either is missing or not finite."""
-    unigram = (baselines.get("unigram") or {}).get("loss")
-    loss = (record or {}).get("loss")
-    if unigram is None or loss is None or not math.isfinite(unigram - loss):
-        return None
-    return unigram - loss
+    unigram, loss = (baselines.get("unigram") or {}).get("loss"), (record or {}).get("loss")
+    return unigram - loss if is_number(unigram) and is_number(loss) else None
 
 
 def verdict(gain: float | None) -> str:
-    """What the gain over the unigram baseline (nats) means, for a person."""
+    """Meaning of the gain over the unigram baseline (nats), for a person."""
     if gain is None:
         return "There is no validation loss to compare with the unigram baseline yet."
     mend = (
@@ -109,45 +135,45 @@ def verdict(gain: float | None) -> str:
     )
 
 
-def summary_text(summary: dict[str, Any], config_name: str) -> str:
+def summary_text(summary: Summary, config_name: str) -> str:
     """``SUMMARY.txt``: the summary for a person, in plain ASCII, ending with a newline."""
     title = f"Pretraining run: {config_name}"
-    took = format_duration(summary["wall_seconds"])
     ran = (
-        f"{summary['epochs']:.1f} epochs, {summary['steps']:,} steps, {took}. "
-        f"Stopped: {summary['stop_reason'].rstrip('.')}."
+        f"{summary.get('epochs', 0):.1f} epochs, {summary.get('steps', 0):,} steps, "
+        f"{format_duration(summary.get('wall_seconds', 0))}. "
+        f"Stopped: {summary.get('stop_reason', 'unknown').rstrip('.')}."
     )
-    parts = [f"{title}\n{'=' * len(title)}", ran, _wrap(verdict(summary["gain_over_unigram"]))]
+    parts = [f"{title}\n{'=' * len(title)}", ran, _wrap(verdict(summary.get("gain_over_unigram")))]
     if attained_text := attained(summary):
         parts.append(_wrap(attained_text))
     columns, rows = figure_table(summary, ("best", "last"))
     if rows:
-        best = summary["best"]
+        best = summary.get("best")
         where = f"best step {best['step']:,}, epoch {best['epoch']:.1f}" if best else "no validation yet"
         parts.append(table_text(f"Validation ({where})", columns, rows))
     columns, rows = band_table(summary)
     if rows:
         parts.append(table_text("By frequency of the code in the train split", columns, rows))
-    parameters = summary["parameters"]
+    parameters = summary.get("parameters") or {}
     if "total" in parameters and "trainable" in parameters:
         parts.append(
             f"Parameters: {parameters['trainable']:,} trained of {parameters['total']:,}"
             f" ({parameters.get('trainable_percent', math.nan):.1f} %)."
         )
-    if data := list(flat(summary["data"])):
+    if data := list(flat(summary.get("data") or {})):
         parts.append("Data:\n" + "\n".join(f"  {name}: {format_cell(value)}" for name, value in data))
     if findings := summary.get("findings"):
         parts.append("Findings:\n" + "\n".join(_wrap(f"- {finding_text(found)}") for found in findings))
     return "\n\n".join(parts).encode("ascii", "replace").decode("ascii") + "\n"
 
 
-def finding_text(found: dict[str, Any]) -> str:
+def finding_text(found: JsonObject) -> str:
     """A finding of the doctor, as JSON, in a few sentences."""
     parts = (str(found.get(key, "")) for key in ("seen", "why", "mend"))
     return f"{str(found.get('severity', '')).upper()} {found.get('id', '')}: {' '.join(parts)}"
 
 
-def figure_table(summary: dict[str, Any], titles: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
+def figure_table(summary: Summary, titles: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
     """Figures of the best and the last validation beside those of the baselines, as text.
 
     Args:
@@ -174,8 +200,8 @@ def figure_table(summary: dict[str, Any], titles: tuple[str, str]) -> tuple[list
     return columns, [row for row in rows if any(row[1:])]
 
 
-def attained(summary: dict[str, Any]) -> str:
-    """How near the best possible loss is, for a person; empty where that is not known."""
+def attained(summary: Summary) -> str:
+    """Distance from the best possible loss, for a person; empty where that is not known."""
     share, gap = summary.get("share_of_attainable_gain"), summary.get("oracle_gap")
     if share is None or not gap:
         return ""
@@ -186,7 +212,7 @@ def attained(summary: dict[str, Any]) -> str:
     )
 
 
-def band_table(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[list[Any]]]:
+def band_table(summary: Summary) -> tuple[tuple[str, ...], list[list[object]]]:
     """Columns and rows of loss and accuracy by how frequent a code is; no rows where they are unknown."""
     columns = ("rank of the code", "masked", "loss", "top-1", "top-10", "unigram loss", "unigram top-1")
     fields = ("loss", "accuracy", "accuracy_top10")
@@ -202,26 +228,22 @@ def band_table(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[list[Any]
     return columns, rows
 
 
-def format_figure(field: str, value: Any) -> str:
+def format_figure(field: str, value: object) -> str:
     """A figure of :data:`FIGURES` as text: losses with 3 decimals, accuracies in percent."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if not is_number(value):
         return ""
     if field.startswith("accuracy"):
         return f"{value:.1%}"
     return f"{value:.3f}" if field == "loss" else format_cell(float(value))
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """(dotted name, value) of every single value in a nested dict; lists are left out."""
     for key, value in settings.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
         elif not isinstance(value, list | tuple):
             yield f"{prefix}{key}", value
-
-
-def _without_split(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "split"}
 
 
 def _wrap(text: str, width: int = 88) -> str:

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject
+from behrt_jax.models.stacked_layers import Tree
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 
-# What the checkpoints of a run hold on disk, whether all of it can be read, and which of them to keep.
-
 UNREADABLE = (OSError, ValueError, KeyError, TypeError)
-"""What Orbax and the file system raise on a checkpoint that is damaged."""
+"""Errors that Orbax and the file system raise on a checkpoint that is damaged."""
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Contents(NamedTuple):
 class ContentsOnDisk:
     """The contents of each step in a folder, read when first asked for."""
 
-    def __init__(self, folder: Path, read_json: Callable[[int, str], dict[str, Any]]):
+    def __init__(self, folder: Path, read_json: Callable[[int, str], JsonObject]):
         """`read_json` reads a JSON item of a step by its name."""
         self._folder = folder
         self._read_json = read_json
@@ -74,7 +74,7 @@ class ContentsOnDisk:
         return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(0.0, None))[1]
 
     def is_whole(self, step: int) -> bool:
-        """Can everything in this step's folder be read? Found out once, and a warning logged if not."""
+        """Tell whether all of this step's folder can be read: found out once, a warning logged if not."""
         if step not in self._whole:
             try:
                 self._read_json(step, "cursor")
@@ -137,7 +137,7 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line of at most 200 characters."""
+    """The message of an error, in one line of at most 200 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -228,11 +228,11 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        params: Any,
-        lora: Any,
+        params: Tree,
+        lora: Tree,
         opt_state: Any,
-        cursor: Mapping[str, Any],
-        config: Mapping[str, Any],
+        cursor: JsonObject,
+        config: JsonObject,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Write a checkpoint in the background; the arrays may be donated as soon as this returns.
@@ -290,7 +290,9 @@ class Checkpoints:
         self.wait()
         return self._on_disk.best_of(self._manager.all_steps())
 
-    def restore(self, step: int, *, params: Any = None, lora: Any = None, opt_state: Any = None) -> Restored:
+    def restore(
+        self, step: int, *, params: Tree | None = None, lora: Tree | None = None, opt_state: Any = None
+    ) -> Restored:
         """Read the trees for which a template is given, and nothing else.
 
         A template is a tree of ``jax.ShapeDtypeStruct`` or of arrays; each leaf comes back with the
@@ -316,12 +318,12 @@ class Checkpoints:
             found = self._manager.restore(step, args=ocp.args.Composite(**items)) if items else {}
         return Restored(**{**wanted, **dict(found.items())})
 
-    def read_cursor(self, step: int) -> dict[str, Any]:
+    def read_cursor(self, step: int) -> JsonObject:
         """The ``cursor`` saved with a step; raises InputError where it cannot be read."""
         with self._reading(step):
             return self._read_json(step, "cursor")
 
-    def read_config(self, step: int) -> dict[str, Any]:
+    def read_config(self, step: int) -> JsonObject:
         """The ``config`` saved with a step; raises InputError where it cannot be read."""
         with self._reading(step):
             return self._read_json(step, "config")
@@ -350,7 +352,7 @@ class Checkpoints:
             path, reason = self._folder / str(step), first_line(error)
             raise InputError(f"{path} is damaged ({reason}); use a checkpoint of another step") from error
 
-    def _read_json(self, step: int, name: str) -> dict[str, Any]:
+    def _read_json(self, step: int, name: str) -> JsonObject:
         import orbax.checkpoint as ocp
 
         return self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore()}))[name]

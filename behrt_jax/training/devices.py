@@ -9,10 +9,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from behrt_jax.config import MeshConfig
 from behrt_jax.errors import InputError
 
+Devices = Sequence[Any]
+"""Of ``jax.devices()``, whose class differs between versions of JAX."""
 AXES = ("data", "fsdp")
 
 
-def make_mesh(devices: Sequence[Any] | None = None, config: MeshConfig | None = None) -> Mesh:
+def make_mesh(devices: Devices | None = None, config: MeshConfig | None = None) -> Mesh:
     """Mesh over the given devices, by default all, and by default data-parallel.
 
     Raises:
@@ -79,7 +81,7 @@ def put_rows(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
 
 
-# Which part of a train state each device holds: FSDP (Zhao et al. 2023, arXiv 2304.11277).
+# FSDP (Zhao et al. 2023, arXiv 2304.11277): each device holds a part of the train state.
 
 """Elements from which on a leaf is split."""
 

@@ -1,12 +1,11 @@
-"""How steps get their batches: rows gathered on the device, or read ahead by the host.
+"""Batches on their way to the steps: rows gathered on the device, or read ahead by the host.
 
 Both give the same batches, a pure function of the step. Where the tokens lie on the device, many steps are
 one call of a compiled program, and the host hands over nothing but the rows of each epoch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,24 +15,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from behrt_jax.config import TrainConfig
-from behrt_jax.data.batches import Batch, EpochRows, TrainingBatches, ValidationBatches
-from behrt_jax.data.read_ahead import reading_ahead
+from behrt_jax.data.batches import Batch, EpochRows, TrainingBatches, ValidationBatches, reading_ahead
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS
 from behrt_jax.errors import InputError
 from behrt_jax.training.devices import put_rows, replicated, split_rows
-from behrt_jax.training.loop import Schedule
-from behrt_jax.training.step import Totals, TrainState
-from behrt_jax.training.telemetry import compilations
-
-# Rows gathered on the device from tokens that lie there, equal to those of `rows.gather_rows`.
+from behrt_jax.training.loop import Feed, Schedule
+from behrt_jax.training.state import Assembly
+from behrt_jax.training.step import Step, Totals, TrainState
 
 MOST_TOKENS = np.iinfo(np.int32).max
 """More cannot be numbered in int32, the widest integer of a device by default."""
 
 
 class Tokens(NamedTuple):
-    """What is read of each token of a split."""
+    """Each token of a split, as a batch has it."""
 
     codes: Any
     """int32 ``[tokens]``."""
@@ -117,43 +113,22 @@ DATA_SHARE = 0.25
 KEPT_IN_HOST_MEMORY = 256 * 2**20
 """Bytes of batches that are kept where the device is the host."""
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Totals]]
 
-
-@dataclass(frozen=True)
-class Feed:
-    """What the training loop calls for the next steps."""
-
-    next_inputs: Callable[[int, int], tuple[Any, Sequence[int]]]
-    """(step, limit) -> inputs of that step and maybe those after it, at most `limit`, and the real tokens of
-    each. Steps are asked for in order, without gaps."""
-    train_step: Callable[[TrainState, Any], tuple[TrainState, Totals]]
-    """(state, inputs) -> state after these steps, and the metrics of each, stacked: `[steps, ...]`."""
-    programs: tuple[Any, ...]
-    """The jitted functions behind `train_step`."""
-
-    def compilations(self) -> int | None:
-        """How often the program that was compiled most often was; None where JAX does not tell."""
-        counts = [compilations(program) for program in self.programs]
-        return max((count for count in counts if count is not None), default=None)
-
-
-def one_step(step: Step, jit: Callable[..., Any]) -> Any:
+def one_step(assembly: Assembly, step: Step) -> Any:
     """The program of one step on a batch that the host has put on the devices; see :func:`open_feed`."""
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Totals]:
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Totals]:
         return _stacked(step(state, batch))
 
-    return jit(train_step)
+    return assembly.jit(train_step)
 
 
 def open_feed(
     config: TrainConfig,
+    assembly: Assembly,
     step: Step,
     program: Any,
-    jit: Callable[..., Any],
     batches: TrainingBatches,
-    mesh: Mesh,
     first_step: int,
     schedule: Schedule,
 ) -> AbstractContextManager[Feed]:
@@ -161,11 +136,10 @@ def open_feed(
 
     Args:
         config: `data_on_device` and `steps_per_call`.
-        step: a train step, not jitted, see `step.make_train_step`.
-        program: of :func:`one_step`, used where the host reads the batches.
-        jit: `jax.jit` with the options of a function from (state, ...) to (state, metrics).
+        assembly: of the run; a batch is split over its devices by rows, tokens are on each.
+        step: a train step of `assembly`, not jitted.
+        program: :func:`one_step` of it, used where the host reads the batches.
         batches: of the train split.
-        mesh: the devices; a batch is split over them by rows, tokens are on each.
         first_step: where the run begins or goes on.
         schedule: of the run; no call goes past a validation.
 
@@ -173,14 +147,14 @@ def open_feed(
         InputError: the data cannot be on the device, although it should.
     """
     steps = range(first_step, schedule.total_steps)
-    if not on_device(config, batches, mesh):
-        return from_host(program, batches, mesh, steps)
+    if not on_device(config, batches, assembly.mesh):
+        return from_host(program, batches, assembly.mesh, steps)
     length = call_length(_stretches(steps, schedule), config.steps_per_call or config.log_every)
-    return _from_device(step, jit, batches, mesh, steps, length)
+    return _from_device(assembly, step, batches, steps, length)
 
 
 def _stretches(steps: range, schedule: Schedule) -> np.ndarray:
-    """How many steps follow each other without a validation or a new epoch, int64 `[stretches]`."""
+    """Numbers of steps that follow each other without a validation or a new epoch, int64 `[stretches]`."""
     every = (schedule.validate_every, schedule.steps_per_epoch)
     stops = [stop for n in every for stop in range(n * (steps.start // n + 1), steps.stop, n)]
     return np.diff(np.unique([steps.start, *stops, max(steps.start, steps.stop)]))
@@ -200,13 +174,13 @@ def call_length(stretches: np.ndarray, most: int) -> int:
 
 
 def fits(needed: int, mesh: Mesh) -> bool:
-    """Whether so many bytes on each device leave enough of its memory free; False where that is unknown."""
+    """Tell whether so many bytes on each device leave enough of its memory free; False where unknown."""
     stats = [device.memory_stats() for device in mesh.local_devices]
     return all(s and needed <= DATA_SHARE * (s["bytes_limit"] - s["bytes_in_use"]) for s in stats)
 
 
 def on_device(config: TrainConfig, batches: TrainingBatches, mesh: Mesh) -> bool:
-    """Whether batches are gathered on the device.
+    """Tell whether batches are gathered on the device.
 
     Raises:
         InputError: the data cannot be on the device, although it should.
@@ -250,9 +224,9 @@ def from_host(program: Any, batches: Any, mesh: Mesh, steps: range) -> Iterator[
 
 @contextmanager
 def _from_device(
-    step: Step, jit: Callable[..., Any], batches: TrainingBatches, mesh: Mesh, steps: range, length: int
+    assembly: Assembly, step: Step, batches: TrainingBatches, steps: range, length: int
 ) -> Iterator[Feed]:
-    per_epoch = batches.steps_per_epoch
+    mesh, per_epoch = assembly.mesh, batches.steps_per_epoch
     tokens = _put_on_each(tokens_of(batches.sequences), mesh)
 
     def next_step(state: TrainState, data: Any) -> tuple[TrainState, Totals]:
@@ -268,8 +242,10 @@ def _from_device(
         )
         return step(state, jax.lax.with_sharding_constraint(batch, split_rows(mesh)))
 
-    one = jit(lambda state, data: _stacked(next_step(state, data)))
-    many = jit(lambda state, data: jax.lax.scan(lambda s, _: next_step(s, data), state, length=length))
+    one = assembly.jit(lambda state, data: _stacked(next_step(state, data)))
+    many = assembly.jit(
+        lambda state, data: jax.lax.scan(lambda s, _: next_step(s, data), state, length=length)
+    )
 
     def read(epoch: int) -> tuple[int, Any, list[int]]:
         rows, counts = batches.epoch_rows(epoch)

@@ -1,6 +1,5 @@
-"""Which parameters train: regimes by name, masks, and gradients that stop at frozen leaves."""
+"""Freezing: the parameters that train, by regimes and masks; gradients that stop at the others; counts."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,11 @@ from jax.tree_util import tree_map_with_path
 from behrt_jax.adapters.lora import GROUPS, label, labels, path_names
 from behrt_jax.config import FreezingConfig
 from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject
+from behrt_jax.models.stacked_layers import Tree
 
+Variables = dict[str, Any]
+"""``{"params": ..., "lora": ...}``, a tree of arrays."""
 FROZEN = "frozen"
 
 
@@ -38,7 +41,7 @@ def regime(config: FreezingConfig) -> Regime:
     return Regime(frozenset(config.groups)) if config.groups else REGIMES[config.regime]
 
 
-def trainable(variables: Mapping[str, Any], chosen: Regime) -> Any:
+def trainable(variables: Tree, chosen: Regime) -> Tree:
     """Tree of booleans with the structure of `variables`: True where a leaf trains.
 
     Raises:
@@ -60,12 +63,12 @@ def trainable(variables: Mapping[str, Any], chosen: Regime) -> Any:
     return mask
 
 
-def optimizer_labels(variables: Mapping[str, Any], mask: Any) -> Any:
+def optimizer_labels(variables: Tree, mask: Tree) -> Tree:
     """Tree of labels for ``optax.multi_transform``: the group's name, or `FROZEN`."""
     return jax.tree.map(lambda group, trains: group if trains else FROZEN, labels(variables), mask)
 
 
-def stop_frozen(variables: Any, mask: Any) -> Any:
+def stop_frozen(variables: Tree, mask: Tree) -> Variables:
     """`variables` with the gradient stopped at every frozen leaf.
 
     Only so is a frozen gradient never computed: ``set_to_zero`` alone lets the compiler drop it only
@@ -74,40 +77,37 @@ def stop_frozen(variables: Any, mask: Any) -> Any:
     return jax.tree.map(lambda leaf, trains: leaf if trains else jax.lax.stop_gradient(leaf), variables, mask)
 
 
-def trainable_leaves(tree: Any, mask: Any) -> list[jax.Array]:
+def trainable_leaves(tree: Tree, mask: Tree) -> list[jax.Array]:
     """Leaves of `tree` where `mask` is True, in tree order."""
     return [leaf for leaf, trains in zip(jax.tree.leaves(tree), jax.tree.leaves(mask), strict=True) if trains]
 
 
-def part(variables: Any, mask: Any, *, trains: bool) -> Any:
+def part(variables: Tree, mask: Tree, *, trains: bool) -> Variables:
     """`variables` with None at the frozen leaves, or, without `trains`, at those that train."""
     return jax.tree.map(lambda leaf, flag: leaf if flag == trains else None, variables, mask)
 
 
-def whole(one: Any, other: Any) -> Any:
+def whole(one: Tree, other: Tree) -> Variables:
     """Put together what :func:`part` took apart."""
     return jax.tree.map(lambda x, y: y if x is None else x, one, other, is_leaf=lambda leaf: leaf is None)
 
 
-def adapted_kernels_frozen(variables: Mapping[str, Any], mask: Mapping[str, Any]) -> bool:
-    """Whether all kernels that carry an adapter are frozen."""
+def adapted_kernels_frozen(variables: Tree, mask: Tree) -> bool:
+    """Tell whether all kernels that carry an adapter are frozen."""
     adapted = {path[:-1] for path in _paths(variables.get("lora", {}))}
     flags = dict(_flat(mask["params"]))
     return not any(flags[(*path, "kernel")] for path in adapted)
 
 
-def _flat(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+def _flat(tree: Tree) -> list[tuple[tuple[str, ...], Any]]:
     return [(path_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _paths(tree: Any) -> list[tuple[str, ...]]:
+def _paths(tree: Tree) -> list[tuple[str, ...]]:
     return [path for path, _ in _flat(tree)]
 
 
-# How many parameters there are and how many of them train, by group.
-
-
-def count_parameters(variables: Mapping[str, Any], mask: Any) -> dict[str, Any]:
+def count_parameters(variables: Tree, mask: Tree) -> JsonObject:
     """Count elements of the leaves of `variables`.
 
     Args:
@@ -140,7 +140,7 @@ def count_parameters(variables: Mapping[str, Any], mask: Any) -> dict[str, Any]:
     }
 
 
-def report_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def report_rows(report: JsonObject) -> list[tuple[str, str, str, str]]:
     """Rows (group, total, trainable, percent) of the printed table, the sum last."""
     rows = [(group, report[group]) for group in GROUPS if report[group]["total"]]
     rows.append(("all", report))

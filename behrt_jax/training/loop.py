@@ -1,25 +1,293 @@
-"""The training loop: steps, logging, validation, early stopping, checkpoints."""
+"""The training loop's parts: where a run is, when what is due, its steps and their figures, signals.
+
+A recipe (`workflows.pretrain`, `workflows.finetune`) goes through :meth:`Steps.dispatch`, and validates,
+saves and reports where :class:`Schedule` says so.
+"""
 
 import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from behrt_jax.config import TaskTrainConfig, TrainConfig
+from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics
-from behrt_jax.training.step import TrainState, Variables
+from behrt_jax.training.step import Totals, TrainState
+from behrt_jax.training.telemetry import Telemetry, compilations
 
-# Stop politely when the user or a scheduler asks for it.
+Metrics = JsonObject
+"""A line of metrics.jsonl, or a part of it."""
+IN_FLIGHT = 4
+"""Calls that the host may be ahead of the devices: enough that they never wait for it."""
+
+
+class DivergenceError(RuntimeError):
+    """The training loss or gradient is no longer finite."""
+
+
+@dataclass
+class Cursor:
+    """The place of a run, beside its arrays; saved with each checkpoint."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_loss: float = math.inf
+    validations_without_gain: int = 0
+    totals: dict[str, float] = field(default_factory=dict)
+    """Training totals since the last line in metrics.jsonl."""
+    seconds: float = 0.0
+    """Wall time of the run so far, all its parts together."""
+
+    def note_validation(self, loss: float) -> None:
+        """Take the loss of a validation after the current step into account."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.validations_without_gain = loss, self.step, 0
+        else:
+            self.validations_without_gain += 1
+
+    def to_json(self) -> JsonObject:
+        """As JSON: no infinity."""
+        return {**asdict(self), "best_loss": None if math.isinf(self.best_loss) else self.best_loss}
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> "Cursor":
+        """Inverse of :meth:`to_json`."""
+        return cls(**{**value, "best_loss": math.inf if value["best_loss"] is None else value["best_loss"]})
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps at which something is due."""
+
+    total_steps: int
+    steps_per_epoch: int
+    validate_every: int
+    log_every: int
+    patience: int | None
+
+    @classmethod
+    def of(cls, config: TrainConfig | TaskTrainConfig, steps_per_epoch: int) -> "Schedule":
+        """The schedule of a run whose epochs have so many steps."""
+        total = config.epochs * steps_per_epoch
+        return cls(
+            min(total, config.max_steps or total),
+            steps_per_epoch,
+            config.validate_every or steps_per_epoch,
+            config.log_every,
+            config.patience,
+        )
+
+    def next_validation(self, step: int) -> int:
+        """The first step after `step` that is followed by a validation."""
+        return min(self.total_steps, (step // self.validate_every + 1) * self.validate_every)
+
+    def validates(self, step: int) -> bool:
+        """Tell whether a validation follows this step."""
+        return step == self.next_validation(step - 1)
+
+    def next_line(self, step: int) -> int:
+        """The first step after `step` with a line in metrics.jsonl."""
+        return min((step // self.log_every + 1) * self.log_every, self.next_validation(step))
+
+    def line(self, step: int, split: str) -> Metrics:
+        """The beginning of a line in metrics.jsonl after this step."""
+        return {"step": step, "epoch": step / self.steps_per_epoch, "split": split}
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The next steps' inputs, and the program that trains on them; `feeding.open_feed` opens one."""
+
+    next_inputs: Callable[[int, int], tuple[Any, Sequence[int]]]
+    """(step, limit) -> inputs of that step and maybe some after it, at most `limit`, and the real tokens of
+    each. Steps are asked for in order, without gaps."""
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Totals]]
+    """(state, inputs) -> state after these steps, and the figures of each, stacked: `[steps, ...]`."""
+    programs: tuple[Any, ...]
+    """The jitted functions behind `train_step`."""
+
+    def compilations(self) -> int | None:
+        """Compilations of the program that was compiled most often; None where JAX does not tell."""
+        counts = [compilations(program) for program in self.programs]
+        return max((count for count in counts if count is not None), default=None)
+
+
+class Call(NamedTuple):
+    """One call of a feed's `train_step`, whose figures are still on the devices."""
+
+    totals: Totals
+    tokens: Sequence[int]
+    """Real tokens of each of its steps."""
+    data_seconds: float
+    """Time for which the loop waited for its inputs."""
+
+
+class Steps:
+    """The steps of a run: dispatched call by call, their figures fetched a call late and written in lines.
+
+    The devices never wait for the host, except where a validation is due: figures stay on them until a line
+    of the log is full, and are fetched when the call after that is already under way. Nor does the host run
+    further than `IN_FLIGHT` calls ahead of them.
+    """
+
+    stop_reason = ""
+    """Reason why :meth:`dispatch` came to its end: ``finished``, ``early stopping`` or ``interrupted``."""
+    latest_loss: float | None = None
+    """The latest loss that is known."""
+    latest_tokens = 0
+    """Real tokens of the latest call."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        cursor: Cursor,
+        schedule: Schedule,
+        telemetry: Telemetry,
+        record: Callable[[Metrics], None],
+    ):
+        """Go on from the cursor, which is updated in place; `record` takes the lines of metrics.jsonl."""
+        self._feed = feed
+        self._cursor = cursor
+        self._schedule = schedule
+        self._telemetry = telemetry
+        self._record = record
+        self._calls: deque[Call] = deque()
+        self._settled = cursor.step
+        """Steps whose figures were fetched."""
+        self._start_line()
+        self.restart_clock()
+
+    def dispatch(self, state: TrainState, interrupted: Callable[[], bool]) -> Iterator[TrainState]:
+        """Dispatch one call after the other until there is a reason to stop; the state after each.
+
+        Raises:
+            DivergenceError: loss or gradient is not finite; names step, learning rates and the leaf where
+                it began.
+        """
+        cursor, schedule = self._cursor, self._schedule
+        while True:
+            self.stop_reason = self._reason_to_stop(interrupted)
+            if self.stop_reason:
+                return
+            self._let_devices_catch_up()
+            asked = time.perf_counter()
+            inputs, tokens = self._feed.next_inputs(
+                cursor.step, schedule.next_validation(cursor.step) - cursor.step
+            )
+            data_seconds = time.perf_counter() - asked
+            state, totals = self._feed.train_step(state, inputs)
+            cursor.step += len(tokens)
+            self._add(Call(totals, tokens, data_seconds))
+            yield state
+
+    def _reason_to_stop(self, interrupted: Callable[[], bool]) -> str:
+        cursor, schedule = self._cursor, self._schedule
+        if cursor.step >= schedule.total_steps:
+            return "finished"
+        if schedule.patience is not None and cursor.validations_without_gain >= schedule.patience:
+            return "early stopping"
+        if interrupted():
+            self.settle()
+            return "interrupted"
+        return ""
+
+    def restart_clock(self) -> None:
+        """Leave what went before out of the steps' time."""
+        self._counted_to = time.perf_counter()
+        self._waited = 0.0
+
+    def _let_devices_catch_up(self) -> None:
+        if len(self._calls) >= IN_FLIGHT:
+            asked = time.perf_counter()
+            jax.block_until_ready(self._calls[-IN_FLIGHT].totals)
+            self._waited += time.perf_counter() - asked
+
+    def _add(self, call: Call) -> None:
+        """Take a call that was just dispatched; the ones before it are settled if they fill a line."""
+        done = self._settled + sum(len(earlier.tokens) for earlier in self._calls)
+        self._calls.append(call)
+        self.latest_tokens = sum(call.tokens)
+        if done >= self._schedule.next_line(self._settled):
+            self.settle(all_but=1)
+
+    def settle(self, all_but: int = 0) -> None:
+        """Fetch the figures of all calls, or all but the latest, and write the lines that are full.
+
+        Raises:
+            DivergenceError: see :meth:`dispatch`.
+        """
+        calls = [self._calls.popleft() for _ in range(len(self._calls) - all_but)]
+        asked = time.perf_counter()
+        fetched = jax.device_get([call.totals for call in calls])
+        now = time.perf_counter()
+        steps = max(sum(len(call.tokens) for call in calls), 1)
+        # The clock says nothing of single steps: each has an equal part.
+        seconds = (now - self._counted_to) / steps
+        device_seconds = (self._waited + now - asked) / steps
+        for call, totals in zip(calls, fetched, strict=True):
+            for index, tokens in enumerate(call.tokens):
+                self._seconds += seconds
+                self._device_seconds += device_seconds
+                self._data_seconds += call.data_seconds / len(call.tokens)
+                self._tokens += tokens
+                self._steps += 1
+                self._count({name: values[index] for name, values in totals.items()})
+        self._counted_to, self._waited = now, 0.0
+
+    def _count(self, totals: dict[str, np.ndarray]) -> None:
+        """Add the figures of the next step to the cursor's totals, and write its line if it has one."""
+        norm = float(totals.pop("gradient_norm"))
+        squares = totals.pop("gradient_squares", None)
+        loss = float(totals["loss"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            rates = {g: float(f"{r:.3g}") for g, r in self._telemetry.learning_rates(self._settled).items()}
+            raise DivergenceError(
+                f"Loss {loss:.4g} and gradient norm {norm:.4g} at step {self._settled + 1}, "
+                f"learning rates {rates}. First not finite: {self._telemetry.offender(squares)}. "
+                "The last good checkpoint is kept. "
+                "Lower optimizer.learning_rate or optimizer.clip_norm."
+            )
+        self._cursor.totals = add_totals(self._cursor.totals, {k: float(v) for k, v in totals.items()})
+        self.latest_loss = loss / max(float(totals["targets"]), 1.0)
+        self._settled += 1
+        if self._settled == self._schedule.next_line(self._settled - 1):
+            self._write_line(norm, squares)
+
+    def _write_line(self, gradient_norm: float, squares: np.ndarray | None) -> None:
+        """Write the line that ends with the last settled step, whose gradients are given."""
+        seconds = max(self._seconds, 1e-9)
+        line = {
+            **self._schedule.line(self._settled, "train"),
+            **mean_metrics(self._cursor.totals),
+            "learning_rate": self._telemetry.learning_rates(self._settled - 1),
+            "gradient_norm": gradient_norm,
+            "steps_per_second": self._steps / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "data_share": self._data_seconds / seconds,
+            "device_share": self._device_seconds / seconds,
+        }
+        if (times := self._feed.compilations()) is not None:
+            line["compilations"] = times
+        if squares is not None:
+            line |= self._telemetry.gradients(squares)
+        self._record(line)
+        self._cursor.totals = {}
+        self._start_line()
+
+    def _start_line(self) -> None:
+        self._steps, self._tokens = 0, 0
+        self._seconds = self._data_seconds = self._device_seconds = 0.0
 
 
 class Interruption:
-    """Set by a signal, read between two steps."""
+    """A stop that the user or a scheduler asked for by a signal; read between two steps."""
 
     number: int = 0
     """Number of the signal that came, 0 before."""
@@ -57,267 +325,3 @@ def catching_signals() -> Iterator[Interruption]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-# Metrics of steps that were dispatched: fetched a call late, summed, and written line by line.
-
-Metrics = dict[str, Any]
-IN_FLIGHT = 4
-"""Calls that the host may be ahead of the devices: enough that they never wait for it."""
-
-
-class DivergenceError(RuntimeError):
-    """The training loss or gradient is no longer finite."""
-
-
-class Call(NamedTuple):
-    """One call of `train_step` whose metrics are still on the devices."""
-
-    metrics: Metrics
-    tokens: Sequence[int]
-    """Real tokens of each of its steps."""
-    data_seconds: float
-    """What the loop waited for its inputs."""
-
-
-class Window:
-    """Calls whose metrics are still on the devices, and the figures of the line that they will fill."""
-
-    def __init__(self, cursor: "Cursor", schedule: "Schedule", actions: "Actions", reporter: "Reporter"):
-        """A line begins where the cursor's totals say."""
-        self.cursor = cursor
-        self.schedule = schedule
-        self.actions = actions
-        self.reporter = reporter
-        self.calls: deque[Call] = deque()
-        self.settled = cursor.step
-        """Steps whose metrics were fetched."""
-        self.latest_loss: float | None = None
-        self.start_line()
-        self.restart_clock()
-
-    def start_line(self) -> None:
-        """No step is in the line yet."""
-        self.steps, self.tokens = 0, 0
-        self.seconds = self.data_seconds = self.device_seconds = 0.0
-
-    def restart_clock(self) -> None:
-        """What went before is no part of the steps' time."""
-        self.counted_to = time.perf_counter()
-        self.waited = 0.0
-
-    def let_devices_catch_up(self) -> None:
-        """Wait until fewer than `IN_FLIGHT` calls are not done."""
-        if len(self.calls) >= IN_FLIGHT:
-            asked = time.perf_counter()
-            jax.block_until_ready(self.calls[-IN_FLIGHT].metrics)
-            self.waited += time.perf_counter() - asked
-
-    def add(self, call: Call) -> None:
-        """Take a call that was just dispatched; the ones before it are settled if they fill a line."""
-        done = self.settled + sum(len(earlier.tokens) for earlier in self.calls)
-        self.calls.append(call)
-        if done >= self.next_line(self.settled):
-            self.settle(all_but=1)
-
-    def next_line(self, step: int) -> int:
-        """The first step after `step` with a line in metrics.jsonl."""
-        log_every = self.schedule.log_every
-        return min((step // log_every + 1) * log_every, self.schedule.next_validation(step))
-
-    def settle(self, all_but: int = 0) -> None:
-        """Fetch the metrics of all calls, or all but the latest, and write the lines that are full."""
-        calls = [self.calls.popleft() for _ in range(len(self.calls) - all_but)]
-        asked = time.perf_counter()
-        fetched = jax.device_get([call.metrics for call in calls])
-        now = time.perf_counter()
-        steps = max(sum(len(call.tokens) for call in calls), 1)
-        # The clock says nothing of single steps: each has an equal part.
-        seconds = (now - self.counted_to) / steps
-        device_seconds = (self.waited + now - asked) / steps
-        for call, metrics in zip(calls, fetched, strict=True):
-            for index, tokens in enumerate(call.tokens):
-                self.seconds += seconds
-                self.device_seconds += device_seconds
-                self.data_seconds += call.data_seconds / len(call.tokens)
-                self.tokens += tokens
-                self.steps += 1
-                self.count({name: values[index] for name, values in metrics.items()})
-        self.counted_to, self.waited = now, 0.0
-
-    def count(self, metrics: Metrics) -> None:
-        """Add the metrics of the next step to the cursor's totals, and write its line if it has one."""
-        norm = float(metrics.pop("gradient_norm"))
-        squares = metrics.pop("gradient_squares", None)
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
-            rates = {g: float(f"{r:.3g}") for g, r in self.actions.learning_rates(self.settled).items()}
-            raise DivergenceError(
-                f"Loss {metrics['loss']:.4g} and gradient norm {norm:.4g} at step {self.settled + 1}, "
-                f"learning rates {rates}. First not finite: {self.actions.offender(squares)}. "
-                "The last good checkpoint is kept. "
-                "Lower optimizer.learning_rate or optimizer.clip_norm."
-            )
-        self.cursor.totals = add_totals(self.cursor.totals, {k: float(v) for k, v in metrics.items()})
-        self.latest_loss = float(metrics["loss"]) / max(float(metrics["targets"]), 1.0)
-        self.settled += 1
-        if self.settled == self.next_line(self.settled - 1):
-            self.write_line(norm, squares)
-
-    def write_line(self, gradient_norm: float, squares: np.ndarray | None) -> None:
-        """Write the line that ends with the last settled step, whose gradients are given."""
-        seconds = max(self.seconds, 1e-9)
-        line = {
-            "step": self.settled,
-            "epoch": self.settled / self.schedule.steps_per_epoch,
-            "split": "train",
-            **mean_metrics(self.cursor.totals),
-            "learning_rate": self.actions.learning_rates(self.settled - 1),
-            "gradient_norm": gradient_norm,
-            "steps_per_second": self.steps / seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "data_share": self.data_seconds / seconds,
-            "device_share": self.device_seconds / seconds,
-        }
-        if (compilations := self.actions.compilations()) is not None:
-            line["compilations"] = compilations
-        if squares is not None:
-            line |= self.actions.gradients(squares)
-        self.reporter.record(line)
-        self.cursor.totals = {}
-        self.start_line()
-
-
-__all__ = ["Actions", "Cursor", "DivergenceError", "Reporter", "Schedule", "train"]
-
-
-@dataclass
-class Cursor:
-    """Where a run is, beside its arrays; saved with each checkpoint."""
-
-    step: int = 0
-    best_step: int | None = None
-    best_loss: float = math.inf
-    validations_without_gain: int = 0
-    totals: dict[str, float] = field(default_factory=dict)
-    """Training totals since the last line in metrics.jsonl."""
-    seconds: float = 0.0
-    """Wall time of the run so far, all its parts together."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON: no infinity."""
-        return {**asdict(self), "best_loss": None if math.isinf(self.best_loss) else self.best_loss}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Cursor":
-        """Inverse of :meth:`to_json`."""
-        return cls(**{**value, "best_loss": math.inf if value["best_loss"] is None else value["best_loss"]})
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When what happens, in steps."""
-
-    total_steps: int
-    steps_per_epoch: int
-    validate_every: int
-    log_every: int
-    patience: int | None
-
-    def next_validation(self, step: int) -> int:
-        """The first step after `step` that is followed by a validation."""
-        return min(self.total_steps, (step // self.validate_every + 1) * self.validate_every)
-
-
-class Reporter(Protocol):
-    """Where the loop reports to."""
-
-    def step(self, step: int, tokens: int, loss: float | None) -> None:
-        """Steps up to `step` were dispatched, with `tokens` in them; `loss` is the latest that is known."""
-        ...
-
-    def record(self, metrics: Metrics) -> None:
-        """A line of metrics.jsonl."""
-        ...
-
-
-@dataclass(frozen=True)
-class Actions:
-    """What the loop calls; everything about data, devices and files is behind these."""
-
-    next_inputs: Callable[[int, int], tuple[Any, Sequence[int]]]
-    """(step, limit) -> what `train_step` takes for that step and maybe some after it, at most `limit`, and
-    the number of real tokens of each."""
-    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    """(state, inputs) -> state after these steps, and each one's metrics, stacked: `[steps, ...]`."""
-    validate: Callable[[Variables], Metrics]
-    learning_rates: Callable[[int], dict[str, float]]
-    save: Callable[[TrainState, Cursor, Metrics | None], None]
-    """Write a checkpoint; with the validation's metrics where it follows one."""
-    interrupted: Callable[[], bool]
-    probe: Callable[[TrainState], Metrics] = lambda state: {}
-    """What is looked at beside the validation, whose line in metrics.jsonl it joins."""
-    gradients: Callable[[np.ndarray], Metrics] = lambda squares: {}
-    """Sum of squares of each trainable leaf's gradient `[leaves]` -> what the line says of them."""
-    offender: Callable[[np.ndarray | None], str] = lambda squares: "unknown"
-    """The same of the first step that is not finite -> what went wrong first."""
-    compilations: Callable[[], int | None] = lambda: None
-    """How often the train step was compiled so far."""
-
-
-def train(
-    state: TrainState, cursor: Cursor, schedule: Schedule, actions: Actions, reporter: Reporter
-) -> tuple[TrainState, str]:
-    """Train from `cursor.step` until a reason to stop.
-
-    The devices never wait for the host, except where a validation is due: metrics stay on them until a line
-    of the log is full, and are fetched when the call after that is already under way. Nor does the host run
-    far ahead of them, see `metrics_window.IN_FLIGHT`.
-
-    Returns:
-        The last state and why it stopped: ``finished``, ``early stopping`` or ``interrupted``.
-        `cursor` is updated in place.
-
-    Raises:
-        DivergenceError: loss or gradient is not finite; names step, learning rates and the leaf where
-            it began. Nothing of the failed stretch is saved.
-    """
-    window = Window(cursor, schedule, actions, reporter)
-    if schedule.patience is not None and cursor.validations_without_gain >= schedule.patience:
-        return state, "early stopping"
-    while cursor.step < schedule.total_steps:
-        if actions.interrupted():
-            window.settle()
-            actions.save(state, cursor, None)
-            return state, "interrupted"
-        window.let_devices_catch_up()
-        asked = time.perf_counter()
-        inputs, tokens = actions.next_inputs(cursor.step, schedule.next_validation(cursor.step) - cursor.step)
-        data_seconds = time.perf_counter() - asked
-        state, metrics = actions.train_step(state, inputs)
-        cursor.step += len(tokens)
-        window.add(Call(metrics, tokens, data_seconds))
-        reporter.step(cursor.step, sum(tokens), window.latest_loss)
-
-        if cursor.step == schedule.next_validation(cursor.step - 1):
-            window.settle()
-            validation = actions.validate(state.variables)
-            _note_validation(cursor, validation["loss"])
-            # Metrics first: a run killed in between drops the lines past its checkpoint when resumed,
-            # while a line never written could not be brought back.
-            epoch = cursor.step / schedule.steps_per_epoch
-            reporter.record(
-                {"step": cursor.step, "epoch": epoch, "split": "tuning", **validation, **actions.probe(state)}
-            )
-            actions.save(state, cursor, validation)
-            window.restart_clock()
-            waited = schedule.patience is not None and cursor.validations_without_gain >= schedule.patience
-            if waited and cursor.step < schedule.total_steps:
-                return state, "early stopping"
-    return state, "finished"
-
-
-def _note_validation(cursor: Cursor, loss: float) -> None:
-    if loss < cursor.best_loss:
-        cursor.best_loss, cursor.best_step, cursor.validations_without_gain = loss, cursor.step, 0
-    else:
-        cursor.validations_without_gain += 1

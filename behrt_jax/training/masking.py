@@ -19,13 +19,13 @@ class MaskedCodes(NamedTuple):
     """Codes with some of them hidden, and where and what those are."""
 
     codes: jax.Array
-    """What the model sees, int32 `[batch, length]`."""
+    """Codes as the model sees them, int32 `[batch, length]`."""
     columns: jax.Array
     """Columns to predict, distinct within a row, int32 `[batch, budget]`."""
     labels: jax.Array
     """Codes that stood there, int32 `[batch, budget]`; [PAD] in unused slots."""
     weights: jax.Array
-    """Which slots are used, bool `[batch, budget]`."""
+    """Used slots, bool `[batch, budget]`."""
 
 
 def masking_budget(length: int, probability: float) -> int:

@@ -1,4 +1,4 @@
-"""Into how many parts a step cuts its batch: found by trying, once for each machine and configuration.
+"""The number of parts into which a step cuts its batch: asked for, or found by trying, once for each machine.
 
 On a CPU a part whose activations fit the cache is up to twice as fast as the whole batch; on a GPU the
 largest part that fits the memory is the fastest. The result of a step does not depend on it, up to rounding.
@@ -7,9 +7,8 @@ largest part that fits the memory is the fastest. The result of a step does not 
 import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ import jax
 from jax.sharding import Mesh
 
 from behrt_jax.config import PretrainConfig
-from behrt_jax.data.batches import TrainingBatches, with_rows_a_multiple_of
-from behrt_jax.files import read_json
+from behrt_jax.data.batches import TrainingBatches
+from behrt_jax.files import JsonObject, read_json, write_text
 from behrt_jax.run_folder import CONFIG_FILE
 from behrt_jax.training.devices import put_rows
+from behrt_jax.training.feeding import one_step
 from behrt_jax.training.runtime import default_folder, host_fingerprint
-from behrt_jax.training.step import TrainState
+from behrt_jax.training.state import Assembly
 
 CACHED_BYTES = 2**22
 """Without a search, a CPU's parts are such that the widest activation takes about this much."""
@@ -117,9 +117,9 @@ def fastest(
     return best
 
 
-def remembered(file: Path, key: Mapping[str, Any], find: Callable[[], int]) -> int:
-    """What `find` returned earlier for the same key, kept in a JSON file; a file that is not to be read or
-    written is no error.
+def remembered(file: Path, key: JsonObject, find: Callable[[], int]) -> int:
+    """Return what `find` returned earlier for the same key, kept in a JSON file; a file that cannot be read
+    or written is no error.
 
     Args:
         file: of earlier answers.
@@ -133,23 +133,19 @@ def remembered(file: Path, key: Mapping[str, Any], find: Callable[[], int]) -> i
     answer = find()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({**_read(file), name: answer}, indent=1) + "\n")
-        temporary.replace(file)
+        write_text(file, json.dumps({**_read(file), name: answer}, indent=1) + "\n")
     except OSError:
         pass
     return answer
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> JsonObject:
     try:
         known = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
 
-
-# Into how many parts a run cuts its batches: as asked, as the run began, or as is fastest here.
 
 SEARCH_FROM = 2000
 """Steps of a run from which on a search pays: it compiles and times up to four programs."""
@@ -166,11 +162,8 @@ def choose_micro_batches(
     config: PretrainConfig,
     folder: Path,
     batches: TrainingBatches,
-    mesh: Mesh,
     total_steps: int,
-    vocabulary_size: int,
-    program: Callable[[int], Callable[[TrainState, Any], tuple[TrainState, Any]]],
-    first_state: Callable[[], TrainState],
+    assembly: Assembly,
     log: Callable[[str], None],
 ) -> int:
     """Number of micro-batches of the run.
@@ -181,11 +174,8 @@ def choose_micro_batches(
         config: `train.micro_batches` is taken where it is given.
         folder: of the run.
         batches: of the train split, whatever their rows are a multiple of.
-        mesh: the devices.
         total_steps: of the run; a short one takes a rule in place of a search.
-        vocabulary_size: of the model.
-        program: number of micro-batches -> jitted step that uses its state up.
-        first_state: makes a state to try steps on.
+        assembly: of the run, whose steps are tried.
         log: told what was measured.
     """
     if config.train.micro_batches is not None:
@@ -194,12 +184,14 @@ def choose_micro_batches(
         began_with = read_json(folder / CONFIG_FILE)["facts"].get("micro_batches")
         if began_with is not None:
             return began_with
+    mesh = assembly.mesh
     rows = -(-batches.rows_per_batch // mesh.size)
     model, platform = config.model, mesh.devices.flat[0].platform
     likely = likely_parts(rows, batches.row_length, model.ffn_size or 4 * model.hidden_size, platform)
     if total_steps < SEARCH_FROM or jax.process_count() > 1:
         return likely
     settings = {name: asdict(config)[name] for name in ("model", "lora", "freezing", "masking", "mesh")}
+    vocabulary_size = assembly.setup.predictor.model.vocabulary_size
     settings |= {"rows": rows, "row_length": batches.row_length, "vocabulary_size": vocabulary_size}
     machine = {
         "devices": [device.device_kind for device in mesh.devices.flat],
@@ -208,8 +200,8 @@ def choose_micro_batches(
     }
 
     def make_trial(parts: int) -> Callable[[], Any]:
-        batch = put_rows(with_rows_a_multiple_of(batches, rows_multiple(batches, mesh, parts)).batch(0), mesh)
-        step, state = program(parts), first_state()
+        batch = put_rows(batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts)).batch(0), mesh)
+        step, state = one_step(assembly, assembly.step(parts)), assembly.first_state()
 
         def trial() -> Any:
             nonlocal state

@@ -9,7 +9,7 @@ from jax.tree_util import tree_map_with_path
 
 from behrt_jax.adapters.lora import GROUPS, path_names
 from behrt_jax.config import OptimizerConfig
-from behrt_jax.models.stacked_layers import is_stacked
+from behrt_jax.models.stacked_layers import Tree, is_stacked
 from behrt_jax.training.freezing import FROZEN
 
 
@@ -55,7 +55,7 @@ def rates_on_host(
     return rates
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, labels: Any) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, total_steps: int, labels: Tree) -> optax.GradientTransformation:
     """``optax.multi_transform`` with AdamW per group and ``set_to_zero`` for frozen leaves.
 
     Weight decay is applied to matrices only. Clipping is not part of it: see :func:`clip_factor`.

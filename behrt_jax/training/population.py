@@ -1,10 +1,10 @@
 """Many adapters at once on one frozen base, in one program: seeds, learning rates, ranks, folds or tasks.
 
-Each member takes the update step of `training.update` as if it were alone, mapped over members. The frozen
+Each member takes the update step of `training.step` as if it were alone, mapped over members. The frozen
 leaves are held once, whatever the number of members, and what does not depend on a member is computed once:
 `jax.vmap` keeps it unbatched.
 
-Members of smaller rank are filled up with zeros to the largest, see `adapters.ranks`.
+Members of smaller rank are filled up with zeros to the largest, see `adapters.lora`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +18,9 @@ import numpy as np
 import optax
 
 from behrt_jax.adapters import lora
-from behrt_jax.adapters import lora as ranks
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
+from behrt_jax.models.stacked_layers import Tree
 from behrt_jax.training.freezing import part, whole
 from behrt_jax.training.step import Objective, Totals, TrainState, Variables, make_update_step
 
@@ -84,7 +84,7 @@ def init_population(
     keys: jax.Array,
     configs: Sequence[LoRAConfig | None],
     variables: Variables,
-    mask: Any,
+    mask: Tree,
     optimizer: optax.GradientTransformation,
 ) -> PopulationState:
     """The first state: the frozen leaves of `variables`, and each member's own of all others.
@@ -103,7 +103,7 @@ def init_population(
 
     def first(key: jax.Array, config: LoRAConfig | None) -> Variables:
         found = init(key, config)
-        return part({**found, "lora": ranks.pad(found["lora"], rank)}, mask, trains=True)
+        return part({**found, "lora": lora.pad(found["lora"], rank)}, mask, trains=True)
 
     @jax.jit
     def build(keys: jax.Array, frozen: Variables):
@@ -124,14 +124,13 @@ def init_population(
 def make_population_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    mask: Any,
+    mask: Tree,
     *,
     clip_norm: float | None,
     micro_batches: int = 1,
-    merged: Callable[[Variables], Any] = lambda variables: {},
     at_once: int | None = None,
 ) -> Callable[[PopulationState, Members, Any, Mapping[str, Any]], tuple[PopulationState, Totals]]:
-    """Build a train step of all members; arguments but the last as in `update.make_update_step`.
+    """Build a train step of all members; arguments but the last as in `step.make_update_step`.
 
     Args:
         objective: of a single member, with the adapters of :func:`largest`.
@@ -139,7 +138,6 @@ def make_population_step(
         mask: which leaves train.
         clip_norm: largest norm of a member's gradient.
         micro_batches: parts into which each member's batch is cut.
-        merged: what is worked out once for all parts.
         at_once: members that are computed side by side (`jax.vmap`), the others after them
             (`jax.lax.map`); all where not given. On a CPU 1 is fastest, as with micro-batches: what is at
             work then stays in the cache. What no member changes is computed once in either form.
@@ -157,14 +155,18 @@ def make_population_step(
         def step_of(of_member):
             trained, opt_state, (words, rate, scale), fields = of_member
             scaled = partial(_scaled, scale=scale)
+            own_objective = objective._replace(
+                loss=lambda variables, *rest: objective.loss(scaled(variables), *rest),
+                merged=lambda variables: objective.merged(scaled(variables)),
+                mesh=None,
+            )
             update = make_update_step(
-                objective._replace(loss=lambda variables, *rest: objective.loss(scaled(variables), *rest)),
+                own_objective,
                 _at_rate(optimizer, rate),
                 mask,
                 keys if words is None else jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys)),
                 clip_norm=clip_norm,
                 micro_batches=micro_batches,
-                merged=lambda variables: merged(scaled(variables)),
             )
             alone = TrainState(state.step, whole(state.frozen, trained), opt_state)
             alone, totals = update(alone, batch._replace(**fields))
@@ -188,7 +190,7 @@ def _map(function: Callable[[Any], Any], members: Any, at_once: int | None) -> A
 def population_predict(
     forward: Callable[..., Any], state: PopulationState, members: Members, *inputs: Any
 ) -> Any:
-    """What `forward` (variables, inputs), with the adapters of :func:`largest`, gives for each member:
+    """Results of `forward` (variables, inputs), with the adapters of :func:`largest`, for each member:
     `[members, ...]`.
     """
 
@@ -203,7 +205,7 @@ def member(state: PopulationState, number: int, config: LoRAConfig | None) -> Va
     variables = whole(state.frozen, jax.tree.map(lambda leaf: leaf[number], state.trained))
     if config is None:
         return variables
-    return {**variables, "lora": ranks.cut(variables["lora"], config.rank)}
+    return {**variables, "lora": lora.cut(variables["lora"], config.rank)}
 
 
 def _at_rate(optimizer: optax.GradientTransformation, rate: jax.Array) -> optax.GradientTransformation:
@@ -218,4 +220,4 @@ def _at_rate(optimizer: optax.GradientTransformation, rate: jax.Array) -> optax.
 
 def _scaled(variables: Variables, scale: jax.Array) -> Variables:
     """`variables` with the factor `scale` on the product of each adapter."""
-    return {**variables, "lora": ranks.scaled(variables["lora"], scale)}
+    return {**variables, "lora": lora.scaled(variables["lora"], scale)}

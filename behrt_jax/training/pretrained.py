@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -15,9 +15,9 @@ from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.config import InitConfig, LoRAConfig, ModelConfig, from_stored
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import read_json
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
-from behrt_jax.models.stacked_layers import count_stacked_layers, with_layout_of
+from behrt_jax.files import JsonObject, read_json
+from behrt_jax.models.behrt import BEHRTForMLM, example_batch
+from behrt_jax.models.stacked_layers import Tree, count_stacked_layers, with_layout_of
 from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import replicated_shapes, shardings_of
@@ -25,12 +25,12 @@ from behrt_jax.training.step import TrainState
 
 
 class Pretrained(NamedTuple):
-    """What a run tells of its model without reading its parameters."""
+    """A run's model, told without reading its parameters."""
 
     run: Path
     model: ModelConfig
     vocabulary: Vocabulary
-    options: dict[str, Any]
+    options: JsonObject
     """Its settings of the data: which codes were selected, and so on."""
 
 
@@ -48,16 +48,16 @@ def open_pretrained(run: Path) -> Pretrained:
     return Pretrained(run, model, Vocabulary.read(run / "vocabulary.parquet"), settings["data"])
 
 
-class Encoder(NamedTuple):
+class EncoderParameters(NamedTuple):
     """The parameters of a pretrained encoder."""
 
-    params: dict[str, Any]
-    """What the model has under ``behrt``, on the devices."""
+    params: Tree
+    """The model's tree under ``behrt``, on the devices."""
     step: int
     """Of the checkpoint that they are of."""
 
 
-def read_encoder(pretrained: Pretrained, mesh: Mesh) -> Encoder:
+def read_encoder(pretrained: Pretrained, mesh: Mesh) -> EncoderParameters:
     """The encoder of the best checkpoint, or of the last where there is no best.
 
     Adapters of that run are merged into them.
@@ -66,14 +66,12 @@ def read_encoder(pretrained: Pretrained, mesh: Mesh) -> Encoder:
         InputError: there is no checkpoint, or it cannot be read.
     """
     model = BEHRTForMLM(pretrained.model, len(pretrained.vocabulary))
-    shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), *example_inputs(pretrained.model))["params"]
-    )
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(pretrained.model))["params"])
     params, step = read_parameters(pretrained.run, "--init", replicated_shapes(shapes, mesh))
-    return Encoder(params["behrt"], step)
+    return EncoderParameters(params["behrt"], step)
 
 
-def read_parameters(run: Path, option: str, shapes: Any) -> tuple[Any, int]:
+def read_parameters(run: Path, option: str, shapes: Tree) -> tuple[Tree, int]:
     """Parameters of a run's best checkpoint, or of its last where it has no best, and the step they are of.
 
     Adapters of that run are merged into them (:func:`behrt_jax.adapters.lora.merge`).
@@ -112,18 +110,16 @@ def check_finished(run: Path, option: str, files: Sequence[str] = (CONFIG_FILE, 
             )
 
 
-def stored_settings(run: Path) -> dict[str, Any]:
+def stored_settings(run: Path) -> JsonObject:
     """Settings that a run was made with, as its version of behrt_jax wrote them."""
     return read_json(run / CONFIG_FILE)["settings"]
 
 
-def _adapter_shapes(params: Any, config: LoRAConfig) -> Any:
+def _adapter_shapes(params: Tree, config: LoRAConfig) -> Tree:
     """The adapters that a model with these parameters has, as shapes, whole on each of their devices."""
     shapes = jax.eval_shape(lambda key, tree: lora.init(key, tree, config), jax.random.key(0), params)
     return replicated_shapes(shapes, jax.tree.leaves(params)[0].sharding.mesh)
 
-
-# Start a run from the parameters of a finished one in place of random ones.
 
 FREE = (
     "dropout",
@@ -205,7 +201,7 @@ def start_from(init: InitConfig, state: TrainState) -> tuple[TrainState, int]:
     return state._replace(variables={**state.variables, "params": _take(init.groups, params, found)}), step
 
 
-def _in_layout(scan_layers: bool, params: Any) -> Any:
+def _in_layout(scan_layers: bool, params: Tree) -> Tree:
     """`params` themselves; or, in the other layout, shapes that are replicated over their mesh."""
     if scan_layers == (count_stacked_layers(params) > 0):
         return params
@@ -213,7 +209,7 @@ def _in_layout(scan_layers: bool, params: Any) -> Any:
     return replicated_shapes(shapes, jax.tree.leaves(params)[0].sharding.mesh)
 
 
-def _like(params: Any, found: Any) -> Any:
+def _like(params: Tree, found: Tree) -> Tree:
     """`found` in the layout of `params` and with their shardings."""
     shardings = shardings_of(params)
     if jax.tree.structure(found) == jax.tree.structure(params):
@@ -222,7 +218,7 @@ def _like(params: Any, found: Any) -> Any:
     return jax.jit(convert, out_shardings=shardings)(found)
 
 
-def _take(groups: Sequence[str], own: Any, found: Any) -> Any:
+def _take(groups: Sequence[str], own: Tree, found: Tree) -> Tree:
     """`found` where a leaf's group is among `groups`, else `own`."""
     return tree_map_with_path(
         lambda path, ours, theirs: theirs if label(("params", *path_names(path))) in groups else ours,

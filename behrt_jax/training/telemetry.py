@@ -1,7 +1,8 @@
-"""What a running training tells of itself, leaf by leaf: gradients, adapters, rows of the code embedding."""
+"""A running training watched leaf by leaf: gradients, adapters, rows of the code embedding."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 from jax.tree_util import tree_leaves_with_path
 
 from behrt_jax.adapters.lora import label, path_names
-from behrt_jax.models.stacked_layers import unstack_layers
+from behrt_jax.files import JsonObject
+from behrt_jax.models.stacked_layers import Tree, unstack_layers
 from behrt_jax.training.runtime import RUN_ONCE
 from behrt_jax.training.step import TrainState
 
@@ -19,40 +21,17 @@ SURELY_SHOWN = 10.0
 """Occurrences after which a code was shown to the model: that each was masked has a chance of 1e-8."""
 
 
-def leaf_names(tree: Any) -> list[str]:
+def leaf_names(tree: Tree) -> list[str]:
     """Path of every leaf of ``{"params": ..., "lora": ...}``, joined by slashes, in tree order."""
     return ["/".join(path_names(path)) for path, _ in tree_leaves_with_path(tree)]
 
 
-def trainable_names(mask: Any) -> list[str]:
+def trainable_names(mask: Tree) -> list[str]:
     """Names of the leaves where `mask` is True."""
     return [name for name, trains in zip(leaf_names(mask), jax.tree.leaves(mask), strict=True) if trains]
 
 
-def gradient_metrics(names: Sequence[str], squares: np.ndarray) -> dict[str, Any]:
-    """Gradient norms by group, and which leaves got no gradient at all.
-
-    Args:
-        names: of the trainable leaves.
-        squares: sum of squares of each leaf's gradient, `[leaves]`.
-
-    Returns:
-        ``gradient_norms``: group -> norm, with ``lora_a`` and ``lora_b`` beside ``lora``; only what
-        trains. ``without_gradient``: names of leaves whose gradient is exactly zero.
-    """
-    sums: dict[str, float] = {}
-    for name, square in zip(names, squares.astype(np.float64), strict=True):
-        group = label(tuple(name.split("/")))
-        parts = [group, f"lora_{name[-1]}"] if name.startswith("lora/") else [group]
-        for part in parts:
-            sums[part] = sums.get(part, 0.0) + float(square)
-    return {
-        "gradient_norms": {part: math.sqrt(value) for part, value in sums.items()},
-        "without_gradient": [name for name, square in zip(names, squares, strict=True) if square == 0.0],
-    }
-
-
-def leaves_not_finite(variables: Mapping[str, Any]) -> list[str]:
+def leaves_not_finite(variables: Tree) -> list[str]:
     """Names of the leaves that hold a value that is not finite."""
     finite = jax.jit(
         lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), compiler_options=RUN_ONCE
@@ -61,33 +40,65 @@ def leaves_not_finite(variables: Mapping[str, Any]) -> list[str]:
     return [name for name, good in zip(leaf_names(variables), flags, strict=True) if not good]
 
 
-def offending_leaf(names: Sequence[str], squares: np.ndarray | None, at_start: Sequence[str]) -> str:
-    """Where a training that is not finite any more went wrong first, as a clause for a person.
+@dataclass(frozen=True)
+class Telemetry:
+    """Everything that is watched of a training beside its loss."""
 
-    Args:
-        names: of the trainable leaves.
-        squares: sum of squares of each leaf's gradient, `[leaves]`, at the first step whose loss or
-            gradient is not finite.
-        at_start: leaves that were not finite before the first step, see :func:`leaves_not_finite`.
-    """
-    if at_start:
-        return f"the parameters {at_start[0]}, before the first step"
-    bad = [] if squares is None else [n for n, s in zip(names, squares, strict=True) if not np.isfinite(s)]
-    if not bad:
-        return "the loss alone"
-    return f"the gradient of {bad[0]} (and {len(bad) - 1} of {len(names)} leaves)"
+    learning_rates: Callable[[int], dict[str, float]]
+    """Step -> learning rate of each group that trains, see `optimizer.rates_on_host`."""
+    names: Sequence[str]
+    """Of the trainable leaves, see :func:`trainable_names`."""
+    probe: Callable[[TrainState], JsonObject]
+    """Figures that join a validation's, see :func:`make_probe`."""
+    at_start: Sequence[str] = ()
+    """Leaves that were not finite before the first step, see :func:`leaves_not_finite`."""
+
+    def gradients(self, squares: np.ndarray) -> JsonObject:
+        """Gradient norms by group, and which leaves got no gradient at all.
+
+        Args:
+            squares: sum of squares of each trainable leaf's gradient, `[leaves]`.
+
+        Returns:
+            ``gradient_norms``: group -> norm, with ``lora_a`` and ``lora_b`` beside ``lora``; only what
+            trains. ``without_gradient``: names of leaves whose gradient is exactly zero.
+        """
+        sums: dict[str, float] = {}
+        without = []
+        for name, square in zip(self.names, squares.astype(np.float64), strict=True):
+            group = label(tuple(name.split("/")))
+            parts = [group, f"lora_{name[-1]}"] if name.startswith("lora/") else [group]
+            for part in parts:
+                sums[part] = sums.get(part, 0.0) + float(square)
+            if square == 0.0:
+                without.append(name)
+        norms = {part: math.sqrt(value) for part, value in sums.items()}
+        return {"gradient_norms": norms, "without_gradient": without}
+
+    def offender(self, squares: np.ndarray | None) -> str:
+        """The place where a training that is not finite any more went wrong first, as a clause for a person.
+
+        `squares` are those of :meth:`gradients` at the first step whose loss or gradient is not finite.
+        """
+        if self.at_start:
+            return f"the parameters {self.at_start[0]}, before the first step"
+        squares = np.zeros(len(self.names)) if squares is None else squares
+        bad = [name for name, square in zip(self.names, squares, strict=True) if not np.isfinite(square)]
+        if not bad:
+            return "the loss alone"
+        return f"the gradient of {bad[0]} (and {len(bad) - 1} of {len(self.names)} leaves)"
 
 
 def compilations(jitted: Any) -> int | None:
-    """How often a jitted function was compiled so far; None where JAX does not tell."""
+    """Number of times that a jitted function was compiled so far; None where JAX does not tell."""
     count = getattr(jitted, "_cache_size", None)
     return None if count is None else count()
 
 
 def make_probe(
-    start: Mapping[str, Any], code_counts: np.ndarray, steps_per_epoch: int, static_masks: bool = False
-) -> Callable[[TrainState], dict[str, Any]]:
-    """What is looked at when a validation is due: how far adapters moved, which rows were never updated.
+    start: Tree, code_counts: np.ndarray, steps_per_epoch: int, static_masks: bool = False
+) -> Callable[[TrainState], JsonObject]:
+    """A look at a state when a validation is due: how far adapters moved, which rows were never updated.
 
     Args:
         start: the adapters (the ``lora`` tree) at the beginning of the run; they are copied.
@@ -110,8 +121,8 @@ def make_probe(
     movement = jax.jit(lambda start, now: _movement(start, unstack_layers(now)))
     updated = jax.jit(lambda moments: (moments != 0).any(axis=1))
 
-    def probe(state: TrainState) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def probe(state: TrainState) -> JsonObject:
+        found: JsonObject = {}
         if layers:
             moved = jax.device_get(movement(start, state.variables["lora"]))
             found["adapters"] = {
@@ -131,7 +142,7 @@ def make_probe(
     return probe
 
 
-def _movement(start: Any, now: Any) -> dict[str, jax.Array]:
+def _movement(start: Tree, now: Tree) -> dict[str, jax.Array]:
     pairs = list(zip(jax.tree.leaves(start), jax.tree.leaves(now), strict=True))
     moved: dict[str, list[jax.Array]] = {"a": [], "b": []}
     # Leaves come as a, b, a, b: the keys of a layer are in order of the alphabet.

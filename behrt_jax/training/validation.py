@@ -8,23 +8,33 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from behrt_jax.config import MaskingConfig, TaskKind
-from behrt_jax.data.batches import Batch, ValidationBatches
-from behrt_jax.data.examples import TaskBatch, TaskBatches
+from behrt_jax.config import MaskingConfig
+from behrt_jax.data.batches import Batch, TaskBatch, TaskBatches, ValidationBatches
+from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.data.vocabulary import CLS, PAD
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, results_of
-from behrt_jax.evaluation.ranking import auroc
-from behrt_jax.models.losses import add_totals, mean_metrics, task_losses
+from behrt_jax.evaluation.scores import ON_TUNING
+from behrt_jax.files import JsonObject
+from behrt_jax.models.losses import add_totals, mean_metrics, task_losses, totals
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.masking import mask_codes
-from behrt_jax.training.step import Predictor, Totals, Variables
+from behrt_jax.training.step import Predictor, Totals, Variables, masked_code_losses
 
-# Outputs of a fine-tuned model for all examples of some batches, and what they are worth on tuning.
+OutputStep = Callable[[Variables, TaskBatch], jax.Array]
+
+
+def make_output_step(predictor: Predictor) -> OutputStep:
+    """Build the step to outputs of a task's batch, float32 `[rows, segments, outputs]`, without dropout."""
+
+    def output_step(variables: Variables, batch: TaskBatch) -> jax.Array:
+        return predictor.outputs(variables, batch.rows, batch.weights.shape[1])
+
+    return output_step
 
 
 def score(
-    output_step: Callable[[Variables, TaskBatch], jax.Array],
+    output_step: OutputStep,
     variables: Variables,
     batches: TaskBatches,
     mesh: Mesh,
@@ -34,7 +44,7 @@ def score(
     The next batch is on its way while the host takes the outputs of the one before.
 
     Args:
-        output_step: a jitted `task_step.make_output_step`.
+        output_step: a jitted :func:`make_output_step`.
         variables: of the model.
         batches: one epoch of them is read.
         mesh: the devices.
@@ -61,21 +71,31 @@ def score(
     return found
 
 
-def task_metrics(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-    """Mean loss of examples and, for binary tasks, ``auroc`` (None where it is not defined).
+def task_metrics(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> JsonObject:
+    """Mean loss of examples, and figures of `evaluation.scores.ON_TUNING` (None where not defined).
 
     Args:
         kind: of the task.
         outputs: float32 ``[examples, outputs]``.
         targets: float32 ``[examples, targets]``.
     """
-    losses = np.asarray(task_losses(kind, outputs, targets), np.float64)
-    metrics: dict[str, Any] = {"loss": float(losses.mean()), "targets": len(losses)}
-    if kind == "binary":
-        metrics["auroc"] = auroc(outputs[:, 0], targets[:, 0] > 0.5)
-    if kind == "multiclass":
-        metrics["accuracy"] = float((outputs.argmax(axis=1) == targets[:, 0]).mean())
-    return metrics
+    losses = np.asarray(task_losses(KINDS[kind].loss, outputs, targets), np.float64)
+    figures = ON_TUNING.get(KINDS[kind].predicts, {})
+    found = {name: figure(outputs, targets) for name, figure in figures.items()}
+    return {"loss": float(losses.mean()), "targets": len(losses), **found}
+
+
+def make_validation_step(
+    predictor: Predictor, masking: MaskingConfig, key: jax.Array
+) -> Callable[[Variables, Batch], Totals]:
+    """Build the validation step: totals of a batch, with masks fixed by the key and the row ids."""
+
+    def validation_step(variables: Variables, batch: Batch) -> Totals:
+        masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
+        found = masked_code_losses(predictor, variables, batch, masked)
+        return totals(found.loss, found.ranks, masked.weights)
+
+    return validation_step
 
 
 def validate(
@@ -88,26 +108,31 @@ def validate(
     The host waits for the devices once, at the end.
 
     Args:
-        validation_step: a jitted `step.make_validation_step`.
+        validation_step: a jitted :func:`make_validation_step`.
         variables: of the model.
         batches: on the devices, see `feeding.PlacedBatches`.
     """
     return _mean([validation_step(variables, batch) for batch in batches])
 
 
-def make_scoring_step(predictor: Predictor, masking: MaskingConfig, key: jax.Array) -> Callable[..., Any]:
-    """Build what :func:`score_masked_codes` jits: losses and ranks `[batch, budget]` of a batch's targets."""
+ScoringStep = Callable[[Variables, Batch], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def make_scoring_step(predictor: Predictor, masking: MaskingConfig, key: jax.Array) -> ScoringStep:
+    """Build the step to losses and ranks of a batch's masked codes, and to which slots are used:
+    `[batch, budget]` each. Masks are those of :func:`make_validation_step`.
+    """
 
     def scoring_step(variables: Variables, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
-        found = predictor.losses(variables, batch, masked, None)
+        found = masked_code_losses(predictor, variables, batch, masked)
         return found.losses, found.ranks, masked.weights
 
     return scoring_step
 
 
 def score_masked_codes(
-    scoring_step: Callable[..., Any],
+    scoring_step: ScoringStep,
     variables: Variables,
     batches: Iterable[Batch],
     split: MaskedSplit,
@@ -134,7 +159,7 @@ def score_masked_codes(
 def mask_split(
     batches: ValidationBatches, masking: MaskingConfig, key: jax.Array, vocabulary_size: int
 ) -> MaskedSplit:
-    """What the validation step sees and is asked for, token by token of the split.
+    """The tuning split as the validation step sees it, token by token, and what it is asked for.
 
     Args:
         batches: of the validation split.

@@ -1,4 +1,4 @@
-"""What a person reads on the console before and after training."""
+"""Words and tables for a person on the console, before, during and after training."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 from behrt_jax.config import InitConfig, PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, share_of_attainable_gain
+from behrt_jax.files import JsonObject
 from behrt_jax.run_folder import append_metrics
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import verdict
 from behrt_jax.training.freezing import report_rows
 
 
-def data(console: Console, config: PretrainConfig, description: Mapping[str, Any]) -> None:
+def data(console: Console, config: PretrainConfig, description: JsonObject) -> None:
     """Say what went in, what was left out and why."""
     splits = description["splits"]
     console.table(
@@ -62,7 +63,7 @@ def _cut(batches: TrainingBatches) -> str:
     return " (long histories cut into several windows)" if cut else ""
 
 
-def parameters(console: Console, report: Mapping[str, Any], product: str) -> None:
+def parameters(console: Console, report: JsonObject, product: str) -> None:
     """Show the parameter table, and each adapted layer."""
     console.table(
         f"Parameters (regime: {report['regime']})",
@@ -103,21 +104,17 @@ def started_from(console: Console, init: InitConfig, step: int) -> None:
 
 @dataclass(frozen=True)
 class LoopReporter:
-    """Passes the training loop's reports on to console and metrics.jsonl."""
+    """Lines of metrics.jsonl as they come, those of validations also on the console."""
 
     console: Console
     metrics_path: Path
-    baselines: Mapping[str, Mapping[str, Any]]
+    baselines: Mapping[str, JsonObject]
     """Name -> figures; ``unigram`` at least."""
     examine: Callable[[int], None]
     """Called after each validation with the number of lines written so far."""
     _lines: Counter[str] = field(default_factory=Counter)
 
-    def step(self, step: int, tokens: int, loss: float | None) -> None:
-        """A step was dispatched."""
-        self.console.step(step, tokens, loss)
-
-    def record(self, metrics: dict[str, Any]) -> None:
+    def record(self, metrics: JsonObject) -> None:
         """Append to metrics.jsonl; a validation is also shown."""
         unigram, oracle = (self.baselines.get(name, {}).get("loss") for name in ("unigram", "oracle"))
         best = ""

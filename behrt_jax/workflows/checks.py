@@ -1,10 +1,15 @@
-"""Mistakes in a configuration that can be told before any data is read."""
+"""Checks before the first step of a training run: mistakes in its configuration, which stop it before any
+data is read, and facts of data and model, by which the doctor judges it.
+"""
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import get_args
+from typing import TypeVar, get_args
 
 import jax
+import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import (
@@ -16,9 +21,15 @@ from behrt_jax.config import (
     PretrainConfig,
     TrainConfig,
 )
+from behrt_jax.data.batches import TrainingBatches
+from behrt_jax.data.sequences import Sequences, SequenceSet
+from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
+from behrt_jax.diagnosis.finding import Facts
 from behrt_jax.errors import InputError
+from behrt_jax.models.behrt import example_batch
 from behrt_jax.training.freezing import REGIMES, regime
-from behrt_jax.training.state import set_up
+from behrt_jax.training.state import Setup, set_up
+from behrt_jax.training.telemetry import leaf_names
 
 
 def check(config: PretrainConfig) -> None:
@@ -53,18 +64,10 @@ def check(config: PretrainConfig) -> None:
     )
 
     check_optimizer(optimizer)
-    for name in ("epochs", "batch_size", "log_every"):
+    for name in ("epochs", "batch_size", "log_every", "max_steps", "batch_tokens", "micro_batches"):
         positive(f"train.{name}", getattr(train, name))
-    for name in (
-        "max_steps",
-        "batch_tokens",
-        "micro_batches",
-        "validate_every",
-        "patience",
-        "steps_per_call",
-    ):
-        value = getattr(train, name)
-        require(value is None or value > 0, f"train.{name} is {value}: give more than 0.")
+    for name in ("validate_every", "patience", "steps_per_call"):
+        positive(f"train.{name}", getattr(train, name))
     choices = get_args(TrainConfig.__annotations__["data_on_device"])
     require(
         train.data_on_device in choices,
@@ -79,11 +82,9 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
     """As :func:`check`, of the optimizer."""
     positive("optimizer.learning_rate", optimizer.learning_rate)
     share("optimizer.warmup_fraction", optimizer.warmup_fraction)
-    if optimizer.clip_norm is not None:
-        positive("optimizer.clip_norm", optimizer.clip_norm)
+    positive("optimizer.clip_norm", optimizer.clip_norm)
     for group in GROUPS:
-        rate = getattr(optimizer.learning_rates, group)
-        require(rate is None or rate > 0, f"optimizer.learning_rates.{group} is {rate}: give more than 0.")
+        positive(f"optimizer.learning_rates.{group}", getattr(optimizer.learning_rates, group))
 
 
 def check_freezing(freezing: FreezingConfig, adapters: LoRAConfig | None) -> None:
@@ -105,17 +106,13 @@ def _check_model(model: ModelConfig) -> None:
     for name in ("embedding_size", "hidden_size", "layers", "heads", "positions", "age_rows", "visit_rows"):
         positive(f"model.{name}", getattr(model, name))
     positive("model.age_bin_years", model.age_bin_years)
-    if model.head_chunk is not None:
-        positive("model.head_chunk", model.head_chunk)
+    positive("model.head_chunk", model.head_chunk)
     require(
         model.hidden_size % model.heads == 0,
         f"model.hidden_size {model.hidden_size} is not divisible by model.heads {model.heads}: change one.",
     )
     for name in ("dropout", "attention_dropout"):
-        rate = getattr(model, name)
-        require(
-            rate is None or 0 <= rate < 1, f"model.{name} is {rate}: give a rate from 0 up to, but not, 1."
-        )
+        _dropout(f"model.{name}", getattr(model, name))
     if model.attention == "cudnn":
         _check_cudnn(model)
 
@@ -149,9 +146,9 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def positive(name: str, value: float) -> None:
-    """Raise :class:`InputError` unless the value is above 0."""
-    require(value > 0, f"{name} is {value}: give more than 0.")
+def positive(name: str, value: float | None) -> None:
+    """Raise :class:`InputError` unless the value, where it is given, is above 0."""
+    require(value is None or value > 0, f"{name} is {value}: give more than 0.")
 
 
 def share(name: str, value: float) -> None:
@@ -159,7 +156,11 @@ def share(name: str, value: float) -> None:
     require(0 <= value <= 1, f"{name} is {value}: give a share from 0 to 1.")
 
 
-# Mistakes in the configuration of a fine-tuning run that can be told before any data is read.
+def _dropout(name: str, rate: float | None) -> None:
+    require(rate is None or 0 <= rate < 1, f"{name} is {rate}: give a rate from 0 up to, but not, 1.")
+
+
+# The same of a fine-tuning run.
 
 
 def check_finetune(config: FinetuneConfig) -> None:
@@ -175,14 +176,18 @@ def check_finetune(config: FinetuneConfig) -> None:
     _check_label_tables(config)
     check_optimizer(config.optimizer)
     check_freezing(config.freezing, config.lora)
-    for name in ("epochs", "batch_size", "log_every"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "log_every",
+        "max_steps",
+        "micro_batches",
+        "validate_every",
+        "patience",
+    ):
         positive(f"train.{name}", getattr(train, name))
-    for name in ("max_steps", "micro_batches", "validate_every", "patience"):
-        value = getattr(train, name)
-        require(value is None or value > 0, f"train.{name} is {value}: give more than 0.")
     require(train.seed >= 0, f"train.seed is {train.seed}: give 0 or more.")
-    rate = config.dropout
-    require(rate is None or 0 <= rate < 1, f"dropout is {rate}: give a rate from 0 up to, but not, 1.")
+    _dropout("dropout", config.dropout)
     if config.from_scratch:
         trained = regime(config.freezing).groups
         require(
@@ -200,7 +205,7 @@ def check_finetune(config: FinetuneConfig) -> None:
 
 
 def has_members(config: FinetuneConfig) -> bool:
-    """Whether a population is trained, not a single model."""
+    """Tell whether a population is trained, not a single model."""
     return config.population.size > 1 or config.population.vary == "task"
 
 
@@ -284,3 +289,94 @@ def model_of(config: FinetuneConfig, pretrained: ModelConfig) -> ModelConfig:
     if config.compute_dtype is not None:
         model = replace(model, compute_dtype=config.compute_dtype)
     return model
+
+
+# Facts that only the process which holds data and model can see.
+
+MOST_EVENTS = 20_000_000
+"""Events looked at; of more, every n-th."""
+
+
+def gather_facts(
+    config: PretrainConfig,
+    data: SequenceSet,
+    setup: Setup,
+    batches: TrainingBatches,
+    total_steps: int,
+    micro_batches: int,
+) -> Facts:
+    """Figures for the checks of `diagnosis` that the files of a run folder do not tell."""
+    train, tuning = data.splits["train"], data.splits["tuning"]
+    window = batches.row_length - batches.cls_token
+    return Facts(
+        codes=len(data.vocabulary) - len(SPECIAL_TOKENS),
+        total_steps=total_steps,
+        steps_per_epoch=batches.steps_per_epoch,
+        tokens_per_step=batches.tokens_per_epoch / batches.steps_per_epoch,
+        row_length=batches.row_length,
+        validation_subjects=len(tuning),
+        unseen_share=_unseen_share(tuning.codes, data.vocabulary.counts),
+        cut_share=float(np.maximum(train.lengths - window, 0).sum() / max(len(train.codes), 1)),
+        beyond_tables=_beyond_tables(train, config.model),
+        unreached_adapters=unreached_adapters(setup),
+        micro_batches=micro_batches,
+    )
+
+
+def _unseen_share(codes: np.ndarray, counts: np.ndarray) -> float:
+    """Share of events, int32 `[events]`, that are [UNK] or whose train count, int64 `[vocabulary]`, is 0."""
+    events = codes[codes != SEP]
+    if not len(events):
+        return 0.0
+    unseen = (counts == 0) & (np.arange(len(counts)) >= len(SPECIAL_TOKENS))
+    unseen[UNK] = True
+    return float(unseen[events].mean())
+
+
+def _beyond_tables(sequences: Sequences, model: ModelConfig) -> dict[str, float]:
+    """Shares of events that share the row at the end of a table: by ``ages`` above, ``before_birth``,
+    ``visits`` and ``positions`` (where those count visits).
+    """
+    step = -(-len(sequences.codes) // MOST_EVENTS) or 1
+    ages, visits = sequences.ages[::step], sequences.visits[::step]
+    if not len(ages):
+        return {}
+    found = {
+        "ages": np.count_nonzero(ages >= model.age_rows * model.age_bin_years),
+        "before_birth": np.count_nonzero(ages < 0),
+    }
+    if model.visit_embedding == "ordinal":
+        found["visits"] = np.count_nonzero(visits >= model.visit_rows)
+    if model.position_of == "visit":
+        found["positions"] = np.count_nonzero(visits >= model.positions)
+    return {name: int(count) / len(ages) for name, count in found.items()}
+
+
+def unreached_adapters(setup: Setup) -> list[str]:
+    """Names of adapter leaves that the prediction does not depend on; nothing is computed."""
+    if not setup.layers:
+        return []
+    batch = example_batch(setup.predictor.model.config)
+    unread = unread_leaves(lambda variables: setup.predictor.outputs(variables, batch), setup.shapes)
+    return [
+        name
+        for name, alone in zip(leaf_names(setup.shapes), unread, strict=True)
+        if alone and name.startswith("lora/")
+    ]
+
+
+T = TypeVar("T")
+
+
+def unread_leaves(function: Callable[[T], object], tree: T) -> list[bool]:
+    """Tell which leaves of `tree`, in tree order, are of no consequence for ``function(tree)``.
+
+    The function is traced, and what its results do not need is left out of its jaxpr.
+
+    Args:
+        function: traceable by JAX, from a tree to arrays.
+        tree: of arrays or ``jax.ShapeDtypeStruct``.
+    """
+    jaxpr = jax.make_jaxpr(function)(tree).jaxpr
+    _, read = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return [not needed for needed in read]

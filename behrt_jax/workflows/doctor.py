@@ -1,28 +1,57 @@
-"""Examine a run folder, of a run finished or not."""
+"""The doctor: all checks of a run folder, of a training that goes on, or of prepared data and labels.
 
-from collections.abc import Sequence
+A check stands with others of its kind in `behrt_jax.diagnosis`, where the list of its file names it; here
+they are made together, shown and written. JAX is not needed.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from behrt_jax.config import DoctorConfig
-from behrt_jax.data.labels import read_labels
+from behrt_jax.data.examples import parse_delay
+from behrt_jax.data.labels import Labels, read_labels
 from behrt_jax.data.prepared import read_manifest, read_prepared
-from behrt_jax.diagnosis.doctor import RunRecord, examine, examine_before, examine_during, read_run
+from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.diagnosis.after import check_after
+from behrt_jax.diagnosis.before import check_before
+from behrt_jax.diagnosis.during import check_during
 from behrt_jax.diagnosis.finding import (
+    Facts,
     Finding,
+    RunRecord,
     by_severity,
+    from_json,
     has_error,
     one_line,
+    read_run,
     summary_line,
     table_rows,
     to_json,
 )
-from behrt_jax.diagnosis.leakage import audit
+from behrt_jax.diagnosis.leakage_codes import check_codes
+from behrt_jax.diagnosis.leakage_data import check_data
+from behrt_jax.diagnosis.leakage_labels import check_labels, place_labels
 from behrt_jax.errors import InputError
-from behrt_jax.files import write_json
+from behrt_jax.files import JsonObject, write_json
 from behrt_jax.run_folder import read_metrics
 from behrt_jax.tracking.console import Console, open_console
+from behrt_jax.tracking.summary import Summary
+
+# A run: examined in its folder, finished or not, and while it trains.
+
+
+def examine_folder(config: DoctorConfig) -> list[Finding]:
+    """Examine the run, or audit the prepared data, that ``config`` names; what was found, errors first.
+
+    Raises:
+        InputError: neither or both are named, labels without data, or what the two examinations raise.
+    """
+    if (config.run is None) == (config.data is None):
+        raise InputError("Give either --run RUN or --data DIR.")
+    if config.labels is not None and config.data is None:
+        raise InputError("--labels are audited with the data that they belong to: add --data DIR.")
+    return audit_data(config) if config.run is None else examine_run(config)
 
 
 def examine_run(config: DoctorConfig) -> list[Finding]:
@@ -33,56 +62,34 @@ def examine_run(config: DoctorConfig) -> list[Finding]:
     """
     assert config.run is not None
     findings = examine(read_run(config.run))
-    show(f"Run {config.run}", findings)
-    if config.output is not None:
-        write_findings(config.output, "run", config.run, findings)
+    _show(f"Run {config.run}", findings)
+    _write(config, "run", config.run, findings)
     return findings
 
 
-def show(subject: str, findings: Sequence[Finding]) -> None:
-    """Show findings on the console, errors first."""
-    with open_console() as console:
-        if findings:
-            rows = table_rows(findings)
-            console.table(f"{subject}: findings", ("severity", "id", "seen"), [row[:3] for row in rows])
-            console.table(
-                "Why and what to do", ("id", "why", "what to do"), [row[1:2] + row[3:] for row in rows]
-            )
-        console.log(f"{subject}: {summary_line(findings)}.")
+def examine(run: RunRecord) -> list[Finding]:
+    """Every check before, during and after; errors first.
 
-
-def write_findings(path: Path, kind: str, examined: Path, findings: Sequence[Finding]) -> None:
-    """Write ``{kind: folder, "errors": bool, "findings": [...]}``, errors first; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {kind: examined, "errors": has_error(findings), "findings": to_json(findings)})
-
-
-# The leakage audit of prepared data and labels, on the console and as JSON.
-
-
-def audit_data(config: DoctorConfig) -> list[Finding]:
-    """Audit the folder ``config.data``, with ``config.labels`` if given; show and write what was found.
-
-    Returns:
-        The findings, errors first.
-
-    Raises:
-        InputError: no folder of prepared data, labels that cannot be read, or a wrong option.
+    Findings that the summary holds and that cannot be made again from the files are kept.
     """
-    if config.data is None:
-        raise InputError("--data is missing: give the folder that prepare wrote.")
-    data, manifest = read_prepared(config.data), read_manifest(config.data)
-    labels = None if config.labels is None else read_labels(config.labels, as_written=True)
-    findings = by_severity(audit(data, manifest, labels, config))
-    subjects = sum(len(part) for part in data.splits.values())
-    about = "" if labels is None else f" and {len(labels):,} labels"
-    show(f"{config.data}, {subjects:,} subjects{about}", findings)
-    if config.output is not None:
-        write_findings(config.output, "data", config.data, findings)
-    return findings
+    found = [*examine_before(run), *examine_during(run)]
+    if run.summary:
+        found += [replace(finding, when="after") for finding in check_after(run)]
+    ids = {finding.id for finding in found}
+    # Older folders lack the facts that the checks before training need.
+    stored = from_json(run.summary.get("findings") or []) if run.facts == Facts() else []
+    return by_severity([*found, *(finding for finding in stored if finding.id not in ids)])
 
 
-# The doctor beside a running training: each finding is shown when it is found, once.
+def examine_before(run: RunRecord) -> list[Finding]:
+    """The checks that need no training."""
+    return [replace(finding, when="before") for finding in check_before(run)]
+
+
+def examine_during(run: RunRecord) -> list[Finding]:
+    """The checks of the metrics so far."""
+    return [replace(finding, when="during") for finding in check_during(run)]
+
 
 GROWTH = 1.1
 """The metrics are looked at again when there are this many times more: the cost stays linear."""
@@ -90,7 +97,7 @@ GROWTH = 1.1
 
 @dataclass
 class Examination:
-    """Findings of one run."""
+    """The doctor beside a running training: each finding is shown when it is found, once."""
 
     console: Console
     run: RunRecord
@@ -108,7 +115,7 @@ class Examination:
             self._records = lines
             self._show(examine_during(replace(self.run, metrics=read_metrics(self.metrics_path))))
 
-    def after(self, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    def after(self, summary: Summary) -> list[JsonObject]:
         """Make every check; all findings of the run, errors first, as JSON."""
         found = examine(replace(self.run, metrics=read_metrics(self.metrics_path), summary=summary))
         self._show(found)
@@ -119,3 +126,72 @@ class Examination:
             if finding.id not in self._shown:
                 self._shown.add(finding.id)
                 self.console.log(one_line(finding))
+
+
+# The leakage audit: what in prepared data and labels would make results too good, or wrong.
+
+
+def audit_data(config: DoctorConfig) -> list[Finding]:
+    """Audit the folder ``config.data``, with ``config.labels`` if given; show and write what was found.
+
+    Returns:
+        The findings, errors first.
+
+    Raises:
+        InputError: no folder of prepared data, labels that cannot be read, or a wrong option.
+    """
+    if config.data is None:
+        raise InputError("--data is missing: give the folder that prepare wrote.")
+    data, manifest = read_prepared(config.data), read_manifest(config.data)
+    labels = None if config.labels is None else read_labels(config.labels, as_written=True)
+    _check_options(labels, config)
+    findings = by_severity(_audit(data, manifest, labels, config))
+    subjects = sum(len(part) for part in data.splits.values())
+    about = "" if labels is None else f" and {len(labels):,} labels"
+    _show(f"{config.data}, {subjects:,} subjects{about}", findings)
+    _write(config, "data", config.data, findings)
+    return findings
+
+
+def _audit(
+    data: SequenceSet, manifest: JsonObject, labels: Labels | None, config: DoctorConfig
+) -> Iterator[Finding]:
+    yield from check_data(data, manifest, config.death_codes)
+    if labels is not None:
+        placed = place_labels(labels, data)
+        yield from check_labels(labels, data, placed, manifest, config)
+        if labels.positive() is not None:
+            yield from check_codes(placed, data.vocabulary, config)
+
+
+def _check_options(labels: Labels | None, config: DoctorConfig) -> None:
+    if config.horizon_days is not None and not 0 < config.horizon_days < 1e6:
+        raise InputError(f"--horizon_days is {config.horizon_days:g}: give a number of days above 0.")
+    for option in config.delays:
+        parse_delay(option)
+    if labels is None:
+        for option in ("horizon_days", "outcome_codes", "delays"):
+            if getattr(config, option):
+                raise InputError(f"--{option} has no effect without labels: add --labels FILE.")
+
+
+# What both show and write.
+
+
+def _show(subject: str, findings: Sequence[Finding]) -> None:
+    with open_console() as console:
+        if findings:
+            rows = table_rows(findings)
+            console.table(f"{subject}: findings", ("severity", "id", "seen"), [row[:3] for row in rows])
+            console.table(
+                "Why and what to do", ("id", "why", "what to do"), [row[1:2] + row[3:] for row in rows]
+            )
+        console.log(f"{subject}: {summary_line(findings)}.")
+
+
+def _write(config: DoctorConfig, kind: str, examined: Path, findings: Sequence[Finding]) -> None:
+    """Write ``{kind: folder, "errors": bool, "findings": [...]}``, errors first; folders are made."""
+    if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        written = {kind: examined, "errors": has_error(findings), "findings": to_json(findings)}
+        write_json(config.output, written)

@@ -3,40 +3,50 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import jax
 
-from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER, METRICS_FILE, truncate_metrics
-from behrt_jax.tracking.console import open_console
-from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.devices import put_rows, replicated, shapes_of, shardings_of
-from behrt_jax.training.feeding import from_host, one_step
-from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, catching_signals, train
-from behrt_jax.training.optimizer import rates_on_host
-from behrt_jax.training.pretrained import read_encoder
-from behrt_jax.training.state import abstract_state, first_state, run_keys, with_encoder
-from behrt_jax.training.step import TrainState, make_output_step, make_update_step, task_objective
-from behrt_jax.training.telemetry import (
-    gradient_metrics,
-    leaves_not_finite,
-    make_probe,
-    offending_leaf,
-    trainable_names,
+from behrt_jax.files import JsonObject, write_json, write_text
+from behrt_jax.run_folder import (
+    CHECKPOINTS_FOLDER,
+    METRICS_FILE,
+    PLOTS_FOLDER,
+    SUMMARY_FILE,
+    SUMMARY_TEXT_FILE,
+    append_metrics,
+    read_metrics,
 )
-from behrt_jax.training.validation import score, task_metrics
+from behrt_jax.tracking.console import Console, format_duration, open_console
+from behrt_jax.tracking.plots import plot_curves
+from behrt_jax.training.checkpoints import open_checkpoints
+from behrt_jax.training.devices import Devices
+from behrt_jax.training.feeding import from_host, one_step
+from behrt_jax.training.loop import DivergenceError, Steps, catching_signals
+from behrt_jax.training.pretrained import EncoderParameters, read_encoder
+from behrt_jax.training.state import with_encoder
+from behrt_jax.training.step import TrainState, Variables
+from behrt_jax.training.validation import make_output_step, score, task_metrics
 from behrt_jax.workflows.checks import check_finetune, has_members
-from behrt_jax.workflows.finetune_run import TaskReporter, calibrate, open_finetuning, write_results
+from behrt_jax.workflows.finetune_run import (
+    TASK_FILE,
+    Calibration,
+    Finetuning,
+    calibrate,
+    loss_of_base_rate,
+    open_finetuning,
+    task_record,
+    try_write_adapter,
+)
 from behrt_jax.workflows.labelled_data import read_labelled
-from behrt_jax.workflows.run import RunResult, restore_latest, settings
+from behrt_jax.workflows.run import RunResult, begin, best_variables, compile_beside, exit_status, save
 
 
-def finetune(config: FinetuneConfig, devices: Sequence[Any] | None = None) -> RunResult:
+def finetune(config: FinetuneConfig, devices: Devices | None = None) -> RunResult:
     """Fine-tune on prepared data and its labels, and leave a run folder behind.
 
     Args:
@@ -61,125 +71,165 @@ def finetune_on(
     data: SequenceSet,
     labels: Labels,
     delays: Sequence[str] = (),
-    devices: Sequence[Any] | None = None,
+    devices: Devices | None = None,
 ) -> RunResult:
     """As :func:`finetune`, a single model with data (opened without separators) and labels in memory."""
     started = time.perf_counter()
     with open_console() as console, catching_signals() as interruption, ThreadPoolExecutor(1) as beside:
         run = open_finetuning(config, data, labels, delays, devices, console)
-        folder, setup, labelled, batches, mesh = run.folder, run.setup, run.labelled, run.batches, run.mesh
-
-        init_key, step_key, _ = run_keys(config.train.seed)
-        state_shapes = abstract_state(setup.shapes, run.optimizer, mesh)
-        jit_step = partial(
-            jax.jit, donate_argnums=0, out_shardings=(shardings_of(state_shapes), replicated(mesh))
-        )
-        step = make_update_step(
-            task_objective(setup.predictor),
-            run.optimizer,
-            setup.mask,
-            step_key,
-            clip_norm=config.optimizer.clip_norm,
-            micro_batches=run.micro_batches,
-            merged=setup.predictor.merged,
-            mesh=mesh,
-        )
-        program = one_step(step, jit_step)
-        output_step = jax.jit(make_output_step(setup.predictor))
-
-        def prepare_step() -> TrainState:
-            state = first_state(setup.init, setup.shapes, run.optimizer, init_key, mesh)
-            program.lower(state_shapes, shapes_of(put_rows(batches.batch(0), mesh))).compile()
-            return state
-
-        compiling = beside.submit(prepare_step)  # the processor has time for it while the encoder is read
-        if jax.process_count() > 1:
-            compiling.result()  # processes must start their programs in the same order
+        assembly, labelled, schedule, mesh = run.assembly, run.labelled, run.schedule, run.assembly.mesh
+        program = one_step(assembly, assembly.step(run.micro_batches))
+        output_step = jax.jit(make_output_step(assembly.setup.predictor))
+        compiling = compile_beside(beside, run, program)
         encoder = None if config.from_scratch else read_encoder(run.pretrained, mesh)
 
-        with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
-            state, cursor = compiling.result(), Cursor()
-            del compiling  # or it would hold this state's arrays beside those of a restored one
-            # How far adapters moved is told from their first values, also after a restart.
-            counts = labelled.vocabulary.counts
-            probe = make_probe(state.variables["lora"], counts, batches.steps_per_epoch)
-            if config.resume:
-                state, cursor = restore_latest(checkpoints, state, console)
-            if encoder is not None and cursor.step == 0:
-                state = with_encoder(state, encoder.params, labelled.first_rows(encoder.params))
-                console.log(f"Starting from step {encoder.step:,} of {config.init}.")
-            del encoder
-            names = trainable_names(setup.mask)
-            at_start = leaves_not_finite(state.variables)
-            truncate_metrics(folder / METRICS_FILE, cursor.step)
-            earlier_seconds = cursor.seconds
+        def record(line: JsonObject) -> None:
+            append_metrics(run.folder / METRICS_FILE, line)
 
-            def save(state: TrainState, cursor: Cursor, metrics: dict[str, Any] | None) -> None:
-                cursor.seconds = earlier_seconds + time.perf_counter() - started
-                trees = state.variables["params"], state.variables["lora"], state.opt_state
-                figures = None if metrics is None else {k: v for k, v in metrics.items() if v is not None}
-                checkpoints.save(cursor.step, *trees, cursor.to_json(), settings(config), figures)
-
-            def validate(variables: Any) -> dict[str, Any]:
-                outputs = score(output_step, variables, run.tuning, mesh)
-                return task_metrics(labelled.task.kind, outputs, labelled.tuning_targets)
-
-            trains = [group for group in GROUPS if run.parameters[group]["trainable"]]
-            schedule = Schedule(
-                run.total_steps,
-                batches.steps_per_epoch,
-                config.train.validate_every or batches.steps_per_epoch,
-                config.train.log_every,
-                config.train.patience,
-            )
-            console.start(run.total_steps, cursor.step, batches.steps_per_epoch)
+        with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
+            start = partial(_start, config, run, encoder, console)
+            begun = begin(run, config, compiling, checkpoints, console, start, started)
+            del compiling, encoder, start  # or they would hold their arrays beside those that are trained
+            state, cursor, telemetry = begun.state, begun.cursor, begun.telemetry
             divergence = None
             try:
-                with from_host(program, batches, mesh, range(cursor.step, run.total_steps)) as feed:
-                    state, stop_reason = train(
-                        state,
-                        cursor,
-                        schedule,
-                        Actions(
-                            feed.next_inputs,
-                            feed.train_step,
-                            validate=validate,
-                            learning_rates=rates_on_host(config.optimizer, run.total_steps, trains),
-                            save=save,
-                            interrupted=lambda: bool(interruption),
-                            probe=probe,
-                            gradients=lambda squares: gradient_metrics(names, squares),
-                            offender=lambda squares: offending_leaf(names, squares, at_start),
-                            compilations=feed.compilations,
-                        ),
-                        TaskReporter(console, folder / METRICS_FILE),
-                    )
+                remaining = range(cursor.step, schedule.total_steps)
+                with from_host(program, run.batches, mesh, remaining) as feed:
+                    steps = Steps(feed, cursor, schedule, telemetry, record)
+                    for state in steps.dispatch(begun.state, lambda: bool(interruption)):
+                        console.step(cursor.step, steps.latest_tokens, steps.latest_loss)
+                        if schedule.validates(cursor.step):
+                            steps.settle()
+                            outputs = score(output_step, state.variables, run.tuning, mesh)
+                            validation = task_metrics(labelled.task.kind, outputs, labelled.tuning_targets)
+                            cursor.note_validation(validation["loss"])
+                            # Metrics before the checkpoint, as in pretraining.
+                            line = {**schedule.line(cursor.step, "tuning"), **validation}
+                            record({**line, **telemetry.probe(state)})
+                            where = f"epoch {line['epoch']:.1f}  step {cursor.step:,}"
+                            console.log(f"{where}  validation {_figures(line)}")
+                            save(checkpoints, config, begun, state, validation)
+                            steps.restart_clock()
+                stop_reason = steps.stop_reason
+                if stop_reason == "interrupted":
+                    save(checkpoints, config, begun, state)
             except DivergenceError as error:
                 divergence, stop_reason = error, f"diverged: {error}"
             console.close()
 
-            best_step, variables, calibration = checkpoints.best_step(), None, None
+            best_step, best = checkpoints.best_step(), None
             if best_step is not None and not divergence:
-                trees = state.variables
-                best = checkpoints.restore(best_step, params=trees["params"], lora=trees["lora"])
-                variables = {"params": best.params, "lora": best.lora}
+                variables = best_variables(checkpoints, best_step, state)
                 outputs = score(output_step, variables, run.tuning, mesh)
-                calibration = calibrate(
-                    config.task, labelled.task.kind, outputs[None], labelled.tuning_targets
-                )
-        exit_status = 0
-        if stop_reason == "interrupted":
-            stop_reason, exit_status = f"interrupted by {interruption.name}", 128 + interruption.number
-        summary = write_results(
-            console,
-            config,
-            run,
-            variables=variables,
-            calibration=calibration,
-            best_step=best_step,
-            stop_reason=stop_reason,
-            seconds=earlier_seconds + time.perf_counter() - started,
-        )
+                fitted = calibrate(config.task, labelled.task.kind, outputs[None], labelled.tuning_targets)
+                best = variables, fitted
+        stop_reason, status = exit_status(stop_reason, interruption)
+        seconds = time.perf_counter() - begun.clock
+        summary = _summary(run, best, best_step, stop_reason, seconds)
+        write_results(console, config, run, best, summary)
     if divergence:
         raise divergence
-    return RunResult(folder, summary, exit_status)
+    return RunResult(run.folder, summary, status)
+
+
+def _start(
+    config: FinetuneConfig,
+    run: Finetuning,
+    encoder: EncoderParameters | None,
+    console: Console,
+    state: TrainState,
+) -> TrainState:
+    """The state with the pretrained encoder in it, if the run starts from one."""
+    if encoder is None:
+        return state
+    console.log(f"Starting from step {encoder.step:,} of {config.init}.")
+    return with_encoder(state, encoder.params, run.labelled.first_rows(encoder.params))
+
+
+def _summary(
+    run: Finetuning,
+    best: tuple[Variables, Calibration] | None,
+    best_step: int | None,
+    stop_reason: str,
+    seconds: float,
+) -> JsonObject:
+    """Content of summary.json."""
+    metrics = read_metrics(run.folder / METRICS_FILE)
+    validations = [record for record in metrics if record.get("split") == "tuning"]
+    return {
+        "task": run.labelled.task.kind,
+        "best_step": best_step,
+        "best": next((record for record in validations if record["step"] == best_step), None),
+        "last": validations[-1] if validations else None,
+        "epochs": max((record.get("epoch") or 0.0 for record in metrics), default=0.0),
+        "steps": max((record["step"] for record in metrics), default=0),
+        "stop_reason": stop_reason,
+        "wall_seconds": seconds,
+        "baselines": {"base rate": {"loss": loss_of_base_rate(run.labelled)}},
+        "calibration": None if best is None else asdict(best[1]),
+        "data": run.labelled.counts,
+        "parameters": {key: value for key, value in run.parameters.items() if key != "adapters"},
+    }
+
+
+def write_results(
+    console: Console,
+    config: FinetuneConfig,
+    run: Finetuning,
+    best: tuple[Variables, Calibration] | None,
+    summary: JsonObject,
+) -> None:
+    """Write task.json, the adapter, summary.json, SUMMARY.txt and plots; `best` are the variables of the best
+    checkpoint and what was fitted with them.
+    """
+    folder = run.folder
+    if best is not None:
+        record = task_record(config, run, best[1])
+        write_json(folder / TASK_FILE, record)
+        if config.lora is not None:
+            try_write_adapter(console, folder / "adapter", run, best[0], record)
+    write_json(folder / SUMMARY_FILE, dict(summary))
+    write_text(folder / SUMMARY_TEXT_FILE, _text(config, summary))
+    plot_curves(read_metrics(folder / METRICS_FILE), {}, folder / PLOTS_FOLDER)
+    console.log(f"Stopped: {summary['stop_reason']}.")
+    console.log(_verdict(summary))
+    console.log(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def _verdict(summary: JsonObject) -> str:
+    best, base = summary["best"], summary["baselines"]["base rate"]["loss"]
+    if best is None:
+        return "There is no validation yet."
+    if best["loss"] >= base:
+        return (
+            f"The validation loss, {best['loss']:.4f}, is NOT below that of the base rate, {base:.4f}: the "
+            "model has learned nothing of use. Try another learning rate, more epochs or more labels."
+        )
+    return (
+        f"The validation loss, {best['loss']:.4f}, is below that of the base rate, {base:.4f}. How good the "
+        "model is, predict.py and evaluate.py tell on the held_out split, beside simple baselines."
+    )
+
+
+def _text(config: FinetuneConfig, summary: JsonObject) -> str:
+    title = f"Fine-tuning run: {config.name} ({summary['task']})"
+    best, parameters = summary["best"], summary["parameters"]
+    took = format_duration(summary["wall_seconds"])
+    lines = [
+        f"{title}\n{'=' * len(title)}",
+        f"{summary['epochs']:.1f} epochs, {summary['steps']:,} steps, {took}. "
+        f"Stopped: {summary['stop_reason'].rstrip('.')}.",
+        f"Best validation (step {summary['best_step']}): {_figures(best)}." if best else "No validation yet.",
+        _verdict(summary),
+        f"Parameters: {parameters['trainable']:,} trained of {parameters['total']:,}"
+        f" ({parameters['trainable_percent']:.2f} %).",
+    ]
+    if calibration := summary["calibration"]:
+        fitted = [f"{name} {value:.4g}" for name, value in calibration.items() if value is not None]
+        lines.append(f"Fitted on tuning: {', '.join(fitted)}.")
+    return "\n\n".join(lines).encode("ascii", "replace").decode("ascii") + "\n"
+
+
+def _figures(metrics: JsonObject) -> str:
+    names = [name for name in ("loss", "auroc", "accuracy") if metrics.get(name) is not None]
+    return "  ".join(f"{name} {metrics[name]:.4f}" for name in names)

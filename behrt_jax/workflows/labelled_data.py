@@ -3,21 +3,22 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from behrt_jax.adapters.new_codes import new_rows
-from behrt_jax.config import FinetuneConfig, ModelConfig, TaskKind
-from behrt_jax.data.examples import Examples, TaskBatches, find_examples, of_unknown_subjects, task_batches
-from behrt_jax.data.labels import Labels, read_labels
+from behrt_jax.config import FinetuneConfig, ModelConfig
+from behrt_jax.data.batches import RowShape, TaskBatches, task_batches
+from behrt_jax.data.examples import Examples, find_examples, of_unknown_subjects
+from behrt_jax.data.labels import Labels, LabelTables, read_labels
 from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.sequences import SequenceSet, VocabularyMap, map_vocabulary
-from behrt_jax.data.tasks import BINARY, LabelTables, Task, fit_task
+from behrt_jax.data.tasks import BINARY, Task, TaskKind, fit_task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.models.losses import base_outputs
+from behrt_jax.files import JsonObject
+from behrt_jax.models.stacked_layers import Tree
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.micro_batches import likely_parts
 
@@ -44,25 +45,17 @@ def count_codes(mapped: VocabularyMap, vocabulary: Vocabulary) -> dict[str, int]
     }
 
 
-def describe(examples: Examples, task: Task, targets: np.ndarray) -> dict[str, Any]:
+def describe(examples: Examples, task: Task, targets: np.ndarray) -> dict[str, int | float]:
     """Counts of a split: of its examples and of what their targets, float32 ``[examples, targets]``, say."""
-    found: dict[str, Any] = {
+    return {
         "examples": len(examples),
         "subjects": len(np.unique(examples.subject_ids)),
         "empty_histories": int(examples.empty.sum()),
+        **task.of.tell(targets, task.outputs),
     }
-    if task.kind == "binary":
-        found["positive"] = int(targets.sum())
-    if task.kind == "multiclass":
-        found["smallest_class"] = int(np.bincount(targets[:, 0].astype(int), minlength=task.outputs).min())
-    if task.kind == "multilabel":
-        found["codes_per_example"] = round(float(targets.sum(axis=1).mean()), 2)
-    if task.kind == "survival":
-        found["events"] = int(targets[:, 1].sum())
-    return found
 
 
-def announce_labels(console: Console, kind: TaskKind, counts: Mapping[str, Any]) -> None:
+def announce_labels(console: Console, kind: TaskKind, counts: JsonObject) -> None:
     """Say what there is to learn from, and what was left out.
 
     Args:
@@ -70,7 +63,7 @@ def announce_labels(console: Console, kind: TaskKind, counts: Mapping[str, Any])
         kind: of the task or tasks.
         counts: of `labelled_data.LabelledData`.
     """
-    tables: Mapping[str, Any] = counts.get("tasks") or {"": counts}
+    tables: JsonObject = counts.get("tasks") or {"": counts}
     columns = list(next(iter(tables.values()))["train"])
     several = "tasks" in counts
     console.table(
@@ -111,16 +104,16 @@ class LabelledData:
     tuning: Examples
     tuning_targets: np.ndarray
     """float32, as of train."""
-    counts: dict[str, Any]
+    counts: JsonObject
     """What is in the splits and what was left out."""
     tasks: Mapping[str, "LabelledData"] = field(default_factory=dict)
     """Where these are examples of several tasks: those of each, by the name of its label table."""
 
     def base_outputs(self) -> np.ndarray:
         """Outputs that tell of each example what is true on average in train, float32 ``[outputs]``."""
-        return base_outputs(self.task.kind, self.train_targets, self.task.outputs)
+        return self.task.base_outputs(self.train_targets)
 
-    def first_rows(self, encoder: Mapping[str, Any]) -> np.ndarray | None:
+    def first_rows(self, encoder: Tree) -> np.ndarray | None:
         """First embeddings of the new codes, float32 ``[codes, embedding]``; None where there are none."""
         new = self.vocabulary.codes[len(self.base_codes) :]
         return new_rows({"behrt": encoder}, self.base_codes, new).rows if new else None
@@ -239,22 +232,16 @@ def split_batches(
     config: FinetuneConfig, model: ModelConfig, labelled: LabelledData, mesh: Mesh
 ) -> tuple[TaskBatches, TaskBatches, int]:
     """Batches of the train and the tuning split, and the number of micro-batches of a step."""
-    common: dict[str, Any] = {
-        "row_length": config.task.max_length or model.positions,
-        "batch_size": config.train.batch_size,
-        "packed": config.task.packed,
-        "cls_token": model.cls_token,
-        "multiple_of": mesh.size,
-    }
+    length, size = config.task.max_length or model.positions, config.train.batch_size
+    shape = RowShape(length, config.task.packed, model.cls_token, mesh.size)
     seed = config.train.seed
-    train = task_batches(labelled.train, labelled.train_targets, seed=seed, **common)
-    tuning = task_batches(labelled.tuning, labelled.tuning_targets, seed=None, **common)
+    train = task_batches(labelled.train, labelled.train_targets, shape, batch_size=size, seed=seed)
+    tuning = task_batches(labelled.tuning, labelled.tuning_targets, shape, batch_size=size, seed=None)
     rows = -(-train.rows_per_batch // mesh.size)
     width = model.ffn_size or 4 * model.hidden_size
     platform = mesh.devices.flat[0].platform
     parts = config.train.micro_batches or likely_parts(rows, train.row_length, width, platform)
-    multiple = mesh.size * parts
-    return replace(train, batch_rows=-(-train.rows_per_batch // multiple) * multiple), tuning, parts
+    return train.with_rows_a_multiple_of(mesh.size * parts), tuning, parts
 
 
 # Examples of several binary tasks: each subject and prediction time is read once for all of them.

@@ -5,20 +5,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import date
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.config import MakeLabelsConfig
-from behrt_jax.data.delays import matching_codes
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.events import SPLITS
+from behrt_jax.data.events import DAY, SPLITS
 from behrt_jax.data.prepared import read_deaths, read_prepared
 from behrt_jax.data.sequences import SequenceSet
-from behrt_jax.data.sorting import find_subjects
+from behrt_jax.data.sorting import find_ids
+from behrt_jax.data.vocabulary import matching_codes
 from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject, written_whole
 from behrt_jax.records.label_makers import (
     NEVER,
     MadeLabels,
@@ -39,7 +38,7 @@ MAKERS = {
 _DEFAULT_HORIZON = {"first_occurrence": 365.0, "readmission": 30.0, "death": 365.0}
 
 
-def make_labels(config: MakeLabelsConfig) -> dict[str, Any]:
+def make_labels(config: MakeLabelsConfig) -> JsonObject:
     """Make the labels of ``config.task`` and write them to ``config.output``, whole or not at all.
 
     Returns:
@@ -61,7 +60,7 @@ def make_labels(config: MakeLabelsConfig) -> dict[str, Any]:
     made = {name: MAKERS[config.task](_history(data, name, config), config) for name in SPLITS}
     account = {
         "task": config.task,
-        "options": _options(config),
+        "options": {k: v for k, v in asdict(config).items() if k not in ("task", "data", "output")},
         "data_fingerprint": data.fingerprint,
         "splits": {name: _counts(labels) for name, labels in made.items()},
     }
@@ -82,7 +81,7 @@ def make_labels(config: MakeLabelsConfig) -> dict[str, Any]:
     return account
 
 
-def _write(config: MakeLabelsConfig, made: Mapping[str, MadeLabels], account: Mapping[str, Any]) -> None:
+def _write(config: MakeLabelsConfig, made: Mapping[str, MadeLabels], account: JsonObject) -> None:
     parts = [
         pa.table(
             {
@@ -98,12 +97,8 @@ def _write(config: MakeLabelsConfig, made: Mapping[str, MadeLabels], account: Ma
     output = config.output
     assert output is not None
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.part")
-    try:
+    with written_whole(output) as temporary:
         pq.write_table(table, temporary)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _history(data: SequenceSet, name: str, config: MakeLabelsConfig) -> SplitHistory:
@@ -117,7 +112,7 @@ def _history(data: SequenceSet, name: str, config: MakeLabelsConfig) -> SplitHis
             "with another output."
         )
     if table is not None:
-        place = find_subjects(part.subject_ids, table["subject_id"].to_numpy())
+        place = find_ids(part.subject_ids, table["subject_id"].to_numpy())
         deaths[place[place >= 0]] = table["time"].cast(pa.int64()).to_numpy()[place >= 0]
     until = None
     if config.follow_up == "data":
@@ -137,13 +132,6 @@ def _counts(labels: MadeLabels) -> dict[str, int]:
         | subjects
         | {key: count for key, count in counts.items() if key not in left_out}
     )
-
-
-def _options(config: MakeLabelsConfig) -> dict[str, Any]:
-    options = asdict(config)
-    for name in ("task", "data", "output"):
-        del options[name]
-    return options
 
 
 def _checked(config: MakeLabelsConfig) -> MakeLabelsConfig:

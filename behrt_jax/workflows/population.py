@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from behrt_jax.config import FinetuneConfig, LoRAConfig
-from behrt_jax.data.examples import TaskBatch, TaskBatches
-from behrt_jax.data.read_ahead import reading_ahead
-from behrt_jax.data.tasks import read_label_tables
-from behrt_jax.files import write_json, write_text
+from behrt_jax.data.batches import TaskBatch, TaskBatches, reading_ahead
+from behrt_jax.data.labels import read_label_tables
+from behrt_jax.files import JsonObject, write_json, write_text
 from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics
 from behrt_jax.tracking.console import Console, open_console
-from behrt_jax.training.devices import put_rows, replicated
+from behrt_jax.training.devices import Devices, put_rows, replicated
 from behrt_jax.training.feeding import AHEAD
 from behrt_jax.training.loop import DivergenceError
 from behrt_jax.training.population import (
@@ -30,9 +29,9 @@ from behrt_jax.training.population import (
     population_predict,
 )
 from behrt_jax.training.pretrained import read_encoder
-from behrt_jax.training.state import first_state, run_keys, with_encoder
-from behrt_jax.training.step import make_output_step, task_objective
-from behrt_jax.training.validation import score, task_metrics
+from behrt_jax.training.state import init_state, run_keys, with_encoder
+from behrt_jax.training.step import task_objective
+from behrt_jax.training.validation import make_output_step, score, task_metrics
 from behrt_jax.workflows.finetune_run import (
     MEMBERS_FOLDER,
     TASK_FILE,
@@ -46,15 +45,13 @@ from behrt_jax.workflows.finetune_run import (
 from behrt_jax.workflows.labelled_data import LabelledData, read_data, read_labelled
 from behrt_jax.workflows.run import RunResult, settings
 
-# In what the members of a population differ: seeds, learning rates, ranks, folds or tasks.
-
 SEARCHES = ("learning_rate", "rank")
-"""What varies where the best member predicts."""
+"""Variations of which the best member alone predicts."""
 
 
 @dataclass(frozen=True, eq=False)
 class Variation:
-    """What each member has of its own."""
+    """Each member's own settings and examples."""
 
     names: list[str]
     seeds: list[int]
@@ -64,7 +61,7 @@ class Variation:
     labelled: list[LabelledData]
     """Each member's own examples."""
     tuning: list[np.ndarray]
-    """Which of the tuning examples of all are its own, bool ``[examples]``."""
+    """The tuning examples of all that are its own, bool ``[examples]``."""
     weights: np.ndarray | None = None
     """Where members learn from other examples: which of the train examples of all, bool
     ``[members, examples]``."""
@@ -133,9 +130,6 @@ def _tasks(alike: Variation, labelled: LabelledData) -> Variation:
     )
 
 
-# The training loop of a population, and the best epoch of each member.
-
-
 class Population(NamedTuple):
     """Members before their first step, and what is done with them."""
 
@@ -175,25 +169,24 @@ def train_population(
     Raises:
         DivergenceError: the loss of a member was never finite; of a search, that of all members.
     """
-    state, batches, mask = population.state, run.batches, run.setup.mask
-    every = config.train.validate_every or batches.steps_per_epoch
+    state, batches, mask = population.state, run.batches, run.assembly.setup.mask
     found = [Best() for _ in range(variation.size)]
 
-    def read(number: int) -> tuple[TaskBatch, dict[str, Any], int]:
+    def read(number: int) -> tuple[TaskBatch, JsonObject, int]:
         batch = batches.batch(number)
         tokens = int(np.count_nonzero(batch.rows.segment_ids))
-        own = jax.device_put(own_fields(batch, variation), replicated(run.mesh))
-        return put_rows(batch, run.mesh), own, tokens
+        own = jax.device_put(own_fields(batch, variation), replicated(run.assembly.mesh))
+        return put_rows(batch, run.assembly.mesh), own, tokens
 
     def outputs_of(part: TaskBatches) -> np.ndarray:
         return outputs_of_members(population._replace(state=state), part, run)
 
-    console.start(run.total_steps, 0, batches.steps_per_epoch)
-    with reading_ahead(map(read, range(run.total_steps)), AHEAD) as ahead:
+    console.start(run.schedule.total_steps, 0, batches.steps_per_epoch)
+    with reading_ahead(map(read, range(run.schedule.total_steps)), AHEAD) as ahead:
         for number, (batch, own, tokens) in enumerate(ahead, start=1):
             state, totals = population.step(state, population.members, batch, own)
             console.step(number, tokens, None)
-            if number % every and number != run.total_steps:
+            if not run.schedule.validates(number):
                 continue
             outputs = outputs_of(run.tuning)
             on_train = outputs_of(replace(batches, seed=None)) if config.population.vary == "fold" else None
@@ -214,9 +207,7 @@ def train_population(
             append_metrics(
                 run.folder / METRICS_FILE,
                 {
-                    "step": number,
-                    "epoch": number / batches.steps_per_epoch,
-                    "split": "tuning",
+                    **run.schedule.line(number, "tuning"),
                     "loss": float(np.mean([one["loss"] for one in metrics])),
                     "members": [{"loss": one["loss"], "auroc": one.get("auroc")} for one in metrics],
                     "train_losses": train_losses.tolist(),
@@ -261,11 +252,8 @@ def outputs_of_members(population: Population, part: TaskBatches, run: Finetunin
         found = population.outputs(state, population.members, batch)  # [K, B, S, O]
         return jnp.moveaxis(found, 0, 2).reshape(*found.shape[1:3], -1)
 
-    found = score(stacked, population.state, part, run.mesh)  # pyright: ignore[reportArgumentType]
+    found = score(stacked, population.state, part, run.assembly.mesh)  # pyright: ignore[reportArgumentType]
     return np.moveaxis(found.reshape(len(found), -1, run.labelled.task.outputs), 1, 0)
-
-
-# What a population leaves behind: an adapter folder for each member, and who predicts.
 
 
 def write_population(
@@ -275,10 +263,10 @@ def write_population(
     variation: Variation,
     found: Sequence[Best],
     seconds: float,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write members/, task.json, summary.json and SUMMARY.txt; returns the summary."""
     rows = [_write_member(console, config, run, variation, k, best) for k, best in enumerate(found)]
-    summary: dict[str, Any] = {
+    summary: JsonObject = {
         "task": run.labelled.task.kind,
         "population": settings(config.population),
         "members": rows,
@@ -313,7 +301,7 @@ def write_population(
 
 def _write_member(
     console: Console, config: FinetuneConfig, run: Finetuning, variation: Variation, k: int, best: Best
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write the adapter of a member; returns its part of the summary."""
     labelled, kind = variation.labelled[k], run.labelled.task.kind
     if best.outputs is None:
@@ -334,7 +322,7 @@ def _write_member(
 
 def _predict_together(
     config: FinetuneConfig, run: Finetuning, variation: Variation, found: Sequence[Best]
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[JsonObject, list[str]]:
     """Choose who predicts, the best of a search or all, and calibrate it: what the summary says of it."""
     labelled, kind = run.labelled, run.labelled.task.kind
     searched = config.population.vary in SEARCHES
@@ -342,7 +330,7 @@ def _predict_together(
     outputs = np.array([found[k].outputs for k in chosen])  # [K, N, O]
     calibration = calibrate(config.task, kind, outputs, labelled.tuning_targets)
     write_json(run.folder / TASK_FILE, {**task_record(config, run, calibration), "members": chosen})
-    together: dict[str, Any] = {
+    together: JsonObject = {
         "predicting_members": chosen,
         "baselines": {"base rate": {"loss": loss_of_base_rate(labelled)}},
         "calibration": asdict(calibration),
@@ -362,7 +350,7 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def finetune_population(config: FinetuneConfig, devices: Sequence[Any] | None = None) -> RunResult:
+def finetune_population(config: FinetuneConfig, devices: Devices | None = None) -> RunResult:
     """Train all members in one program, keep each one's best epoch, and leave a run folder behind.
 
     Its ``members/0``, ``members/1``, ... are adapters of their own; task.json says which of them predict, or
@@ -394,9 +382,9 @@ def finetune_population(config: FinetuneConfig, devices: Sequence[Any] | None = 
 
 def make_population(config: FinetuneConfig, run: Finetuning, variation: Variation) -> Population:
     """Members before their first step, on the devices."""
-    setup, mesh = run.setup, run.mesh
+    setup, mesh, optimizer = run.assembly.setup, run.assembly.mesh, run.assembly.optimizer
     keys = [run_keys(seed) for seed in variation.seeds]
-    first = first_state(setup.init, setup.shapes, run.optimizer, keys[0][0], mesh)
+    first = init_state(setup, optimizer, keys[0].init, mesh)
     if not config.from_scratch:
         encoder = read_encoder(run.pretrained, mesh)
         first = with_encoder(first, encoder.params, run.labelled.first_rows(encoder.params))
@@ -414,21 +402,20 @@ def make_population(config: FinetuneConfig, run: Finetuning, variation: Variatio
     if with_adapters:
         predictor = predictor._replace(lora=largest(with_adapters))
     alike = len(set(variation.seeds)) == 1
-    step_keys = keys[0][1] if alike else jnp.stack([key[1] for key in keys])
+    step_keys = keys[0].step if alike else jnp.stack([key.step for key in keys])
     members = make_members(step_keys, variation.rates, with_adapters or None)
-    first_keys = jnp.stack([jax.random.clone(key[0]) for key in keys])
-    state = init_population(init, first_keys, configs, first.variables, setup.mask, run.optimizer)
+    first_keys = jnp.stack([jax.random.clone(key.init) for key in keys])
+    state = init_population(init, first_keys, configs, first.variables, setup.mask, optimizer)
     head = state.trained["params"]["task_head"]["dense"]
     if head["bias"] is not None:  # it trains: each member begins with the base rate of its own train examples
         head["bias"] = jnp.stack([jnp.asarray(one.base_outputs()) for one in variation.labelled])
     state, members = jax.device_put((state, members), replicated(mesh))
     step = make_population_step(
-        task_objective(predictor),
-        run.optimizer,
+        task_objective(predictor, run.labelled.task.of.loss),
+        optimizer,
         setup.mask,
         clip_norm=config.optimizer.clip_norm,
         micro_batches=run.micro_batches,
-        merged=predictor.merged,
         # On a CPU members side by side are no faster, and take more memory.
         at_once=1 if mesh.devices.flat[0].platform == "cpu" else None,
     )

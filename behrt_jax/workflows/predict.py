@@ -14,8 +14,9 @@ from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import CONFIG_FILE as ADAPTER_FILE
 from behrt_jax.adapters.files import load_adapter
 from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, PredictConfig, from_stored
+from behrt_jax.data.batches import RowShape, TaskBatch, task_batches
 from behrt_jax.data.events import SPLITS
-from behrt_jax.data.examples import TaskBatch, find_examples, of_unknown_subjects, task_batches
+from behrt_jax.data.examples import find_examples, of_unknown_subjects
 from behrt_jax.data.labels import Labels, read_labels
 from behrt_jax.data.predictions import (
     PredictionWriter,
@@ -31,18 +32,18 @@ from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.decisions import mean_predictions, predictions
-from behrt_jax.files import read_json
-from behrt_jax.models.behrt import PatientEmbedding, Pooling
+from behrt_jax.evaluation.calibration import mean_predictions
+from behrt_jax.files import JsonObject, read_json
+from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
 from behrt_jax.run_folder import CHECKPOINTS_FOLDER
 from behrt_jax.tracking.console import open_console
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.devices import make_mesh, replicated
+from behrt_jax.training.devices import Devices, make_mesh, replicated
 from behrt_jax.training.pretrained import open_pretrained, read_encoder
 from behrt_jax.training.runtime import use_compilation_cache
-from behrt_jax.training.state import TaskSetup, set_up_task
-from behrt_jax.training.step import make_output_step, with_new_rows
-from behrt_jax.training.validation import score
+from behrt_jax.training.state import Setup, set_up_task
+from behrt_jax.training.step import Variables, with_new_rows
+from behrt_jax.training.validation import make_output_step, score
 from behrt_jax.workflows.finetune_run import MEMBERS_FOLDER, TASK_FILE, Calibration
 from behrt_jax.workflows.labelled_data import examples_of, in_vocabulary, read_labelled
 
@@ -53,15 +54,15 @@ class Finetuned(NamedTuple):
     """A model that is ready to predict."""
 
     task: Task
-    setup: TaskSetup
-    members: list[dict[str, Any]]
+    setup: Setup
+    members: list[Variables]
     """Variables of each model whose mean predicts, one where it is no ensemble; on the devices, whole on
     each, frozen leaves shared."""
     vocabulary: Vocabulary
     model: ModelConfig
     max_length: int | None
     calibration: Calibration
-    trained: dict[str, Any]
+    trained: JsonObject
     """Regime, and counts of parameters, for the record of predictions."""
 
 
@@ -107,7 +108,7 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
     )
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def _record(folder: Path) -> JsonObject:
     if not (folder / TASK_FILE).is_file():
         raise InputError(
             f"--model: {folder} holds no fine-tuned model ({TASK_FILE} is not there): give a finished run of "
@@ -116,12 +117,10 @@ def _record(folder: Path) -> dict[str, Any]:
     return read_json(folder / TASK_FILE)
 
 
-def _set_up(record: dict[str, Any], vocabulary_size: int, mesh: Mesh) -> TaskSetup:
+def _set_up(record: JsonObject, vocabulary_size: int, mesh: Mesh) -> Setup:
+    model, task = from_stored(ModelConfig, record["model"]), Task.from_json(record["task"])
     return set_up_task(
-        from_stored(ModelConfig, record["model"]),
-        vocabulary_size,
-        Task.from_json(record["task"]),
-        record["pooling"],
+        BEHRTForTask(model, vocabulary_size, task.outputs, record["pooling"]),
         None if record["lora"] is None else from_stored(LoRAConfig, record["lora"]),
         from_stored(FreezingConfig, record["freezing"]),
         mesh,
@@ -131,7 +130,7 @@ def _set_up(record: dict[str, Any], vocabulary_size: int, mesh: Mesh) -> TaskSet
 
 def _from_adapters(
     folders: Sequence[Path], base: Path | None, mesh: Mesh
-) -> tuple[TaskSetup, list[dict[str, Any]], Vocabulary]:
+) -> tuple[Setup, list[Variables], Vocabulary]:
     """Adapters of equal shapes on one base."""
     record = _record(folders[0])
     pretrained = open_pretrained(base or Path(record["base"]))
@@ -142,11 +141,11 @@ def _from_adapters(
     for folder in folders:
         found, lora, config = load_adapter(folder, params, pretrained.vocabulary.fingerprint())
         members.append(jax.device_put({"params": found, "lora": lora}, replicated(mesh)))
-        new_codes = config.get("new_codes", ())
+        new_codes = config.new_codes
     return setup, members, pretrained.vocabulary.extended(new_codes)
 
 
-def _restored(folder: Path, setup: TaskSetup, mesh: Mesh) -> dict[str, Any]:
+def _restored(folder: Path, setup: Setup, mesh: Mesh) -> Variables:
     whole = replicated(mesh)
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), setup.shapes
@@ -173,7 +172,7 @@ class _Encoder(NamedTuple):
     max_length: int | None
 
 
-def embed(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict[str, Any]:
+def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
     """Write a Parquet file of ``subject_id``, ``time`` and ``vector`` (float32, hidden_size numbers).
 
     Args:
@@ -272,9 +271,7 @@ def _vectors(
     network = PatientEmbedding(encoder.model, len(encoder.vocabulary), encoder.pooling)
 
     def embed_step(params: Any, batch: TaskBatch) -> jax.Array:
-        rows = batch.rows
-        inputs = rows.codes, rows.ages, rows.visits, rows.positions, rows.segment_ids
-        return network.apply({"params": {"behrt": params}}, *inputs, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
+        return network.apply({"params": {"behrt": params}}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
 
     step, segments = jax.jit(embed_step), 1
     for split, labels in wanted.items():
@@ -284,10 +281,9 @@ def _vectors(
             batches = task_batches(
                 examples,
                 np.zeros((len(examples), 1), np.float32),
-                row_length=encoder.max_length or encoder.model.positions,
+                RowShape(encoder.max_length or encoder.model.positions, cls_token=encoder.model.cls_token),
                 batch_size=len(examples),
                 seed=None,
-                cls_token=encoder.model.cls_token,
                 least_segments=segments,
             ).of_rows(config.rows, mesh.size)
             segments = batches.segments
@@ -297,7 +293,7 @@ def _vectors(
 """Examples that are held in memory together."""
 
 
-def predict(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict[str, Any]:
+def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
     """Predict, write the file, and say what is in it.
 
     Returns:
@@ -349,14 +345,14 @@ def predict(config: PredictConfig, devices: Sequence[Any] | None = None) -> dict
         with ExitStack() as stack:
             writer = stack.enter_context(PredictionWriter(config.output, schema, metadata))
             members = None
-            if len(finetuned.members) > 1 and task.kind == "binary":
+            if len(finetuned.members) > 1 and task.of.thresholded:
                 path, of_members = members_path(config.output), member_schema(len(finetuned.members))
                 members = stack.enter_context(PredictionWriter(path, of_members, metadata))
             for part, outputs, empty, seen in _outputs(config, finetuned, data, chosen, delays, mesh):
                 predicted = mean_predictions(task.kind, outputs, calibration.temperature)
                 writer.write(prediction_rows(schema, task, part, predicted, calibration.threshold, seen))
                 if members is not None:
-                    alone = [predictions(task.kind, one, calibration.temperature)[:, 0] for one in outputs]
+                    alone = [task.of.predictions(one, calibration.temperature)[:, 0] for one in outputs]
                     members.write(member_rows(members.schema, part, alone))
                 counts["empty_histories"] += empty
                 done += len(part)
@@ -379,13 +375,13 @@ def _outputs(
     data: SequenceSet,
     chosen: dict[str, Labels],
     delays: Sequence[str],
-    mesh: Any,
+    mesh: Mesh,
 ) -> Iterator[tuple[Labels, np.ndarray, int, np.ndarray | None]]:
     """Labels, outputs, empty histories and codes seen of a few thousand examples at a time."""
     model, task = finetuned.model, finetuned.task
     output_step = jax.jit(make_output_step(finetuned.setup.predictor))
     length, segments = finetuned.max_length or model.positions, 1
-    ids = finetuned.vocabulary.encode(task.classes) if task.kind == "multilabel" else None
+    ids = finetuned.vocabulary.encode(task.classes) if task.of.tells_seen_codes else None
     for split, labels in chosen.items():
         for start in range(0, len(labels), AT_ONCE):
             part = labels.take(np.arange(start, min(start + AT_ONCE, len(labels))))
@@ -393,10 +389,9 @@ def _outputs(
             batches = task_batches(
                 examples,
                 np.zeros((len(examples), 1), np.float32),
-                row_length=length,
+                RowShape(length, cls_token=model.cls_token),
                 batch_size=len(examples),
                 seed=None,
-                cls_token=model.cls_token,
                 least_segments=segments,
             ).of_rows(config.rows, mesh.size)
             segments = batches.segments  # one shape for all that follow
@@ -408,7 +403,7 @@ def _outputs(
             yield part, outputs, int(examples.empty.sum()), seen
 
 
-def _metadata(config: PredictConfig, finetuned: Finetuned) -> dict[str, Any]:
+def _metadata(config: PredictConfig, finetuned: Finetuned) -> JsonObject:
     def absolute(path: Path | None) -> str | None:
         return None if path is None else str(path.resolve())
 

@@ -1,22 +1,33 @@
 """Records of any source into a prepared data set, with a report of what became of every event."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from behrt_jax.config import PrepareConfig
 from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject
 from behrt_jax.records.meds_export import export_meds
 from behrt_jax.records.prepare.pipeline import prepare
-from behrt_jax.records.sources.opening import DEFAULT_CODES, open_source
+from behrt_jax.records.sources.meds import open_meds
+from behrt_jax.records.sources.omop import open_omop
+from behrt_jax.records.sources.source import Source
+from behrt_jax.records.sources.synthea import open_synthea
+from behrt_jax.records.sources.table import open_table
 from behrt_jax.tracking.console import Console, open_console
 
+SOURCES: dict[str, Callable[[Path, PrepareConfig], Source]] = {
+    "meds": lambda path, config: open_meds(path, config.visit_column),
+    "omop": lambda path, config: open_omop(path, config.ancestors),
+    "synthea": lambda path, config: open_synthea(path),
+    "table": lambda path, config: open_table(path, config.table),
+}
+"""Kinds of sources: its name in the configuration -> how it is opened, with the options of its own."""
 SECONDS_BETWEEN_LINES = 5.0
 """Between two lines of progress."""
 
 
-def prepare_records(config: PrepareConfig) -> dict[str, Any]:
+def prepare_records(config: PrepareConfig) -> JsonObject:
     """Read the source, write the prepared data set (and, on request, MEDS), and say what came of it.
 
     Returns:
@@ -41,7 +52,7 @@ def prepare_records(config: PrepareConfig) -> dict[str, Any]:
                 shown = time.monotonic()
                 console.log(f"{stage}: {done} of {total} parts")
 
-        manifest = prepare(source, config, progress, default_codes=DEFAULT_CODES[config.source])
+        manifest = prepare(source, config, progress)
         if config.shard is not None:
             console.log(f"Part {config.shard} is read. When all parts are, run once more with --merge.")
             return manifest
@@ -58,7 +69,21 @@ def prepare_records(config: PrepareConfig) -> dict[str, Any]:
     return manifest
 
 
-def report(console: Console, manifest: Mapping[str, Any]) -> None:
+def open_source(config: PrepareConfig) -> Source:
+    """Open the source of the configuration: its files are found, their heads checked, no event is read yet.
+
+    Raises:
+        InputError: there is no input, or it is not of that source.
+    """
+    if config.input is None:
+        raise InputError("--input is missing: give the folder (or, for a table, the file) to read.")
+    path = Path(config.input).expanduser()
+    if not path.exists():
+        raise InputError(f"--input: {path} does not exist.")
+    return SOURCES[config.source](path, config)
+
+
+def report(console: Console, manifest: JsonObject) -> None:
     """Show what came in, what was kept, what was lost and why, lengths, padding and the top codes."""
     events = manifest["events"]
     kept = events["read"] - sum(events["dropped"].values())
@@ -109,6 +134,6 @@ def report(console: Console, manifest: Mapping[str, Any]) -> None:
     )
 
 
-def _named(files: list[Path], folder: Path) -> str:
+def _named(files: Sequence[Path], folder: Path) -> str:
     names = [str(path.absolute().relative_to(folder.absolute())) for path in files]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -1,89 +1,220 @@
 """Masked-code pretraining, from a configuration to a finished run folder."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import jax
 
-from behrt_jax.adapters.lora import GROUPS
+from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import (
+    RowShape,
     TrainingBatches,
     ValidationBatches,
     training_batches,
     validation_batches,
-    with_rows_a_multiple_of,
 )
 from behrt_jax.data.sequences import SequenceSet, describe
-from behrt_jax.diagnosis.doctor import RunRecord
+from behrt_jax.diagnosis.finding import RunRecord
+from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import Cooccurrence, MaskedCodeResults, MaskedSplit, Unigram, assess
 from behrt_jax.evaluation.oracle import oracle_of
-from behrt_jax.files import write_json
+from behrt_jax.files import JsonObject, write_json, write_text
 from behrt_jax.records.load import load_sequences
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     METRICS_FILE,
     PARAMETERS_FILE,
+    PLOTS_FOLDER,
+    SUMMARY_FILE,
+    SUMMARY_TEXT_FILE,
     prepare_run_folder,
-    truncate_metrics,
+    read_metrics,
 )
-from behrt_jax.tracking.console import open_console
+from behrt_jax.tracking.console import Console, open_console
+from behrt_jax.tracking.plots import plot_curves
+from behrt_jax.tracking.report import write_report
+from behrt_jax.tracking.summary import Summary, summarise, summary_text
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.devices import make_mesh, put_rows, replicated, shapes_of, shardings_of
+from behrt_jax.training.devices import Devices, make_mesh
 from behrt_jax.training.feeding import PlacedBatches, on_device, one_step, open_feed
-from behrt_jax.training.loop import Actions, Cursor, DivergenceError, Schedule, catching_signals, train
+from behrt_jax.training.loop import DivergenceError, Schedule, Steps, catching_signals
 from behrt_jax.training.masking import FIRST_CODE
 from behrt_jax.training.micro_batches import choose_micro_batches, rows_multiple
-from behrt_jax.training.optimizer import rates_on_host
 from behrt_jax.training.pretrained import check_source, check_vocabulary, start_from
 from behrt_jax.training.runtime import Startup, keep_freed_memory, use_compilation_cache
-from behrt_jax.training.state import abstract_state, init_state, optimizer_for, run_keys, set_up
-from behrt_jax.training.step import TrainState, make_train_step, make_validation_step
-from behrt_jax.training.telemetry import (
-    gradient_metrics,
-    leaves_not_finite,
-    make_probe,
-    offending_leaf,
-    trainable_names,
+from behrt_jax.training.state import assemble, set_up
+from behrt_jax.training.step import TrainState, Variables, masked_code_objective
+from behrt_jax.training.validation import (
+    make_scoring_step,
+    make_validation_step,
+    mask_split,
+    score_masked_codes,
+    validate,
 )
-from behrt_jax.training.validation import make_scoring_step, mask_split, score_masked_codes, validate
 from behrt_jax.workflows import announce
-from behrt_jax.workflows.checks import check
+from behrt_jax.workflows.checks import check, gather_facts
 from behrt_jax.workflows.doctor import Examination
-from behrt_jax.workflows.facts import gather_facts
 from behrt_jax.workflows.run import (
+    Run,
     RunResult,
+    begin,
+    best_variables,
     check_same_run,
+    compile_beside,
     default_folder,
+    exit_status,
     parameter_report,
-    restore_latest,
     run_record,
+    save,
     settings,
-    try_write_adapter,
-    write_summary,
 )
 
-# Predictors without training, scored on the very codes that the validation step masks.
+
+def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResult:
+    """Pretrain BEHRT by masked-code prediction and leave a run folder behind.
+
+    Args:
+        config: every setting of the run.
+        devices: devices to train on; all where not given.
+
+    Raises:
+        InputError: something in the configuration or the data is wrong; raised before training.
+        DivergenceError: the loss is not finite any more; the last good checkpoint is in the folder.
+    """
+    started, startup = time.perf_counter(), Startup()
+    startup.mark("imported")
+    with open_console() as console, catching_signals() as interruption, ThreadPoolExecutor(1) as beside:
+        run = open_pretraining(config, devices, console)
+        assembly, data, batches, schedule = run.assembly, run.data, run.batches, run.schedule
+        predictor, mesh, validation_key = assembly.setup.predictor, assembly.mesh, assembly.keys.validation
+        startup.mark("data read")
+
+        train_step = assembly.step(run.micro_batches)
+        program = one_step(assembly, train_step)
+        from_host = not on_device(config.train, batches, mesh)
+        compiling = compile_beside(beside, run, program, from_host)
+        compiling.add_done_callback(lambda _: startup.mark("compiled"))
+
+        masked = mask_split(run.tuning, config.masking, validation_key, len(data.vocabulary))
+        baselines = predict_baselines(config, data, masked)
+        unlearned = {name: results.metrics() for name, results in baselines.items()}
+        announce.baselines(console, baselines)
+        examination = examine_before(config, run, unlearned, console)
+        startup.mark("baselines counted")
+        lines = announce.LoopReporter(console, run.folder / METRICS_FILE, unlearned, examination.during)
+
+        with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
+
+            def start(state: TrainState) -> TrainState:
+                if config.init.run is None:
+                    return state
+                state, source_step = start_from(config.init, state)
+                announce.started_from(console, config.init, source_step)
+                return state
+
+            begun = begin(run, config, compiling, checkpoints, console, start, started)
+            del compiling  # or it would hold this state's arrays beside those of a restored one
+            state, cursor, telemetry = begun.state, begun.cursor, begun.telemetry
+            validation_step = jax.jit(make_validation_step(predictor, config.masking, validation_key))
+            placed = PlacedBatches(run.tuning, mesh)
+            divergence = None
+            try:
+                with open_feed(
+                    config.train, assembly, train_step, program, batches, cursor.step, schedule
+                ) as feed:
+                    steps = Steps(feed, cursor, schedule, telemetry, lines.record)
+                    for state in steps.dispatch(begun.state, lambda: bool(interruption)):
+                        if "first step" not in startup.marks:
+                            jax.block_until_ready(state)
+                            startup.mark("first step")
+                        console.step(cursor.step, steps.latest_tokens, steps.latest_loss)
+                        if schedule.validates(cursor.step):
+                            steps.settle()
+                            validation = validate(validation_step, state.variables, placed)
+                            cursor.note_validation(validation["loss"])
+                            # Metrics first: a run killed in between drops the lines past its checkpoint when
+                            # resumed, while a line never written could not be brought back.
+                            line = schedule.line(cursor.step, "tuning")
+                            lines.record({**line, **validation, **telemetry.probe(state)})
+                            save(checkpoints, config, begun, state, validation)
+                            steps.restart_clock()
+                stop_reason = steps.stop_reason
+                if stop_reason == "interrupted":
+                    save(checkpoints, config, begun, state)
+            except DivergenceError as error:
+                divergence, stop_reason = error, f"diverged: {error}"
+            console.close()
+
+            best_step, assessment = checkpoints.best_step(), {}
+            if best_step is not None and not divergence:
+                best = best_variables(checkpoints, best_step, state)
+                write_adapter(console, config, run, best)
+                if stop_reason != "interrupted":  # whoever stops a run wants it to end soon
+                    scoring_step = jax.jit(make_scoring_step(predictor, config.masking, validation_key))
+                    results = score_masked_codes(scoring_step, best, run.tuning, masked, mesh)
+                    assessment = assess(data.vocabulary.counts, FIRST_CODE, baselines, results)
+        stop_reason, status = exit_status(stop_reason, interruption)
+        ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup.marks)
+        summary = write_summary(run, config, unlearned, assessment, ended, examination)
+        announce.end(console, run.folder, summary)
+    if divergence:
+        raise divergence
+    return RunResult(run.folder, summary, status)
 
 
-def predict_baselines(
-    config: PretrainConfig, data: SequenceSet, masked: MaskedSplit
-) -> dict[str, MaskedCodeResults]:
-    """Results of ``unigram`` and ``co-occurrence``, and of the ``oracle`` where the optimum is known."""
-    unigram = Unigram(data.vocabulary.counts, FIRST_CODE)
-    cooccurrence = Cooccurrence(data.splits["train"], unigram, FIRST_CODE)
-    found = {"unigram": unigram.predict(masked), "co-occurrence": cooccurrence.predict(masked)}
-    oracle = oracle_of(config.data, data.vocabulary.codes)
-    if oracle is not None:
-        found["oracle"] = oracle.predict(masked, config.masking)
-    return found
+@dataclass(frozen=True, eq=False)
+class Pretraining(Run):
+    """A pretraining run that is about to begin."""
+
+    batches: TrainingBatches
+    data: SequenceSet
+    description: JsonObject
+    """Counts of `data`, see `data.sequences.describe`."""
+    tuning: ValidationBatches
 
 
-# The batches that a pretraining run reads, by its settings.
+def open_pretraining(config: PretrainConfig, devices: Devices | None, console: Console) -> Pretraining:
+    """Work out everything that can go wrong, make the run folder, and say what will be trained on what.
+
+    Raises:
+        InputError: something in the configuration or the data is wrong.
+    """
+    keep_freed_memory()
+    check(config)
+    mesh = make_mesh(devices, config.mesh)
+    if not config.resume:
+        check_source(config.init, config.model)
+    if reason := use_compilation_cache(config.compilation_cache):
+        console.log(reason)
+    folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
+    data = load_sequences(config.data, config.model.sep_token)
+    description = describe(data)
+    announce.data(console, config, description)
+    if config.resume:
+        check_same_run(folder, config, data.fingerprint)
+    else:
+        check_vocabulary(config.init, data.vocabulary)
+
+    setup = set_up(config, len(data.vocabulary), mesh)
+    parameters = parameter_report(config.freezing, setup)
+    announce.parameters(console, parameters, setup.predictor.product)
+    batches, tuning = split_batches(config, data, mesh.size)
+    schedule = Schedule.of(config.train, batches.steps_per_epoch)
+    announce.batches(console, batches, mesh, schedule.total_steps)
+
+    objective = masked_code_objective(setup.predictor, config.masking, config.train.static_masks)
+    assembly = assemble(config, setup, objective, schedule.total_steps, mesh)
+    parts = choose_micro_batches(config, folder, batches, schedule.total_steps, assembly, console.log)
+    batches = batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts))
+    counts = data.vocabulary.counts
+    return Pretraining(
+        folder, assembly, batches, schedule, parts, parameters, counts, data, description, tuning
+    )
 
 
 def split_batches(
@@ -99,222 +230,106 @@ def split_batches(
     Raises:
         InputError: a split without events.
     """
-    common: dict[str, Any] = {
-        "row_length": config.data.max_length or config.model.positions,
-        "window": config.data.window,
-        "packed": config.data.packed,
-        "cls_token": config.model.cls_token,
-        "multiple_of": multiple_of,
-    }
+    length, window = config.data.max_length or config.model.positions, config.data.window
+    shape = RowShape(length, config.data.packed, config.model.cls_token, multiple_of)
     batches = training_batches(
         data.splits["train"],
-        **common,
+        shape,
         batch_size=config.train.batch_size,
         batch_tokens=config.train.batch_tokens,
+        window=window,
         seed=config.train.seed,
         static=config.train.static_masks,
     )
-    return batches, validation_batches(data.splits["tuning"], **common, rows_per_batch=batches.rows_per_batch)
+    rows = batches.rows_per_batch
+    return batches, validation_batches(data.splits["tuning"], shape, rows_per_batch=rows, window=window)
 
 
-def pretrain(config: PretrainConfig, devices: Sequence[Any] | None = None) -> RunResult:
-    """Pretrain BEHRT by masked-code prediction and leave a run folder behind.
+def predict_baselines(
+    config: PretrainConfig, data: SequenceSet, masked: MaskedSplit
+) -> dict[str, MaskedCodeResults]:
+    """Predictors without training, scored on the very codes that the validation step masks.
 
-    Args:
-        config: every setting of the run.
-        devices: devices to train on; all where not given.
-
-    Raises:
-        InputError: something in the configuration or the data is wrong; raised before training.
-        DivergenceError: the loss is not finite any more; the last good checkpoint is in the folder.
+    Returns:
+        Results of ``unigram`` and ``co-occurrence``, and of the ``oracle`` where the optimum is known.
     """
-    started, startup = time.perf_counter(), Startup()
-    startup.mark("imported")
-    keep_freed_memory()
-    check(config)
-    mesh = make_mesh(devices, config.mesh)
-    if not config.resume:
-        check_source(config.init, config.model)
-    with open_console() as console, catching_signals() as interruption, ThreadPoolExecutor(1) as beside:
-        if reason := use_compilation_cache(config.compilation_cache):
-            console.log(reason)
-        folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
-        data = load_sequences(config.data, config.model.sep_token)
-        description = describe(data)
-        announce.data(console, config, description)
-        if not config.resume:
-            check_vocabulary(config.init, data.vocabulary)
-        if config.resume:
-            check_same_run(folder, config, data.fingerprint)
+    unigram = Unigram(data.vocabulary.counts, FIRST_CODE)
+    cooccurrence = Cooccurrence(data.splits["train"], unigram, FIRST_CODE)
+    found = {"unigram": unigram.predict(masked), "co-occurrence": cooccurrence.predict(masked)}
+    oracle = oracle_of(config.data, data.vocabulary.codes)
+    if oracle is not None:
+        found["oracle"] = oracle.predict(masked, config.masking)
+    return found
 
-        setup = set_up(config, len(data.vocabulary), mesh)
-        parameters = parameter_report(config.freezing, setup)
-        announce.parameters(console, parameters, setup.predictor.product)
 
-        batches, tuning = split_batches(config, data, mesh.size)
-        total_steps = config.train.epochs * batches.steps_per_epoch
-        total_steps = min(total_steps, config.train.max_steps or total_steps)
-        announce.batches(console, batches, mesh, total_steps)
-        startup.mark("data read")
+def examine_before(
+    config: PretrainConfig, run: Pretraining, baselines: JsonObject, console: Console
+) -> Examination:
+    """Show the doctor's findings before the first step, and write what a run folder begins with."""
+    setup, total_steps = run.assembly.setup, run.schedule.total_steps
+    facts = gather_facts(config, run.data, setup, run.batches, total_steps, run.micro_batches)
+    record = RunRecord(settings(config), run.parameters, facts, baselines)
+    examination = Examination(console, record, run.folder / METRICS_FILE)
+    examination.before()
+    run.data.vocabulary.write(run.folder / "vocabulary.parquet")
+    write_json(run.folder / PARAMETERS_FILE, run.parameters)
+    write_json(run.folder / CONFIG_FILE, run_record(config, run.description, asdict(facts), baselines))
+    return examination
 
-        init_key, step_key, validation_key = run_keys(config.train.seed)
-        optimizer = optimizer_for(config, setup, total_steps)
-        state_shapes = abstract_state(setup.shapes, optimizer, mesh)
-        jit_step = partial(
-            jax.jit,
-            donate_argnums=0,
-            out_shardings=(shardings_of(state_shapes), replicated(mesh)),
+
+def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, variables: Variables) -> None:
+    """Write the adapter with all that was trained beside it; nothing where the model has no adapters."""
+    if config.lora is None:
+        return
+    values = settings(config)
+    try:
+        fingerprint = run.data.vocabulary.fingerprint()
+        adapter = AdapterConfig(
+            lora=values["lora"], model=values["model"], vocabulary_fingerprint=fingerprint
         )
-        step_in_parts = partial(
-            make_train_step,
-            setup.predictor,
-            optimizer,
-            setup.mask,
-            config.masking,
-            step_key,
-            clip_norm=config.optimizer.clip_norm,
-            static_masks=config.train.static_masks,
-        )
-        micro_batches = choose_micro_batches(
-            config,
-            folder,
-            batches,
-            mesh,
-            total_steps,
-            len(data.vocabulary),
-            lambda parts: one_step(step_in_parts(micro_batches=parts), jit_step),
-            lambda: init_state(config, setup, optimizer, init_key, mesh),
-            console.log,
-        )
-        batches = with_rows_a_multiple_of(batches, rows_multiple(batches, mesh, micro_batches))
-        train_step = step_in_parts(micro_batches=micro_batches)
-        program = one_step(train_step, jit_step)
+        trained = run.assembly.setup.mask["params"]
+        save_adapter(run.folder / "adapter", variables["params"], variables["lora"], trained, adapter)
+    except InputError as error:
+        console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 
-        def prepare_step() -> TrainState:
-            state = init_state(config, setup, optimizer, init_key, mesh)
-            if not on_device(config.train, batches, mesh):
-                program.lower(state_shapes, shapes_of(put_rows(batches.batch(0), mesh))).compile()
-            startup.mark("compiled")
-            return state
 
-        compiling = beside.submit(prepare_step)  # the processor has time for it while the host counts
-        if jax.process_count() > 1:
-            compiling.result()  # processes must start their programs in the same order
-        masked = mask_split(tuning, config.masking, validation_key, len(data.vocabulary))
-        baselines = predict_baselines(config, data, masked)
-        baseline_metrics = {name: results.metrics() for name, results in baselines.items()}
-        announce.baselines(console, baselines)
-        facts = gather_facts(config, data, setup, batches, total_steps)
-        facts["micro_batches"] = micro_batches
-        run = RunRecord(settings(config), parameters, facts, baseline_metrics)
-        examination = Examination(console, run, folder / METRICS_FILE)
-        examination.before()
-        startup.mark("baselines counted")
+class RunEnd(NamedTuple):
+    """The end of a run."""
 
-        data.vocabulary.write(folder / "vocabulary.parquet")
-        write_json(folder / PARAMETERS_FILE, parameters)
-        write_json(folder / CONFIG_FILE, run_record(config, description, facts, baseline_metrics))
+    best_step: int | None
+    stop_reason: str
+    seconds: float
+    """Wall time of all its parts."""
+    startup: Mapping[str, float]
+    """Marks of :class:`behrt_jax.training.runtime.Startup`."""
 
-        trains = [group for group in GROUPS if parameters[group]["trainable"]]
-        learning_rates = rates_on_host(config.optimizer, total_steps, trains)
-        validation_step = jax.jit(make_validation_step(setup.predictor, config.masking, validation_key))
 
-        with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
-            state, cursor = compiling.result(), Cursor()
-            del compiling  # or it would hold this state's arrays beside those of a restored one
-            counts, static = data.vocabulary.counts, config.train.static_masks
-            probe = make_probe(state.variables["lora"], counts, batches.steps_per_epoch, static)
-            names = trainable_names(setup.mask)
-            if config.resume:
-                state, cursor = restore_latest(checkpoints, state, console)
-            if config.init.run is not None and cursor.step == 0:
-                state, source_step = start_from(config.init, state)
-                announce.started_from(console, config.init, source_step)
-            at_start = leaves_not_finite(state.variables)
-            truncate_metrics(folder / METRICS_FILE, cursor.step)
-            earlier_seconds = cursor.seconds
-
-            def save(state: TrainState, cursor: Cursor, metrics: dict[str, Any] | None) -> None:
-                cursor.seconds = earlier_seconds + time.perf_counter() - started
-                trees = state.variables["params"], state.variables["lora"], state.opt_state
-                checkpoints.save(cursor.step, *trees, cursor.to_json(), settings(config), metrics)
-
-            schedule = Schedule(
-                total_steps,
-                batches.steps_per_epoch,
-                config.train.validate_every or batches.steps_per_epoch,
-                config.train.log_every,
-                config.train.patience,
-            )
-            placed = PlacedBatches(tuning, mesh)
-            console.start(total_steps, cursor.step, batches.steps_per_epoch)
-            divergence = None
-            try:
-                with open_feed(
-                    config.train, train_step, program, jit_step, batches, mesh, cursor.step, schedule
-                ) as feed:
-
-                    def step_and_note(state: TrainState, inputs: Any) -> tuple[TrainState, Any]:
-                        results = feed.train_step(state, inputs)
-                        if "first step" not in startup.marks:
-                            jax.block_until_ready(results)
-                            startup.mark("first step")
-                        return results
-
-                    state, stop_reason = train(
-                        state,
-                        cursor,
-                        schedule,
-                        Actions(
-                            feed.next_inputs,
-                            step_and_note,
-                            validate=lambda variables: validate(validation_step, variables, placed),
-                            learning_rates=learning_rates,
-                            save=save,
-                            interrupted=lambda: bool(interruption),
-                            probe=probe,
-                            gradients=lambda squares: gradient_metrics(names, squares),
-                            offender=lambda squares: offending_leaf(names, squares, at_start),
-                            compilations=feed.compilations,
-                        ),
-                        announce.LoopReporter(
-                            console,
-                            folder / METRICS_FILE,
-                            baseline_metrics,
-                            examination.during,
-                        ),
-                    )
-            except DivergenceError as error:
-                divergence, stop_reason = error, f"diverged: {error}"
-            console.close()
-
-            best_step, assessment = checkpoints.best_step(), {}
-            if best_step is not None and not divergence:
-                trees = state.variables
-                best = checkpoints.restore(best_step, params=trees["params"], lora=trees["lora"])
-                variables = {"params": best.params, "lora": best.lora}
-                try_write_adapter(console, folder, config, setup, variables, data.vocabulary.fingerprint())
-                if stop_reason != "interrupted":  # whoever stops a run wants it to end soon
-                    scoring_step = jax.jit(make_scoring_step(setup.predictor, config.masking, validation_key))
-                    results = score_masked_codes(scoring_step, variables, tuning, masked, mesh)
-                    assessment = assess(data.vocabulary.counts, FIRST_CODE, baselines, results)
-        exit_status = 0
-        if stop_reason == "interrupted":
-            stop_reason, exit_status = f"interrupted by {interruption.name}", 128 + interruption.number
-        summary = write_summary(
-            folder,
-            config,
-            baselines=baseline_metrics,
-            assessment=assessment,
-            best_step=best_step,
-            stop_reason=stop_reason,
-            seconds=earlier_seconds + time.perf_counter() - started,
-            examination=examination,
-            data=description,
-            parameters=parameters,
-            startup=startup.marks,
-        )
-        announce.end(console, folder, summary)
-    if divergence:
-        raise divergence
-    return RunResult(folder, summary, exit_status)
+def write_summary(
+    run: Pretraining,
+    config: PretrainConfig,
+    baselines: JsonObject,
+    assessment: JsonObject,
+    ended: RunEnd,
+    examination: Examination,
+) -> JsonObject:
+    """Write summary.json, SUMMARY.txt, plots and report.html; returns the summary."""
+    folder, metrics = run.folder, read_metrics(run.folder / METRICS_FILE)
+    found = summarise(
+        metrics,
+        baselines,
+        ended.best_step,
+        ended.stop_reason,
+        ended.seconds,
+        run.description,
+        run.parameters,
+    )
+    summary = Summary(**found, **assessment)
+    if "first step" in ended.startup:
+        summary["first_step_seconds"] = ended.startup["first step"]
+        summary["startup_seconds"] = dict(ended.startup)
+    summary["findings"] = examination.after(summary)
+    write_json(folder / SUMMARY_FILE, summary)
+    write_text(folder / SUMMARY_TEXT_FILE, summary_text(summary, config.name))
+    plot_curves(metrics, baselines, folder / PLOTS_FOLDER)
+    write_report(folder)
+    return dict(summary)

@@ -1,41 +1,129 @@
-"""The settings that a run is made with, and whether another start may go on with it."""
+"""A training run from its opening to its end, whatever it trains: its parts, its start, its saves.
+
+The recipes of pretraining and fine-tuning make a :class:`Run`, let it :func:`begin`, and :func:`save` it; its
+settings decide whether another start may go on with it.
+"""
 
 import platform
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from behrt_jax import __version__
-from behrt_jax.adapters.files import save_adapter
+from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig
+from behrt_jax.data.batches import TaskBatches, TrainingBatches
 from behrt_jax.errors import InputError
-from behrt_jax.files import read_json, write_json, write_text
-from behrt_jax.run_folder import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    PLOTS_FOLDER,
-    SUMMARY_FILE,
-    SUMMARY_TEXT_FILE,
-    read_metrics,
-)
+from behrt_jax.files import JsonObject, read_json
+from behrt_jax.run_folder import CONFIG_FILE, METRICS_FILE, truncate_metrics
 from behrt_jax.tracking.console import Console
-from behrt_jax.tracking.plots import plot_curves
-from behrt_jax.tracking.report import write_report
-from behrt_jax.tracking.summary import flat, summarise, summary_text
+from behrt_jax.tracking.summary import flat
 from behrt_jax.training.checkpoints import Checkpoints
+from behrt_jax.training.devices import put_rows, shapes_of
 from behrt_jax.training.freezing import count_parameters
-from behrt_jax.training.loop import Cursor
-from behrt_jax.training.state import Setup, TaskSetup
+from behrt_jax.training.loop import Cursor, Interruption, Schedule
+from behrt_jax.training.optimizer import rates_on_host
+from behrt_jax.training.state import Assembly, Setup
 from behrt_jax.training.step import TrainState, Variables
-from behrt_jax.workflows.doctor import Examination
+from behrt_jax.training.telemetry import Telemetry, leaves_not_finite, make_probe, trainable_names
 
-# Going on where a run stopped.
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A training run that is about to begin."""
+
+    folder: Path
+    assembly: Assembly
+    batches: TrainingBatches | TaskBatches
+    schedule: Schedule
+    micro_batches: int
+    parameters: JsonObject
+    """Content of parameters.json."""
+    code_counts: np.ndarray
+    """Events of each code in the train split, int64 ``[vocabulary]``."""
+
+
+def compile_beside(executor: Executor, run: Run, program: Any, from_host: bool = True) -> Future[TrainState]:
+    """Make the first state, and compile the step, while the processor has time for it.
+
+    Args:
+        executor: of one thread.
+        run: what is trained.
+        program: `feeding.one_step` of its step.
+        from_host: batches come from the host, else they are gathered on the device by another program.
+    """
+
+    def prepare() -> TrainState:
+        state = run.assembly.first_state()
+        if from_host:
+            batch = put_rows(run.batches.batch(0), run.assembly.mesh)
+            program.lower(run.assembly.state_shapes, shapes_of(batch)).compile()
+        return state
+
+    compiling = executor.submit(prepare)
+    if jax.process_count() > 1:
+        compiling.result()  # processes must start their programs in the same order
+    return compiling
+
+
+class Begun(NamedTuple):
+    """A run at the step where it begins or goes on."""
+
+    state: TrainState
+    cursor: Cursor
+    telemetry: Telemetry
+    clock: float
+    """``time.perf_counter()`` at which it would have begun, had it never been interrupted."""
+
+
+def begin(
+    run: Run,
+    config: PretrainConfig | FinetuneConfig,
+    compiling: Future[TrainState],
+    checkpoints: Checkpoints,
+    console: Console,
+    start: Callable[[TrainState], TrainState],
+    started: float,
+) -> Begun:
+    """Go on from the latest checkpoint where the run is resumed, else from `start` of its first state.
+
+    Args:
+        run: what is trained.
+        config: its settings.
+        compiling: gives its first state, which is used up.
+        checkpoints: of the run.
+        console: told where it goes on.
+        start: puts other parameters in place of the first ones, in a run that begins.
+        started: ``time.perf_counter()`` at the start of this process's part.
+    """
+    first = compiling.result()
+    static_masks = isinstance(config, PretrainConfig) and config.train.static_masks
+    # How far adapters moved is told from their first values, also after a restart.
+    probe = make_probe(
+        first.variables["lora"], run.code_counts, run.schedule.steps_per_epoch, static_masks=static_masks
+    )
+    state, cursor = restore_latest(checkpoints, first, console) if config.resume else (first, Cursor())
+    if cursor.step == 0:
+        state = start(state)
+    trains = [group for group in GROUPS if run.parameters[group]["trainable"]]
+    telemetry = Telemetry(
+        rates_on_host(config.optimizer, run.schedule.total_steps, trains),
+        trainable_names(run.assembly.setup.mask),
+        probe,
+        leaves_not_finite(state.variables),
+    )
+    truncate_metrics(run.folder / METRICS_FILE, cursor.step)
+    console.start(run.schedule.total_steps, cursor.step, run.schedule.steps_per_epoch)
+    return Begun(state, cursor, telemetry, started - cursor.seconds)
 
 
 def restore_latest(checkpoints: Checkpoints, state: TrainState, console: Console) -> tuple[Any, Cursor]:
@@ -53,6 +141,57 @@ def restore_latest(checkpoints: Checkpoints, state: TrainState, console: Console
         TrainState(step_array, {"params": params, "lora": lora}, opt_state),
         Cursor.from_json(checkpoints.read_cursor(step)),
     )
+
+
+def save(
+    checkpoints: Checkpoints,
+    config: PretrainConfig | FinetuneConfig,
+    begun: Begun,
+    state: TrainState,
+    validation: Mapping[str, float | None] | None = None,
+) -> None:
+    """Write a checkpoint; with the figures of the validation (None: not defined) where it follows one."""
+    begun.cursor.seconds = time.perf_counter() - begun.clock
+    trees = state.variables["params"], state.variables["lora"], state.opt_state
+    figures = None if validation is None else {k: v for k, v in validation.items() if v is not None}
+    checkpoints.save(begun.cursor.step, *trees, begun.cursor.to_json(), settings(config), figures)
+
+
+def best_variables(checkpoints: Checkpoints, step: int, state: TrainState) -> Variables:
+    """Variables of the checkpoint of a step, spread over devices as those of `state`."""
+    trees = state.variables
+    best = checkpoints.restore(step, params=trees["params"], lora=trees["lora"])
+    return {"params": best.params, "lora": best.lora}
+
+
+def exit_status(stop_reason: str, interruption: Interruption) -> tuple[str, int]:
+    """Reason why a run stopped, for a person, and exit status of its command."""
+    if stop_reason == "interrupted":
+        return f"interrupted by {interruption.name}", 128 + interruption.number
+    return stop_reason, 0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run's folder, and how it ended."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    """Content of summary.json."""
+    exit_status: int = 0
+    """0, or 128 plus the number of the signal that stopped the run."""
+
+
+def parameter_report(freezing: FreezingConfig, setup: Setup) -> JsonObject:
+    """Content of parameters.json: counts by group, the regime, and the adapted layers."""
+    return {
+        **count_parameters(setup.shapes, setup.mask),
+        "regime": "+".join(freezing.groups) or freezing.regime,
+        "adapters": [
+            {"name": layer.name, "in": layer.inputs, "out": layer.outputs, "rank": layer.rank}
+            for layer in setup.layers
+        ],
+    }
 
 
 # A resumed run may differ in these: they say how long to train and where, not how.
@@ -81,10 +220,10 @@ def default_folder(name: str) -> Path:
 
 def run_record(
     config: PretrainConfig | FinetuneConfig,
-    data: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    baselines: Mapping[str, Any],
-) -> dict[str, Any]:
+    data: JsonObject,
+    facts: JsonObject,
+    baselines: JsonObject,
+) -> JsonObject:
     """Content of config.json: settings, versions, devices, what the data is (no events), and what the
     doctor goes by.
     """
@@ -104,7 +243,7 @@ def run_record(
     }
 
 
-def settings(config: Any) -> dict[str, Any]:
+def settings(config: Any) -> JsonObject:
     """A configuration (a dataclass) as nested dicts, ready for JSON."""
 
     def plain(value: Any) -> Any:
@@ -139,7 +278,7 @@ def check_same_run(folder: Path, config: PretrainConfig | FinetuneConfig, finger
         )
 
 
-def _completed(stored: Mapping[str, Any], kind: type[PretrainConfig | FinetuneConfig]) -> dict[str, Any]:
+def _completed(stored: JsonObject, kind: type[PretrainConfig | FinetuneConfig]) -> JsonObject:
     """Settings of a run, with the defaults of those that its version of behrt_jax did not have."""
     defaults = settings(kind(lora=LoRAConfig()))
     return {
@@ -148,7 +287,7 @@ def _completed(stored: Mapping[str, Any], kind: type[PretrainConfig | FinetuneCo
     }
 
 
-def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable(values: JsonObject) -> JsonObject:
     lists = {
         f"{section}.{name}": value
         for section, inner in values.items()
@@ -157,89 +296,3 @@ def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, list)
     }
     return {name: value for name, value in {**dict(flat(dict(values))), **lists}.items() if name not in FREE}
-
-
-# What is written when a training run ends, however it ended.
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Where a run is and how it ended."""
-
-    folder: Path
-    summary: dict[str, Any]
-    """Content of summary.json."""
-    exit_status: int = 0
-    """0, or 128 plus the number of the signal that stopped the run."""
-
-
-def parameter_report(freezing: FreezingConfig, setup: Setup | TaskSetup) -> dict[str, Any]:
-    """Content of parameters.json: counts by group, the regime, and the adapted layers."""
-    return {
-        **count_parameters(setup.shapes, setup.mask),
-        "regime": "+".join(freezing.groups) or freezing.regime,
-        "adapters": [
-            {"name": layer.name, "in": layer.inputs, "out": layer.outputs, "rank": layer.rank}
-            for layer in setup.layers
-        ],
-    }
-
-
-def write_adapter(
-    folder: Path, config: PretrainConfig, setup: Setup, variables: Variables, vocabulary_fingerprint: str
-) -> list[Path]:
-    """Write the adapter with all that was trained beside it; none where the model has no adapters."""
-    if config.lora is None:
-        return []
-    values = settings(config)
-    return save_adapter(
-        folder / "adapter",
-        params=variables["params"],
-        lora=variables["lora"],
-        trained=setup.mask["params"],
-        lora_config=values["lora"],
-        model_config=values["model"],
-        vocabulary_fingerprint=vocabulary_fingerprint,
-    )
-
-
-def write_summary(
-    folder: Path,
-    config: PretrainConfig,
-    *,
-    baselines: Mapping[str, Any],
-    assessment: Mapping[str, Any],
-    best_step: int | None,
-    stop_reason: str,
-    seconds: float,
-    examination: Examination,
-    data: Mapping[str, Any],
-    parameters: Mapping[str, Any],
-    startup: Mapping[str, float],
-) -> dict[str, Any]:
-    """Write summary.json, SUMMARY.txt, plots and report.html; returns the summary.
-
-    `startup` has the marks of :class:`behrt_jax.training.runtime.Startup`.
-    """
-    metrics = read_metrics(folder / METRICS_FILE)
-    summary = summarise(
-        metrics, dict(baselines), best_step, stop_reason, seconds, dict(data), dict(parameters)
-    )
-    summary |= assessment
-    if "first step" in startup:
-        summary |= {"first_step_seconds": startup["first step"], "startup_seconds": dict(startup)}
-    summary["findings"] = examination.after(summary)
-    write_json(folder / SUMMARY_FILE, summary)
-    write_text(folder / SUMMARY_TEXT_FILE, summary_text(summary, config.name))
-    plot_curves(metrics, dict(baselines), folder / PLOTS_FOLDER)
-    write_report(folder)
-    return summary
-
-
-def try_write_adapter(console: Console, *arguments: Any) -> list[Path]:
-    """As :func:`write_adapter`; where safetensors is not installed, say so and go on."""
-    try:
-        return write_adapter(*arguments)
-    except InputError as error:
-        console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
-        return []

@@ -14,7 +14,9 @@ import numpy as np
 from flax import linen as nn
 
 from behrt_jax.config import LoRAConfig, PretrainConfig
+from behrt_jax.data.batches import Batch
 from behrt_jax.errors import InputError
+from behrt_jax.presets import PRETRAIN
 from experiments.benchmarks.harness import contest
 from experiments.benchmarks.train import ALL_LINEARS
 
@@ -69,9 +71,8 @@ def _head_everywhere() -> dict[str, Any]:
     class Everywhere(BEHRTForMLM):
         """Logits at every column, of which the targets are taken afterwards."""
 
-        def __call__(self, *inputs: Any, **options: Any) -> jax.Array:
-            *others, targets = inputs if len(inputs) == 6 else (*inputs, None)
-            logits = super().__call__(*others, **options)
+        def __call__(self, batch: Batch, targets: Any = None, *others: Any, **options: Any) -> jax.Array:
+            logits = super().__call__(batch, None, *others, **options)
             if targets is None:
                 return logits
             return jnp.take_along_axis(logits, targets[:, :, None], axis=1)
@@ -91,11 +92,11 @@ def _all_trains(config: PretrainConfig, layout: str) -> tuple[PretrainConfig, st
 
 
 def _norms() -> dict[str, Any]:
-    return {f"models.{module}.LayerNorm": _FlaxNorm for module in ("encoder", "embeddings", "heads")}
+    return {"models.behrt.LayerNorm": _FlaxNorm}
 
 
 def _gelus() -> dict[str, Any]:
-    return {f"models.{module}.gelu": _erfc_gelu for module in ("encoder", "heads")}
+    return {"models.behrt.gelu": _erfc_gelu}
 
 
 def _plain_merging() -> dict[str, Any]:
@@ -112,7 +113,7 @@ ABLATIONS: dict[str, Ablation] = {
     "packing": Ablation("one subject a row, padded", lambda config, layout: (config, "padded")),
     "masked_head": Ablation("MLM head at every position", patches=_head_everywhere),
     "hashed_dropout": Ablation(
-        "dropout bits of threefry", patches=lambda: {"models.dropout.dropout": _threefry}
+        "dropout bits of threefry", patches=lambda: {"models.layers.dropout": _threefry}
     ),
     "frozen_gradients": Ablation("gradients and updates of the base too", _all_trains),
     "merged_product": Ablation("adapters on activations", _with_activations),
@@ -151,7 +152,7 @@ class AblationBenchmark:
 
 
 def benchmark_ablation(
-    config: AblationBenchmark, configurations: Mapping[str, PretrainConfig]
+    config: AblationBenchmark, configurations: Mapping[str, PretrainConfig] = PRETRAIN
 ) -> dict[str, Any]:
     """Run it, print a table and return ``settings`` and ``results``: name -> ``what``, ``slower``
     (``[low, median, high]`` over the rounds, quartiles), ``step_seconds``, ``peak_bytes``.

@@ -13,14 +13,13 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from behrt_jax.config import DataConfig, LoRAConfig, ModelConfig, OptimizerConfig, PretrainConfig
-from behrt_jax.data.batches import training_batches, with_rows_a_multiple_of
+from behrt_jax.data.batches import RowShape, training_batches
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.records.load import load_sequences
 from behrt_jax.training.devices import make_mesh, put_rows
 from behrt_jax.training.micro_batches import likely_parts, rows_multiple
 from behrt_jax.training.runtime import keep_freed_memory
-from behrt_jax.training.state import init_state, optimizer_for, run_keys, set_up
-from behrt_jax.training.step import Predictor, make_train_step
+from behrt_jax.training.state import assemble_pretraining
 from experiments.benchmarks.ablation import ABLATIONS, no_change
 
 # The machine's rate of large matrix products, a contender of the training benchmark.
@@ -158,21 +157,20 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[s
 
     data = load_patients(task)
     packed = layout == "packed"
-    packing: dict[str, Any] = {
-        "row_length": model.positions,
-        "batch_size": task["patients"],
-        # Without packing as many rows as PyTorch has, not about as many.
-        "batch_tokens": None if packed else task["patients"] * model.positions,
-        "window": "recent",
-        "packed": packed,
-    }
     mesh = make_mesh(jax.devices()[:1])
-    batches = training_batches(data.splits["train"], **packing)
+    batches = training_batches(
+        data.splits["train"],
+        RowShape(model.positions, packed),
+        batch_size=task["patients"],
+        # Without packing as many rows as PyTorch has, not about as many.
+        batch_tokens=None if packed else task["patients"] * model.positions,
+        window="recent",
+    )
     platform = jax.devices()[0].platform
     rows, width = batches.rows_per_batch, model.ffn_size or 4 * model.hidden_size
     likely = likely_parts(rows, model.positions, width, platform)
     parts = ablation.micro_batches or task["micro_batches"] or likely
-    batches = with_rows_a_multiple_of(batches, rows_multiple(batches, mesh, parts))
+    batches = batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts))
     distinct = min(DISTINCT_BATCHES, max(1, batches.steps_per_epoch - 1))  # an epoch's last one is smaller
     host = [batches.batch(step) for step in range(distinct)]
     placed = [put_rows(batch, mesh) for batch in host]
@@ -180,33 +178,15 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[s
     with ExitStack() as stack:
         stack.enter_context(ablation.patched())
         config = replace(config, data=replace(config.data, packed=packed))
-        setup = set_up(config, len(data.vocabulary))
-        optimizer = optimizer_for(config, setup, total_steps=1000)
-        init_key, step_key, _ = run_keys(0)
-
-        def train_step(predictor: Predictor, parts: int) -> Callable[..., Any]:
-            return make_train_step(
-                predictor,
-                optimizer,
-                setup.mask,
-                config.masking,
-                step_key,
-                clip_norm=config.optimizer.clip_norm,
-                micro_batches=parts,
-            )
-
-        state = init_state(config, setup, optimizer, init_key, mesh)
+        assembly = assemble_pretraining(config, len(data.vocabulary), mesh)
+        state = assembly.first_state()
         # What the model needs and no more: attention without tiles, nothing computed twice.
         plain = replace(model, attention="dense", rematerialise=False, head_chunk=len(data.vocabulary))
-        whole = set_up(replace(config, model=plain), len(data.vocabulary)).predictor
-        flops = matrix_flops(train_step(whole, 1), state, placed[0])
+        whole = assemble_pretraining(replace(config, model=plain), len(data.vocabulary), mesh)
+        flops = matrix_flops(whole.step(), state, placed[0])
         donated = (0,) if ablation.donate else ()
         started = time.perf_counter()
-        step = (
-            jax.jit(train_step(setup.predictor, parts), donate_argnums=donated)
-            .lower(state, placed[0])
-            .compile()
-        )
+        step = jax.jit(assembly.step(parts), donate_argnums=donated).lower(state, placed[0]).compile()
         compile_seconds = time.perf_counter() - started
 
     steps = steps_of(task, platform)
@@ -232,5 +212,5 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[s
         "patients_in_flight": float(np.mean(patients)),
         "fill": float(np.mean(real)) / (batches.batch_rows * batches.row_length),
         "device": jax.devices()[0].device_kind,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(setup.shapes)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(assembly.setup.shapes)),
     }

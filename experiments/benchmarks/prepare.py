@@ -25,14 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import behrt_jax
-from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, EventCounts
+from behrt_jax.data.events import BIRTH_CODE, DAY, EVENT_SCHEMA, EventCounts
 from behrt_jax.data.parquet import CHUNK_ROWS
 from behrt_jax.errors import InputError
 
 # Made-up events for benchmarks, as MEDS shards.
 
 Order = Literal["sorted", "shuffled"]
-_DAY = 86_400_000_000
 _KINDS = ("DIAGNOSIS", "MEDICATION", "PROCEDURE")
 _EVENTS_A_VISIT = 4
 _ROW_GROUP = 1 << 18
@@ -106,7 +105,7 @@ def _events_at(place: np.ndarray, offsets: np.ndarray, codes: int, names: pa.Arr
     birth = -20_000 + (subject * 7919) % 14_000  # days since 1970
     random = _random(place)  # [N]
     moment = (ordinal % _EVENTS_A_VISIT + random) * 3_600_000_000  # later events of a visit in later hours
-    time = (birth + 20 * 365 + ordinal // _EVENTS_A_VISIT * np.maximum(days, 1)) * _DAY + moment.astype(
+    time = (birth + 20 * 365 + ordinal // _EVENTS_A_VISIT * np.maximum(days, 1)) * DAY + moment.astype(
         np.int64
     )
     # Zipf's law: code k of n has the range from log(k) to log(k + 1) of log(n + 1).
@@ -114,7 +113,7 @@ def _events_at(place: np.ndarray, offsets: np.ndarray, codes: int, names: pa.Arr
     born = ordinal == 0
     columns = {
         "subject_id": subject,
-        "time": pa.array(np.where(born, birth * _DAY, time), pa.timestamp("us")),
+        "time": pa.array(np.where(born, birth * DAY, time), pa.timestamp("us")),
         "code": pa.DictionaryArray.from_arrays(np.where(born, 0, code).astype(np.int32), names),
     }
     return pa.table(columns, schema=pa.schema([EVENT_SCHEMA.field(name) for name in columns]))
@@ -331,7 +330,7 @@ def _prepare(task: Mapping[str, Any], folder: Path, scratch: Path) -> dict[str, 
     """All of the preparation, from MEDS shards to the finished data set, with the time of its stages."""
     from behrt_jax.config import PrepareConfig
     from behrt_jax.records.prepare.pipeline import prepare
-    from behrt_jax.records.sources.meds import DEFAULT_CODES, open_meds
+    from behrt_jax.records.sources.meds import open_meds
 
     config = PrepareConfig(input=folder, output=scratch / "prepared", workers=task["workers"])
     parts: dict[str, float] = {}
@@ -343,7 +342,7 @@ def _prepare(task: Mapping[str, Any], folder: Path, scratch: Path) -> dict[str, 
         parts[stage] = parts.get(stage, 0.0) + now - last
         last = now
 
-    manifest = prepare(open_meds(folder), config, progress, default_codes=DEFAULT_CODES)
+    manifest = prepare(open_meds(folder), config, progress)
     subjects = sum(split["subjects"] for split in manifest["splits"].values())
     figures = _figures(start, manifest["events"]["read"], subjects)
     parts["finish"] = time.perf_counter() - last

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from behrt_jax.config import FreezingConfig, MeshConfig, PretrainConfig
-from behrt_jax.data.batches import Batch
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import example_inputs
-from behrt_jax.training.devices import make_mesh, replicated, shardings_of, split_rows
-from behrt_jax.training.state import abstract_state, optimizer_for, set_up
-from behrt_jax.training.step import make_train_step
+from behrt_jax.models.behrt import example_batch
+from behrt_jax.presets import PRETRAIN
+from behrt_jax.training.devices import make_mesh, split_rows
+from behrt_jax.training.state import assemble_pretraining
 
 # What devices send each other in a compiled program, read from its text (HLO, as XLA prints it).
 
@@ -179,7 +177,7 @@ class ScalingBenchmark:
 
 
 def benchmark_scaling(
-    config: ScalingBenchmark, configurations: Mapping[str, PretrainConfig]
+    config: ScalingBenchmark, configurations: Mapping[str, PretrainConfig] = PRETRAIN
 ) -> dict[str, Any]:
     """Compile every step, print the figures side by side, and return them.
 
@@ -238,26 +236,13 @@ def step_cost(config: PretrainConfig, rows: int, vocabulary: int) -> dict[str, A
         ``parameter_bytes``, ``optimizer_bytes``, ``temporary_bytes``.
     """
     mesh = make_mesh(config=config.mesh)
-    setup = set_up(config, vocabulary, mesh)
-    optimizer = optimizer_for(config, setup, total_steps=1000)
-    state = abstract_state(setup.shapes, optimizer, mesh)
-    step = make_train_step(
-        setup.predictor,
-        optimizer,
-        setup.mask,
-        config.masking,
-        jax.random.key(0),
-        clip_norm=config.optimizer.clip_norm,
-        micro_batches=config.train.micro_batches or 1,
+    assembly = assemble_pretraining(config, vocabulary, mesh)
+    state, step = assembly.state_shapes, assembly.step(config.train.micro_batches or 1)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split_rows(mesh)),
+        example_batch(config.model, rows * mesh.size),
     )
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
-    inputs = [(x.shape[1:], x.dtype) for x in example_inputs(config.model)]
-    fields: list[Any] = [
-        jax.ShapeDtypeStruct((rows * mesh.size, *shape), dtype, sharding=split_rows(mesh))
-        for shape, dtype in [*inputs, ((), jnp.int32)]
-    ]
-    batch = Batch(*fields)
-    compiled = jitted.lower(state, batch).compile()
+    compiled = assembly.jit(step).lower(state, batch).compile()
     found = collectives(compiled.as_text() or "")
     memory = compiled.memory_analysis()
     return {

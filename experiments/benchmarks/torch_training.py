@@ -10,7 +10,7 @@ from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
 from behrt_jax.config import LoRAConfig, MaskingConfig, ModelConfig, OptimizerConfig
 from behrt_jax.data.batches import gather_rows
-from behrt_jax.data.packing import one_per_row, subject_windows
+from behrt_jax.data.packing import choose_windows, one_per_row
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import MASK, SPECIAL_TOKENS
 from behrt_jax.errors import InputError
@@ -54,7 +54,7 @@ def padded_batches(sequences: Sequences, length: int, batch_size: int, seed: int
     Raises:
         InputError: there are fewer subjects than `batch_size`.
     """
-    windows = subject_windows(sequences, length, "recent")
+    windows = choose_windows(sequences, length, "recent")
     plan = one_per_row(len(windows), np.random.default_rng(seed))
     for rows in _whole_batches(len(plan), batch_size):
         batch = gather_rows(sequences, windows, plan, rows, length, cls_token=False)

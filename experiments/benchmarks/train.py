@@ -18,6 +18,7 @@ import numpy as np
 
 from behrt_jax.config import Attention, LoRAConfig, PretrainConfig
 from behrt_jax.errors import InputError
+from behrt_jax.presets import PRETRAIN
 from experiments.benchmarks.harness import Contender, contest
 
 # What is made of the seconds of the training benchmark's contenders.
@@ -146,7 +147,9 @@ class TrainBenchmark:
     """Folder for train.json and train.png; nothing is written where not given."""
 
 
-def benchmark_train(config: TrainBenchmark, configurations: Mapping[str, PretrainConfig]) -> dict[str, Any]:
+def benchmark_train(
+    config: TrainBenchmark, configurations: Mapping[str, PretrainConfig] = PRETRAIN
+) -> dict[str, Any]:
     """Run the contest for each size and regime, print the tables and return the figures.
 
     Args:

@@ -21,10 +21,9 @@ from behrt_jax.data.batches import Batch
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError
 from behrt_jax.models.losses import decoder_losses, logit_losses, vocabulary_chunk
-from behrt_jax.training.devices import make_mesh, put_rows, replicated
+from behrt_jax.training.devices import make_mesh, put_rows
 from behrt_jax.training.masking import masking_budget
-from behrt_jax.training.state import init_state, optimizer_for, set_up
-from behrt_jax.training.step import make_train_step
+from behrt_jax.training.state import assemble_pretraining
 
 
 @dataclass(frozen=True)
@@ -122,13 +121,11 @@ def _measure(config: VocabularyBenchmark, vocabulary: int, head: str) -> dict[st
 
 def _time_step(run: PretrainConfig, vocabulary: int, rows: int, repeats: int) -> tuple[float, float]:
     """Milliseconds and MiB of temporaries of the whole train step."""
-    setup, mesh = set_up(run, vocabulary), make_mesh(jax.devices()[:1])
-    optimizer = optimizer_for(run, setup, total_steps=100)
-    init_key, step_key = jax.random.split(jax.random.key(0))
-    state = init_state(run, setup, optimizer, init_key, mesh)
+    mesh = make_mesh(jax.devices()[:1])
+    assembly = assemble_pretraining(run, vocabulary, mesh)
+    state = assembly.first_state()
     batch = put_rows(_batch(run.model, vocabulary, rows), mesh)
-    step = make_train_step(setup.predictor, optimizer, setup.mask, run.masking, step_key, clip_norm=1.0)
-    program = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh)).lower(state, batch).compile()
+    program = assembly.jit(assembly.step()).lower(state, batch).compile()
     memory: Any = program.memory_analysis()
 
     def once() -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from behrt_jax.cli import exit_status
+from behrt_jax.cli import Command, run_command
 from behrt_jax.config import (
     DataConfig,
     FinetuneConfig,
@@ -24,15 +24,21 @@ from behrt_jax.config import (
     TaskTrainConfig,
     TrainConfig,
 )
-from behrt_jax.data.examples import task_batches
+from behrt_jax.data.batches import RowShape, task_batches
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import CLS, MASK, PAD, SEP
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.bootstrap import Figures, SubjectDraws, bootstrap, subject_draws
-from behrt_jax.evaluation.decisions import predictions
-from behrt_jax.evaluation.oracle import Oracle, Visits, filter_visits, find_visits, oracle_of, read_forward
+from behrt_jax.evaluation.oracle import (
+    Oracle,
+    VisitRuns,
+    filter_visits,
+    find_visits,
+    oracle_of,
+    read_forward,
+)
+from behrt_jax.evaluation.performance import Figures, SubjectDraws, bootstrap, subject_draws
 from behrt_jax.evaluation.scores import binary_scorer
 from behrt_jax.evaluation.task_baselines import (
     BaselineData,
@@ -41,18 +47,17 @@ from behrt_jax.evaluation.task_baselines import (
     regression_baseline,
 )
 from behrt_jax.files import write_json
-from behrt_jax.presets import _SMALL_LATENT, FINETUNE, SMALL
+from behrt_jax.presets import FINETUNE, PRETRAIN, SMALL
 from behrt_jax.records.load import generated_code_count, load_sequences
-from behrt_jax.records.synthetic.latent import latent_paths, onset_labels
 from behrt_jax.run_folder import SUMMARY_FILE
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import make_mesh
-from behrt_jax.training.step import make_output_step
-from behrt_jax.training.validation import score
+from behrt_jax.training.validation import make_output_step, score
 from behrt_jax.workflows.finetune import finetune_on
 from behrt_jax.workflows.labelled_data import examples_of
 from behrt_jax.workflows.predict import open_finetuned
 from behrt_jax.workflows.pretrain import pretrain
+from experiments.studies.latent_course import latent_paths, onset_labels
 
 # The best possible forecasts from generated records: the next visit's codes, the onset of a condition.
 
@@ -76,6 +81,39 @@ class ForecastStudyConfig:
     """Folder of all runs; what is there already is not made again."""
 
 
+_FEW = {"batch_size": 256, "patience": 8, "log_every": 50}
+FORECAST_BASE = replace(
+    PRETRAIN["small_latent"],
+    name="forecast_base",
+    model=replace(SMALL, positions=64, dropout=0.0),
+    data=DataConfig(
+        source="latent",
+        subjects=100_000,
+        vocabulary_size=300,
+        events_spread=0.6,
+        window="first",
+        tuning_fraction=0.1,
+        held_out_fraction=0.2,
+    ),
+    train=TrainConfig(epochs=10, batch_size=256, log_every=50),
+)
+FORECASTS = (
+    replace(
+        FINETUNE["full"],
+        optimizer=OptimizerConfig(learning_rate=3e-4),
+        train=TaskTrainConfig(epochs=5, **_FEW),
+    ),
+    replace(
+        FINETUNE["lora"],
+        lora=LoRAConfig(rank=2, targets=("query", "key", "value", "out", "intermediate", "output")),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        train=TaskTrainConfig(epochs=5, **_FEW),
+    ),
+    replace(FINETUNE["scratch"], train=TaskTrainConfig(epochs=8, **_FEW)),
+)
+"""Study of forecasts: a base for generated records, and ways of fine-tuning it."""
+
+
 _CHUNK = 4096  # tokens worked on at once
 
 
@@ -83,7 +121,7 @@ _CHUNK = 4096  # tokens worked on at once
 class StagePosteriors:
     """What the codes of whole histories tell of the conditions at each visit."""
 
-    visits: Visits
+    visits: VisitRuns
     """All visits, subject by subject; ``firsts`` says where each subject's begin."""
     stages: np.ndarray
     """float64 ``[visits, Z]``: joint stage given the codes up to and with that visit."""
@@ -101,7 +139,7 @@ def stage_posteriors(oracle: Oracle, sequences: Sequences) -> StagePosteriors:
         chunk = slice(start, start + _CHUNK // 4)
         starts, sizes = visits.starts[chunk], visits.sizes[chunk]
         tokens = slice(starts[0], starts[-1] + sizes[-1])
-        part = Visits(
+        part = VisitRuns(
             visits.of_token[tokens] - start,
             starts - starts[0],
             sizes,
@@ -226,7 +264,9 @@ RESULT_FILE = "forecast_study.json"
 
 
 def forecast_study(
-    config: ForecastStudyConfig, base: PretrainConfig, finetunes: Sequence[FinetuneConfig]
+    config: ForecastStudyConfig,
+    base: PretrainConfig = FORECAST_BASE,
+    finetunes: Sequence[FinetuneConfig] = FORECASTS,
 ) -> dict[str, Any]:
     """Pretrain, fine-tune in each way with each share of the labels, and compare on the held_out split.
 
@@ -355,13 +395,12 @@ def _held_out_outputs(run: Any, data: SequenceSet, labels: Labels) -> tuple[np.n
     batches = task_batches(
         examples,
         np.zeros((len(examples), 1), np.float32),
-        row_length=model.model.positions,
+        RowShape(model.model.positions, cls_token=model.model.cls_token),
         batch_size=len(examples),
         seed=None,
-        cls_token=model.model.cls_token,
     ).of_rows(64, mesh.size)
     outputs = score(jax.jit(make_output_step(model.setup.predictor)), model.members[0], batches, mesh)
-    return predictions("binary", outputs, model.calibration.temperature)[:, 0], model.trained
+    return model.task.of.predictions(outputs, model.calibration.temperature)[:, 0], model.trained
 
 
 def _baselines(
@@ -438,55 +477,7 @@ def _show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     )
 
 
-_FEW = {"batch_size": 256, "patience": 8, "log_every": 50}
-FORECAST_BASE = replace(
-    _SMALL_LATENT,
-    name="forecast_base",
-    model=replace(SMALL, positions=64, dropout=0.0),
-    data=DataConfig(
-        source="latent",
-        subjects=100_000,
-        vocabulary_size=300,
-        events_spread=0.6,
-        window="first",
-        tuning_fraction=0.1,
-        held_out_fraction=0.2,
-    ),
-    train=TrainConfig(epochs=10, batch_size=256, log_every=50),
-)
-FORECASTS = (
-    replace(
-        FINETUNE["full"],
-        optimizer=OptimizerConfig(learning_rate=3e-4),
-        train=TaskTrainConfig(epochs=5, **_FEW),
-    ),
-    replace(
-        FINETUNE["lora"],
-        lora=LoRAConfig(rank=2, targets=("query", "key", "value", "out", "intermediate", "output")),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
-        train=TaskTrainConfig(epochs=5, **_FEW),
-    ),
-    replace(FINETUNE["scratch"], train=TaskTrainConfig(epochs=8, **_FEW)),
-)
-"""Study of forecasts: a base for generated records, and ways of fine-tuning it."""
-
-
-def forecast_study_command(
-    arguments: Sequence[str], base: PretrainConfig, finetunes: Sequence[FinetuneConfig]
-) -> int:
-    """Run the study of forecasts; returns the exit status of :func:`exit_status`."""
-    import tyro
-
-    config = tyro.cli(
-        ForecastStudyConfig,
-        prog="forecast_study.py",
-        description=ForecastStudyConfig.__doc__,
-        args=list(arguments),
-        use_underscores=True,
-    )
-
-    def run() -> int:
-        forecast_study(config, base, finetunes)
-        return 0
-
-    return exit_status(run)
+def forecast_study_command(arguments: Sequence[str]) -> int:
+    """Run the study of forecasts; returns the exit status of :func:`behrt_jax.cli.run_command`."""
+    study = Command(ForecastStudyConfig, f"{__name__}:forecast_study")
+    return run_command(study, arguments, prog="forecast_study.py")

@@ -8,23 +8,23 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import jax
 
-from behrt_jax.cli import exit_status, parse
+from behrt_jax.cli import Command, run_command
 from behrt_jax.config import FreezingConfig, InitConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.files import read_json, write_json, write_text
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.records.load import load_sequences
 from behrt_jax.run_folder import CONFIG_FILE, PARAMETERS_FILE, SUMMARY_FILE
-from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
+from behrt_jax.training.devices import make_mesh, put_rows
 from behrt_jax.training.freezing import count_parameters
-from behrt_jax.training.state import init_state, optimizer_for, set_up
-from behrt_jax.training.step import make_train_step
+from behrt_jax.training.state import assemble_pretraining
 from behrt_jax.workflows.pretrain import pretrain, split_batches
 from behrt_jax.workflows.run import settings
 from experiments.studies.freezing_report import judge, plot_study, read_run, study_text, summarise_cells
@@ -93,26 +93,12 @@ def measure_costs(
     costs: dict[str, dict[str, Any]] = {}
     steps, states = {}, {}
     for name, config in configs.items():
-        setup = set_up(config, len(data.vocabulary), mesh)
-        optimizer = optimizer_for(config, setup, total_steps=1000)
-        init_key, step_key = jax.random.split(jax.random.key(0))
-        states[name] = init_state(config, setup, optimizer, init_key, mesh)
-        step = jax.jit(
-            make_train_step(
-                setup.predictor,
-                optimizer,
-                setup.mask,
-                config.masking,
-                step_key,
-                clip_norm=config.optimizer.clip_norm,
-                micro_batches=first.train.micro_batches or 1,
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings_of(states[name]), replicated(mesh)),
-        )
+        assembly = assemble_pretraining(config, len(data.vocabulary), mesh)
+        states[name] = assembly.first_state()
+        step = assembly.jit(assembly.step(first.train.micro_batches or 1))
         steps[name] = step.lower(states[name], batch).compile()
         analysis = steps[name].cost_analysis() or {}
-        report = count_parameters(setup.shapes, setup.mask)
+        report = count_parameters(assembly.setup.shapes, assembly.setup.mask)
         costs[name] = {
             **{key: report[key] for key in ("trainable", "total", "trainable_percent")},
             "flops": analysis.get("flops"),
@@ -358,14 +344,14 @@ FREEZING_STUDIES: dict[str, FreezingStudyConfig] = {
 }
 
 
-def freezing_study_command(
-    arguments: Sequence[str], configurations: Mapping[str, FreezingStudyConfig], default: str
-) -> int:
-    """Run the freezing study; ``--quick`` is short for ``--config quick``. As :func:`pretrain_command`."""
-
-    def run() -> int:
-        spelt_out = [part for a in arguments for part in (("--config", "quick") if a == "--quick" else (a,))]
-        config = parse(spelt_out, configurations, default, "freezing_study.py")
-        return freezing_study(config)[1]
-
-    return exit_status(run)
+def freezing_study_command(arguments: Sequence[str]) -> int:
+    """Run the freezing study; ``--quick`` is short for ``--config quick``. As :func:`run_command`."""
+    study = Command(
+        FreezingStudyConfig,
+        f"{__name__}:freezing_study",
+        named=FREEZING_STUDIES,
+        default="large",
+        status=itemgetter(1),
+    )
+    spelt_out = [part for a in arguments for part in (("--config", "quick") if a == "--quick" else (a,))]
+    return run_command(study, spelt_out, prog="freezing_study.py")

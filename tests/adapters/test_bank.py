@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.adapters import bank, lora
-from behrt_jax.adapters.files import save_adapter
+from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForTask, example_inputs
+from behrt_jax.models.behrt import BEHRTForTask, example_batch
 from behrt_jax.models.stacked_layers import unstack_layers
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
@@ -43,15 +43,13 @@ def save(folder, params, adapters, config, trained_groups=("head",), **changes):
     def trains(path, _):
         return label(("params", *path_names(path))) in trained_groups
 
-    save_adapter(
-        folder,
-        params=params,
-        lora=adapters,
-        trained=jax.tree_util.tree_map_with_path(trains, params),
-        lora_config=None if config is None else {**vars(config), "unknown_setting": 1},
-        model_config={},
-        **{"vocabulary_fingerprint": "v", **changes},
-    )
+    written = {
+        "lora": None if config is None else {**vars(config), "unknown_setting": 1},
+        "model": {},
+        "vocabulary_fingerprint": "v",
+    }
+    trained = jax.tree_util.tree_map_with_path(trains, params)
+    save_adapter(folder, params, adapters, trained, AdapterConfig(**{**written, **changes}))
 
 
 @pytest.fixture(scope="module", params=["layers apart", "stacked"])
@@ -63,7 +61,7 @@ def case(request, tmp_path_factory):
     for number, (adapter, outputs) in enumerate(MEMBERS):
         model = BEHRTForTask(config, VOCABULARY, outputs)
         init = partial(model.init, segments=SEGMENTS)
-        shapes = jax.eval_shape(init, jax.random.key(0), *example_inputs(config))["params"]
+        shapes = jax.eval_shape(init, jax.random.key(0), example_batch(config))["params"]
         params = moved(jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes), 50 + number)
         behrt = params["behrt"] if behrt is None else behrt
         params["behrt"] = behrt
@@ -77,7 +75,7 @@ def case(request, tmp_path_factory):
 def alone(params, own, batch, model, adapter):
     """`[batch, segments, outputs]` of one adapter, by `lora.applying`."""
     with nullcontext() if adapter is None else lora.applying(adapter):
-        return model.apply({"params": params, "lora": own}, *batch[:5], segments=SEGMENTS)
+        return model.apply({"params": params, "lora": own}, batch, segments=SEGMENTS)
 
 
 def assert_each_as_alone(found, numbers, members, batch):
@@ -125,7 +123,7 @@ def apply(loaded, inputs, numbers, config):
 
 
 def predict(loaded, config, batch, numbers):
-    return apply(loaded, batch[:5], numbers, config)
+    return apply(loaded, batch, numbers, config)
 
 
 def test_the_base_is_shared_and_the_bank_has_one_adapter_after_the_other(case):
@@ -146,7 +144,7 @@ def test_gathered_adapters_cost_the_same_however_many_there_are(tmp_path):
     """And joined ones cost more with each."""
     config = tiny_model()
     model = BEHRTForTask(config, VOCABULARY, 1)
-    params = jax.jit(partial(model.init, segments=1))(jax.random.key(0), *example_inputs(config))["params"]
+    params = jax.jit(partial(model.init, segments=1))(jax.random.key(0), example_batch(config))["params"]
     adapter = LoRAConfig(rank=4)
     own = init_adapters(jax.random.key(1), params, adapter)
     save(tmp_path / "adapter", params, own, adapter)
@@ -154,7 +152,7 @@ def test_gathered_adapters_cost_the_same_however_many_there_are(tmp_path):
 
     def flops(adapters, shape):
         loaded = bank.load([tmp_path / "adapter"] * adapters, params)
-        lowered = apply.lower(loaded, batch[:5], jnp.zeros(shape, jnp.int32), config)
+        lowered = apply.lower(loaded, batch, jnp.zeros(shape, jnp.int32), config)
         return lowered.compile().cost_analysis()["flops"]
 
     joined = [flops(adapters, (4, SEGMENTS)) for adapters in (4, 8, 16)]

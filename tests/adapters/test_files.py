@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import behrt_jax
-from behrt_jax.adapters.files import fingerprint_tree, load_adapter, save_adapter
+from behrt_jax.adapters.files import AdapterConfig, fingerprint_tree, load_adapter, save_adapter
 from behrt_jax.errors import InputError
 
 WIDTH, RANK = 8, 2
@@ -54,14 +54,13 @@ def train_groups(params, *modules):
 
 
 def save(folder, params, lora, trained=None, **overrides):
-    arguments = {
-        "trained": train_groups(params, "embeddings", "mlm_head") if trained is None else trained,
-        "lora_config": {"rank": RANK, "alpha": 4.0, "targets": ("query",)},
-        "model_config": {"hidden_size": WIDTH},
+    config = {
+        "lora": {"rank": RANK, "alpha": 4.0, "targets": ("query",)},
+        "model": {"hidden_size": WIDTH},
         "vocabulary_fingerprint": "vocabulary-1",
-        "base_fingerprint": None,
     }
-    return save_adapter(folder, params=params, lora=lora, **{**arguments, **overrides})
+    trained = train_groups(params, "embeddings", "mlm_head") if trained is None else trained
+    return save_adapter(folder, params, lora, trained, AdapterConfig(**{**config, **overrides}))
 
 
 def assert_identical(found, expected):
@@ -94,10 +93,10 @@ def test_an_adapter_comes_back_bit_for_bit(folder):
     assert_identical(found_params, params)
     assert_identical(found_lora, lora)
     assert fingerprint_tree(given_params) == before  # the given tree is left alone
-    assert config["lora"] == {"rank": RANK, "alpha": 4.0, "targets": ["query"]}
-    assert config["model"] == {"hidden_size": WIDTH}
-    assert config["groups"] == ["embedding", "head", "lora"]
-    assert config["behrt_jax_version"] == behrt_jax.__version__
+    assert config.lora == {"rank": RANK, "alpha": 4.0, "targets": ["query"]}
+    assert config.model == {"hidden_size": WIDTH}
+    assert list(config.groups) == ["embedding", "head", "lora"]
+    assert config.behrt_jax_version == behrt_jax.__version__
 
 
 @given(st.data())

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from behrt_jax.adapters import lora
-from behrt_jax.adapters import lora as ranks
-from behrt_jax.adapters.files import load_adapter, save_adapter
-from behrt_jax.adapters.products import activation_product, merged_kernel, merged_product, resolve_product
+from behrt_jax.adapters.files import AdapterConfig, load_adapter, save_adapter
+from behrt_jax.adapters.lora import activation_product, merged_kernel, merged_product, resolve_product
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.stacked_layers import stack_layers, unstack_layers
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
@@ -33,7 +32,7 @@ init, merge, unmerge = (jax.jit(f, static_argnums=2) for f in (lora.init, lora.m
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.device_get(jax.jit(MODEL.init)(jax.random.key(0), *example_inputs(MODEL.config))["params"])
+    return jax.device_get(jax.jit(MODEL.init)(jax.random.key(0), example_batch(MODEL.config))["params"])
 
 
 def trained(params, config, seed=1):
@@ -46,12 +45,12 @@ def trained(params, config, seed=1):
 @partial(jax.jit, static_argnames=("config", "product"))
 def adapted_logits(params, adapters, config, batch, product="activations"):
     with lora.applying(config, product):
-        return MODEL.apply({"params": params, "lora": adapters}, *batch[:5])
+        return MODEL.apply({"params": params, "lora": adapters}, batch)
 
 
 @jax.jit
 def base_logits(params, batch):
-    return MODEL.apply({"params": params}, *batch[:5])
+    return MODEL.apply({"params": params}, batch)
 
 
 @pytest.mark.parametrize("targets", [("out",), ("query", "key", "value", "out"), ALL_LINEARS])
@@ -105,7 +104,7 @@ def test_unmerge_undoes_merge_and_touches_no_other_leaf(params):
 def loss_and_gradient(adapters, params, batch, config, product):
     def loss(adapters):
         with lora.applying(config, product):
-            return (MODEL.apply({"params": params, "lora": adapters}, *batch[:5]) ** 2).mean()
+            return (MODEL.apply({"params": params, "lora": adapters}, batch) ** 2).mean()
 
     return jax.value_and_grad(loss)(adapters)
 
@@ -128,9 +127,9 @@ def test_adapters_compute_in_the_precision_of_their_layer(product):
 
     def loss(adapters, params):
         with lora.applying(config, product):
-            return model.apply({"params": params, "lora": adapters}, *batch[:5]).mean()
+            return model.apply({"params": params, "lora": adapters}, batch).mean()
 
-    params = jax.eval_shape(lambda key: model.init(key, *batch[:5])["params"], jax.random.key(0))
+    params = jax.eval_shape(lambda key: model.init(key, batch)["params"], jax.random.key(0))
     adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), params, config))
     jaxpr = jax.make_jaxpr(jax.grad(loss))(adapters, params).jaxpr
     operands = [x.aval for p in dot_generals(jaxpr) for x in p.invars if 7 in x.aval.shape]
@@ -153,7 +152,7 @@ def test_kernels_merged_beforehand_give_the_same_outputs_and_gradients(params):
     def loss(adapters, merged):
         variables = {"params": params, "lora": adapters, **merged}
         with lora.applying(config, "merged"):
-            return (MODEL.apply(variables, *batch[:5]) ** 2).mean()
+            return (MODEL.apply(variables, batch) ** 2).mean()
 
     beforehand = {"merged": lora.merged_kernels(params, adapters, config)}
     gradient, loss = jax.jit(jax.grad(loss)), jax.jit(loss)
@@ -203,10 +202,10 @@ def test_adapter_dropout_falls_on_the_adapter_alone(params):
     def logits(adapters):
         with lora.applying(config, deterministic=False):
             return model.apply(
-                {"params": params, "lora": adapters}, *batch[:5], deterministic=False, rngs={"dropout": key}
+                {"params": params, "lora": adapters}, batch, deterministic=False, rngs={"dropout": key}
             )
 
-    base = jax.jit(lambda: model.apply({"params": params}, *batch[:5]))()
+    base = jax.jit(lambda: model.apply({"params": params}, batch))()
     np.testing.assert_allclose(logits(fresh), base, atol=1e-6)
     assert np.abs(logits(adapters) - adapted_logits(params, adapters, config, batch)).max() > 1e-3
     np.testing.assert_allclose(
@@ -309,12 +308,12 @@ RNG = np.random.default_rng(0)
 def test_adapters_of_a_larger_rank_have_the_same_product_and_are_cut_back(layers):
     a, b = RNG.normal(size=(*layers, 4, 2)), RNG.normal(size=(*layers, 2, 5))
     tree = {"encoder": {"query": {"a": a.astype(np.float32), "b": b.astype(np.float32)}}}
-    padded = ranks.pad(tree, 3)
+    padded = lora.pad(tree, 3)
     longer = padded["encoder"]["query"]
     assert longer["a"].shape == (*layers, 4, 3) and longer["b"].shape == (*layers, 3, 5)
     np.testing.assert_allclose(longer["a"] @ longer["b"], a @ b, rtol=1e-4, atol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, ranks.cut(padded, 2), tree)
-    twice = ranks.scaled(padded, 2.0)["encoder"]["query"]
+    jax.tree.map(np.testing.assert_array_equal, lora.cut(padded, 2), tree)
+    twice = lora.scaled(padded, 2.0)["encoder"]["query"]
     np.testing.assert_allclose(twice["a"] @ twice["b"], 2 * a @ b, rtol=1e-4, atol=1e-6)
 
 
@@ -327,7 +326,7 @@ CONFIG = LoRAConfig(rank=3, targets=("query", "intermediate", "mlm_head/dense"))
 @pytest.fixture(scope="module")
 def stacked():
     model = BEHRTForMLM(tiny_model(layers=3, scan_layers=True), VOCABULARY)
-    return jax.device_get(jax.jit(model.init)(jax.random.key(0), *example_inputs(model.config))["params"])
+    return jax.device_get(jax.jit(model.init)(jax.random.key(0), example_batch(model.config))["params"])
 
 
 def test_fresh_adapters_are_those_of_layers_one_by_one(stacked):
@@ -384,18 +383,16 @@ def test_an_adapter_file_fits_its_base_in_either_layout(stacked, tmp_path, saved
 
     save_adapter(
         tmp_path / "adapter",
-        params=params,
-        lora=layout(adapters, saved_stacked),
-        trained=jax.tree_util.tree_map_with_path(trains, params),
-        lora_config={"rank": 3},
-        model_config={},
-        vocabulary_fingerprint="v",
+        params,
+        layout(adapters, saved_stacked),
+        jax.tree_util.tree_map_with_path(trains, params),
+        AdapterConfig(lora={"rank": 3}, model={}, vocabulary_fingerprint="v"),
     )
     other = jax.tree_util.tree_map_with_path(lambda p, x: x + 1.0 if trains(p, x) else x, stacked)
     found_params, found_lora, config = load_adapter(tmp_path / "adapter", layout(other, loaded_stacked))
     chex.assert_trees_all_equal(found_params, layout(stacked, loaded_stacked))
     chex.assert_trees_all_equal(found_lora, layout(adapters, loaded_stacked))
-    assert "lora/behrt/encoder/layer_2/attention/query/a" in config["tensors"]
+    assert "lora/behrt/encoder/layer_2/attention/query/a" in config.tensors
 
     changed = jax.tree.map(lambda x: x, other)
     kernel = changed["behrt"]["encoder"]["layers"]["output"]["kernel"].copy()
@@ -412,12 +409,10 @@ def test_an_adapter_on_some_layers_does_not_fit_a_stack(stacked, tmp_path, layer
     adapters = init(jax.random.key(1), params, config)
     save_adapter(
         tmp_path / "adapter",
-        params=params,
-        lora=adapters,
-        trained=jax.tree.map(lambda _: False, params),
-        lora_config={"rank": 3},
-        model_config={},
-        vocabulary_fingerprint="v",
+        params,
+        adapters,
+        jax.tree.map(lambda _: False, params),
+        AdapterConfig(lora={"rank": 3}, model={}, vocabulary_fingerprint="v"),
     )
     with pytest.raises(InputError, match=f"query/a cannot be stacked: layer_{missing} has no"):
         load_adapter(tmp_path / "adapter", stack_layers(params))

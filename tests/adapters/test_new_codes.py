@@ -10,13 +10,13 @@ import optax
 import pytest
 
 from behrt_jax.adapters import lora
-from behrt_jax.adapters.files import load_adapter, save_adapter
+from behrt_jax.adapters.files import AdapterConfig, load_adapter, save_adapter
 from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.adapters.new_codes import new_rows, with_new_codes
 from behrt_jax.config import LoRAConfig, OptimizerConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForTask, example_inputs
+from behrt_jax.models.behrt import BEHRTForTask, example_batch
 from behrt_jax.training.freezing import REGIMES, optimizer_labels, stop_frozen, trainable
 from behrt_jax.training.optimizer import make_optimizer
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
@@ -65,7 +65,7 @@ def extended():
     config = tiny_model(dropout=0.0)
     plain = BEHRTForTask(config, VOCABULARY, 1)
     init = jax.jit(partial(plain.init, segments=3))
-    params = jax.device_get(init(jax.random.key(0), *example_inputs(config))["params"])
+    params = jax.device_get(init(jax.random.key(0), example_batch(config))["params"])
     names = [*SPECIAL_TOKENS, *(f"code {number}" for number in range(VOCABULARY - len(SPECIAL_TOKENS)))]
     rows = new_rows(params, names, NEW).rows
     variables = {"params": {**params, "new_codes": {"rows": rows}}}
@@ -87,7 +87,7 @@ def batch_with(new_ids):
 def outputs(model, variables, batch):
     with lora.applying(CONFIG):
         variables = {**variables, "params": with_new_codes(variables["params"])}
-        return model.apply(variables, *batch[:5], segments=3)
+        return model.apply(variables, batch, segments=3)
 
 
 def test_known_codes_are_read_as_by_the_base(extended):
@@ -146,15 +146,10 @@ def save(folder, variables, **changes):
     def trains(path, _):
         return label(("params", *path_names(path))) in ("lora", "head")
 
-    arguments = {
-        "trained": jax.tree_util.tree_map_with_path(trains, variables["params"]),
-        "lora_config": vars(CONFIG),
-        "model_config": {},
-        "vocabulary_fingerprint": "v",
-        "new_codes": NEW,
-        **changes,
-    }
-    return save_adapter(folder, params=variables["params"], lora=variables["lora"], **arguments)
+    trained = jax.tree_util.tree_map_with_path(trains, variables["params"])
+    config = {"lora": vars(CONFIG), "model": {}, "vocabulary_fingerprint": "v", "new_codes": NEW}
+    adapter = AdapterConfig(**{**config, **changes})
+    return save_adapter(folder, variables["params"], variables["lora"], trained, adapter)
 
 
 def test_new_codes_and_task_head_come_back_with_their_names_on_the_plain_base(extended, tmp_path):
@@ -164,8 +159,8 @@ def test_new_codes_and_task_head_come_back_with_their_names_on_the_plain_base(ex
     save(tmp_path / "adapter", variables)
     base = {"behrt": variables["params"]["behrt"], "task_head": jax.tree.map(np.zeros_like, head)}
     params, adapters, config = load_adapter(tmp_path / "adapter", base, "v")
-    assert config["new_codes"] == list(NEW)
-    assert config["groups"] == ["head", "lora"]
+    assert list(config.new_codes) == list(NEW)
+    assert list(config.groups) == ["head", "lora"]
     batch = batch_with([VOCABULARY, VOCABULARY + 1, VOCABULARY + 2])
     trees = ({"params": params, "lora": adapters}, variables)
     found, expected = (outputs(model, tree, batch) for tree in trees)
@@ -174,7 +169,7 @@ def test_new_codes_and_task_head_come_back_with_their_names_on_the_plain_base(ex
     save(tmp_path / "plain", {**variables, "params": {k: v for k, v in variables["params"].items()
                                                       if k != "new_codes"}}, new_codes=())  # fmt: skip
     other = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
-    assert other["base_fingerprint"] == config["base_fingerprint"] and other["new_codes"] == []
+    assert other["base_fingerprint"] == config.base_fingerprint and other["new_codes"] == []
 
 
 def test_new_codes_on_another_base_or_vocabulary_are_refused(extended, tmp_path):

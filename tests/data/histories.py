@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from behrt_jax.data.delays import parse_delay
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.events import SPLITS, Births, EventCounts
+from behrt_jax.data.events import DAY, SPLITS, YEAR, Births, EventCounts
+from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.labels import Labels
-from behrt_jax.data.sequences import YEAR, Sequences, SequenceSet
+from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, Vocabulary
 
 CODES = ("A//1", "A//2", "B//1", "B//2")

@@ -1,3 +1,5 @@
+import itertools
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.data import batches as batches_module
-from behrt_jax.data.batches import Batch, TrainingBatches, gather_rows, training_batches, validation_batches
+from behrt_jax.data.batches import (
+    Batch,
+    RowShape,
+    TrainingBatches,
+    gather_rows,
+    reading_ahead,
+    training_batches,
+    validation_batches,
+)
 from behrt_jax.data.packing import RowPlan, Windows
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS, PAD
@@ -119,11 +129,8 @@ def test_an_epoch_shows_every_subject_once(
     sequences = histories(lengths)
     batches = training_batches(
         sequences,
-        row_length=40 + cls_token,
+        RowShape(40 + cls_token, packed=packed, cls_token=cls_token, multiple_of=multiple_of),
         batch_size=batch_size,
-        packed=packed,
-        cls_token=cls_token,
-        multiple_of=multiple_of,
     )
     expected = Counter()
     for start, end in zip(sequences.offsets, sequences.offsets[1:], strict=False):
@@ -141,7 +148,7 @@ def test_all_windows_show_every_token_of_long_histories_once_an_epoch(
     lengths: list[int], row_length: int, cls_token: bool
 ):
     sequences = histories(lengths)
-    batches = training_batches(sequences, row_length=row_length, batch_size=5, cls_token=cls_token)
+    batches = training_batches(sequences, RowShape(row_length, cls_token=cls_token), batch_size=5)
     codes = np.concatenate([batch.codes[batch.codes >= FIRST_CODE] for batch in epoch(batches, 0)])
     np.testing.assert_array_equal(np.sort(codes), np.sort(sequences.codes))
     assert batches.windows_per_epoch == sum(-(-n // (row_length - cls_token)) for n in lengths)
@@ -152,7 +159,7 @@ def test_a_segment_is_a_window_of_one_history(lengths: list[int], window: Any, c
     sequences = histories(lengths)
     subject = np.repeat(np.arange(len(lengths)), lengths)
     batches = training_batches(
-        sequences, row_length=12, batch_size=10, window=window, cls_token=cls_token, seed=3
+        sequences, RowShape(12, cls_token=cls_token), batch_size=10, window=window, seed=3
     )
     for codes, ages, visits, positions in segments(batches.batch(step)):
         assert positions.tolist() == list(range(len(codes)))
@@ -172,33 +179,28 @@ def test_a_segment_is_a_window_of_one_history(lengths: list[int], window: Any, c
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.booleans(), st.booleans())
 def test_a_batch_does_not_depend_on_those_before(steps: list[int], static: bool, packed: bool):
     sequences = long_tailed(100)
-    options: dict[str, Any] = {
-        "row_length": 30,
-        "batch_size": 12,
-        "seed": 7,
-        "static": static,
-        "packed": packed,
-    }
-    used = training_batches(sequences, **options)
+    shape = RowShape(30, packed)
+    options: dict[str, Any] = {"batch_size": 12, "seed": 7, "static": static}
+    used = training_batches(sequences, shape, **options)
     for step in steps:
-        assert_equal(used.batch(step), training_batches(sequences, **options).batch(step))
+        assert_equal(used.batch(step), training_batches(sequences, shape, **options).batch(step))
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_epochs_and_seeds_differ(packed: bool):
     sequences = long_tailed(200)
-    options: dict[str, Any] = {"row_length": 20, "batch_size": 20, "packed": packed, "window": "random"}
-    batches = training_batches(sequences, **options)
+    shape, options = RowShape(20, packed), {"batch_size": 20, "window": "random"}
+    batches = training_batches(sequences, shape, **options)
     first, second = epoch(batches, 0), epoch(batches, 1)
     assert rows_shown(first) != rows_shown(second)
     assert shown(first) != shown(second)  # windows of long histories are drawn anew
-    other_seed = training_batches(sequences, **options, seed=1)
+    other_seed = training_batches(sequences, shape, **options, seed=1)
     assert rows_shown(epoch(other_seed, 0)) != rows_shown(first)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_recent_windows_are_the_same_each_epoch_but_in_other_rows(packed: bool):
-    batches = training_batches(long_tailed(200), row_length=20, batch_size=20, window="recent", packed=packed)
+    batches = training_batches(long_tailed(200), RowShape(20, packed=packed), batch_size=20, window="recent")
     first, second = epoch(batches, 0), epoch(batches, 1)
     assert shown(first) == shown(second)
     assert rows_shown(first) != rows_shown(second)
@@ -206,20 +208,20 @@ def test_recent_windows_are_the_same_each_epoch_but_in_other_rows(packed: bool):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_static_rows_keep_their_contents_and_change_their_order(packed: bool):
-    options: dict[str, Any] = {"row_length": 20, "batch_size": 20, "packed": packed}
-    batches = training_batches(long_tailed(200), static=True, **options)
+    shape = RowShape(20, packed)
+    batches = training_batches(long_tailed(200), shape, batch_size=20, static=True)
     first, second = epoch(batches, 0), epoch(batches, 3)
     assert rows_shown(first) == rows_shown(second)
     orders = [np.concatenate([batch.row_ids for batch in part]) for part in (first, second)]
     assert (orders[0] != orders[1]).any()
-    assert rows_shown(first) == rows_shown(epoch(training_batches(long_tailed(200), **options), 0))
+    assert rows_shown(first) == rows_shown(epoch(training_batches(long_tailed(200), shape, batch_size=20), 0))
 
 
 @given(history_lengths, st.integers(2, 8), st.integers(0, 9))
 def test_multiple_of_only_adds_empty_rows(lengths: list[int], multiple_of: int, step: int):
-    options: dict[str, Any] = {"row_length": 40, "batch_size": 9, "seed": 1}
-    plain = training_batches(histories(lengths), **options)
-    rounded = training_batches(histories(lengths), multiple_of=multiple_of, **options)
+    options: dict[str, Any] = {"batch_size": 9, "seed": 1}
+    plain = training_batches(histories(lengths), RowShape(40), **options)
+    rounded = training_batches(histories(lengths), RowShape(40, multiple_of=multiple_of), **options)
     assert plain.steps_per_epoch == rounded.steps_per_epoch
     assert plain.rows_per_batch == rounded.rows_per_batch
     a, b = plain.batch(step), rounded.batch(step)
@@ -229,12 +231,12 @@ def test_multiple_of_only_adds_empty_rows(lengths: list[int], multiple_of: int, 
 
 def test_batch_size_counts_subjects():
     sequences = long_tailed(4000, longest=200)
-    packed = training_batches(sequences, row_length=200, batch_size=128)
+    packed = training_batches(sequences, RowShape(200), batch_size=128)
     assert 0.8 * 128 < packed.windows_per_step < 1.25 * 128
     assert packed.rows_per_batch < 20
     assert packed.tokens_per_epoch == len(sequences.codes)
     assert packed.fill > 0.95
-    unpacked = training_batches(sequences, row_length=200, batch_size=128, packed=False)
+    unpacked = training_batches(sequences, RowShape(200, packed=False), batch_size=128)
     assert (unpacked.rows, unpacked.steps_per_epoch, unpacked.rows_per_batch) == (4000, 32, 125)
     assert unpacked.windows_per_step == 125
     assert unpacked.batch(5).codes.shape == (125, 200)
@@ -242,11 +244,11 @@ def test_batch_size_counts_subjects():
 
 def test_batch_tokens_counts_tokens():
     sequences = long_tailed(4000, longest=200)
-    batches = training_batches(sequences, row_length=200, batch_size=128, batch_tokens=3_900)
+    batches = training_batches(sequences, RowShape(200), batch_size=128, batch_tokens=3_900)
     assert batches.rows_per_batch == 20
     assert batches.batch(0).codes.shape == (20, 200)
-    assert training_batches(sequences, row_length=200, batch_size=1, batch_tokens=1).rows_per_batch == 1
-    whole = training_batches(sequences, row_length=200, batch_size=1, batch_tokens=10**9)
+    assert training_batches(sequences, RowShape(200), batch_size=1, batch_tokens=1).rows_per_batch == 1
+    whole = training_batches(sequences, RowShape(200), batch_size=1, batch_tokens=10**9)
     assert (whole.rows_per_batch, whole.steps_per_epoch) == (whole.rows, 1)
 
 
@@ -257,12 +259,9 @@ def test_validation_reads_every_history_whole(
     sequences = histories(lengths)
     batches = validation_batches(
         sequences,
-        row_length=11,
+        RowShape(11, packed=packed, cls_token=cls_token, multiple_of=multiple_of),
         rows_per_batch=rows_per_batch,
         window="random",
-        packed=packed,
-        cls_token=cls_token,
-        multiple_of=multiple_of,
     )
     found = list(batches)
     assert len(found) == len(batches)
@@ -276,15 +275,15 @@ def test_validation_reads_every_history_whole(
 @pytest.mark.parametrize("window", ["recent", "first"])
 def test_validation_reads_the_windows_of_training(window: Any):
     sequences = long_tailed(100)
-    validation = validation_batches(sequences, row_length=20, rows_per_batch=4, window=window)
-    training = training_batches(sequences, row_length=20, batch_size=10, window=window)
+    validation = validation_batches(sequences, RowShape(20), rows_per_batch=4, window=window)
+    training = training_batches(sequences, RowShape(20), batch_size=10, window=window)
     assert shown(validation) == shown(epoch(training, 0))
 
 
 def test_validation_is_the_same_in_any_order():
     sequences = long_tailed(100)
-    one = validation_batches(sequences, row_length=20, rows_per_batch=4)
-    other = validation_batches(sequences, row_length=20, rows_per_batch=4)
+    one = validation_batches(sequences, RowShape(20), rows_per_batch=4)
+    other = validation_batches(sequences, RowShape(20), rows_per_batch=4)
     for index in reversed(range(len(one))):
         assert_equal(one[index], list(other)[index])
     for index in (-1, len(one)):
@@ -300,10 +299,16 @@ def test_validation_gathers_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch)
         return gather_rows(*arguments)
 
     monkeypatch.setattr(batches_module, "gather_rows", counting)
-    batches = validation_batches(long_tailed(100), row_length=20, rows_per_batch=4)
+    batches = validation_batches(long_tailed(100), RowShape(20), rows_per_batch=4)
     assert len(batches) > 2 and not gathered
     next(iter(batches))
     assert len(gathered) == 1
+
+
+def taken_shape(options: dict[str, Any]) -> RowShape:
+    """The options of the shape, which are taken out of the others."""
+    names = ("row_length", "cls_token", "multiple_of")
+    return RowShape(**{name: options.pop(name) for name in names if name in options})
 
 
 @pytest.mark.parametrize(
@@ -321,7 +326,7 @@ def test_validation_gathers_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch)
 def test_training_mistakes_name_the_option(options: dict[str, Any], message: str):
     options = {"row_length": 5, "batch_size": 2} | options
     with pytest.raises(InputError, match=message):
-        training_batches(histories([3]), **options)
+        training_batches(histories([3]), taken_shape(options), **options)
 
 
 @pytest.mark.parametrize(
@@ -336,16 +341,79 @@ def test_training_mistakes_name_the_option(options: dict[str, Any], message: str
 def test_validation_mistakes_name_the_option(options: dict[str, Any], message: str):
     options = {"row_length": 5, "rows_per_batch": 2} | options
     with pytest.raises(InputError, match=message):
-        validation_batches(histories([3]), **options)
+        validation_batches(histories([3]), taken_shape(options), **options)
 
 
 def test_there_must_be_subjects_with_events():
     with pytest.raises(InputError, match="no subjects"):
-        training_batches(histories([]), row_length=5, batch_size=2)
+        training_batches(histories([]), RowShape(5), batch_size=2)
     with pytest.raises(InputError, match="1 subjects have no events"):
-        validation_batches(histories([3, 0]), row_length=5, rows_per_batch=2)
+        validation_batches(histories([3, 0]), RowShape(5), rows_per_batch=2)
 
 
 def test_steps_are_counted_from_0():
     with pytest.raises(ValueError, match="counted from 0"):
-        training_batches(histories([3]), row_length=5, batch_size=2).batch(-1)
+        training_batches(histories([3]), RowShape(5), batch_size=2).batch(-1)
+
+
+# Reading ahead changes when items are made, and nothing else.
+
+WAIT = 30.0  # seconds after which a test that hangs fails
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+@given(st.integers(0, 20), st.integers(1, 5))
+def test_the_items_come_in_order_and_once(count, depth):
+    with reading_ahead(iter(range(count)), depth) as ahead:
+        assert list(ahead) == list(range(count))
+    assert not readers()
+
+
+def test_items_are_made_in_another_thread_and_no_more_than_the_depth_ahead():
+    made, waiting_for_fourth = [], threading.Event()
+
+    def items():
+        for number in itertools.count():
+            made.append((number, threading.current_thread()))
+            if number == 3:
+                waiting_for_fourth.set()
+            yield number
+
+    with reading_ahead(items(), depth=3) as ahead:
+        assert next(ahead) == 0
+        # The caller holds 0; 1 to 3 are made without being asked for, and then the thread rests.
+        assert waiting_for_fourth.wait(WAIT)
+        assert [number for number, _ in made] == [0, 1, 2, 3]
+        assert threading.current_thread() not in {thread for _, thread in made}
+        assert next(ahead) == 1
+    assert not readers()
+
+
+def test_an_error_comes_in_the_place_of_its_item():
+    def items():
+        yield 1
+        yield 2
+        raise OSError("the disk is gone")
+
+    with reading_ahead(items(), depth=2) as ahead:
+        assert [next(ahead), next(ahead)] == [1, 2]
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(ahead)
+    assert not readers()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_thread_ends_when_the_caller_fails(error):
+    with pytest.raises(error), reading_ahead(itertools.count(), depth=2) as ahead:
+        next(ahead)
+        raise error
+    assert not readers()
+
+
+def test_a_caller_that_stops_early_leaves_no_thread_behind():
+    with reading_ahead(itertools.count(), depth=2) as ahead:
+        assert next(ahead) == 0
+    assert not readers()

@@ -4,10 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.data import examples as hidden_tokens
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.examples import find_examples, task_batches
-from behrt_jax.data.ragged import ragged_indices
-from behrt_jax.data.sequences import YEAR
+from behrt_jax.data.batches import RowShape, task_batches
+from behrt_jax.data.events import DAY, YEAR
+from behrt_jax.data.examples import find_examples
+from behrt_jax.data.sorting import ragged_indices
 from behrt_jax.data.vocabulary import CLS, SEP, UNK
 from behrt_jax.errors import InputError
 from tests.data.histories import CODES, Event, known_at, labels_at, sequence_set
@@ -296,12 +296,9 @@ def test_every_example_once_an_epoch_with_its_own_targets_and_tokens(
     batches = task_batches(
         examples,
         targets,
-        row_length=LENGTH,
+        RowShape(LENGTH, packed=packed, cls_token=cls_token, multiple_of=multiple_of),
         batch_size=batch_size,
         seed=seed,
-        packed=packed,
-        cls_token=cls_token,
-        multiple_of=multiple_of,
     )
     for epoch in (0, 3):
         steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
@@ -332,7 +329,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
     examples, targets = drawn(0)
 
     def batches(seed):
-        return task_batches(examples, targets, row_length=LENGTH, batch_size=8, seed=seed)
+        return task_batches(examples, targets, RowShape(LENGTH), batch_size=8, seed=seed)
 
     first, second = batches(5), batches(5)
     steps = range(3 * first.steps_per_epoch)
@@ -348,7 +345,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 def test_batches_of_a_fixed_number_of_rows_show_the_same_rows():
     examples, targets = drawn(1)
-    batches = task_batches(examples, targets, row_length=LENGTH, batch_size=len(examples), seed=None)
+    batches = task_batches(examples, targets, RowShape(LENGTH), batch_size=len(examples), seed=None)
     assert batches.steps_per_epoch == 1
     few = batches.of_rows(3, multiple_of=2)
     assert (few.rows_per_batch, few.batch_rows) == (3, 4)
@@ -362,18 +359,18 @@ def test_batches_of_a_fixed_number_of_rows_show_the_same_rows():
 
 def test_segments_have_room_for_as_many_as_asked():
     examples, targets = drawn(2)
-    common = {"row_length": LENGTH, "batch_size": 8, "seed": None}
-    least = task_batches(examples, targets, **common).segments
+    shape, common = RowShape(LENGTH), {"batch_size": 8, "seed": None}
+    least = task_batches(examples, targets, shape, **common).segments
     assert least > 1
-    wide = task_batches(examples, targets, **common, least_segments=least + 3)
+    wide = task_batches(examples, targets, shape, **common, least_segments=least + 3)
     assert wide.batch(0).targets.shape[1] == least + 3
-    assert task_batches(examples, targets, **common, least_segments=1).segments == least
+    assert task_batches(examples, targets, shape, **common, least_segments=1).segments == least
 
 
 def test_wrong_sizes_are_refused():
     examples, targets = drawn(3)
     with pytest.raises(InputError, match=r"train.batch_size is 0"):
-        task_batches(examples, targets, row_length=LENGTH, batch_size=0, seed=None)
+        task_batches(examples, targets, RowShape(LENGTH), batch_size=0, seed=None)
     nobody = find_examples(sequence_set({}), "train", labels_at([(1, DAY)]), max_tokens=3)
     with pytest.raises(InputError, match="no example"):
-        task_batches(nobody, targets[:0], row_length=LENGTH, batch_size=8, seed=None)
+        task_batches(nobody, targets[:0], RowShape(LENGTH), batch_size=8, seed=None)

@@ -38,7 +38,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.config import DataConfig, MaskingConfig, PrepareConfig
-from behrt_jax.data.batches import training_batches
+from behrt_jax.data.batches import RowShape, training_batches
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.sequences import build_sequences
@@ -93,7 +93,7 @@ def test_a_newborn_in_its_first_visit_is_packed_and_masked_like_any_other():
     assert sorted(codes) == names
     assert not train.ages.any()
     assert not train.visits.any()
-    batch = training_batches(train, row_length=8, batch_size=1).batch(0)
+    batch = training_batches(train, RowShape(8), batch_size=1).batch(0)
     assert np.sort(batch.segment_ids[0]).tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
     config = MaskingConfig(probability=1.0)
     masked = mask_codes(jax.random.key(0), batch.codes, batch.row_ids, config, 20)

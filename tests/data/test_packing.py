@@ -7,14 +7,13 @@ from hypothesis import strategies as st
 
 from behrt_jax.data.packing import (
     WindowChoice,
-    consecutive_windows,
+    choose_windows,
     one_per_row,
     pack_lengths,
     plan_rows,
-    subject_windows,
 )
-from behrt_jax.data.ragged import ragged_indices
 from behrt_jax.data.sequences import Sequences
+from behrt_jax.data.sorting import ragged_indices
 from behrt_jax.errors import InputError
 
 
@@ -153,7 +152,7 @@ def test_ragged_indices_concatenates_ranges(ranges: list[tuple[int, int]]):
 @given(history_lengths, st.integers(1, 40), choices, st.integers(0, 9))
 def test_a_window_lies_in_its_subject(lengths: list[int], max_tokens: int, how: WindowChoice, seed: int):
     sequences = histories(lengths)
-    windows = subject_windows(sequences, max_tokens, how, np.random.default_rng(seed))
+    windows = choose_windows(sequences, max_tokens, how, np.random.default_rng(seed))
     assert (windows.starts.dtype, windows.lengths.dtype) == (np.int64, np.int32)
     assert windows.lengths.tolist() == [min(n, max_tokens) for n in lengths]
     assert (windows.starts >= sequences.offsets[:-1]).all()
@@ -166,7 +165,7 @@ def test_a_window_lies_in_its_subject(lengths: list[int], max_tokens: int, how: 
 
 def test_random_windows_start_anywhere_with_equal_chance():
     sequences = histories([5] * 30_000)
-    windows = subject_windows(sequences, 3, "random", np.random.default_rng(0))
+    windows = choose_windows(sequences, 3, "random", np.random.default_rng(0))
     starts, counts = np.unique(windows.starts - sequences.offsets[:-1], return_counts=True)
     assert starts.tolist() == [0, 1, 2]
     np.testing.assert_allclose(counts, 10_000, rtol=0.05)
@@ -174,7 +173,7 @@ def test_random_windows_start_anywhere_with_equal_chance():
 
 def test_random_windows_follow_the_generator():
     sequences = histories([50] * 20)
-    starts = [subject_windows(sequences, 5, "random", np.random.default_rng(s)).starts for s in (0, 0, 1)]
+    starts = [choose_windows(sequences, 5, "random", np.random.default_rng(s)).starts for s in (0, 0, 1)]
     np.testing.assert_array_equal(starts[0], starts[1])
     assert (starts[0] != starts[2]).any()
 
@@ -182,7 +181,7 @@ def test_random_windows_follow_the_generator():
 @given(history_lengths, st.integers(1, 40))
 def test_consecutive_windows_hold_every_token_once(lengths: list[int], max_tokens: int):
     sequences = histories(lengths)
-    windows = consecutive_windows(sequences, max_tokens)
+    windows = choose_windows(sequences, max_tokens, "all")
     assert (windows.starts.dtype, windows.lengths.dtype) == (np.int64, np.int32)
     assert len(windows) == sum(-(-n // max_tokens) for n in lengths)
     assert windows.lengths.max(initial=0) <= max_tokens
@@ -196,10 +195,10 @@ def test_consecutive_windows_hold_every_token_once(lengths: list[int], max_token
 def test_mistakes_name_the_option():
     sequences = histories([3])
     with pytest.raises(InputError, match=r"data\.max_length"):
-        subject_windows(sequences, 0, "first")
+        choose_windows(sequences, 0, "first")
     with pytest.raises(InputError, match=r"data\.max_length"):
-        consecutive_windows(sequences, 0)
+        choose_windows(sequences, 0, "all")
     with pytest.raises(InputError, match=r"data\.window is 'last': choose one of all, random, recent, first"):
-        subject_windows(sequences, 2, "last")  # pyright: ignore[reportArgumentType]
+        choose_windows(sequences, 2, "last")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="generator"):
-        subject_windows(sequences, 2, "random")
+        choose_windows(sequences, 2, "random")

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.data.event_rules import DAY
+from behrt_jax.data.events import DAY
 from behrt_jax.data.examples import find_examples
 from behrt_jax.data.labels import VALUE_COLUMNS
 from behrt_jax.data.predictions import (

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.sorting import distinct, find_subjects, place_in, sort_rows
+from behrt_jax.data.sorting import distinct, find_ids, place_in, sort_rows
 
 LIMITS = {"<i8": (-(2**63), 2**63 - 1), "<i4": (-(2**31), 2**31 - 1), "?": (0, 1)}
 
@@ -91,5 +91,5 @@ def test_places_are_those_of_searchsorted(runs, data, inclusive):
 @given(st.lists(ids, unique=True, max_size=8), st.lists(ids, max_size=8), st.data())
 def test_subjects_are_found_whatever_their_order(subjects, others, data):
     wanted = data.draw(st.permutations(subjects + others))
-    found = find_subjects(np.array(subjects, np.int64), np.array(wanted, np.int64))
+    found = find_ids(np.array(subjects, np.int64), np.array(wanted, np.int64))
     assert found.tolist() == [subjects.index(one) if one in subjects else -1 for one in wanted]

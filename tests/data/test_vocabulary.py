@@ -13,12 +13,8 @@ from behrt_jax.errors import InputError
 CODES = st.sampled_from(["DX//A", "DX//B", "LAB//C", "Ä//é", "a b,c", "Z"])
 
 
-def events(codes):
-    return pa.table({"code": pa.array(codes, pa.string()).dictionary_encode()})
-
-
 def fit(codes, min_count=1, max_rows=None, declared_codes=None, descriptions=None):
-    return fit_vocabulary(events(codes), min_count, max_rows, declared_codes, descriptions)
+    return fit_vocabulary(Counter(codes), min_count, max_rows, declared_codes, descriptions)
 
 
 def test_rows_are_sorted_by_count_then_code():

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.cli import doctor_command, prepare_command
-from behrt_jax.data.event_rules import DAY
-from behrt_jax.data.prepared import read_manifest, read_prepared, write_json
+from behrt_jax.cli import main
+from behrt_jax.data.events import DAY
+from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint
 from behrt_jax.data.vocabulary import UNK
+from behrt_jax.files import write_json
 from behrt_jax.records.meds_export import write_meds
 from behrt_jax.records.synthetic.clinical import generate_clinical
 
@@ -51,7 +52,7 @@ def prepare_clinical(folder: Path, subjects: int, seed: int = 0) -> Path:
 
 
 def prepare(meds: Path, output: Path, *options: str) -> Path:
-    assert prepare_command(["--input", str(meds), "--output", str(output), *options]) == 0
+    assert main(["prepare", "--input", str(meds), "--output", str(output), *options]) == 0
     return output
 
 
@@ -84,7 +85,7 @@ def findings(data: Path, tmp: Path, labels: Task | None = None, *options: str) -
     arguments = ["--data", str(data), "--output", str(output), *options]
     if labels is not None:
         arguments += ["--labels", str(labels.write(tmp / "labels.parquet"))]
-    status = doctor_command(arguments)
+    status = main(["doctor", *arguments])
     listed = json.loads(output.read_text())["findings"]
     assert status == int(any(finding["severity"] == "error" for finding in listed))
     return {finding["id"]: finding for finding in listed}

@@ -3,25 +3,24 @@
 from typing import Any
 
 from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
-from behrt_jax.diagnosis.finding import Finding
+from behrt_jax.diagnosis.finding import Facts, Finding
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.training.freezing import count_parameters
 from behrt_jax.training.state import set_up
 from behrt_jax.workflows.run import settings
 
 RANK_8 = LoRAConfig(8)
-FACTS: dict[str, Any] = {
-    "codes": 995,
-    "total_steps": 1890,
-    "steps_per_epoch": 63,
-    "tokens_per_step": 1000.0,
-    "row_length": 50,
-    "validation_subjects": 500,
-    "unseen_share": 0.0,
-    "cut_share": 0.02,
-    "beyond_tables": {"ages": 0.0, "before_birth": 0.0, "visits": 0.0},
-    "unreached_adapters": [],
-}
+FACTS = Facts(
+    codes=995,
+    total_steps=1890,
+    steps_per_epoch=63,
+    tokens_per_step=1000.0,
+    row_length=50,
+    validation_subjects=500,
+    unseen_share=0.0,
+    cut_share=0.02,
+    beyond_tables={"ages": 0.0, "before_birth": 0.0, "visits": 0.0},
+)
 BASELINES: dict[str, Any] = {
     "unigram": {"loss": 5.5, "accuracy": 0.03, "targets": 1100, "interval": [5.45, 5.55]},
     "co-occurrence": {"loss": 4.5, "accuracy": 0.1, "targets": 1100, "interval": [4.4, 4.6]},

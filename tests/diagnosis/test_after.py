@@ -3,6 +3,7 @@
 import pytest
 
 from behrt_jax.diagnosis.after import check_after
+from behrt_jax.diagnosis.finding import RunRecord
 from tests.diagnosis.runs import BASELINES, HEALTHY, history, ids, only, settings_of
 
 LORA = settings_of()
@@ -27,7 +28,9 @@ SUMMARY = {
 
 
 def found(records=HEALTHY, settings=LORA, **changes):
-    return check_after(settings, {**SUMMARY, **changes}, records)
+    summary = {**SUMMARY, **changes}
+    baselines = summary["baselines"] or {}
+    return list(check_after(RunRecord(settings, baselines=baselines, metrics=records, summary=summary)))
 
 
 def gain(value):
@@ -36,12 +39,12 @@ def gain(value):
 
 def test_nothing_is_found_in_a_healthy_run():
     assert ids(found()) == []
-    assert check_after({}, {"steps": 1000}, []) == []
+    assert list(check_after(RunRecord(summary={"steps": 1000}))) == []
     assert ids(found(bands=None, baselines=None, gain_over_unigram=None)) == []
 
 
 def test_a_trial_is_not_judged():
-    assert check_after(LORA, {**SUMMARY, **gain(-1.0), "steps": 3}, history([6.9], [6.9])) == []
+    assert found(history([6.9], [6.9]), steps=3, **gain(-1.0)) == []
 
 
 @pytest.mark.parametrize(

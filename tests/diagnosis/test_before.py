@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 
 from behrt_jax.config import InitConfig, LoRAConfig
-from behrt_jax.diagnosis import before as data_checks
-from behrt_jax.diagnosis import before as parameter_checks
-from behrt_jax.diagnosis import before as schedule_checks
-from behrt_jax.diagnosis.before import check_before
+from behrt_jax.diagnosis import before
+from behrt_jax.diagnosis.finding import Facts, RunRecord
 from behrt_jax.presets import PRETRAIN
 from tests.diagnosis.runs import BASELINES, FACTS, ids, only, parameters_of, settings_of
 
 LORA = settings_of()
+
+
+def told(check, settings=LORA, parameters=None, facts=None, baselines=None):
+    """Findings of a check of what is known."""
+    return list(check(RunRecord(settings, parameters or {}, facts or Facts(), baselines or {})))
 
 
 def changed(section, **values):
@@ -21,10 +24,10 @@ def changed(section, **values):
 
 
 def test_nothing_is_found_in_a_healthy_run_or_where_nothing_is_known():
-    assert ids(check_before(LORA, parameters_of(), FACTS, BASELINES)) == []
+    assert ids(told(before.check_before, LORA, parameters_of(), FACTS, BASELINES)) == []
     full = settings_of(PRETRAIN["small"])
-    assert check_before(full, parameters_of("full", lora=None), FACTS, BASELINES) == []
-    assert check_before({}, {}, {}, {}) == []
+    assert told(before.check_before, full, parameters_of("full", lora=None), FACTS, BASELINES) == []
+    assert told(before.check_before, {}) == []
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,7 @@ def test_nothing_is_found_in_a_healthy_run_or_where_nothing_is_known():
     ],
 )
 def test_frozen_at_random(regime, groups, named):
-    found = only(parameter_checks.frozen_at_random(LORA, parameters_of(regime, groups)), "frozen-at-random")
+    found = only(told(before.frozen_at_random, LORA, parameters_of(regime, groups)), "frozen-at-random")
     assert found.severity == "error"
     assert all(part in found.seen for part in named)
     assert found.seen.count("(") == len(named)
@@ -46,7 +49,7 @@ def test_frozen_at_random(regime, groups, named):
 def test_groups_of_a_run_are_not_random(tmp_path):
     def found(groups):
         settings = settings_of(replace(PRETRAIN["small_lora"], init=InitConfig(tmp_path, groups)))
-        return parameter_checks.frozen_at_random(settings, parameters_of("lora_only"))
+        return told(before.frozen_at_random, settings, parameters_of("lora_only"))
 
     assert found(("embedding", "head", "base")) == []
     left = only(found(("head", "base")), "frozen-at-random").seen
@@ -55,41 +58,43 @@ def test_groups_of_a_run_are_not_random(tmp_path):
 
 
 def test_a_random_base_is_a_fault_only_without_adapters():
-    found = only(parameter_checks.frozen_at_random(LORA, parameters_of("lora")), "base-at-random")
+    found = only(told(before.frozen_at_random, LORA, parameters_of("lora")), "base-at-random")
     assert found.severity == "info"
     plain = parameters_of("full", ("embedding", "head"), lora=None)
     settings = settings_of(PRETRAIN["small"])
-    assert only(parameter_checks.frozen_at_random(settings, plain), "base-at-random").severity == "warning"
+    assert only(told(before.frozen_at_random, settings, plain), "base-at-random").severity == "warning"
 
 
 def test_a_base_that_trains_beside_adapters():
     parameters = parameters_of("all_but_adapted", lora=LoRAConfig(8, targets=("out",)))
-    found = only(parameter_checks.trainable_share(LORA, parameters), "trainable-share")
+    found = only(told(before.trainable_share, LORA, parameters), "trainable-share")
     assert found.severity == "warning"
     assert "all_but_adapted" in found.seen
     assert "95" in found.seen
-    assert parameter_checks.trainable_share(settings_of(PRETRAIN["small"]), parameters) == []
+    assert told(before.trainable_share, settings_of(PRETRAIN["small"]), parameters) == []
 
 
 def test_a_large_vocabulary_is_no_fault_of_the_regime():
-    found = only(parameter_checks.trainable_share(LORA, parameters_of(vocabulary=20_000)), "trainable-share")
+    found = only(told(before.trainable_share, LORA, parameters_of(vocabulary=20_000)), "trainable-share")
     assert found.severity == "info"
 
 
 def test_adapters_that_are_not_there_or_not_reached():
-    assert ids(parameter_checks.adapters_reached(LORA, parameters_of("full", lora=None), FACTS)) == [
+    assert ids(told(before.adapters_reached, LORA, parameters_of("full", lora=None), FACTS)) == [
         "no-adapters"
     ]
-    facts = {**FACTS, "unreached_adapters": ["lora/x/a", "lora/x/b"]}
-    found = only(parameter_checks.adapters_reached(LORA, parameters_of(), facts), "adapters-not-reached")
+    facts = replace(FACTS, unreached_adapters=["lora/x/a", "lora/x/b"])
+    found = only(told(before.adapters_reached, LORA, parameters_of(), facts), "adapters-not-reached")
     assert found.severity == "error"
     assert "lora/x/a" in found.seen
 
 
 def test_data_and_masks_for_study():
-    found = only(data_checks.data_without_structure(changed("data", source="uniform"), FACTS), "uniform-data")
+    found = only(
+        told(before.data_without_structure, changed("data", source="uniform"), facts=FACTS), "uniform-data"
+    )
     assert f"{math.log(995):.4f}" in found.why
-    assert ids(schedule_checks.static_masks(changed("train", static_masks=True))) == ["static-masks"]
+    assert ids(told(before.static_masks, changed("train", static_masks=True))) == ["static-masks"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,7 @@ def test_data_and_masks_for_study():
 )  # fmt: skip
 def test_the_size_of_the_validation_set(interval, subjects, severity):
     baselines = {"unigram": {"loss": 5.5, "targets": 40, "interval": interval}}
-    findings = data_checks.validation_size(baselines, {"validation_subjects": subjects})
+    findings = told(before.validation_size, facts=Facts(validation_subjects=subjects), baselines=baselines)
     assert [found.severity for found in findings] == ([severity] if severity else [])
     if interval[0] == 5.30:
         assert "+- 0.200 nats" in findings[0].seen
@@ -108,38 +113,37 @@ def test_the_size_of_the_validation_set(interval, subjects, severity):
 
 
 def test_unseen_codes():
-    assert data_checks.unseen_codes({"unseen_share": 0.01}) == []
-    assert "5.0%" in only(data_checks.unseen_codes({"unseen_share": 0.05}), "unseen-codes").seen
+    assert told(before.unseen_codes, facts=Facts(unseen_share=0.01)) == []
+    assert "5.0%" in only(told(before.unseen_codes, facts=Facts(unseen_share=0.05)), "unseen-codes").seen
 
 
 @pytest.mark.parametrize("name", ["ages", "before_birth", "visits", "positions"])
 def test_beyond_the_tables(name):
     for share, severity in ((0.02, "warning"), (0.001, "info")):
-        (found,) = data_checks.beyond_tables(LORA, {"beyond_tables": {name: share}})
+        (found,) = told(before.beyond_tables, facts=Facts(beyond_tables={name: share}))
         assert (found.id, found.severity) == (f"beyond-tables-{name.replace('_', '-')}", severity)
-    assert data_checks.beyond_tables(LORA, {"beyond_tables": {name: 0.0}}) == []
+    assert told(before.beyond_tables, facts=Facts(beyond_tables={name: 0.0})) == []
 
 
 @pytest.mark.parametrize("window", ["recent", "first", "random"])
 def test_cut_histories(window):
-    settings, facts = changed("data", window=window), {"cut_share": 0.3, "row_length": 50}
-    found = only(data_checks.cut_histories(settings, facts), "cut-histories")
+    settings, facts = changed("data", window=window), Facts(cut_share=0.3, row_length=50)
+    found = only(told(before.cut_histories, settings, facts=facts), "cut-histories")
     assert found.severity == "warning"
     assert "30.0%" in found.seen
-    assert ids(data_checks.cut_histories(LORA, facts), "info") == ["cut-histories"]
-    assert data_checks.cut_histories(settings, {"cut_share": 0.05}) == []
+    assert ids(told(before.cut_histories, facts=facts), "info") == ["cut-histories"]
+    assert told(before.cut_histories, settings, facts=Facts(cut_share=0.05)) == []
 
 
 def test_too_few_steps():
     def found(total, per_epoch, **train):
-        facts = {"total_steps": total, "steps_per_epoch": per_epoch}
-        return schedule_checks.steps_for_schedule(changed("train", **train), facts)
+        facts = Facts(total_steps=total, steps_per_epoch=per_epoch)
+        return told(before.steps_for_schedule, changed("train", **train), facts=facts)
 
     assert ids(found(100, 20)) == ["few-steps"]
     assert ids(found(240, 3)) == ["few-steps-per-epoch"]
-    few = schedule_checks.steps_for_schedule(
-        changed("optimizer", warmup_fraction=0.01), {"total_steps": 500, "steps_per_epoch": 50}
-    )
+    settings, facts = changed("optimizer", warmup_fraction=0.01), Facts(total_steps=500, steps_per_epoch=50)
+    few = told(before.steps_for_schedule, settings, facts=facts)
     assert ids(few) == ["few-warmup-steps"]
     assert "5 of 500" in few[0].seen
     # A trial of a few steps is meant.
@@ -150,8 +154,8 @@ def test_too_few_steps():
 def test_learning_rates_far_from_the_batch():
     def found(rate, tokens=1000.0, **groups):
         settings = changed("optimizer", learning_rate=rate, learning_rates=groups)
-        facts = {**FACTS, "tokens_per_step": tokens}
-        return schedule_checks.learning_rate_for_batch(settings, parameters_of(), facts)
+        facts = replace(FACTS, tokens_per_step=tokens)
+        return told(before.learning_rate_for_batch, settings, parameters_of(), facts)
 
     assert found(3e-3) == []
     assert ids(found(3e-2)) == ["learning-rate-high"]
@@ -167,5 +171,5 @@ def test_learning_rates_far_from_the_batch():
 def test_every_shipped_configuration_has_a_usual_learning_rate(name):
     config = PRETRAIN[name]
     tokens = config.train.batch_tokens or config.data.events_mean * config.train.batch_size
-    facts = {**FACTS, "tokens_per_step": float(tokens)}
-    assert schedule_checks.learning_rate_for_batch(settings_of(config), parameters_of(), facts) == []
+    facts = replace(FACTS, tokens_per_step=float(tokens))
+    assert told(before.learning_rate_for_batch, settings_of(config), parameters_of(), facts) == []

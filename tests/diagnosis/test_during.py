@@ -1,15 +1,15 @@
 """Each fault that shows in the metrics of a training, and none for a healthy one."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.diagnosis import during as loss_checks
-from behrt_jax.diagnosis import during as step_checks
-from behrt_jax.diagnosis.during import check_during
+from behrt_jax.diagnosis.during import check_during, input_stalls, loss_spikes, recompilations
+from behrt_jax.diagnosis.finding import Facts, RunRecord
 from tests.diagnosis.runs import (
     BASELINES,
     FACTS,
@@ -26,14 +26,15 @@ LORA = settings_of()
 CHANCE = math.log(995)
 
 
-def found(records, settings=LORA, **facts):
-    return check_during(settings, {**FACTS, **facts}, BASELINES, records)
+def found(records, settings=LORA, baselines=BASELINES, stop_reason="", **facts):
+    summary = {"stop_reason": stop_reason}
+    return list(check_during(RunRecord(settings, {}, replace(FACTS, **facts), baselines, records, summary)))
 
 
 def test_nothing_is_found_in_a_healthy_run_at_any_time():
     for length in range(len(HEALTHY) + 1):
         assert found(HEALTHY[:length]) == []
-    assert check_during({}, {}, {}, HEALTHY, "finished") == []
+    assert list(check_during(RunRecord({}, {}, Facts(), {}, HEALTHY, {"stop_reason": "finished"}))) == []
 
 
 def test_a_trial_of_three_steps_is_not_judged():
@@ -62,9 +63,9 @@ def test_a_loss_that_does_not_leave_chance_or_frequencies(loss, expected, severi
 def test_near_uniform_frequencies_are_not_taken_for_chance():
     baselines = {"unigram": {"loss": 0.99 * CHANCE}}
     records = history([0.99 * CHANCE] * 10, [0.99 * CHANCE] * 10)
-    assert ids(check_during(LORA, FACTS, baselines, records)) == ["stuck-at-frequencies"]
+    assert ids(found(records, baselines=baselines)) == ["stuck-at-frequencies"]
     uniform = {**LORA, "data": {**LORA["data"], "source": "uniform"}}
-    assert check_during(uniform, FACTS, baselines, records) == []
+    assert found(records, uniform, baselines) == []
 
 
 def test_a_group_or_a_leaf_without_gradient():
@@ -127,12 +128,12 @@ def test_noise_is_no_spike(seed):
         train_line(20 * i + 20, loss, targets=n)
         for i, (loss, n) in enumerate(zip(losses, targets, strict=True))
     ]
-    assert loss_checks.loss_spikes(lines) == []
+    assert list(loss_spikes(RunRecord(metrics=lines))) == []
 
 
 def test_divergence_tells_its_reason():
     reason = "diverged: Loss nan at step 7. First not finite: the gradient of lora/x/a"
-    findings = check_during(LORA, FACTS, BASELINES, HEALTHY, reason)
+    findings = found(HEALTHY, stop_reason=reason)
     finding = only(findings, "diverged")
     assert finding.severity == "error"
     assert "gradient of lora/x/a" in finding.seen
@@ -159,4 +160,5 @@ def test_input_stalls():
 
 def test_null_figures_are_no_fault():
     lines = [train_line(20, 5.0, data_share=None, device_share=None, compilations=None)] * 4
-    assert step_checks.input_stalls(lines) == step_checks.recompilations(lines) == []
+    run = RunRecord(metrics=lines)
+    assert list(input_stalls(run)) == list(recompilations(run)) == []

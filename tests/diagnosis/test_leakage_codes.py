@@ -6,8 +6,9 @@ from behrt_jax.data.events import EventCounts
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
-from behrt_jax.diagnosis import leakage_codes as label_inputs
-from behrt_jax.diagnosis.leakage_codes import count_codes, place_labels, revealing_codes, suspected_codes
+from behrt_jax.diagnosis import leakage_codes
+from behrt_jax.diagnosis.leakage_codes import count_codes, revealing_codes, suspected_codes
+from behrt_jax.diagnosis.leakage_labels import place_labels
 
 CODES = 4
 ROWS = len(SPECIAL_TOKENS) + CODES
@@ -55,14 +56,14 @@ def test_counts_are_those_of_brute_force(drawn, piece):
     data = sequence_set(times, codes)
     parts = list(place_labels(as_labels(rows), data).values())
     assert sum(len(part) for part in parts) == sum(subject < 6 for subject, _, _ in rows)
-    saved, label_inputs._PIECE_TOKENS = label_inputs._PIECE_TOKENS, piece
+    saved, leakage_codes._PIECE_TOKENS = leakage_codes._PIECE_TOKENS, piece
     try:
         counts = count_codes(parts, [part.starts for part in parts], [part.up_to() for part in parts], ROWS)
         last = count_codes(
             parts, [part.up_to(-2, inclusive=False) for part in parts], [part.up_to() for part in parts], ROWS
         )
     finally:
-        label_inputs._PIECE_TOKENS = saved
+        leakage_codes._PIECE_TOKENS = saved
     for value, own, total, recent in (
         (True, counts.positive, counts.positives, last.positive),
         (False, counts.negative, counts.negatives, last.negative),
@@ -86,7 +87,7 @@ def counts(positive, negative, positives, negatives):
     """Of one code, among a thousand others without any event."""
     columns = np.zeros((2, 1000), np.int64)
     columns[:, 10] = positive, negative
-    return label_inputs.CodeCounts(*columns, positives, negatives)
+    return leakage_codes.CodeCounts(*columns, positives, negatives)
 
 
 def test_which_codes_tell_the_outcome():
@@ -111,6 +112,6 @@ def test_no_code_tells_labels_drawn_at_random(seed):
     seen = rng.integers(0, 60, 1000)
     positive = rng.binomial(seen, share)
     found = suspected_codes(
-        label_inputs.CodeCounts(positive, seen - positive, int(10_000 * share), 10_000 - int(10_000 * share))
+        leakage_codes.CodeCounts(positive, seen - positive, int(10_000 * share), 10_000 - int(10_000 * share))
     )
     assert found.sum() == 0

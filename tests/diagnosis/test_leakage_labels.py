@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.cli import doctor_command
-from behrt_jax.data.event_rules import DAY
+from behrt_jax.cli import main
+from behrt_jax.data.events import DAY
 from behrt_jax.data.prepared import read_prepared
 from tests.diagnosis.audited import OUTCOME, YEAR, Task, alarms, findings, planted, prepare, rewrite
 from tests.records.meds_folder import HOUR, Row, born, write_meds
@@ -316,7 +316,7 @@ def test_one_clear_error(mistake, prepared, task, tmp_path, capsys):
     pq.write_table(keys, tmp_path / "keys.parquet")
     arguments = [option.format(tmp=tmp_path, labels=labels) for option in options]
     folder = [] if "--data" in arguments else ["--data", str(prepared)]
-    assert doctor_command([*folder, *arguments]) == 2
+    assert main(["doctor", *folder, *arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert expected in lines[0]

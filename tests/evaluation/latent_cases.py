@@ -9,7 +9,7 @@ from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import MASK, UNK
 from behrt_jax.evaluation.masked_codes import MaskedSplit
 from behrt_jax.records.synthetic.histories import YEAR_DAYS
-from behrt_jax.records.synthetic.latent_model import LatentModel
+from behrt_jax.records.synthetic.latent import LatentModel
 
 FIRST = 5
 

@@ -10,7 +10,7 @@ import pytest
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.predictions import PredictionWriter, prediction_rows, prediction_schema, read_predictions
 from behrt_jax.data.tasks import Task
-from behrt_jax.evaluation.performance import scorer_of
+from behrt_jax.evaluation.performance import assessment_of
 
 polars = pytest.importorskip("polars")
 with warnings.catch_warnings():
@@ -39,7 +39,7 @@ def test_meds_evaluation_reads_binary_predictions_and_agrees(tmp_path, tied):
         writer.write(pa.table(columns, schema=schema))
     theirs = meds_evaluation.evaluate_binary_classification(polars.read_parquet(path))
     theirs = theirs["samples_equally_weighted"]
-    ours = scorer_of(read_predictions(path))(np.ones((1, count)))
+    ours = assessment_of("binary").scorer(read_predictions(path))(np.ones((1, count)))
     pairs = {
         "auroc": "roc_auc_score",
         "average_precision": "average_precision_score",

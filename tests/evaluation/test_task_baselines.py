@@ -11,12 +11,13 @@ from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.task_baselines import (
     BaselineData,
-    Histories,
+    HistoryCounts,
     boosting_baseline,
+    code_regression_baseline,
     count_codes,
+    curve_baseline,
     history_baseline,
     join_histories,
-    prevalence_baseline,
     regression_baseline,
     run_baselines,
     targets_of,
@@ -33,7 +34,7 @@ def histories_of(counts, last=None, ages=None):
     counts = np.asarray(counts, np.float32)
     last = counts if last is None else np.asarray(last, np.float32)
     ages = np.zeros(len(counts), np.float32) if ages is None else ages
-    return Histories(sparse.csr_array(counts), sparse.csr_array(last), ages)
+    return HistoryCounts(sparse.csr_array(counts), sparse.csr_array(last), ages)
 
 
 def data_of(kind, seed=0, count=400, tuning=100, classes=(), **more):
@@ -173,7 +174,7 @@ def test_multilabel_baselines_and_their_limit():
     np.testing.assert_allclose(flat.predictions[0], data.train_targets.mean(axis=0), rtol=1e-6)
     assert (seen.predictions.shape, regression.predictions.shape) == ((40, 2), (40, 2))
     many = replace(data, classes=tuple(map(str, range(51))))
-    assert regression_baseline(many).predictions is None
+    assert code_regression_baseline(many).predictions is None
     without = replace(data, class_ids=np.array([2, -1]))
     assert len(np.unique(history_baseline(without).predictions[:, 1])) == 1
 
@@ -184,7 +185,7 @@ def test_survival_has_the_curve_of_train():
     data = replace(data, kind="survival", train_targets=targets, edges_days=np.array([15.0, 30.0]))
     (only,) = run_baselines(data)
     np.testing.assert_allclose(only.predictions, [[0.75, 0.375]] * 50)
-    assert prevalence_baseline(data).name == "Kaplan-Meier"
+    assert curve_baseline(data).name == "Kaplan-Meier"
 
 
 def test_targets_are_those_of_the_classes_that_the_model_knows():

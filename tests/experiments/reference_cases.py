@@ -11,8 +11,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from behrt_jax.adapters import lora as adapters
 from behrt_jax.config import LoRAConfig, ModelConfig
+from behrt_jax.data.batches import Batch
 from behrt_jax.data.vocabulary import MASK, SPECIAL_TOKENS
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.losses import logit_losses
 from behrt_jax.presets import LARGE, MEDIUM, SMALL
 from behrt_jax.training.step import Predictor
@@ -39,6 +40,11 @@ class PaddedCase(NamedTuple):
     """Masked columns, int32 ``[rows, TARGETS]``."""
     targets: np.ndarray
     """What stood there, int32 ``[rows, TARGETS]``."""
+
+    def batch(self) -> Batch:
+        """The rows as our model takes them."""
+        rows = np.arange(len(self.shown), dtype=np.int32)
+        return Batch(self.shown, self.ages, self.visits, self.positions, self.segment_ids, rows)
 
 
 class Results(NamedTuple):
@@ -88,7 +94,7 @@ def weights(config: ModelConfig, lora: LoRAConfig | None = None) -> dict[str, An
     """
     key = jax.random.key(0)
     model = BEHRTForMLM(config, VOCABULARY)
-    variables = jax.eval_shape(model.init, key, *example_inputs(config))
+    variables = jax.eval_shape(model.init, key, example_batch(config))
     if lora is not None:
         grown = jax.eval_shape(lambda params: adapters.init(key, params, lora), variables["params"])
         variables = {**variables, "lora": grown}
@@ -117,7 +123,7 @@ def ours(
     def results(variables):
         def loss_of(variables):
             with predictor.adapters(deterministic=True):
-                logits: Any = predictor.model.apply(variables, *case[:6])
+                logits: Any = predictor.model.apply(variables, case.batch(), case.columns)
             found = logit_losses(logits, jnp.asarray(case.targets), jnp.ones(case.targets.shape, bool))
             return found.loss / found.losses.size, logits
 

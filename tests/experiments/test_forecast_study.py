@@ -20,8 +20,7 @@ from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.oracle import make_oracle, oracle_of
 from behrt_jax.records.load import load_sequences
-from behrt_jax.records.synthetic.latent import latent_paths, onset_labels
-from behrt_jax.records.synthetic.latent_model import LatentModel
+from behrt_jax.records.synthetic.latent import LatentModel
 from experiments.studies import forecast as oracle_forecast
 from experiments.studies.forecast import (
     ForecastStudyConfig,
@@ -32,6 +31,7 @@ from experiments.studies.forecast import (
     stage_posteriors,
     with_subjects,
 )
+from experiments.studies.latent_course import latent_paths, onset_labels
 from tests.evaluation.latent_cases import FIRST, make_sequences, stage_paths, tiny_model, visit_chance
 
 BASE = PretrainConfig(

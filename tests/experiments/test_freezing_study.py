@@ -204,7 +204,7 @@ def test_the_command_reads_its_options(monkeypatch, tmp_path):
     monkeypatch.setattr(workflow, "freezing_study", lambda config: (seen.append(config), ({}, 0))[1])
 
     def run(*arguments):
-        return freezing_study_command(arguments, FREEZING_STUDIES, default="large")
+        return freezing_study_command(arguments)
 
     assert run("--quick", "--seeds", "2", "--output", str(tmp_path), "--pretrain.lora.rank", "4") == 0
     assert seen[0].seeds == 2 and seen[0].output == tmp_path

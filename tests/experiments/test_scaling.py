@@ -18,7 +18,7 @@ from behrt_jax.training import state as state_module
 from behrt_jax.training.devices import make_mesh, replicated, shardings_of, split_rows
 from behrt_jax.training.freezing import trainable_leaves
 from behrt_jax.training.state import abstract_state, optimizer_for, set_up
-from behrt_jax.training.step import make_train_step
+from behrt_jax.training.step import make_update_step, masked_code_objective
 from experiments.benchmark import main
 from experiments.benchmarks.scaling import (
     Array,
@@ -118,12 +118,12 @@ class Compiled(NamedTuple):
 def compiled(name: str, fsdp: int, micro_batches: int = 1) -> Compiled:
     config, mesh = CONFIGS[name], make_mesh(None, MeshConfig(fsdp=fsdp))
     setup = set_up(config, VOCABULARY, mesh)
-    optimizer = optimizer_for(config, setup, total_steps=100)
+    optimizer = optimizer_for(config.optimizer, setup, total_steps=100)
     state = abstract_state(setup.shapes, optimizer, mesh, SPLIT_FROM)
-    step = make_train_step(
-        setup.predictor, optimizer, setup.mask, config.masking, jax.random.key(0),
-        clip_norm=1.0, micro_batches=micro_batches,
-    )  # fmt: skip
+    objective = masked_code_objective(setup.predictor, config.masking)
+    step = make_update_step(
+        objective, optimizer, setup.mask, jax.random.key(0), clip_norm=1.0, micro_batches=micro_batches
+    )
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split_rows(mesh)), random_batch(0, rows=16)
     )

@@ -150,7 +150,7 @@ def test_updates_are_those_of_our_optimizer():
     @jax.jit
     def update(variables, state):
         def loss_of(variables):
-            logits = model.apply(variables, *case[:6])
+            logits = model.apply(variables, case.batch(), case.columns)
             return optax.softmax_cross_entropy_with_integer_labels(logits, case.targets).mean()
 
         loss, gradient = jax.value_and_grad(loss_of)(variables)

@@ -15,8 +15,7 @@ from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.training.devices import make_mesh
-from behrt_jax.training.state import abstract_state, optimizer_for, run_keys, set_up
-from behrt_jax.training.step import make_train_step
+from behrt_jax.training.state import assemble_pretraining
 from experiments.benchmarks import ablation as benchmark_ablation
 from experiments.benchmarks import train as benchmark_train
 from experiments.benchmarks.ablation import ABLATIONS, LORA_ONLY, AblationBenchmark
@@ -188,11 +187,8 @@ def test_recomputation_and_rules_of_our_own_count():
 
 def step_of(config: PretrainConfig, vocabulary: int):
     """Train step and abstract state."""
-    setup = set_up(config, vocabulary)
-    optimizer = optimizer_for(config, setup, 10)
-    key = run_keys(0)[1]
-    step = make_train_step(setup.predictor, optimizer, setup.mask, config.masking, key, clip_norm=1.0)
-    return step, abstract_state(setup.shapes, optimizer, make_mesh(jax.devices()[:1]))
+    assembly = assemble_pretraining(config, vocabulary, make_mesh(jax.devices()[:1]), total_steps=10)
+    return assembly.step(), assembly.state_shapes
 
 
 def test_a_train_step_beside_the_compilers_count():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from behrt_jax.models.behrt import BEHRT, BEHRTForMLM, PatientEmbedding, example_inputs
+from behrt_jax.models.behrt import BEHRT, BEHRTForMLM, PatientEmbedding, example_batch
 from behrt_jax.presets import LARGE, MEDIUM, PAPER, SMALL
 from tests.models.rows import VOCABULARY, padded_segment, random_batch, tiny_model
 
@@ -25,18 +25,18 @@ PAPER_LIKE = {
 @functools.cache
 def initialised(config):
     model = BEHRTForMLM(config, VOCABULARY)
-    return model, jax.jit(model.init)(jax.random.key(0), *example_inputs(config))
+    return model, jax.jit(model.init)(jax.random.key(0), example_batch(config))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model, variables, inputs, columns, dropout_key):
+def _logits(model, variables, batch, columns, dropout_key):
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return model.apply(variables, *inputs, columns, deterministic=rngs is None, rngs=rngs)
+    return model.apply(variables, batch, columns, deterministic=rngs is None, rngs=rngs)
 
 
 def logits_of(model, variables, batch, columns=None, dropout_key=None) -> np.ndarray:
     """One program for each model and shape, in place of one for each operation."""
-    return jax.device_get(_logits(model, variables, batch[:5], columns, dropout_key))
+    return jax.device_get(_logits(model, variables, batch, columns, dropout_key))
 
 
 @pytest.mark.parametrize("changes", [{}, PAPER_LIKE, {"ffn_size": 20, "compute_dtype": "bfloat16"}])
@@ -73,7 +73,7 @@ def test_no_gradient_flows_between_subjects_of_a_row():
     def gradient_of_first_subject(table):
         params = jax.tree.map(lambda x: x, variables["params"])
         params["behrt"]["embeddings"]["code"]["embedding"] = table
-        logits = model.apply({"params": params}, *batch[:5])
+        logits = model.apply({"params": params}, batch)
         return jnp.where(first[:, :, None], logits, 0.0).sum()
 
     table = variables["params"]["behrt"]["embeddings"]["code"]["embedding"]
@@ -119,7 +119,7 @@ def test_rematerialisation_changes_no_gradient():
 
     def gradient(rematerialise):
         model, variables = initialised(tiny_model(rematerialise=rematerialise))
-        return jax.jit(jax.grad(lambda v: (model.apply(v, *batch[:5]) ** 2).mean()))(variables)
+        return jax.jit(jax.grad(lambda v: (model.apply(v, batch) ** 2).mean()))(variables)
 
     chex.assert_trees_all_close(gradient(True), gradient(False), rtol=1e-5, atol=1e-7)
 
@@ -149,10 +149,10 @@ def test_pooled_packed_subjects_equal_padded_ones(how):
     model = PatientEmbedding(config, VOCABULARY, how)
     behrt = BEHRT(config, VOCABULARY)
     batch = random_batch(9)
-    variables = jax.jit(model.init, static_argnames="segments")(jax.random.key(0), *batch[:5], segments=4)
-    pooled = jax.jit(model.apply, static_argnames="segments")(variables, *batch[:5], segments=4)
+    variables = jax.jit(model.init, static_argnames="segments")(jax.random.key(0), batch, segments=4)
+    pooled = jax.jit(model.apply, static_argnames="segments")(variables, batch, segments=4)
     chex.assert_shape(pooled, (4, 4, config.hidden_size))
-    hidden = jax.device_get(jax.jit(behrt.apply)({"params": variables["params"]["behrt"]}, *batch[:5]))
+    hidden = jax.device_get(jax.jit(behrt.apply)({"params": variables["params"]["behrt"]}, batch))
     reduce = {"cls": lambda x: x[0], "mean": lambda x: x.mean(0), "max": lambda x: x.max(0)}[how]
     for row in range(4):
         for segment in (1, 2, 3):
@@ -164,13 +164,13 @@ def test_pooled_packed_subjects_equal_padded_ones(how):
 def test_cls_pooling_without_a_cls_token_is_refused():
     model = PatientEmbedding(tiny_model(), VOCABULARY, "cls")
     with pytest.raises(ValueError, match="cls_token"):
-        model.init(jax.random.key(0), *random_batch(0)[:5], segments=3)
+        model.init(jax.random.key(0), random_batch(0), segments=3)
 
 
 @pytest.mark.parametrize("config", [SMALL, MEDIUM, LARGE, PAPER], ids=["small", "medium", "large", "paper"])
 def test_tabulate(config):
     table = BEHRTForMLM(config, 1000).tabulate(
-        jax.random.key(0), *example_inputs(config), console_kwargs={"width": 200, "force_terminal": False}
+        jax.random.key(0), example_batch(config), console_kwargs={"width": 200, "force_terminal": False}
     )
     assert "mlm_head" in table
     assert "Total Parameters" in table
@@ -188,14 +188,12 @@ def compiled(scan_layers, rematerialise, dropout=0.1):
         scan_layers=scan_layers, rematerialise=rematerialise,
     )  # fmt: skip
     model = BEHRTForMLM(config, VOCABULARY)
-    params = jax.jit(model.init)(jax.random.key(0), *example_inputs(config))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), example_batch(config))["params"]
     batch = random_batch(0, rows=8, length=LENGTH)
 
     def loss(params):
         return (
-            model.apply(
-                {"params": params}, *batch[:5], deterministic=False, rngs={"dropout": jax.random.key(1)}
-            )
+            model.apply({"params": params}, batch, deterministic=False, rngs={"dropout": jax.random.key(1)})
             ** 2
         ).mean()
 

@@ -22,7 +22,7 @@ from behrt_jax.models.attention import (
     has_cudnn,
     segment_mask,
 )
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.chunked_attention import chunked_attention
 from behrt_jax.models.layers import dropout
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
@@ -159,7 +159,7 @@ def test_a_whole_model_with_adapters(rate):
     batch = random_batch(3)
     config = LoRAConfig(rank=3)
     still = tiny_model(dropout=rate)
-    params = jax.jit(BEHRTForMLM(still, VOCABULARY).init)(jax.random.key(0), *example_inputs(still))["params"]
+    params = jax.jit(BEHRTForMLM(still, VOCABULARY).init)(jax.random.key(0), example_batch(still))["params"]
     adapters = lora.init(jax.random.key(1), params, config)
     adapters = jax.tree.map(lambda x: x + 0.05, adapters)
 
@@ -170,7 +170,7 @@ def test_a_whole_model_with_adapters(rate):
             with lora.applying(config, deterministic=False):
                 logits = model.apply(
                     {"params": params, "lora": adapters},
-                    *batch[:5],
+                    batch,
                     deterministic=False,
                     rngs={"dropout": key},
                 )

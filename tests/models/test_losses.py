@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.config import TaskKind
+from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.models.losses import (
     add_totals,
-    base_outputs,
     decoder_losses,
     logit_losses,
     mean_metrics,
@@ -234,10 +233,10 @@ def test_no_targets_give_nan_not_a_perfect_score():
 # Losses of labelled tasks against slow formulas, and the outputs that training begins with.
 
 
-# One program for each shape, in place of one for every operation.
-losses_of = jax.jit(task_losses, static_argnums=0)
-
-KINDS: tuple[TaskKind, ...] = ("binary", "multiclass", "multilabel", "regression", "survival")
+@partial(jax.jit, static_argnums=0)
+def losses_of(kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> jax.Array:
+    """Of each example, float32 `[examples]`: one program for each shape, not one for every operation."""
+    return task_losses(KINDS[kind].loss, outputs, targets)
 
 
 def random_targets(rng: np.random.Generator, kind: TaskKind, examples: int, outputs: int) -> np.ndarray:
@@ -337,7 +336,7 @@ def test_first_outputs_give_the_loss_of_the_base_rate(seed, examples, wanted):
     rng = np.random.default_rng(seed)
     for kind in ("binary", "multilabel"):
         targets = random_targets(rng, kind, examples, outputs_of(kind, wanted))
-        outputs = base_outputs(kind, targets, targets.shape[1])
+        outputs = KINDS[kind].base_outputs(targets, targets.shape[1])
         rates = (targets.sum(axis=0) + 0.5) / (examples + 1)
         losses = [
             rate * losses_of(kind, x[None], np.ones(1, np.float32))
@@ -347,7 +346,7 @@ def test_first_outputs_give_the_loss_of_the_base_rate(seed, examples, wanted):
         expected = [entropy(np.array([rate, 1 - rate])) for rate in rates]
         np.testing.assert_allclose(losses, expected, rtol=1e-4)
     targets = random_targets(rng, "multiclass", examples, wanted)
-    outputs = base_outputs("multiclass", targets, wanted)
+    outputs = KINDS["multiclass"].base_outputs(targets, wanted)
     rates = (np.bincount(targets[:, 0].astype(int), minlength=wanted) + 0.5) / (examples + wanted / 2)
     each = losses_of(
         "multiclass", np.tile(outputs, (wanted, 1)), np.arange(wanted, dtype=np.float32)[:, None]
@@ -361,7 +360,7 @@ def test_first_outputs_of_many_examples_give_the_least_loss_of_all_constant_ones
         targets = random_targets(rng, kind, 4000, outputs_of(kind, 3))
         if kind == "regression":
             targets = (targets - targets.mean()) / targets.std()
-        outputs = base_outputs(kind, targets, outputs_of(kind, 3))
+        outputs = KINDS[kind].base_outputs(targets, outputs_of(kind, 3))
 
         def mean_loss(outputs, kind=kind, targets=targets):
             everyone = np.tile(outputs, (len(targets), 1)).astype(np.float32)
@@ -380,5 +379,5 @@ def test_first_outputs_are_finite_where_a_class_or_an_interval_has_no_example():
         ("multiclass", np.zeros((5, 1)), 3),
         ("survival", np.array([[0.0, 1.0], [2.0, 0.0]]), 3),
     ):
-        found = base_outputs(kind, targets.astype(np.float32), outputs)
+        found = KINDS[kind].base_outputs(targets.astype(np.float32), outputs)
         assert found.shape == (outputs,) and found.dtype == np.float32 and np.isfinite(found).all()

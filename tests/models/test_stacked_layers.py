@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from behrt_jax.adapters import lora
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.layers import Dropout
 from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers, with_layout_of
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
@@ -28,7 +28,7 @@ ADAPTERS = LoRAConfig(rank=2, targets=("query", "out", "intermediate", "mlm_head
 @pytest.fixture(scope="module")
 def variables():
     """Of the scanned model, adapters included, none of them zero."""
-    params = jax.jit(SCANNED.init)(jax.random.key(0), *example_inputs(SCANNED.config))["params"]
+    params = jax.jit(SCANNED.init)(jax.random.key(0), example_batch(SCANNED.config))["params"]
     adapters = jax.jit(lora.init, static_argnums=2)(jax.random.key(1), params, ADAPTERS)
     rng = np.random.default_rng(2)
     moved = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype("f4"), jax.device_get(adapters))
@@ -41,7 +41,7 @@ def loss_and_gradients(model, variables, batch, product="activations"):
 
     def loss(variables):
         with lora.applying(ADAPTERS, product):
-            logits = model.apply(variables, *batch[:5])
+            logits = model.apply(variables, batch)
         return (logits**2).mean(), logits
 
     return jax.value_and_grad(loss, has_aux=True)(variables)
@@ -67,7 +67,7 @@ def test_every_layer_starts_from_values_of_its_own(variables):
     kernel = np.asarray(layers["attention"]["query"]["kernel"])
     chex.assert_shape(kernel, (LAYERS, 16, 16))
     assert np.abs(kernel[0] - kernel[1]).max() > 1e-2
-    one = jax.jit(UNROLLED.init)(jax.random.key(0), *example_inputs(UNROLLED.config))["params"]["behrt"][
+    one = jax.jit(UNROLLED.init)(jax.random.key(0), example_batch(UNROLLED.config))["params"]["behrt"][
         "encoder"
     ]
     spread = np.asarray(one["layer_0"]["attention"]["query"]["kernel"]).std()
@@ -81,7 +81,7 @@ def zeros_of(model, variables, module_is, config):
     def outputs(variables):
         with lora.applying(config, deterministic=False):
             _, seen = model.apply(
-                variables, *random_batch(1)[:5], deterministic=False, rngs={"dropout": jax.random.key(5)},
+                variables, random_batch(1), deterministic=False, rngs={"dropout": jax.random.key(5)},
                 capture_intermediates=lambda module, _: module_is(module), mutable=["intermediates"],
             )  # fmt: skip
         return seen["intermediates"]["behrt"]["encoder"]
@@ -120,7 +120,7 @@ def test_dropout_of_adapters_differs_from_layer_to_layer(variables):
 def test_layouts_convert_into_each_other(variables):
     apart = unstack_layers(variables)
     assert (count_stacked_layers(variables), count_stacked_layers(apart)) == (LAYERS, 0)
-    shapes = jax.eval_shape(UNROLLED.init, jax.random.key(0), *example_inputs(UNROLLED.config))["params"]
+    shapes = jax.eval_shape(UNROLLED.init, jax.random.key(0), example_batch(UNROLLED.config))["params"]
     chex.assert_trees_all_equal_shapes_and_dtypes(apart["params"], shapes)
     chex.assert_trees_all_equal(stack_layers(apart), variables)
     for tree in (variables, apart):

@@ -1,19 +1,19 @@
 """A source of events that lie in memory, cut into units and chunks as a test wishes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from behrt_jax.data.events import EventCounts
+from behrt_jax.records.sources.source import Source
 
 
 @dataclass
-class MemorySource:
-    """Implements `sources.source.Source`."""
+class MemorySource(Source):
+    """Tables that are there already."""
 
     tables: list[list[pa.Table]]
     """Chunks of each unit."""
@@ -43,12 +43,6 @@ class MemorySource:
 
     def subject_ranges(self) -> np.ndarray | None:
         return self.ranges
-
-    def learned(self) -> dict[str, Any]:
-        return {}
-
-    def learn(self, learned: Mapping[str, Any]) -> None:
-        pass
 
     def sample_subjects(self) -> np.ndarray:
         return self.sample

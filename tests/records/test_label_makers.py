@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.config import MakeLabelsConfig
-from behrt_jax.data.event_rules import DAY
+from behrt_jax.data.events import DAY
 from behrt_jax.records.label_makers import (
     NEVER,
     SplitHistory,

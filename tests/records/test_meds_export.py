@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.errors import InputError
-from behrt_jax.records.meds_check import check_meds
 from behrt_jax.records.meds_export import write_meds
 from behrt_jax.records.sources.meds import read_meds
+from tests.records.meds_check import check_meds
 from tests.records.meds_folder import DAY, Row, born, by_remainder, events_table, history_rows
 
 ROWS = [

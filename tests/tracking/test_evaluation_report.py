@@ -4,8 +4,13 @@ import copy
 
 import pytest
 
-from behrt_jax.tracking import evaluation_plots
-from behrt_jax.tracking.evaluation_plots import draw_precision_recall, draw_roc, plot_evaluation
+from behrt_jax.tracking.evaluation_plots import (
+    draw_comparison,
+    draw_precision_recall,
+    draw_roc,
+    draw_survival,
+    plot_evaluation,
+)
 from behrt_jax.tracking.evaluation_report import (
     evaluation_tables,
     figure_text,
@@ -207,10 +212,10 @@ def test_curves_are_those_of_the_model_and_of_baselines_that_have_some(axes):
 def test_the_comparison_has_a_row_for_each_that_has_the_figure(axes):
     record = record_of()
     record["baselines"].append({"name": "x", "note": "", "figures": None})
-    assert evaluation_plots._draw_comparison(axes, record)
+    assert draw_comparison(axes, record)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["model", "logistic regression"]
     record["model"]["figures"]["auroc"] = entry(None)
-    assert not evaluation_plots._draw_comparison(axes, record)
+    assert not draw_comparison(axes, record)
 
 
 def test_survival_is_drawn_beside_what_was_observed(axes):
@@ -218,6 +223,6 @@ def test_survival_is_drawn_beside_what_was_observed(axes):
         {"days": 30.0, "predicted": 0.9, "observed": 0.8},
         {"days": 60.0, "predicted": 0.7, "observed": None},
     ]
-    assert evaluation_plots._draw_survival(axes, {"model": {"by_edge": rows}})
+    assert draw_survival(axes, {"model": {"by_edge": rows}})
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert lines == {"mean prediction": [1.0, 0.9, 0.7], "observed (Kaplan-Meier)": [1.0, 0.8]}

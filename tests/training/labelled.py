@@ -8,11 +8,11 @@ import numpy as np
 import optax
 
 from behrt_jax.config import FreezingConfig, LoRAConfig
-from behrt_jax.data.examples import TaskBatch
+from behrt_jax.data.batches import TaskBatch
 from behrt_jax.data.tasks import Task
-from behrt_jax.models.losses import base_outputs
+from behrt_jax.models.behrt import BEHRTForTask
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
-from behrt_jax.training.state import TaskSetup, first_state, set_up_task
+from behrt_jax.training.state import Setup, init_state, set_up_task
 from behrt_jax.training.step import make_update_step, task_objective
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 from tests.models.test_losses import random_targets
@@ -55,20 +55,12 @@ def segment_of(batch: Any, filled: np.ndarray) -> np.ndarray:
 @cache
 def set_up(
     task: Task, regime: str = "full", mesh: Any = None, pooling: Any = "mean", **changes: Any
-) -> TaskSetup:
+) -> Setup:
     """Of a tiny model, of one layer where not said: nothing here is about layers."""
     adapters, freezing = REGIMES[regime]
-    first = base_outputs(task.kind, labelled_batch(0, task).targets.reshape(24, -1), task.outputs)
-    return set_up_task(
-        tiny_model(**{"layers": 1, **changes}),
-        VOCABULARY,
-        task,
-        pooling,
-        adapters,
-        freezing,
-        mesh,
-        first_outputs=first,
-    )
+    first = task.base_outputs(labelled_batch(0, task).targets.reshape(24, -1))
+    model = BEHRTForTask(tiny_model(**{"layers": 1, **changes}), VOCABULARY, task.outputs, pooling)
+    return set_up_task(model, adapters, freezing, mesh, first_outputs=first)
 
 
 @cache
@@ -80,21 +72,19 @@ def first_variables(task: Task, regime: str = "full") -> Any:
 SGD = optax.sgd(0.5)
 
 
-def start(setup: TaskSetup, devices: Any = None, micro_batches: int = 1, optimizer: Any = SGD):
+def start(setup: Setup, task: Task, devices: Any = None, micro_batches: int = 1, optimizer: Any = SGD):
     """First state, jitted step and mesh."""
     mesh = make_mesh(devices or jax.devices()[:1])
     init_key, step_key = jax.random.split(jax.random.key(0))
-    state = first_state(setup.init, setup.shapes, optimizer, init_key, mesh)
+    state = init_state(setup, optimizer, init_key, mesh)
     step = jax.jit(
         make_update_step(
-            task_objective(setup.predictor),
+            task_objective(setup.predictor._replace(mesh=mesh), task.of.loss),
             optimizer,
             setup.mask,
             step_key,
             clip_norm=1.0,
             micro_batches=micro_batches,
-            merged=setup.predictor.merged,
-            mesh=mesh,
         ),
         donate_argnums=0,
         out_shardings=(shardings_of(state), replicated(mesh)),
@@ -102,9 +92,9 @@ def start(setup: TaskSetup, devices: Any = None, micro_batches: int = 1, optimiz
     return state, step, mesh
 
 
-def run(setup: TaskSetup, batches: list[TaskBatch], **options: Any):
+def run(setup: Setup, task: Task, batches: list[TaskBatch], **options: Any):
     """State after some steps by plain gradient descent, and each step's figures, on the host."""
-    state, step, mesh = start(setup, **options)
+    state, step, mesh = start(setup, task, **options)
     figures = []
     for batch in batches:
         state, totals = step(state, put_rows(batch, mesh))

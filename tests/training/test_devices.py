@@ -93,8 +93,8 @@ def mesh_of(name):
 
 def fresh(config, mesh, large=SPLIT_FROM):
     setup = set_up(config, VOCABULARY, mesh)
-    optimizer = optimizer_for(config, setup, total_steps=100)
-    return init_state(config, setup, optimizer, jax.random.key(0), mesh, large)
+    optimizer = optimizer_for(config.optimizer, setup, total_steps=100)
+    return init_state(setup, optimizer, jax.random.key(0), mesh, large)
 
 
 @pytest.mark.parametrize(

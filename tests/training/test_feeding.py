@@ -2,7 +2,6 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.config import FreezingConfig, TrainConfig
-from behrt_jax.data.batches import TrainingBatches, training_batches, validation_batches
+from behrt_jax.data.batches import RowShape, TrainingBatches, training_batches, validation_batches
 from behrt_jax.errors import InputError
 from behrt_jax.training import feeding
 from behrt_jax.training.devices import make_mesh, replicated, split_rows
@@ -25,11 +24,10 @@ from behrt_jax.training.feeding import (
     open_feed,
     tokens_of,
 )
-from behrt_jax.training.loop import Actions, Cursor, Schedule, train
-from behrt_jax.training.state import init_state, optimizer_for, set_up
-from behrt_jax.training.step import make_train_step
-from tests.data.test_batches import assert_equal, histories, history_lengths, long_tailed
-from tests.data.test_read_ahead import readers
+from behrt_jax.training.loop import Cursor, Schedule, Steps
+from behrt_jax.training.state import assemble_pretraining
+from behrt_jax.training.telemetry import Telemetry, leaf_names
+from tests.data.test_batches import assert_equal, histories, history_lengths, long_tailed, readers
 from tests.models.rows import VOCABULARY
 from tests.training.test_step import SHALLOW
 
@@ -47,39 +45,23 @@ def sequences(subjects=60):
 
 def make_batches(static=False, devices=1):
     return training_batches(
-        sequences(), row_length=24, batch_size=12, cls_token=True, static=static, multiple_of=devices
+        sequences(), RowShape(24, cls_token=True, multiple_of=devices), batch_size=12, static=static
     )
-
-
-class Lines:
-    """A reporter that remembers the lines of metrics.jsonl."""
-
-    def __init__(self):
-        self.lines = []
-
-    def step(self, step, tokens, loss):
-        """Nothing is shown."""
-
-    def record(self, metrics):
-        self.lines.append(metrics)
 
 
 @contextmanager
 def fed(config, first_step=0, total_steps=8, devices=1, static=False, state=None):
     """A feed of the tiny model, the state to begin with and the mesh."""
     mesh = make_mesh(jax.devices()[:devices])
-    setup = set_up(PLAIN, VOCABULARY)
-    optimizer = optimizer_for(PLAIN, setup, total_steps=100)
-    init_key, step_key = jax.random.split(jax.random.key(0))
-    step = make_train_step(
-        setup.predictor, optimizer, setup.mask, PLAIN.masking, step_key, clip_norm=1.0, static_masks=static
-    )
-    jit = partial(jax.jit, donate_argnums=0, out_shardings=replicated(mesh))
+    config_of_run = replace(PLAIN, train=replace(PLAIN.train, static_masks=static))
+    assembly = assemble_pretraining(config_of_run, VOCABULARY, mesh, total_steps=100)
+    step = assembly.step()
     batches = make_batches(static, devices)
     schedule = Schedule(total_steps, batches.steps_per_epoch, 4, 3, None)
     if state is None:
-        state = init_state(PLAIN, setup, optimizer, init_key, mesh)
-    with open_feed(config, step, one_step(step, jit), jit, batches, mesh, first_step, schedule) as feed:
+        state = assembly.first_state()
+    program = one_step(assembly, step)
+    with open_feed(config, assembly, step, program, batches, first_step, schedule) as feed:
         yield feed, state, schedule
 
 
@@ -145,7 +127,7 @@ def test_the_host_says_nothing_between_two_lines():
     for config in (HOST, SCAN):
         with fed(config, total_steps=24) as (feed, state, _):
             schedule = Schedule(24, make_batches().steps_per_epoch, 24, 6, None)
-            fetched, reporter, original = [], Lines(), jax.device_get
+            fetched, lines, original = [], [], jax.device_get
 
             def counting(tree, fetched=fetched, original=original):
                 fetched.append(tree)
@@ -153,19 +135,14 @@ def test_the_host_says_nothing_between_two_lines():
 
             with pytest.MonkeyPatch.context() as patch, jax.transfer_guard("disallow"):
                 patch.setattr(jax, "device_get", counting)
-                actions = Actions(
-                    feed.next_inputs,
-                    feed.train_step,
-                    validate=lambda variables: {"loss": 1.0},
-                    learning_rates=lambda step: {},
-                    save=lambda *_: None,
-                    interrupted=lambda: False,
-                    compilations=feed.compilations,
-                )
-                train(state, Cursor(), schedule, actions, reporter)
-            assert [line["step"] for line in reporter.lines] == [6, 12, 18, 24, 24]
+                telemetry = Telemetry(lambda step: {}, leaf_names(state.variables), lambda state: {})
+                steps = Steps(feed, Cursor(), schedule, telemetry, lines.append)
+                for _ in steps.dispatch(state, lambda: False):
+                    pass
+                steps.settle()
+            assert [line["step"] for line in lines] == [6, 12, 18, 24]
             assert len(fetched) == 4
-            assert {line["compilations"] for line in reporter.lines[:-1]} == {1}
+            assert {line["compilations"] for line in lines} == {1}
 
 
 def test_a_copy_that_nobody_asked_for_would_be_noticed():
@@ -225,7 +202,7 @@ def test_no_other_length_takes_fewer_calls(stretches, most):
 @pytest.mark.parametrize("kept", [0, 2**20])
 def test_validation_batches_stay_where_they_fit(kept, monkeypatch):
     monkeypatch.setattr(feeding, "KEPT_IN_HOST_MEMORY", kept)
-    batches = validation_batches(sequences(), row_length=24, rows_per_batch=8, multiple_of=8)
+    batches = validation_batches(sequences(), RowShape(24, multiple_of=8), rows_per_batch=8)
     mesh = make_mesh()
     placed = PlacedBatches(batches, mesh)
     next(iter(placed))  # a pass that is broken off is no whole pass
@@ -288,26 +265,23 @@ def assert_device_gathers_the_same(batches: TrainingBatches, epochs) -> None:
 def test_any_batches(lengths, row_length, batch_size, window, packed, cls_token, static, multiple_of):
     batches = training_batches(
         histories(lengths),
-        row_length=row_length,
+        RowShape(row_length, packed=packed, cls_token=cls_token, multiple_of=multiple_of),
         batch_size=batch_size,
         window=window,
-        packed=packed,
-        cls_token=cls_token,
         seed=3,
         static=static,
-        multiple_of=multiple_of,
     )
     assert_device_gathers_the_same(batches, [0, 2])
 
 
 def test_many_histories_of_every_length():
-    assert_device_gathers_the_same(training_batches(long_tailed(2000), row_length=50, batch_size=200), [0, 1])
+    assert_device_gathers_the_same(training_batches(long_tailed(2000), RowShape(50), batch_size=200), [0, 1])
 
 
 def test_awkward_values_keep_their_bits():
     sequences = histories([3, 2])
     sequences.ages[:] = [-0.0, 1e-42, -3.5, np.float32(np.nextafter(np.float32(1), 2)), 119.0]
-    batches = training_batches(sequences, row_length=4, batch_size=1, packed=False)
+    batches = training_batches(sequences, RowShape(4, packed=False), batch_size=1)
     epoch, _ = batches.epoch_rows(0)
     found = gather_on_device(
         tokens_of(sequences), epoch, epoch.rows[0], row_length=4, cls_token=False, most_segments=1
@@ -317,7 +291,7 @@ def test_awkward_values_keep_their_bits():
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_bytes_are_those_of_the_tokens_and_two_epochs(packed):
-    batches = training_batches(long_tailed(100), row_length=20, batch_size=8, packed=packed)
+    batches = training_batches(long_tailed(100), RowShape(20, packed=packed), batch_size=8)
     tokens = sum(array.nbytes for array in tokens_of(batches.sequences))
     epoch = sum(array.nbytes for array in batches.epoch_rows(0)[0][:4])
     assert device_bytes(batches) == tokens + 2 * epoch

@@ -1,4 +1,4 @@
-"""The loop's decisions, with plain functions in place of model and files."""
+"""The loop's decisions, with plain functions in place of model and files; the recipes go through it alike."""
 
 import json
 import math
@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from behrt_jax.training.loop import IN_FLIGHT, Actions, Cursor, DivergenceError, Schedule, train
+from behrt_jax.training.loop import IN_FLIGHT, Cursor, DivergenceError, Schedule, Steps
 from behrt_jax.training.step import TrainState
+from behrt_jax.training.telemetry import Telemetry
 
 SCHEDULE = Schedule(total_steps=12, steps_per_epoch=4, validate_every=4, log_every=3, patience=None)
 
@@ -26,15 +27,23 @@ class Stage:
         cursor = Cursor() if cursor is None else cursor
         self.done = cursor.step
         state = TrainState(np.int32(cursor.step), {}, ())
-        actions = Actions(
-            next_inputs=self.next_inputs,
-            train_step=self.train_step,
-            validate=lambda variables: {"loss": next(self.validation_losses)},
-            learning_rates=lambda step: {"lora": 0.1 * (step + 1)},
-            save=lambda state, cursor, metrics: self.saved.append((cursor.to_json(), metrics)),
-            interrupted=lambda: self.done == self.interrupt_at,
-        )
-        return train(state, cursor, schedule, actions, self)[1]
+        telemetry = Telemetry(lambda step: {"lora": 0.1 * (step + 1)}, names=[], probe=lambda state: {})
+        steps = Steps(self, cursor, schedule, telemetry, self.records.append)
+        for _ in steps.dispatch(state, lambda: self.done == self.interrupt_at):
+            self.step(cursor.step, steps.latest_tokens)
+            if schedule.validates(cursor.step):
+                steps.settle()
+                validation = {"loss": next(self.validation_losses)}
+                cursor.note_validation(validation["loss"])
+                self.records.append({**schedule.line(cursor.step, "tuning"), **validation})
+                self.saved.append((cursor.to_json(), validation))
+                steps.restart_clock()
+        if steps.stop_reason == "interrupted":
+            self.saved.append((cursor.to_json(), None))
+        return steps.stop_reason
+
+    def compilations(self):
+        return None
 
     def next_inputs(self, step, limit):
         return step, [10]
@@ -47,11 +56,8 @@ class Stage:
         metrics = {**sums, "gradient_norm": np.float32(0.5)}
         return state._replace(step=state.step + 1), {name: np.array([x]) for name, x in metrics.items()}
 
-    def step(self, step, tokens, loss):
+    def step(self, step, tokens):
         assert (step, tokens) == (self.done, 10)
-
-    def record(self, metrics):
-        self.records.append(metrics)
 
 
 def test_lines_and_validations_come_when_they_are_due():
@@ -189,7 +195,7 @@ def test_calls_of_several_steps_give_the_lines_of_single_ones():
 
     several.train_step = train_step
     several.next_inputs = lambda step, limit: (range(step, step + limit), [10] * limit)
-    several.step = lambda step, tokens, loss: None
+    several.step = lambda step, tokens: None
     several.run(cursor=Cursor())
     rates = ("steps_per_second", "tokens_per_second", "data_share", "device_share")
     lines = [

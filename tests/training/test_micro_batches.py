@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.config import PretrainConfig, TrainConfig
-from behrt_jax.data.batches import training_batches
+from behrt_jax.data.batches import RowShape, training_batches
 from behrt_jax.records.load import load_sequences
 from behrt_jax.training import micro_batches
 from behrt_jax.training.devices import make_mesh
@@ -121,29 +122,32 @@ class Run:
         data = load_sequences(self.config.data, False)
         self.mesh = make_mesh(jax.devices()[:2])
         self.batches = training_batches(
-            data.splits["train"], row_length=24, batch_size=32, multiple_of=self.mesh.size
+            data.splits["train"], RowShape(24, multiple_of=self.mesh.size), batch_size=32
         )
         self.folder, self.tried = folder, []
 
     def choose(self, steps, **changes):
-        def program(parts):
-            def step(state, batch):
+        """By an assembly whose steps only note that they were tried."""
+        state = SimpleNamespace(step=jnp.zeros(()))
+
+        def step(parts):
+            def train_step(_, batch):
                 assert batch.codes.shape[0] % (parts * self.mesh.size) == 0
                 self.tried.append(parts)
-                return type("State", (), {"step": jnp.zeros(())}), {}
+                return state, {}
 
-            return step
+            return train_step
 
+        model = SimpleNamespace(vocabulary_size=60)
+        assembly = SimpleNamespace(
+            setup=SimpleNamespace(predictor=SimpleNamespace(model=model)),
+            mesh=self.mesh,
+            first_state=lambda: state,
+            step=step,
+            jit=lambda function: function,
+        )
         return choose_micro_batches(
-            replace(self.config, **changes),
-            self.folder,
-            self.batches,
-            self.mesh,
-            steps,
-            60,
-            program,
-            lambda: None,
-            lambda line: None,
+            replace(self.config, **changes), self.folder, self.batches, steps, assembly, lambda line: None
         )
 
 

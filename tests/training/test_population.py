@@ -14,8 +14,9 @@ import pytest
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import path_names
 from behrt_jax.config import LoRAConfig
+from behrt_jax.data.batches import TaskBatch
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForTask, example_inputs
+from behrt_jax.models.behrt import BEHRTForTask, example_batch
 from behrt_jax.models.losses import task_losses
 from behrt_jax.training import population as many
 from behrt_jax.training.freezing import REGIMES, trainable
@@ -24,18 +25,6 @@ from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
 SEGMENTS, ROWS, STEPS = 3, 4, 4
 LORA = LoRAConfig(rank=3, targets=("query", "out", "intermediate"))
-
-
-class TaskBatch(NamedTuple):
-    """Rows with what is asked of each segment."""
-
-    codes: Any
-    ages: Any
-    visits: Any
-    positions: Any
-    segment_ids: Any
-    targets: Any
-    weights: Any
 
 
 class Case(NamedTuple):
@@ -71,7 +60,7 @@ def adamw(mask, rate=1.0):
 
 def init(model, key, config):
     params_key, lora_key = jax.random.split(key)
-    params = model.init(params_key, *example_inputs(model.config), segments=SEGMENTS)["params"]
+    params = model.init(params_key, example_batch(model.config), segments=SEGMENTS)["params"]
     return {"params": params, "lora": {} if config is None else lora.init(lora_key, params, config)}
 
 
@@ -79,7 +68,9 @@ def batch_of(step):
     rng = np.random.default_rng(100 + step)
     shape = (ROWS, SEGMENTS)
     targets = rng.integers(0, 2, (*shape, 1)).astype(np.float32)
-    return TaskBatch(*random_batch(step, ROWS, segments=SEGMENTS)[:5], targets, np.ones(shape, np.float32))
+    rows = random_batch(step, ROWS, segments=SEGMENTS)
+    examples = np.arange(ROWS * SEGMENTS, dtype=np.int32).reshape(shape)
+    return TaskBatch(rows, examples, targets, np.ones(shape, np.float32))
 
 
 def objective(model, config, product):
@@ -87,23 +78,21 @@ def objective(model, config, product):
         with lora.applying(config or LORA, product, False, rows):
             outputs = model.apply(
                 variables,
-                *batch[:5],
+                batch.rows,
                 segments=SEGMENTS,
                 deterministic=False,
                 rows=rows,
                 rngs={"dropout": key},
             )
-        losses = task_losses("binary", outputs, batch.targets) * batch.weights
+        losses = task_losses("sigmoid", outputs, batch.targets) * batch.weights
         return losses.sum(), {"targets": batch.weights.sum(), "loss": losses.sum()}
 
-    return Objective(lambda key, batch: batch, loss)
+    def merged(variables):
+        if product == "activations":
+            return {}
+        return lora.merged_kernels(variables["params"], variables["lora"], config)
 
-
-def options(config, product):
-    merged = {} if product == "activations" else {
-        "merged": lambda variables: lora.merged_kernels(variables["params"], variables["lora"], config)
-    }  # fmt: skip
-    return {"clip_norm": 0.5, **merged}
+    return Objective(lambda key, batch: batch, loss, merged)
 
 
 @partial(jax.jit, static_argnames=("model", "config"))
@@ -121,7 +110,7 @@ def alone(variables, rate):
 def step_alone(state, batch, key, rate, model, config, product):
     mask, optimizer = alone(state.variables, rate)
     loss = objective(model, config, product)
-    return make_update_step(loss, optimizer, mask, key, **options(config, product))(state, batch)
+    return make_update_step(loss, optimizer, mask, key, clip_norm=0.5)(state, batch)
 
 
 def train_alone(case, init_key, key, rate, config, product, own):
@@ -146,7 +135,7 @@ def train_together(case, init_keys, keys, rates, configs, product, own, at_once=
     step = jax.jit(
         many.make_population_step(
             objective(case.model, config, product), case.optimizer, case.mask,
-            at_once=at_once, **options(config, product), **more,
+            at_once=at_once, clip_norm=0.5, **more,
         ),
         donate_argnums=0,
     )  # fmt: skip
@@ -254,7 +243,7 @@ def test_predictions_are_those_of_each_member():
 
     def forward(config, variables, batch):
         with lora.applying(config):
-            return case.model.apply(variables, *batch[:5], segments=SEGMENTS)
+            return case.model.apply(variables, batch.rows, segments=SEGMENTS)
 
     batch = batch_of(0)
     ours = jax.jit(partial(many.population_predict, partial(forward, LORA)))(state, members, batch)
@@ -290,7 +279,7 @@ def flops(case, config, product, members):
         case.optimizer,
     )  # fmt: skip
     step = many.make_population_step(
-        objective(case.model, config, product), case.optimizer, case.mask, **options(config, product)
+        objective(case.model, config, product), case.optimizer, case.mask, clip_norm=0.5
     )
     arguments = (state, many.make_members(jax.random.key(2), [1.0] * members), batch_of(0), {})
     return jax.jit(step).lower(*arguments).compile().cost_analysis()["flops"]

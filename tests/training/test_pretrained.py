@@ -16,7 +16,7 @@ from behrt_jax.run_folder import read_metrics
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.pretrained import check_source, start_from
-from behrt_jax.training.state import init_state, optimizer_for, set_up
+from behrt_jax.training.state import Assembly, init_state, optimizer_for, set_up
 from behrt_jax.workflows import pretrain as workflow
 from behrt_jax.workflows.pretrain import pretrain
 from tests.workflows.small_run import SMALL_RUN, changed
@@ -45,7 +45,7 @@ def adapted(tmp_path_factory):
 
 def fresh(config: PretrainConfig):
     setup = set_up(config, vocabulary_size=40)
-    return init_state(config, setup, optimizer_for(config, setup, 10), jax.random.key(9), make_mesh(ONE))
+    return init_state(setup, optimizer_for(config.optimizer, setup, 10), jax.random.key(9), make_mesh(ONE))
 
 
 def leaves(tree):
@@ -167,10 +167,10 @@ def test_settings_that_leave_parameters_alone_may_differ(full):
     [({"vocabulary_size": 41}, "41 rows here, 40 there"), ({"seed": 5}, "the codes of row 5 differ")],
 )
 def test_another_vocabulary_is_an_error_before_training(full, tmp_path, monkeypatch, data, message):
-    def no_training(*_):
+    def no_training(self):
         raise AssertionError("arrays were made first")
 
-    monkeypatch.setattr(workflow, "init_state", no_training)
+    monkeypatch.setattr(Assembly, "first_state", no_training)
     with pytest.raises(InputError, match=message):
         pretrain(replace(changed(FULL, "data", **data), init=InitConfig(full), output=tmp_path / "x"), ONE)
 

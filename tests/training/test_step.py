@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from behrt_jax.config import FreezingConfig, LoRAConfig, OptimizerConfig, PretrainConfig
 from behrt_jax.data.batches import Batch
-from behrt_jax.models.behrt import example_inputs
+from behrt_jax.models.behrt import example_batch
 from behrt_jax.models.stacked_layers import unstack_layers
 from behrt_jax.presets import LARGE
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
@@ -23,10 +23,10 @@ from behrt_jax.training.masking import mask_codes
 from behrt_jax.training.optimizer import make_optimizer
 from behrt_jax.training.state import LARGE as LARGE_LEAF
 from behrt_jax.training.state import abstract_state, init_state, optimizer_for, set_up
-from behrt_jax.training.step import TrainState, make_train_step, make_validation_step
+from behrt_jax.training.step import TrainState, make_update_step, masked_code_losses, masked_code_objective
 from behrt_jax.training.telemetry import make_probe
-from behrt_jax.training.validation import make_scoring_step
-from behrt_jax.workflows.facts import unreached_adapters
+from behrt_jax.training.validation import make_scoring_step, make_validation_step
+from behrt_jax.workflows.checks import unreached_adapters
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 
 ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")
@@ -46,7 +46,7 @@ def first_variables(config):
     """Of a model and its adapters, on the host."""
     setup, mesh = set_up(config, VOCABULARY), make_mesh(jax.devices()[:1])
     init_key, _ = jax.random.split(jax.random.key(0))
-    return jax.device_get(init_state(config, setup, optax.identity(), init_key, mesh).variables)
+    return jax.device_get(init_state(setup, optax.identity(), init_key, mesh).variables)
 
 
 def first_state(config, optimizer, abstract):
@@ -62,13 +62,14 @@ def first_state(config, optimizer, abstract):
 def built(config, mesh, micro_batches, optimizer, large, options):
     """Setup, first state and jitted step, once for all tests that ask for the same."""
     setup = set_up(config, VOCABULARY, mesh)
-    optimizer = optimizer or optimizer_for(config, setup, total_steps=100)
+    optimizer = optimizer or optimizer_for(config.optimizer, setup, total_steps=100)
     _, step_key = jax.random.split(jax.random.key(0))
     state = first_state(config, optimizer, abstract_state(setup.shapes, optimizer, mesh, large))
     step = jax.jit(
-        make_train_step(
-            setup.predictor, optimizer, setup.mask, config.masking, step_key,
-            clip_norm=config.optimizer.clip_norm, micro_batches=micro_batches, **dict(options),
+        make_update_step(
+            masked_code_objective(setup.predictor, config.masking, **dict(options)),
+            optimizer, setup.mask, step_key,
+            clip_norm=config.optimizer.clip_norm, micro_batches=micro_batches,
         ),
         donate_argnums=0,
         out_shardings=(shardings_of(state), replicated(mesh)),
@@ -149,7 +150,9 @@ def test_clipping_and_gradient_norm_are_over_trainable_leaves_alone():
         masked = mask_codes(
             jax.random.fold_in(mask_key, 0), batch.codes, batch.row_ids, config.masking, VOCABULARY
         )
-        logits = setup.predictor.logits(variables, batch, masked, jax.random.fold_in(dropout_key, 0))
+        shown = batch._replace(codes=masked.codes)
+        key = jax.random.fold_in(dropout_key, 0)
+        logits = setup.predictor.outputs(variables, shown, masked.columns, key)
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), masked.labels[..., None], -1)[..., 0]
         return jnp.where(masked.weights, losses, 0.0).sum() / masked.weights.sum()
 
@@ -256,18 +259,16 @@ def test_a_group_has_its_own_learning_rate_and_weight_decay():
 def compiled_flops(config, rows=4, forward_alone=False):
     """FLOPs of the compiled train step, with clipping on and the gradient norm returned; or of its loss."""
     setup = set_up(config, 1000)
-    optimizer = optimizer_for(config, setup, total_steps=100)
-    step = make_train_step(
-        setup.predictor, optimizer, setup.mask, config.masking, jax.random.key(0), clip_norm=1.0
-    )
+    optimizer = optimizer_for(config.optimizer, setup, total_steps=100)
+    objective = masked_code_objective(setup.predictor, config.masking)
+    step = make_update_step(objective, optimizer, setup.mask, jax.random.key(0), clip_norm=1.0)
     mesh = make_mesh(jax.devices()[:1])
     state = abstract_state(setup.shapes, optimizer, mesh)
-    shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in example_inputs(config.model)]
-    batch = Batch(*shapes, row_ids=jax.ShapeDtypeStruct((rows,), jnp.int32))
+    batch = example_batch(config.model, rows)
 
     def loss(state, batch):
         masked = mask_codes(jax.random.key(0), batch.codes, batch.row_ids, config.masking, 1000)
-        return setup.predictor.losses(state.variables, batch, masked, jax.random.key(1)).loss
+        return masked_code_losses(setup.predictor, state.variables, batch, masked, jax.random.key(1)).loss
 
     function = jax.jit(loss) if forward_alone else jax.jit(step, donate_argnums=0)
     return function.lower(state, batch).compile().cost_analysis()["flops"]

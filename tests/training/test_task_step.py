@@ -9,12 +9,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from behrt_jax.config import OptimizerConfig
-from behrt_jax.data.batches import Batch
-from behrt_jax.data.examples import TaskBatch
+from behrt_jax.data.batches import Batch, TaskBatch
+from behrt_jax.models.behrt import BEHRTForTask
 from behrt_jax.presets import LARGE
 from behrt_jax.training.devices import make_mesh, put_rows
-from behrt_jax.training.state import abstract_state, set_up_task, task_optimizer, with_encoder
-from behrt_jax.training.step import make_output_step, make_update_step, task_objective
+from behrt_jax.training.state import abstract_state, optimizer_for, set_up_task, with_encoder
+from behrt_jax.training.step import make_update_step, task_objective
+from behrt_jax.training.validation import make_output_step
 from tests.models.rows import padded_segment, tiny_model
 from tests.training.labelled import (
     REGIMES,
@@ -70,7 +71,7 @@ def test_the_last_vector_is_that_of_the_last_event():
 
     rows = batch.rows
     encoder = BEHRT(setup.predictor.model.config, setup.predictor.model.vocabulary_size)
-    hidden = jax.jit(encoder.apply)({"params": variables["params"]["behrt"]}, *rows[:5])
+    hidden = jax.jit(encoder.apply)({"params": variables["params"]["behrt"]}, rows)
     head = variables["params"]["task_head"]["dense"]
     for segment in range(SEGMENTS):
         last = np.flatnonzero(rows.segment_ids[0] == segment + 1)[-1]
@@ -107,8 +108,8 @@ def test_eight_devices_and_four_micro_batches_equal_one(kind, options):
     task = TASKS[kind]
     setup = set_up(task, dropout=0.1)
     batches = [labelled_batch(seed, task) for seed in range(2)]
-    whole, figures = run(setup, batches)
-    divided, of_divided = run(setup, batches, **options)
+    whole, figures = run(setup, task, batches)
+    divided, of_divided = run(setup, task, batches, **options)
     assert figures[0]["targets"] == batches[0].weights.sum()
     chex.assert_trees_all_close(figures, of_divided, rtol=1e-5)
     chex.assert_trees_all_close(whole.variables, divided.variables, atol=2e-6, rtol=1e-5)
@@ -121,8 +122,8 @@ def test_empty_rows_and_segments_change_nothing():
     more = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch)
     more.rows.row_ids[4:] = -1
     more.examples[4:] = -1
-    without, figures = run(setup, [batch])
-    filled, figures_filled = run(setup, [more])
+    without, figures = run(setup, BINARY, [batch])
+    filled, figures_filled = run(setup, BINARY, [more])
     chex.assert_trees_all_close(figures, figures_filled, rtol=1e-5)
     chex.assert_trees_all_close(without.variables, filled.variables, atol=1e-6, rtol=1e-5)
 
@@ -133,8 +134,8 @@ def test_merged_adapters_equal_those_on_activations():
     assert setup.predictor.product == "merged"
     activations = setup._replace(predictor=setup.predictor._replace(product="activations"))
     batches = [labelled_batch(seed, BINARY) for seed in range(3)]
-    merged, figures = run(setup, batches)
-    other, other_figures = run(activations, batches)
+    merged, figures = run(setup, BINARY, batches)
+    other, other_figures = run(activations, BINARY, batches)
     chex.assert_trees_all_close(figures, other_figures, rtol=1e-5)
     chex.assert_trees_all_close(merged.variables, other.variables, atol=2e-6, rtol=1e-5)
 
@@ -143,7 +144,7 @@ def test_merged_adapters_equal_those_on_activations():
 def test_what_trains_moves_and_what_is_frozen_stays_bit_for_bit(regime):
     setup = set_up(BINARY, regime)
     config = OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0, schedule="constant")
-    state, step, mesh = start(setup, optimizer=task_optimizer(config, setup, 10))
+    state, step, mesh = start(setup, BINARY, optimizer=optimizer_for(config, setup, 10))
     before = jax.tree.map(np.array, state.variables)
     for seed in range(3):
         state, _ = step(state, put_rows(labelled_batch(seed, BINARY), mesh))
@@ -159,16 +160,12 @@ def test_what_trains_moves_and_what_is_frozen_stays_bit_for_bit(regime):
 
 
 def test_training_begins_at_the_base_rate_with_the_encoder_that_is_given():
-    from behrt_jax.models.losses import base_outputs
-
     task = TASKS["multiclass"]
     setup = set_up(task, "lora")
-    state, _, _ = start(setup)
+    state, _, _ = start(setup, task)
     encoder = noisy(jax.tree.map(np.array, state.variables["params"]["behrt"]))
     head = np.array(state.variables["params"]["task_head"]["dense"]["bias"])
-    np.testing.assert_array_equal(
-        head, base_outputs(task.kind, labelled_batch(0, task).targets.reshape(24, -1), 3)
-    )
+    np.testing.assert_array_equal(head, task.base_outputs(labelled_batch(0, task).targets.reshape(24, -1)))
     state = with_encoder(state, encoder)
     chex.assert_trees_all_equal(jax.tree.map(np.array, state.variables["params"]["behrt"]), encoder)
     np.testing.assert_array_equal(state.variables["params"]["task_head"]["dense"]["bias"], head)
@@ -181,17 +178,16 @@ def test_training_begins_at_the_base_rate_with_the_encoder_that_is_given():
 
 def compiled_flops(regime, product=None):
     adapters, freezing = REGIMES[regime]
-    setup = set_up_task(LARGE, 1000, BINARY, "mean", adapters, freezing)
+    setup = set_up_task(BEHRTForTask(LARGE, 1000, 1), adapters, freezing)
     if product is not None:
         setup = setup._replace(predictor=setup.predictor._replace(product=product))
     optimizer = optax.sgd(0.1)
     step = make_update_step(
-        task_objective(setup.predictor),
+        task_objective(setup.predictor, "sigmoid"),
         optimizer,
         setup.mask,
         jax.random.key(0),
         clip_norm=1.0,
-        merged=setup.predictor.merged,
     )
     state = abstract_state(setup.shapes, optimizer, make_mesh(jax.devices()[:1]))
     rows, length = 4, LARGE.positions
@@ -219,5 +215,5 @@ def test_compiled_flops_of_frozen_encoders_are_below_those_of_full_training():
 
 
 def test_a_regime_that_trains_nothing_of_the_encoder_needs_no_adapters():
-    setup = set_up_task(tiny_model(), 60, BINARY, "mean", *REGIMES["probe"])
+    setup = set_up_task(BEHRTForTask(tiny_model(), 60, 1), *REGIMES["probe"])
     assert setup.layers == [] and setup.shapes["lora"] == {}

@@ -10,15 +10,19 @@ from behrt_jax.config import MaskingConfig
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.telemetry import (
     SURELY_SHOWN,
+    Telemetry,
     compilations,
-    gradient_metrics,
     leaves_not_finite,
     make_probe,
-    offending_leaf,
     trainable_names,
 )
 from tests.models.rows import VOCABULARY, random_batch
 from tests.training.test_step import TINY, start
+
+
+def watching(names, at_start=()):
+    return Telemetry(lambda step: {}, names, lambda state: {}, at_start)
+
 
 TABLE = ("params", "behrt", "embeddings", "code", "embedding")
 
@@ -52,7 +56,7 @@ def test_group_norms_add_up_to_the_norm(trained):
     assert all(name.startswith("lora/") or "embeddings" in name or "mlm_head" in name for name in names)
     for totals in metrics:
         assert totals["gradient_squares"].shape == (len(names),)
-        norms = gradient_metrics(names, totals["gradient_squares"])["gradient_norms"]
+        norms = watching(names).gradients(totals["gradient_squares"])["gradient_norms"]
         assert set(norms) == {"lora", "lora_a", "lora_b", "embedding", "head"}
         whole = sum(norms[group] ** 2 for group in ("lora", "embedding", "head")) ** 0.5
         assert whole == pytest.approx(totals["gradient_norm"], rel=1e-5)
@@ -61,7 +65,7 @@ def test_group_norms_add_up_to_the_norm(trained):
 
 def test_at_the_first_step_every_a_is_without_gradient_and_then_none(trained):
     names, _, metrics, _ = trained
-    first, second, _ = (gradient_metrics(names, totals["gradient_squares"]) for totals in metrics)
+    first, second, _ = (watching(names).gradients(totals["gradient_squares"]) for totals in metrics)
     assert first["without_gradient"] == [name for name in names if name.endswith("/a")]
     assert first["gradient_norms"]["lora_a"] == 0.0 < first["gradient_norms"]["lora_b"]
     assert second["without_gradient"] == []
@@ -139,12 +143,12 @@ def test_parameters_that_are_not_finite_are_named(started, spoilt):
     at_start = leaves_not_finite(variables)
     assert at_start == [spoilt]
     all_bad = np.full(len(names), np.nan)
-    assert offending_leaf(names, all_bad, at_start) == f"the parameters {spoilt}, before the first step"
+    assert watching(names, at_start).offender(all_bad) == f"the parameters {spoilt}, before the first step"
 
 
 def test_a_gradient_that_is_not_finite_is_named(trained):
     names, _, metrics, _ = trained
     squares = metrics[0]["gradient_squares"].copy()
-    assert offending_leaf(names, squares, []) == offending_leaf(names, None, []) == "the loss alone"
+    assert watching(names).offender(squares) == watching(names).offender(None) == "the loss alone"
     squares[[3, 5]] = np.inf
-    assert offending_leaf(names, squares, []) == f"the gradient of {names[3]} (and 1 of {len(names)} leaves)"
+    assert watching(names).offender(squares) == f"the gradient of {names[3]} (and 1 of {len(names)} leaves)"

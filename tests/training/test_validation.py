@@ -5,14 +5,20 @@ import numpy as np
 import pytest
 
 from behrt_jax.config import MaskingConfig
-from behrt_jax.data.batches import validation_batches
+from behrt_jax.data.batches import RowShape, validation_batches
 from behrt_jax.data.vocabulary import MASK, PAD
 from behrt_jax.errors import InputError
-from behrt_jax.models.behrt import BEHRTForMLM, example_inputs
+from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.feeding import PlacedBatches
-from behrt_jax.training.step import Predictor, make_validation_step
-from behrt_jax.training.validation import make_scoring_step, mask_split, score_masked_codes, validate
+from behrt_jax.training.step import Predictor
+from behrt_jax.training.validation import (
+    make_scoring_step,
+    make_validation_step,
+    mask_split,
+    score_masked_codes,
+    validate,
+)
 from tests.evaluation.masked import sequences_of
 from tests.models.rows import tiny_model
 
@@ -25,12 +31,9 @@ def batches_of(window="all", cls_token=False, packed=True, seed=0):
     histories = [rng.integers(5, VOCABULARY, length) for length in rng.integers(1, 40, 37)]
     return validation_batches(
         sequences_of(histories),
-        row_length=16,
+        RowShape(16, packed=packed, cls_token=cls_token, multiple_of=8),
         rows_per_batch=8,
         window=window,
-        packed=packed,
-        cls_token=cls_token,
-        multiple_of=8,
     )
 
 
@@ -39,7 +42,7 @@ def batches_of(window="all", cls_token=False, packed=True, seed=0):
 @pytest.mark.parametrize("packed", [False, True])
 def test_sums_over_single_codes_equal_the_validation_step(cls_token, packed):
     model = BEHRTForMLM(tiny_model(positions=16, cls_token=cls_token), VOCABULARY)
-    params = jax.jit(model.init)(jax.random.key(0), *example_inputs(model.config))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), example_batch(model.config))["params"]
     variables, predictor, key = {"params": params, "lora": {}}, Predictor(model), jax.random.key(3)
     batches, mesh = batches_of(cls_token=cls_token, packed=packed), make_mesh()
     sums = validate(
@@ -81,6 +84,6 @@ def test_the_split_is_shown_as_the_batches_show_it(window):
 
 
 def test_a_split_too_small_to_mask_is_refused():
-    batches = validation_batches(sequences_of([[7]]), row_length=4, rows_per_batch=1)
+    batches = validation_batches(sequences_of([[7]]), RowShape(4), rows_per_batch=1)
     with pytest.raises(InputError, match=r"No code of the tuning split is masked.*masking\.probability"):
         mask_split(batches, MaskingConfig(probability=1e-6), jax.random.key(0), VOCABULARY)

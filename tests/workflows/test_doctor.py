@@ -14,17 +14,17 @@ import polars as pl
 import pytest
 
 from behrt_jax.adapters import lora
-from behrt_jax.cli import doctor_command
+from behrt_jax.cli import main
 from behrt_jax.config import DataConfig, DoctorConfig, OptimizerConfig, PretrainConfig, TrainConfig
 from behrt_jax.data.prepared import read_prepared
-from behrt_jax.diagnosis.doctor import examine, read_run
-from behrt_jax.diagnosis.finding import Finding
+from behrt_jax.diagnosis.finding import Finding, read_run
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.training import feeding
 from behrt_jax.training.loop import DivergenceError
+from behrt_jax.training.state import Assembly
 from behrt_jax.workflows import pretrain as module
-from behrt_jax.workflows.doctor import audit_data
+from behrt_jax.workflows.doctor import audit_data, examine
 from behrt_jax.workflows.pretrain import pretrain
 from tests.commands import run_command
 from tests.diagnosis.audited import (
@@ -72,7 +72,7 @@ def test_nothing_is_wrong_with_a_healthy_run(tmp_path, capsys):
     assert by_id(folder).keys() == {finding.id for finding in examined(folder)}
     capsys.readouterr()
     output = tmp_path / "new" / "findings.json"
-    assert doctor_command(["--run", str(folder), "--output", str(output)]) == 0
+    assert main(["doctor", "--run", str(folder), "--output", str(output)]) == 0
     assert "0 errors" in capsys.readouterr().out
     written = json.loads(output.read_text())
     assert (written["errors"], written["findings"]) == (False, stored(folder))
@@ -91,7 +91,7 @@ def test_frozen_at_random_is_told_before_training_and_everywhere_after(tmp_path,
     assert stored(folder)[0] == finding
     for name in ("SUMMARY.txt", "report.html"):
         assert "frozen-at-random" in (folder / name).read_text()
-    assert doctor_command(["--run", str(folder)]) == 1
+    assert main(["doctor", "--run", str(folder)]) == 1
     assert "frozen-at-random" in capsys.readouterr().out
     # A folder as older versions left it, without facts, still shows what was found then.
     record = json.loads((folder / "config.json").read_text())
@@ -142,21 +142,21 @@ def test_cut_histories_stalls_and_recompilations(tmp_path, monkeypatch, capsys):
 
 
 def test_a_leaf_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
-    original = module.init_state
+    original = Assembly.first_state
 
-    def spoilt(*arguments):
-        state = original(*arguments)
+    def spoilt(self):
+        state = original(self)
         head = state.variables["params"]["mlm_head"]["dense"]
         head["kernel"] = head["kernel"].at[0, 0].set(jnp.nan)
         return state
 
-    monkeypatch.setattr(module, "init_state", spoilt)
+    monkeypatch.setattr(Assembly, "first_state", spoilt)
     with pytest.raises(DivergenceError, match="the parameters params/mlm_head/dense/kernel"):
         pretrain(replace(TINY_LORA, output=tmp_path / "run"), ONE)
     finding = by_id(tmp_path / "run")["diverged"]
     assert "step 1," in finding["seen"]
     assert "params/mlm_head/dense/kernel" in finding["seen"]
-    assert doctor_command(["--run", str(tmp_path / "run")]) == 1
+    assert main(["doctor", "--run", str(tmp_path / "run")]) == 1
 
 
 @pytest.mark.slow
@@ -188,8 +188,8 @@ def check_before(config, folder, monkeypatch):
         pretrain(replace(config, output=folder / "run"), ONE)
     assert ids(examined(folder / "run")) == []
     facts = read_run(folder / "run").facts
-    assert facts["unreached_adapters"] == []
-    assert facts["cut_share"] < 0.1
+    assert list(facts.unreached_adapters) == []
+    assert facts.cut_share < 0.1
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_no_alarm_in_a_whole_run_of_a_shipped_configuration(name, tmp_path):
     ],
 )
 def test_one_clear_error_for_each_mistake(arguments, message, tmp_path, capsys):
-    assert doctor_command([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    assert main(["doctor", *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
@@ -220,7 +220,7 @@ def test_one_clear_error_for_each_mistake(arguments, message, tmp_path, capsys):
 
 def test_help_explains(capsys):
     with pytest.raises(SystemExit) as left:
-        doctor_command(["--help"])
+        main(["doctor", "--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert all(part in text for part in ("--run", "--data", "--labels", "--output", "exit status is 1"))

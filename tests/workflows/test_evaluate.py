@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.cli import evaluate_command
+from behrt_jax.cli import main
 from behrt_jax.config import EvaluateConfig
 from behrt_jax.data.predictions import members_path, read_predictions
 from behrt_jax.errors import InputError
-from behrt_jax.tracking.evaluation_report import MAIN
+from behrt_jax.evaluation.performance import main_figure
 from behrt_jax.workflows import evaluate as workflow
 from behrt_jax.workflows.evaluate import evaluate
 from tests.workflows.evaluated import FIRST_ID, Evaluated
@@ -61,7 +61,7 @@ def test_every_kind_is_evaluated_beside_its_baselines(tmp_path, kind, capsys):
     assert [baseline["name"] for baseline in record["baselines"]] == BASELINES[kind]
     assert all(baseline["figures"] for baseline in record["baselines"])
     assert json.loads((output / "metrics.json").read_text())["model"]["figures"] == record["model"]["figures"]
-    main = record["model"]["figures"][MAIN[kind]]
+    main = record["model"]["figures"][main_figure(kind)]
     assert main["low"] < main["value"] < main["high"]
     ages = [group["counts"]["examples"] for group in record["groups"]["age"]]
     assert sum(ages) == record["counts"]["examples"] == len(read_predictions(case.predictions))
@@ -247,18 +247,18 @@ def test_other_files_are_never_written_into_and_nothing_is_left_half_written(tmp
 
 def test_the_command_tells_mistakes_in_one_line(tmp_path, capsys):
     pytest.importorskip("tyro")
-    assert evaluate_command(["--output", str(tmp_path / "out")]) == 2
+    assert main(["evaluate", "--output", str(tmp_path / "out")]) == 2
     assert "--predictions is missing" in capsys.readouterr().err
-    assert evaluate_command(["--predictions", str(tmp_path / "none")]) == 2
+    assert main(["evaluate", "--predictions", str(tmp_path / "none")]) == 2
     assert "--output is missing" in capsys.readouterr().err
-    assert evaluate_command(["--predictions", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
+    assert main(["evaluate", "--predictions", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
     assert "does not exist: give the file that predict wrote" in capsys.readouterr().err
-    assert evaluate_command(["--predictions", "x", "--output", "y", "--draws", "1"]) == 2
+    assert main(["evaluate", "--predictions", "x", "--output", "y", "--draws", "1"]) == 2
     assert "--draws is 1: give 2 or more" in capsys.readouterr().err
     case = Evaluated(tmp_path, "regression", subjects=40)
     case.predict()
     arguments = ["--predictions", str(case.predictions), "--output", str(tmp_path / "out"), "--draws", "20"]
-    assert evaluate_command([*arguments, "--no_baselines"]) == 0
+    assert main(["evaluate", *arguments, "--no_baselines"]) == 0
     assert (tmp_path / "out" / "report.html").is_file()
 
 

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.errors import InputError
+from behrt_jax.tracking.console import Console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.workflows.finetune import finetune
-from behrt_jax.workflows.finetune_run import TaskReporter
 from behrt_jax.workflows.predict import open_finetuned
 from tests.records.meds_folder import DAY
 from tests.workflows.evaluated import FIRST_ID, TIME
@@ -101,7 +101,7 @@ def final_trees(folder):
 def test_resumed_equals_uninterrupted_bit_for_bit(case, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch, after a validation, then resumed."""
     whole, config = case.run(), replace(case.config(), output=tmp_path / "parts")
-    original = TaskReporter.step
+    original = Console.step
     at = read(whole, "summary.json")["steps"] // 2
 
     def stop(self, step, tokens, loss):
@@ -109,12 +109,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(case, tmp_path, monkeypatch):
         if step == at:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(TaskReporter, "step", stop)
+    monkeypatch.setattr(Console, "step", stop)
     first = finetune(config, ONE)
     assert first.exit_status == 128 + signal.SIGTERM
     assert first.summary["stop_reason"] == "interrupted by SIGTERM"
     assert first.summary["best_step"] is not None and (config.output / "adapter" / "task.json").is_file()
-    monkeypatch.setattr(TaskReporter, "step", original)
+    monkeypatch.setattr(Console, "step", original)
     second = finetune(replace(config, resume=True), ONE)
     assert second.exit_status == 0
 

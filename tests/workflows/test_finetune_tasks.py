@@ -10,14 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.cli import parse
+from behrt_jax.cli import COMMANDS, parse
 from behrt_jax.config import EvaluateConfig, FinetuneConfig, PopulationConfig
+from behrt_jax.data.labels import read_label_tables
 from behrt_jax.data.predictions import read_predictions
 from behrt_jax.data.prepared import read_prepared
-from behrt_jax.data.tasks import read_label_tables
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold
-from behrt_jax.presets import FINETUNE
+from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.finetune import finetune
@@ -295,5 +294,5 @@ def test_wrong_options_are_told_before_any_data_is_read(case, tmp_path, name, la
 
 def test_tables_are_given_one_after_the_other():
     arguments = ["--population.vary", "task", "--population.labels", "a.parquet", "b.parquet"]
-    config = parse(arguments, FINETUNE, default="lora", prog="finetune.py")
+    config = parse(COMMANDS["finetune"], arguments, prog="finetune.py")
     assert (config.population.vary, config.population.labels, config.labels) == ("task", TWO, None)

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from meds import LabelSchema
 
-from behrt_jax.cli import doctor_command, make_labels_command, prepare_command
-from behrt_jax.data.delays import matching_codes
-from behrt_jax.data.event_rules import DAY
+from behrt_jax.cli import main
+from behrt_jax.data.events import DAY
 from behrt_jax.data.examples import find_examples
 from behrt_jax.data.labels import read_labels
 from behrt_jax.data.prepared import read_deaths, read_manifest, read_prepared
-from behrt_jax.data.ragged import ragged_indices
+from behrt_jax.data.sorting import ragged_indices
+from behrt_jax.data.vocabulary import matching_codes
 from tests.diagnosis.audited import OUTCOME, prepare_clinical
 
 TASKS = {
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 
 def make(task, data, output, *options):
-    status = make_labels_command(["--task", task, "--data", str(data), "--output", str(output), *options])
+    status = main(["make-labels", "--task", task, "--data", str(data), "--output", str(output), *options])
     assert status == 0
     return pq.read_table(output)
 
@@ -45,7 +45,7 @@ def account_of(table):
 def doctor(data, labels, tmp, *options):
     """Findings by id, of the labels."""
     found = tmp / "findings.json"
-    doctor_command(["--data", str(data), "--labels", str(labels), "--output", str(found), *options])
+    main(["doctor", "--data", str(data), "--labels", str(labels), "--output", str(found), *options])
     return {finding["id"]: finding for finding in json.loads(found.read_text())["findings"]}
 
 
@@ -131,7 +131,7 @@ def test_a_follow_up_that_ends_on_a_date(data, tmp_path):
 
 def test_the_options_are_told(capsys):
     with pytest.raises(SystemExit):
-        make_labels_command(["--help"])
+        main(["make-labels", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for word in ("next_visit", "first_occurrence", "readmission", "death", "--gap_days", "--min_events"):
         assert word in shown
@@ -165,7 +165,7 @@ def test_one_clear_error_and_nothing_written(mistake, data, tmp_path, capsys):
     if not mistake.startswith("no ") or mistake in ("no label",) or len(options) <= 2:
         given = {"--task": "death", "--data": str(data), "--output": str(tmp_path / "a.parquet")}
         arguments += [part for pair in given.items() if pair[0] not in arguments for part in pair]
-    assert make_labels_command(arguments) == 2
+    assert main(["make-labels", *arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert expected in lines[0]
@@ -180,7 +180,7 @@ def test_a_write_that_fails_leaves_nothing(data, tmp_path, monkeypatch):
     monkeypatch.setattr("behrt_jax.workflows.make_labels.pq.write_table", fail)
     arguments = ["--task", "readmission", "--data", str(data), "--output", str(tmp_path / "a.parquet")]
     with pytest.raises(OSError, match="disk full"):
-        make_labels_command(arguments)
+        main(["make-labels", *arguments])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,7 +191,7 @@ def test_data_of_an_older_version_do_not_know_who_died(tmp_path, capsys):
     make("next_visit", data, tmp_path / "next.parquet")
     capsys.readouterr()
     arguments = ["--task", "readmission", "--data", str(data), "--output", str(tmp_path / "a.parquet")]
-    assert make_labels_command(arguments) == 2
+    assert main(["make-labels", *arguments]) == 2
     assert "did not keep deaths: run prepare again" in capsys.readouterr().err
 
 
@@ -202,7 +202,7 @@ needs_real = pytest.mark.skipif("EHR_TEST_DATA" not in os.environ, reason="EHR_T
 def test_synthea(tmp_path):
     source = Path(os.environ["EHR_TEST_DATA"]) / "synthea-csv-1462"
     data = tmp_path / "prepared"
-    assert prepare_command(["--source", "synthea", "--input", str(source), "--output", str(data)]) == 0
+    assert main(["prepare", "--source", "synthea", "--input", str(source), "--output", str(data)]) == 0
     bronchitis = "DX//10509002"
     table = make("first_occurrence", data, tmp_path / "first.parquet", "--codes", bronchitis)
     prepared = read_prepared(data)
@@ -240,7 +240,7 @@ def test_mimic(tmp_path):
     source = Path(os.environ["EHR_TEST_DATA"]) / "mimic-iv-demo-meds"
     data = tmp_path / "prepared"
     options = ["--visit_column", "hadm_id", "--delays", "DIAGNOSIS//=visit"]
-    assert prepare_command(["--input", str(source), "--output", str(data), *options]) == 0
+    assert main(["prepare", "--input", str(source), "--output", str(data), *options]) == 0
     task = doctor(data, source / "tasks", tmp_path)
     assert [finding for finding in task.values() if finding["severity"] == "error"] == []
     for name in ("death", "next_visit"):

@@ -10,6 +10,7 @@ import pytest
 
 from behrt_jax.adapters import lora
 from behrt_jax.config import EvaluateConfig, PredictConfig
+from behrt_jax.data.batches import Batch
 from behrt_jax.data.events import BIRTH_CODE
 from behrt_jax.data.labels import VALUE_COLUMNS
 from behrt_jax.data.predictions import read_predictions
@@ -339,7 +340,8 @@ def by_hand(data, split, subjects, times, model, vocabulary_size, params, poolin
         visits[row, :count], positions[row, :count] = part.visits[tokens], np.arange(count)
         segments[row, :count] = 1
     network = PatientEmbedding(model, vocabulary_size, pooling)
-    return network.apply({"params": {"behrt": params}}, codes, ages, visits, positions, segments, 1)[:, 0]
+    batch = Batch(codes, ages, visits, positions, segments, np.arange(len(codes), dtype=np.int32))
+    return network.apply({"params": {"behrt": params}}, batch, 1)[:, 0]
 
 
 @pytest.mark.slow

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.cli import prepare_command
+from behrt_jax.cli import main
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.sequences import describe
-from behrt_jax.records.meds_check import check_meds
 from behrt_jax.records.sources.meds import read_meds
 from behrt_jax.workflows.pretrain import pretrain
+from tests.records.meds_check import check_meds
 from tests.records.meds_folder import by_remainder, history_rows, write_meds
 from tests.workflows.small_run import SMALL_RUN, changed
 
@@ -27,7 +27,7 @@ def meds(tmp_path_factory):
 
 
 def run(meds, output, *options):
-    return prepare_command(["--source", "meds", "--input", str(meds), "--output", str(output), *options])
+    return main(["prepare", "--source", "meds", "--input", str(meds), "--output", str(output), *options])
 
 
 def content(folder):
@@ -136,9 +136,9 @@ def test_a_table_of_events(tmp_path, capsys):
     arguments = ["--source", "table", "--input", str(file), "--table.subject", "patient",
                  "--table.time", "when", "--table.birth", "born"]  # fmt: skip
     output = tmp_path / "prepared"
-    assert prepare_command([*arguments, "--table.code", "icd9", "--output", str(output)]) == 2
+    assert main(["prepare", *arguments, "--table.code", "icd9", "--output", str(output)]) == 2
     assert "icd9" in capsys.readouterr().err
-    assert prepare_command([*arguments, "--table.code", "icd", "--output", str(output)]) == 0
+    assert main(["prepare", *arguments, "--table.code", "icd", "--output", str(output)]) == 0
     prepared = read_prepared(output)
     assert sum(len(part) for part in prepared.splits.values()) == 80
     assert len(prepared.vocabulary) == 35
@@ -162,7 +162,7 @@ MISTAKES = {
 def test_one_clear_error_and_nothing_left_behind(mistake, meds, tmp_path, capsys):
     arguments, expected = MISTAKES[mistake]
     arguments = [argument.format(meds=meds, tmp=tmp_path) for argument in arguments]
-    assert prepare_command(arguments) == 2
+    assert main(["prepare", *arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")

@@ -20,12 +20,12 @@ from behrt_jax.config import FreezingConfig, InitConfig, LoRAConfig
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers
+from behrt_jax.tracking.console import Console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.loop import DivergenceError
 from behrt_jax.training.pretrained import check_source, start_from
 from behrt_jax.training.state import init_state, optimizer_for, set_up
-from behrt_jax.workflows import announce
 from behrt_jax.workflows.pretrain import pretrain
 from tests.records.meds_folder import by_remainder, history_rows, write_meds
 from tests.workflows.small_run import SMALL_RUN, changed
@@ -46,7 +46,7 @@ def final_trees(folder):
     """Latest checkpoint of a run as flat numpy arrays."""
     config, vocabulary = SMALL_RUN, Vocabulary.read(folder / "vocabulary.parquet")
     setup = set_up(config, len(vocabulary))
-    state = init_state(config, setup, optimizer_for(config, setup, 10), jax.random.key(0), make_mesh(ONE))
+    state = init_state(setup, optimizer_for(config.optimizer, setup, 10), jax.random.key(0), make_mesh(ONE))
     with open_checkpoints(folder / "checkpoints") as checkpoints:
         step = checkpoints.latest_step()
         trees = checkpoints.restore(
@@ -122,9 +122,9 @@ def test_the_adapter_alone_on_its_base_gives_the_best_model(finished):
     vocabulary = Vocabulary.read(folder / "vocabulary.parquet")
     setup = set_up(SMALL_RUN, len(vocabulary))
     mesh = make_mesh(ONE)
-    optimizer = optimizer_for(SMALL_RUN, setup, 10)
+    optimizer = optimizer_for(SMALL_RUN.optimizer, setup, 10)
     init_key = jax.random.split(jax.random.key(SMALL_RUN.train.seed), 3)[0]
-    base = init_state(SMALL_RUN, setup, optimizer, init_key, mesh).variables
+    base = init_state(setup, optimizer, init_key, mesh).variables
     params, lora, _ = load_adapter(folder / "adapter", base["params"], vocabulary.fingerprint())
     with open_checkpoints(folder / "checkpoints") as checkpoints:
         best = checkpoints.restore(checkpoints.best_step(), params=base["params"], lora=base["lora"])
@@ -136,22 +136,22 @@ def test_the_adapter_alone_on_its_base_gives_the_best_model(finished):
 
 def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch and of a stretch of metrics, then resumed."""
-    from behrt_jax.workflows import announce
+    from behrt_jax.tracking.console import Console
 
     config = replace(SMALL_RUN, output=tmp_path / "parts")
-    original = announce.LoopReporter.step
+    original = Console.step
 
     def stop_at_step_5(self, step, tokens, loss):
         original(self, step, tokens, loss)
         if step == 5:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(announce.LoopReporter, "step", stop_at_step_5)
+    monkeypatch.setattr(Console, "step", stop_at_step_5)
     first = pretrain(config, ONE)
     assert first.exit_status == 128 + signal.SIGTERM
     assert read(config.output, "summary.json")["stop_reason"] == "interrupted by SIGTERM"
     assert final_trees(config.output)[0] == 5
-    monkeypatch.setattr(announce.LoopReporter, "step", original)
+    monkeypatch.setattr(Console, "step", original)
     second = pretrain(replace(config, resume=True), ONE)
     assert second.exit_status == 0
     whole, parts = final_trees(finished.folder), final_trees(config.output)
@@ -302,7 +302,7 @@ def apart(tmp_path_factory):
 def fresh(config):
     setup = set_up(config, VOCABULARY)
     init_key = jax.random.split(jax.random.key(config.train.seed), 3)[0]
-    return init_state(config, setup, optimizer_for(config, setup, 10), init_key, make_mesh(ONE))
+    return init_state(setup, optimizer_for(config.optimizer, setup, 10), init_key, make_mesh(ONE))
 
 
 def stored(folder, config, best=True):
@@ -342,16 +342,16 @@ def test_the_adapter_alone_on_its_base_gives_the_best_model_in_either_layout(sta
 @pytest.mark.slow
 def test_pretrain_stacked_resumed_equals_uninterrupted_bit_for_bit(stacked, tmp_path, monkeypatch):
     config = replace(STACKED, output=tmp_path / "parts")
-    original = announce.LoopReporter.step
+    original = Console.step
 
     def stop_at_step_5(self, step, tokens, loss):
         original(self, step, tokens, loss)
         if step == 5:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(announce.LoopReporter, "step", stop_at_step_5)
+    monkeypatch.setattr(Console, "step", stop_at_step_5)
     assert pretrain(config, ONE).exit_status == 128 + signal.SIGTERM
-    monkeypatch.setattr(announce.LoopReporter, "step", original)
+    monkeypatch.setattr(Console, "step", original)
     assert pretrain(replace(config, resume=True), ONE).exit_status == 0
     (step, parts), (last, whole) = (stored(run, STACKED, best=False) for run in (config.output, stacked))
     assert step == last

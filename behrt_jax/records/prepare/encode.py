@@ -1,12 +1,15 @@
-"""From the events of one partition to the sequences of its subjects, by split."""
+"""From the events of one partition to the sequences of its subjects, by split.
+
+Input in any order comes from spill files; input whose subjects ascend is encoded while it is read.
+"""
 
 import functools
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,12 +32,12 @@ from behrt_jax.data.sorting import ascending, distinct
 from behrt_jax.data.splits import check_disjoint, hash_split_index, hash_splits, split_index
 from behrt_jax.records.prepare.spill import (
     CodeNumbers,
+    Partitions,
     Spill,
     SubjectSet,
-    choose_partitions,
-    code_lookups,
+    Told,
+    add_counts,
     columns_of,
-    load_partition,
     read_ahead,
     select_rows,
 )
@@ -43,6 +46,7 @@ from behrt_jax.records.sources.source import Source
 ENCODERS = min(4, os.cpu_count() or 1)
 """Threads that encode partitions."""
 
+P = TypeVar("P")
 SplitOf = Callable[[np.ndarray], np.ndarray]
 """From subjects, int64 ``[n]`` ascending, to the place of their split in `events.SPLITS`, int8 ``[n]``; -1
 where a subject has none."""
@@ -81,66 +85,59 @@ class Encoding:
     bins: ValueBins | None = None
 
 
-def add_counts(counts: EventCounts, more: EventCounts) -> None:
-    """Add one account of events to another."""
-    counts.read += more.read
-    for rule, events in more.dropped.items():
-        counts.drop(rule, events)
-    for rule, events in more.changed.items():
-        counts.change(rule, events)
+@dataclass(frozen=True, eq=False)
+class EncodingRules:
+    """Rules by which the events of whole subjects become sequences."""
 
+    choice: CodeChoice
+    """The codes that become tokens, and those that are static facts."""
+    duplicates: Duplicates
+    """Treatment of a code that comes again in a visit."""
+    split_of: SplitOf
+    """Gives the subjects' splits."""
+    bins: ValueBins | None = None
+    """Of numeric values, if they are asked for."""
 
-def encode_events(
-    events: EventColumns,
-    values: np.ndarray | None,
-    bins: ValueBins | None,
-    split_of: SplitOf,
-    choice: CodeChoice,
-    duplicates: Duplicates,
-) -> Encoded:
-    """Apply the rules of `filtering.select_events` to whole subjects, and deal them out to the splits.
+    def encode(self, events: EventColumns, values: np.ndarray | None) -> Encoded:
+        """Apply the rules of `event_rules.select_events` to events, and deal them out to the splits.
 
-    Args:
-        events: all events of these subjects.
-        values: float32 ``[events]``, NaN where null, where they were kept.
-        bins: of numeric values, if they are asked for.
-        split_of: gives the subjects' splits.
-        choice: which codes become tokens, and which are static facts.
-        duplicates: what becomes of a code that comes again in a visit.
-    """
-    counts = EventCounts()
-    recorded = events
-    wanted = chosen_codes(choice.tokens, tuple(events.names))
-    is_bin = None
-    if bins is not None and values is not None:
-        tokens = {name for name, chosen in zip(events.names, wanted.tolist(), strict=True) if chosen}
-        events, is_bin = bins.apply(events, values)
-        wanted = is_bin | np.array([name in tokens for name in events.names])
-    selected = select_columns(events, wanted, duplicates, counts)
-    ages = ages_in_years(selected)
-    split = split_of(selected.subject_ids)  # [S]
-    lengths = np.diff(selected.offsets)
-    counts.drop("subject in no split", int(lengths[split < 0].sum()))
-    parts, by_code = {}, {}
-    columns = selected.codes, ages, selected.visits, selected.times
-    for index, name in enumerate(SPLITS):
-        chosen = split == index
-        if chosen.all():
-            parts[name] = (selected.subject_ids, lengths, *columns)
-        else:
-            tokens = np.repeat(chosen, lengths)  # [N]
-            rows = (column[tokens] for column in columns)
-            parts[name] = (selected.subject_ids[chosen], lengths[chosen], *rows)
-        by_code[name] = np.bincount(parts[name][2], minlength=len(selected.names))
-        if duplicates == "count":
-            count_repeated(parts[name][2], len(events.names), counts)
-    if is_bin is not None:
-        binned = np.resize(is_bin, len(selected.names))  # names with a count come in the same order
-        changed = sum(int(found[binned].sum()) for found in by_code.values())
-        counts.change("value -> quantile bin", changed)
-    static = chosen_codes(choice.static, tuple(recorded.names))
-    facts = subject_facts(recorded, static, selected.without_events, split_of)
-    return Encoded(parts, selected.names, by_code, counts, facts)
+        Args:
+            events: all events of these subjects.
+            values: float32 ``[events]``, NaN where null, where they were kept.
+        """
+        counts = EventCounts()
+        recorded = events
+        wanted = chosen_codes(self.choice.tokens, tuple(events.names))
+        is_bin = None
+        if self.bins is not None and values is not None:
+            tokens = {name for name, chosen in zip(events.names, wanted.tolist(), strict=True) if chosen}
+            events, is_bin = self.bins.apply(events, values)
+            wanted = is_bin | np.array([name in tokens for name in events.names])
+        selected = select_columns(events, wanted, self.duplicates, counts)
+        ages = ages_in_years(selected)
+        split = self.split_of(selected.subject_ids)  # [S]
+        lengths = np.diff(selected.offsets)
+        counts.drop("subject in no split", int(lengths[split < 0].sum()))
+        parts, by_code = {}, {}
+        columns = selected.codes, ages, selected.visits, selected.times
+        for index, name in enumerate(SPLITS):
+            chosen = split == index
+            if chosen.all():
+                parts[name] = (selected.subject_ids, lengths, *columns)
+            else:
+                tokens = np.repeat(chosen, lengths)  # [N]
+                rows = (column[tokens] for column in columns)
+                parts[name] = (selected.subject_ids[chosen], lengths[chosen], *rows)
+            by_code[name] = np.bincount(parts[name][2], minlength=len(selected.names))
+            if self.duplicates == "count":
+                count_repeated(parts[name][2], len(events.names), counts)
+        if is_bin is not None:
+            binned = np.resize(is_bin, len(selected.names))  # names with a count come in the same order
+            changed = sum(int(found[binned].sum()) for found in by_code.values())
+            counts.change("value -> quantile bin", changed)
+        static = chosen_codes(self.choice.static, tuple(recorded.names))
+        facts = subject_facts(recorded, static, selected.without_events, self.split_of)
+        return Encoded(parts, selected.names, by_code, counts, facts)
 
 
 @functools.lru_cache(maxsize=4)  # the names are the same in many partitions
@@ -149,7 +146,7 @@ def chosen_codes(choose: Callable[[Sequence[str]], np.ndarray], names: tuple[str
     return choose(names)
 
 
-def encode_all(encode: Callable[[Any], Encoded], partitions: Iterable[Any]) -> Iterator[Encoded]:
+def encode_all(encode: Callable[[P], Encoded], partitions: Iterable[P]) -> Iterator[Encoded]:
     """Encode partitions in threads, with one more of them in memory than there are threads."""
     with ThreadPoolExecutor(ENCODERS) as pool:
         waiting = deque()
@@ -162,37 +159,31 @@ def encode_all(encode: Callable[[Any], Encoded], partitions: Iterable[Any]) -> I
 
 
 def fit_values(
-    spills: Sequence[Spill],
-    partitions: Sequence[range],
-    names: Sequence[str],
-    train: np.ndarray,
-    choice: CodeChoice,
-    config: PrepareConfig,
+    partitions: Partitions, train: np.ndarray, choice: CodeChoice, bins: int, min_count: int
 ) -> ValueBins:
     """Fit quantile bins on the events of train subjects that the rules keep, duplicates included.
 
     A code has bins if each of them can be expected to reach ``min_count``.
 
     Args:
-        spills: all shards.
-        partitions: buckets of each partition.
-        names: all codes, ascending.
+        partitions: all events.
         train: int64 ids of the train split, ascending.
-        choice: which codes become tokens.
-        config: its ``value_codes``, ``value_bins`` and ``min_count`` are read.
+        choice: which codes become tokens, and which of them by their values.
+        bins: of each code.
+        min_count: events of a code that is not rare.
     """
-    lookups = code_lookups(spills, names)
-    sample = ValueSample(names, choice.tokens(names) & matches(names, config.value_codes, "value_codes"))
-    for buckets in partitions:
-        events, values = load_partition(spills, buckets, names, lookups)
+    names = partitions.names
+    sample = ValueSample(names, choice.tokens(names) & matches(names, choice.value_codes, "value_codes"))
+    split_of = split_listed({"train": train})
+    for buckets in partitions.buckets:
+        events, values = partitions.load(buckets)
         if values is None:
             continue
         subjects, _, kept = apply_rules(events, None, EventCounts(), also=[values])
         subject, time, *_, code, value = kept
-        own = split_listed({"train": train})(subjects) == 0  # [S]
-        rows = own[subject]
+        rows = (split_of(subjects) == 0)[subject]
         sample.add(subjects[subject[rows]], time[rows], code[rows], value[rows])
-    return sample.fit(config.value_bins, config.value_bins * config.min_count)
+    return sample.fit(bins, bins * min_count)
 
 
 def split_listed(splits: Mapping[str, np.ndarray]) -> SplitOf:
@@ -213,13 +204,13 @@ def split_listed(splits: Mapping[str, np.ndarray]) -> SplitOf:
 # Encoding by way of spill files: for input in any order, of any number of shards.
 
 
-def encode_spilled(
+def encode_spills(
     source: Source,
     spills: Sequence[Spill],
     choice: CodeChoice,
     config: PrepareConfig,
     most: int,
-    told: Callable[[int, int], None],
+    told: Told,
 ) -> Encoding:
     """Load the partitions of spill files, encode them, and tell how many are done.
 
@@ -243,28 +234,19 @@ def encode_spilled(
     if splits is None:
         subjects = np.concatenate([spill.subjects() for spill in spills])
         splits = split_by_hash(subjects, config)
-    names = tuple(sorted({name for spill in spills for name in spill.codes}))
-    partitions = choose_partitions(spills, most)
-    bins = None
+    partitions = Partitions(spills, most)
+    rules = EncodingRules(choice, config.duplicates, split_listed(splits))
     if config.value_codes:
-        bins = fit_values(spills, partitions, names, splits["train"], choice, config)
-    encode = functools.partial(
-        _encode_partition,
-        spills,
-        names=names,
-        lookups=code_lookups(spills, names),
-        bins=bins,
-        split_of=split_listed(splits),
-        choice=choice,
-        config=config,
-    )
+        bins = fit_values(partitions, splits["train"], choice, config.value_bins, config.min_count)
+        rules = replace(rules, bins=bins)
 
     def encoded() -> Iterator[Encoded]:
-        for done, partition in enumerate(encode_all(encode, partitions), start=1):
+        load_and_encode = lambda buckets: rules.encode(*partitions.load(buckets))  # noqa: E731
+        for done, partition in enumerate(encode_all(load_and_encode, partitions.buckets), start=1):
             yield partition
-            told(done, len(partitions))
+            told(done, len(partitions.buckets))
 
-    return Encoding(encoded(), counts, lambda: prefixes, lambda: splits, bins)
+    return Encoding(encoded(), counts, lambda: prefixes, lambda: splits, rules.bins)
 
 
 def own_splits(source: Source) -> dict[str, np.ndarray] | None:
@@ -283,20 +265,6 @@ def own_splits(source: Source) -> dict[str, np.ndarray] | None:
 def split_by_hash(subjects: np.ndarray, config: PrepareConfig) -> dict[str, np.ndarray]:
     """See `splits.hash_splits`."""
     return hash_splits(subjects, config.tuning_fraction, config.held_out_fraction, config.seed, options="")
-
-
-def _encode_partition(
-    spills: Sequence[Spill],
-    buckets: range,
-    names: tuple[str, ...],
-    lookups: Sequence[np.ndarray],
-    bins: ValueBins | None,
-    split_of: SplitOf,
-    choice: CodeChoice,
-    config: PrepareConfig,
-) -> Encoded:
-    events, values = load_partition(spills, buckets, names, lookups)
-    return encode_events(events, values, bins, split_of, choice, config.duplicates)
 
 
 # Encoding of input whose subjects ascend from unit to unit: while it is read, without spill files.
@@ -325,12 +293,12 @@ def encode_ascending(
     choice: CodeChoice,
     config: PrepareConfig,
     most: int,
-    told: Callable[[int, int], None],
+    told: Told,
 ) -> Encoding:
     """Encode whole subjects while the source is read, and tell how many units are done.
 
     Memory: two chunks of the source, a copy of one, and partitions of ``most`` events as in
-    `encoding.encode_all`; a subject with more events than that is a partition of its own.
+    `encode_all`; a subject with more events than that is a partition of its own.
 
     Args:
         source: what to read.
@@ -351,6 +319,7 @@ def encode_ascending(
     split_of: SplitOf = lambda ids: hash_split_index(ids, *fractions)  # noqa: E731
     if splits is not None:
         split_of = split_listed(splits)
+    rules = EncodingRules(choice, config.duplicates, split_of)
 
     def batches() -> Iterator[pa.RecordBatch]:
         with ThreadPoolExecutor(1) as pool:
@@ -369,12 +338,11 @@ def encode_ascending(
     def encode(partition: tuple[list[pa.RecordBatch], tuple[str, ...], np.ndarray]) -> Encoded:
         group, names, places = partition
         tables = [(pa.Table.from_batches([batch]), places) for batch in group]
-        return encode_events(*columns_of(tables, names), None, split_of, choice, config.duplicates)
+        return rules.encode(*columns_of(tables, names))
 
     def encoded() -> Iterator[Encoded]:
         yield from encode_all(encode, partitions())
-        for rule, dropped in unselected.dropped.items():
-            counts.drop(rule, dropped)
+        add_counts(counts, unselected)
 
     def all_splits() -> dict[str, np.ndarray]:
         return split_by_hash(seen.all(), config) if splits is None else splits

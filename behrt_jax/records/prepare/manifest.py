@@ -1,21 +1,21 @@
-"""What a prepared data set says about itself: options, input, counts; no subject ids, paths or times."""
+"""The manifest of a prepared data set: options, input and counts, without subject ids, paths or times."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from behrt_jax import __version__
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.delays import matching_codes, parse_delay
 from behrt_jax.data.events import EventCounts
+from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.packing import pack_lengths
 from behrt_jax.data.prepared import FORMAT_VERSION
 from behrt_jax.data.sequences import Sequences, describe_split
-from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.data.vocabulary import Vocabulary, matching_codes
+from behrt_jax.files import JsonObject
 from behrt_jax.records.sources.source import Source
 
 ROW_LENGTHS = (50, 100, 200, 512)
@@ -23,21 +23,21 @@ ROW_LENGTHS = (50, 100, 200, 512)
 TOP_CODES = 20
 
 
-def content_options(source: Source, config: PrepareConfig, codes: tuple[str, ...]) -> dict[str, Any]:
+def content_options(source: Source, config: PrepareConfig, codes: tuple[str, ...]) -> JsonObject:
     """The options that decide what is prepared, with the patterns of codes as they are applied."""
     names = ["exclude_codes", "static_codes", "min_count", "vocabulary_size", "duplicates", "delays"]
     if config.value_codes:
         names += ["value_codes", "value_bins"]
-    if source.name == "meds":
-        names.append("visit_column")
-    if source.name == "omop":
-        names.append("ancestors")
-    if not source.splits():
-        names += ["tuning_fraction", "held_out_fraction", "seed"]
-    options: dict[str, Any] = {"codes": codes} | {name: getattr(config, name) for name in names}
-    if source.name == "table":
-        options["table"] = asdict(config.table)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    split = [] if source.splits() else ["tuning_fraction", "held_out_fraction", "seed"]
+    options = {
+        "codes": codes,
+        **{name: getattr(config, name) for name in names},
+        **source.options(),
+        **{name: getattr(config, name) for name in split},
+    }
+    # Groups of options come last, as they always have.
+    ordered = sorted(options.items(), key=lambda option: isinstance(option[1], dict))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in ordered}
 
 
 def input_files(source: Source, folder: Path | None) -> list[tuple[str, int]]:
@@ -60,7 +60,7 @@ def input_fingerprint(source: Source, folder: Path | None) -> str:
     return digest.hexdigest()
 
 
-def describe_counts(counts: EventCounts) -> dict[str, Any]:
+def describe_counts(counts: EventCounts) -> JsonObject:
     """Events read, and dropped and changed by rule; rules in the order of their names."""
     return {
         "read": counts.read,
@@ -90,66 +90,75 @@ def padding(lengths: np.ndarray) -> dict[str, dict[str, float]]:
     return shares
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The outcome of a preparation, beside its files."""
+
+    vocabulary: Vocabulary
+    """As fitted."""
+    splits: Mapping[str, Sequences]
+    """The sequences."""
+    counts: EventCounts
+    """``read`` is what the splits hold, plus all that was dropped."""
+    distinct_codes: Mapping[str, int]
+    """Split -> codes that occur in it, before rare ones became [UNK]."""
+    top_codes: Sequence[tuple[str, str | None, int]]
+    """Code, description and events in all splits, most frequent first."""
+    subjects_without_events: Mapping[str, int]
+    """By split."""
+    facts: Mapping[str, Mapping[str, int]]
+    """Split -> what `prepared.FactWriter.counts` gives."""
+    value_edges: Mapping[str, list[float]] | None
+    """Code -> the values that end its quantile bins, where there are bins."""
+
+
 def describe_prepared(
-    source: Source,
-    options: Mapping[str, Any],
+    source: str,
+    options: JsonObject,
     input_print: Callable[[], str],
     fingerprint: Callable[[], str],
-    vocabulary: Vocabulary,
-    splits: Mapping[str, Sequences],
-    distinct_codes: Mapping[str, int],
-    top_codes: Sequence[tuple[str, str | None, int]],
-    counts: EventCounts,
-    subjects_without_events: Mapping[str, int],
-    value_edges: Mapping[str, list[float]] | None,
-    facts: Mapping[str, Mapping[str, int]],
-) -> dict[str, Any]:
+    prepared: Prepared,
+) -> JsonObject:
     """The manifest.
 
     Args:
-        source: gives its name.
+        source: its name.
         options: see `content_options`.
         input_print: gives what `input_fingerprint` does; called last.
         fingerprint: gives that of vocabulary and sequences, likewise.
-        vocabulary: as fitted.
-        splits: the sequences.
-        distinct_codes: split -> codes that occur in it, before rare ones became [UNK].
-        top_codes: code, description and events in all splits, most frequent first.
-        counts: ``read`` is what the splits hold, plus all that was dropped.
-        subjects_without_events: by split.
-        value_edges: code -> the values that end its quantile bins, where there are bins.
-        facts: split -> what `subject_facts.FactWriter.counts` gives.
+        prepared: the outcome.
     """
     described = {}
-    for name, part in splits.items():
+    for name, part in prepared.splits.items():
         figures = describe_split(part)
         described[name] = {
             "subjects": figures["subjects"],
             "events": figures["events"],
-            "codes": distinct_codes[name],
+            "codes": prepared.distinct_codes[name],
             "visits": figures["visits"],
             "lengths": figures["lengths"],
             "padding": padding(part.lengths),
         }
-    bins = {} if value_edges is None else {"value_edges": dict(value_edges)}
+    vocabulary, edges = prepared.vocabulary, prepared.value_edges
+    bins = {} if edges is None else {"value_edges": dict(edges)}
     return {
         "format_version": FORMAT_VERSION,
         "behrt_jax_version": __version__,
-        "source": source.name,
+        "source": source,
         "options": dict(options),
         "input_fingerprint": input_print(),
         "fingerprint": fingerprint(),
         "vocabulary": {"rows": len(vocabulary), "fingerprint": vocabulary.fingerprint()},
-        "events": describe_counts(counts),
-        "subjects_without_events": dict(subjects_without_events),
-        "subject_facts": {name: dict(counts) for name, counts in facts.items()},
+        "events": describe_counts(prepared.counts),
+        "subjects_without_events": dict(prepared.subjects_without_events),
+        "subject_facts": {name: dict(counts) for name, counts in prepared.facts.items()},
         "delayed_codes": {
             delay: int(matching_codes(vocabulary, (parse_delay(delay)[0],), "--delays").sum())
             for delay in options["delays"]
         },
         "splits": described,
         "top_codes": [
-            {"code": code, "description": text, "events": events} for code, text, events in top_codes
+            {"code": code, "description": text, "events": events} for code, text, events in prepared.top_codes
         ],
         **bins,
     }

@@ -1,16 +1,16 @@
 """From a source's records to a prepared data set on disk, in memory that does not grow with the events.
 
 1. Read: where the source's units follow each other by subject, whole subjects go on at once
-   (`ascending`); else events of selected codes go to spill files by range of subjects (`spilled`).
+   (`encode.encode_ascending`); else events of selected codes go to spill files by range of subjects.
 2. Encode: some hundred thousand events of whole subjects at a time (a partition) are filtered, sorted and
    appended to their subjects' splits.
 3. Write: the vocabulary is fitted on the train split, and the whole is renamed into its place.
 
 Memory at its peak is that of reading (in each process, two chunks of the source,
-`sources.source.CHUNK_ROWS` rows, and a copy) or of encoding (a partition for each of `ENCODERS` threads,
-`partitions.PARTITION_EVENTS` events, or those of one bucket of subjects where that is more, at about 150
+`data.parquet.CHUNK_ROWS` rows, and a copy) or of encoding (a partition for each of `ENCODERS` threads,
+`spill.PARTITION_EVENTS` events, or those of one bucket of subjects where that is more, at about 150
 bytes an event, and one more that waits), or of both where subjects ascend. Beside it are encoded events
-(`finishing.HELD_BYTES` at most, the others wait in files), the ids and lengths of all subjects, 16 bytes
+(`HELD_BYTES` at most, the others wait in files), the ids and lengths of all subjects, 16 bytes
 each, and of the source's splits; while reading, up to 64 MiB to tell which subjects there are. The files
 that are written, and their temporary copies, are memory-mapped: pages of them that the system keeps show
 in the resident size, but it takes them back when memory is short.
@@ -21,172 +21,50 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.delays import parse_delay
 from behrt_jax.data.event_rules import CodeChoice, matches, nothing_left
 from behrt_jax.data.events import SPLITS, EventCounts
-from behrt_jax.data.prepared import MANIFEST, VOCABULARY, FactWriter, SplitWriter, read_manifest, write_json
+from behrt_jax.data.examples import parse_delay
+from behrt_jax.data.prepared import MANIFEST, VOCABULARY, FactWriter, SplitWriter, read_manifest
 from behrt_jax.data.sequences import set_fingerprint
 from behrt_jax.data.splits import check_fractions
-from behrt_jax.data.vocabulary import UNK, Descriptions, vocabulary_of_counts
+from behrt_jax.data.vocabulary import UNK, Descriptions, fit_vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import work_folder
+from behrt_jax.files import JsonObject, work_folder, write_json
 from behrt_jax.records.prepare.encode import (
+    Encoded,
     Encoding,
     OutOfOrder,
-    add_counts,
     ascending_units,
     encode_ascending,
-    encode_spilled,
+    encode_spills,
 )
 from behrt_jax.records.prepare.manifest import (
     TOP_CODES,
+    Prepared,
     content_options,
     describe_prepared,
     input_fingerprint,
 )
-from behrt_jax.records.prepare.shards import load_shards, read_shard, shards_folder, spill_in_parallel
-from behrt_jax.records.prepare.spill import PARTITION_EVENTS, Reading, choose_boundaries
+from behrt_jax.records.prepare.spill import (
+    PARTITION_EVENTS,
+    Reading,
+    Told,
+    add_counts,
+    choose_boundaries,
+    load_shards,
+    read_shard,
+    shards_folder,
+    spill_in_parallel,
+)
 from behrt_jax.records.sources.source import Source
-
-# From encoded partitions to the whole data set: vocabulary, files and manifest.
-
-HELD_BYTES = 384 << 20
-"""Events that are held in memory until the vocabulary is known, about 20 million; more go to files."""
-
-
-def finish(
-    source: Source,
-    encoding: Encoding,
-    config: PrepareConfig,
-    options: dict[str, Any],
-    work: Path,
-    input_print: Callable[[], str],
-    background: Executor,
-    told: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """Write the data set into ``work / "prepared"`` and give its manifest.
-
-    Args:
-        source: gives name and descriptions.
-        encoding: its partitions are exhausted.
-        config: the options.
-        options: as the manifest has them.
-        work: folder for temporary files too.
-        input_print: gives the input's fingerprint.
-        background: threads that write and hash.
-        told: called with the splits that are written, and how many there are.
-
-    Raises:
-        InputError: nothing is left, or no code is frequent enough.
-    """
-    counts = EventCounts()
-    numbers = _Numbers()
-    folder = work / "prepared"
-    events = {name: np.zeros(0, np.int64) for name in SPLITS}  # of each number
-    with ExitStack() as stack:
-        writers = {name: stack.enter_context(SplitWriter(work, name)) for name in SPLITS}
-        facts = {name: stack.enter_context(FactWriter(folder / name)) for name in SPLITS}
-        for encoded in encoding.partitions:
-            add_counts(counts, encoded.counts)
-            number = numbers.of(encoded.names)
-            for name, (subjects, lengths, codes, *columns) in encoded.parts.items():
-                writers[name].append(subjects, lengths, number[codes], *columns)
-                events[name] = _grown(events[name], len(numbers.names))
-                events[name][number] += encoded.events[name]
-                facts[name].append(encoded.facts[name])
-            if sum(writer.held for writer in writers.values()) > HELD_BYTES:
-                for writer in writers.values():
-                    writer.flush()
-        add_counts(counts, encoding.counts)
-        splits = encoding.splits()
-        _check_left(events, encoding.prefixes, counts)
-
-        names = numbers.names
-        descriptions = Descriptions(source.descriptions())
-        train = {name: count for name, count in zip(names, events["train"].tolist(), strict=True) if count}
-        texts = {name: text for name in train if (text := descriptions.of(name)) is not None}
-        vocabulary = vocabulary_of_counts(
-            train, config.min_count, config.vocabulary_size, None, texts, options=""
-        )
-        ids = vocabulary.encode(names)
-        everywhere = sum(events.values(), np.zeros(len(names), np.int64))  # [names]
-        counts.change("rare or unseen code -> [UNK]", int(everywhere[ids == UNK].sum()))
-        top = sorted(zip((-everywhere).tolist(), names, strict=True))[:TOP_CODES]
-
-        writing = {name: background.submit(writers[name].finish, folder, ids) for name in SPLITS}
-        sequences = {}
-        for done, (name, split) in enumerate(writing.items(), start=1):
-            sequences[name] = split.result()
-            told(done, len(SPLITS))
-    fingerprint = background.submit(set_fingerprint, vocabulary, sequences)
-    manifest = describe_prepared(
-        source,
-        options,
-        input_print,
-        fingerprint.result,
-        vocabulary,
-        sequences,
-        {name: int(np.count_nonzero(events[name])) for name in SPLITS},
-        [(name, descriptions.of(name), -count) for count, name in top if count],
-        counts,
-        {name: len(splits[name]) - len(sequences[name]) for name in SPLITS},
-        encoding.bins and dict(zip(encoding.bins.codes, encoding.bins.edges.tolist(), strict=True)),
-        {name: writer.counts() for name, writer in facts.items()},
-    )
-    vocabulary.write(folder / VOCABULARY)
-    write_json(folder / MANIFEST, manifest)
-    return manifest
-
-
-class _Numbers:
-    """Numbers of codes, the same in all partitions, whatever the partitions' own names."""
-
-    def __init__(self):
-        self._number: dict[str, int] = {}
-        self._names: tuple[str, ...] = ()
-        self._of_names = np.empty(0, np.int32)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._number)
-
-    def of(self, names: tuple[str, ...]) -> np.ndarray:
-        """int32 ``[names]``."""
-        if names is not self._names:
-            known = self._number
-            numbers = [known.setdefault(name, len(known)) for name in names]
-            self._names, self._of_names = names, np.array(numbers, np.int32)
-        return self._of_names
-
-
-def _grown(counted: np.ndarray, size: int) -> np.ndarray:
-    """With zeros at the end, so that there are ``size``."""
-    if len(counted) >= size:
-        return counted
-    return np.concatenate([counted, np.zeros(size - len(counted), np.int64)])
-
-
-def _check_left(
-    events: Mapping[str, np.ndarray], prefixes: Callable[[], Mapping[str, int]], counts: EventCounts
-) -> None:
-    if not any(found.any() for found in events.values()):
-        raise nothing_left(prefixes(), counts, options="")
-    for name in ("train", "tuning"):
-        if not events[name].any():
-            raise InputError(
-                f"No event is left in the {name} split: put subjects with selected codes into it, or "
-                "select more codes with codes."
-            )
-
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage (read and encode, or read, then encode; write), the parts of it done, and how many
@@ -198,17 +76,15 @@ def prepare(
     config: PrepareConfig,
     progress: Progress = lambda stage, done, total: None,
     *,
-    default_codes: tuple[str, ...] = (),
     boundaries: np.ndarray | None = None,
     partition_events: int = PARTITION_EVENTS,
-) -> dict[str, Any]:
-    """Prepare a data set; see the module's docstring for how, and `store` for what is written.
+) -> JsonObject:
+    """Prepare a data set; see the module's docstring for how, and `data.prepared` for what is written.
 
     Args:
         source: the records, opened.
-        config: the options.
+        config: the options; without ``codes``, the source's own default is selected.
         progress: told how far it is.
-        default_codes: patterns where ``config.codes`` gives none; none of both selects all codes.
         boundaries: where to cut the subjects into buckets, int64 ascending; chosen where not given.
         partition_events: most events of a partition; neither this nor the cut changes the result.
 
@@ -223,7 +99,7 @@ def prepare(
     _check(config)
     if not source.splits():
         check_fractions(config.tuning_fraction, config.held_out_fraction, options="")
-    codes = config.codes or default_codes
+    codes = config.codes or source.default_codes
     options = content_options(source, config, codes)
     choice = CodeChoice(codes, config.exclude_codes, config.value_codes, config.static_codes)
     choice.read([])  # wrong patterns are told before anything is read
@@ -237,20 +113,22 @@ def prepare(
     if not config.dry_run and (existing := _existing(source, config, options)) is not None:
         return existing
 
-    with (
-        _work_folder(config) as work,
-        ThreadPoolExecutor(2) as background,
-    ):
+    with _work_folder(config) as work, ThreadPoolExecutor(2) as background:
         input_print = background.submit(input_fingerprint, source, config.input)
 
-        def finished(encoding: Encoding) -> dict[str, Any]:
-            told = functools.partial(progress, "write")
-            return finish(source, encoding, config, options, work, input_print.result, background, told)
+        read, encode, both, write = (
+            functools.partial(progress, stage) for stage in ("read", "encode", "read and encode", "write")
+        )
+
+        def finished(encoding: Encoding) -> JsonObject:
+            prepared, fingerprint = finish(source, encoding, config, work, background, write)
+            manifest = describe_prepared(
+                source.name, options, input_print.result, fingerprint.result, prepared
+            )
+            write_json(work / "prepared" / MANIFEST, manifest, escaped=False)
+            return manifest
 
         manifest = None
-        read, encode, both = (
-            functools.partial(progress, stage) for stage in ("read", "encode", "read and encode")
-        )
         units = None if config.merge or config.workers > 1 or config.value_codes else ascending_units(source)
         if units is not None:
             with contextlib.suppress(OutOfOrder):
@@ -261,7 +139,7 @@ def prepare(
             else:
                 every = range(source.units())
                 spills = spill_in_parallel(source, every, reading(), work / "spill", config.workers, read)
-            manifest = finished(encode_spilled(source, spills, choice, config, partition_events, encode))
+            manifest = finished(encode_spills(source, spills, choice, config, partition_events, encode))
         if not config.dry_run and config.output is not None:
             (work / "prepared").replace(config.output)
     if config.merge and not config.dry_run and config.output is not None:
@@ -292,7 +170,7 @@ def _check(config: PrepareConfig) -> None:
         matches([], (parse_delay(option)[0],), "--delays")
 
 
-def _existing(source: Source, config: PrepareConfig, options: dict[str, Any]) -> dict[str, Any] | None:
+def _existing(source: Source, config: PrepareConfig, options: JsonObject) -> JsonObject | None:
     """The manifest of the output, if it holds just what would be prepared; None if there is nothing."""
     output = config.output
     if output is None or not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -306,3 +184,114 @@ def _existing(source: Source, config: PrepareConfig, options: dict[str, Any]) ->
     if manifest.get("input_fingerprint") != input_fingerprint(source, config.input):
         raise InputError(f"{output} was prepared from another input: give another --output.")
     return manifest | {"up_to_date": True}
+
+
+# From encoded partitions to the files of the data set.
+
+HELD_BYTES = 384 << 20
+"""Events that are held in memory until the vocabulary is known, about 20 million; more go to files."""
+
+
+def finish(
+    source: Source,
+    encoding: Encoding,
+    config: PrepareConfig,
+    work: Path,
+    background: Executor,
+    told: Told,
+) -> tuple[Prepared, Future[str]]:
+    """Fit the vocabulary and write all of the data set but its manifest into ``work / "prepared"``.
+
+    Args:
+        source: gives descriptions.
+        encoding: its partitions are exhausted.
+        config: the options.
+        work: folder for temporary files too.
+        background: threads that write and hash.
+        told: called with the splits that are written, and how many there are.
+
+    Returns:
+        What came of it, and the fingerprint of vocabulary and sequences, which is being computed.
+
+    Raises:
+        InputError: nothing is left, or no code is frequent enough.
+    """
+    counts = EventCounts()
+    codes = _CodeEvents()
+    folder = work / "prepared"
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(SplitWriter(work, name)) for name in SPLITS}
+        facts = {name: stack.enter_context(FactWriter(folder / name)) for name in SPLITS}
+        for encoded in encoding.partitions:
+            add_counts(counts, encoded.counts)
+            number = codes.add(encoded)
+            for name, (subjects, lengths, tokens, *columns) in encoded.parts.items():
+                writers[name].append(subjects, lengths, number[tokens], *columns)
+                facts[name].append(encoded.facts[name])
+            if sum(writer.held for writer in writers.values()) > HELD_BYTES:
+                for writer in writers.values():
+                    writer.flush()
+        add_counts(counts, encoding.counts)
+        splits = encoding.splits()
+        names, events = list(codes.number), codes.events
+        if not any(found.any() for found in events.values()):
+            raise nothing_left(encoding.prefixes(), counts, options="")
+        for name in ("train", "tuning"):
+            if not events[name].any():
+                raise InputError(
+                    f"No event is left in the {name} split: put subjects with selected codes into it, or "
+                    "select more codes with codes."
+                )
+
+        descriptions = Descriptions(source.descriptions())
+        train = {name: count for name, count in zip(names, events["train"].tolist(), strict=True) if count}
+        texts = {name: text for name in train if (text := descriptions.of(name)) is not None}
+        vocabulary = fit_vocabulary(train, config.min_count, config.vocabulary_size, None, texts, options="")
+        ids = vocabulary.encode(names)
+        everywhere = sum(events.values(), np.zeros(len(names), np.int64))  # [names]
+        counts.change("rare or unseen code -> [UNK]", int(everywhere[ids == UNK].sum()))
+        top = sorted(zip((-everywhere).tolist(), names, strict=True))[:TOP_CODES]
+
+        writing = {name: background.submit(writers[name].finish, folder, ids) for name in SPLITS}
+        sequences = {}
+        for done, (name, split) in enumerate(writing.items(), start=1):
+            sequences[name] = split.result()
+            told(done, len(SPLITS))
+    fingerprint = background.submit(set_fingerprint, vocabulary, sequences)
+    vocabulary.write(folder / VOCABULARY)
+    prepared = Prepared(
+        vocabulary,
+        sequences,
+        counts,
+        distinct_codes={name: int(np.count_nonzero(events[name])) for name in SPLITS},
+        top_codes=[(name, descriptions.of(name), -count) for count, name in top if count],
+        subjects_without_events={name: len(splits[name]) - len(sequences[name]) for name in SPLITS},
+        facts={name: writer.counts() for name, writer in facts.items()},
+        value_edges=encoding.bins
+        and dict(zip(encoding.bins.codes, encoding.bins.edges.tolist(), strict=True)),
+    )
+    return prepared, fingerprint
+
+
+class _CodeEvents:
+    """Events of each code by split, with numbers of the codes that are the same in all partitions."""
+
+    def __init__(self):
+        self.number: dict[str, int] = {}
+        """Code -> its number, in their order."""
+        self.events = {name: np.zeros(0, np.int64) for name in SPLITS}
+        """Split -> events of each number, int64 ``[codes]``."""
+        self._names: tuple[str, ...] = ()
+        self._of_names = np.empty(0, np.int32)
+
+    def add(self, encoded: Encoded) -> np.ndarray:
+        """Count a partition's events; gives the number of each of its own names, int32 ``[names]``."""
+        if encoded.names is not self._names:
+            known = self.number
+            numbers = [known.setdefault(name, len(known)) for name in encoded.names]
+            self._names, self._of_names = encoded.names, np.array(numbers, np.int32)
+        for name, found in self.events.items():
+            found = np.append(found, np.zeros(len(self.number) - len(found), np.int64))
+            found[self._of_names] += encoded.events[name]
+            self.events[name] = found
+        return self._of_names

@@ -1,26 +1,35 @@
-"""Events of a source, cut by ranges of subjects and written to spill files while they are read.
+"""Events of a source, cut by ranges of subjects, written to spill files while they are read, and read back.
 
-A bucket is a fine range of subject ids; its selected events are appended to a file of its own.
+A bucket is a fine range of subject ids; its selected events are appended to a file of its own. One process,
+several, or independent jobs (shards) write such files; partitions of neighbouring buckets are loaded again.
 """
 
 import contextlib
 import json
+import multiprocessing
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from behrt_jax.config import PrepareConfig
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EventColumns, EventCounts
 from behrt_jax.data.sorting import ascending, distinct
+from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject, work_folder
+from behrt_jax.records.prepare.manifest import describe_counts, input_files
 from behrt_jax.records.sources.source import Source
 
-# What happens to each chunk of events as it is read: codes numbered and selected, subjects noted, rows cut
+Told = Callable[[int, int], None]
+"""Called with how much is done, and how much there is."""
+
+# What happens to each chunk of events as it is read: codes numbered and selected, subjects noted, rows cut.
 
 _MANY_SUBJECTS = 1 << 22
 _MARKS = 1 << 25  # bytes of a table with a mark for each subject
@@ -41,10 +50,11 @@ class CodeNumbers:
 
     @property
     def names(self) -> list[str]:
+        """In the order of their numbers."""
         return list(self._place)
 
     def numbers(self, dictionary: pa.Array) -> np.ndarray:
-        """int32 ``[codes]``."""
+        """The number of each of some codes, int32 ``[codes]``; new ones get the next."""
         places = _places(dictionary, self._known)
         if places.null_count:
             new = dictionary.filter(places.is_null()).unique().to_pylist()
@@ -70,6 +80,7 @@ class CodeNumbers:
         return self._ascending, self._place_ascending
 
     def prefixes(self) -> dict[str, int]:
+        """Start of a code, up to the first ``//`` -> events read, markers aside."""
         found = Counter()
         for name, events in zip(self._place, self.events.tolist(), strict=True):
             if name not in (BIRTH_CODE, DEATH_CODE):
@@ -122,6 +133,7 @@ class SubjectSet:
         self._least = start
 
     def all(self) -> np.ndarray:
+        """int64, ascending."""
         marked = np.flatnonzero(self._marks) + self._least
         return distinct(np.concatenate([marked, *self._parts])) if self._parts else marked
 
@@ -212,7 +224,7 @@ _COMPRESSED = 8  # what a byte of gzip weighs
 
 @dataclass(frozen=True)
 class Reading:
-    """What decides how events are read; the same for all shards."""
+    """Choices that decide how events are read; the same for all shards."""
 
     boundaries: np.ndarray
     """int64 ``[buckets - 1]``, ascending: bucket i has the subjects below ``boundaries[i]``."""
@@ -237,7 +249,7 @@ class Spill:
     """Start of a code, up to the first ``//`` -> events read, markers aside."""
     bucket_events: list[int]
     """Events of each bucket."""
-    learned: dict[str, Any] = field(default_factory=dict)
+    learned: JsonObject = field(default_factory=dict)
     """See `sources.source.Source.learned`."""
 
     @classmethod
@@ -256,7 +268,7 @@ class Spill:
 
 
 def choose_boundaries(source: Source) -> np.ndarray:
-    """Where to cut the subjects into buckets, by the size of the input and the source's sample of ids.
+    """Cuts of the subjects into buckets, by the size of the input and the source's sample of ids.
 
     Returns:
         int64 ``[buckets - 1]``, ascending.
@@ -314,10 +326,12 @@ def spill_units(
                     writers[key].write_batch(part)
                     events[bucket] += part.num_rows
             progress(done)
-    for rule, dropped in unselected.dropped.items():
-        counts.drop(rule, dropped)
+    add_counts(counts, unselected)
     if reading.subjects:
-        _write(folder / "subjects.arrow", pa.table({"subject_id": seen.all()}))
+        listed = pa.table({"subject_id": seen.all()})
+        file = str(folder / "subjects.arrow")
+        with pa.OSFile(file, "wb") as sink, pa.ipc.new_stream(sink, listed.schema) as writer:
+            writer.write_table(listed)
     spill = Spill(folder, counts, codes.names, codes.prefixes(), events.tolist(), source.learned())
     stored = {name: value for name, value in vars(spill).items() if name != "folder"}
     (folder / "spill.json").write_text(json.dumps(stored | {"counts": vars(counts)}))
@@ -332,9 +346,134 @@ def read_ahead(tables: Iterator[pa.Table], pool: ThreadPoolExecutor) -> Iterator
         yield table
 
 
-def _write(file: Path, table: pa.Table) -> None:
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
+def add_counts(counts: EventCounts, more: EventCounts) -> None:
+    """Add one account of events to another."""
+    counts.read += more.read
+    for rule, events in more.dropped.items():
+        counts.drop(rule, events)
+    for rule, events in more.changed.items():
+        counts.change(rule, events)
+
+
+# Reading on several processes of one machine, and by independent jobs that are merged afterwards.
+
+
+def spill_in_parallel(
+    source: Source, units: Sequence[int], reading: Reading, folder: Path, workers: int, told: Told
+) -> list[Spill]:
+    """Read units with as many processes as ``workers``; each of them takes every n-th unit.
+
+    Args:
+        source: what to read; with several workers a copy of it goes to each process.
+        units: which of its units.
+        reading: how.
+        folder: new folder; each process makes one of its own in it.
+        workers: processes; one reads in this process.
+        told: progress in units.
+    """
+    workers = max(1, min(workers, len(units)))
+    folder.mkdir()
+    if workers == 1:
+        return [spill_units(source, units, reading, folder / "0", lambda done: told(done, len(units)))]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        jobs = {
+            pool.submit(spill_units, source, units[worker::workers], reading, folder / str(worker)): worker
+            for worker in range(workers)
+        }
+        done = 0
+        for job in as_completed(jobs):
+            job.result()
+            done += len(units[jobs[job] :: workers])
+            told(done, len(units))
+    return [job.result() for job in jobs]
+
+
+def parse_shard(shard: str) -> tuple[int, int]:
+    """Index and number of shards of ``i/n``.
+
+    Raises:
+        InputError: it is not of that form, or out of range.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not found or not int(found[1]) < int(found[2]):
+        raise InputError(f"shard is {shard!r}: give i/n, with i from 0 to n - 1.")
+    return int(found[1]), int(found[2])
+
+
+def shards_folder(output: Path) -> Path:
+    """The folder in which jobs with ``shard`` leave what they have read."""
+    return output.with_name(f"{output.name}.shards")
+
+
+def read_shard(
+    source: Source, config: PrepareConfig, reading: Reading, options: JsonObject, told: Told
+) -> JsonObject:
+    """Do the shard of ``config.shard``: units i, i + n, i + 2n ... of the source.
+
+    Returns:
+        Its counts, ready for JSON.
+
+    Raises:
+        InputError: the shard is there already; no output is given.
+    """
+    if config.shard is None or config.output is None:
+        raise InputError("shard needs an output: give the folder that merge is to write.")
+    index, shards = parse_shard(config.shard)
+    folder = shards_folder(config.output)
+    place = folder / f"{index}-of-{shards}"
+    if place.exists():
+        raise InputError(f"{place} is there already: remove it to read this shard again.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with work_folder(folder, f"reading-{place.name}") as temporary:
+        work = temporary / "shard"
+        units = range(source.units())[index::shards]
+        spills = spill_in_parallel(source, units, reading, work, config.workers, told)
+        (work / "reading.json").write_text(json.dumps(_identity(source, config, reading, options)))
+        work.replace(place)
+    counts = [describe_counts(spill.counts) for spill in spills]
+    return {"shard": config.shard, "units": len(units), "events": counts}
+
+
+def load_shards(source: Source, config: PrepareConfig, reading: Reading, options: JsonObject) -> list[Spill]:
+    """Spill files that the jobs with ``shard`` have left beside the output.
+
+    Raises:
+        InputError: a shard is missing, or was read with other options or of another input.
+    """
+    if config.output is None:
+        raise InputError("merge needs an output: give the one that the shards were read for.")
+    folder = shards_folder(config.output)
+    found = [re.fullmatch(r"(\d+)-of-(\d+)", place.name) for place in folder.glob("*-of-*")]
+    pairs = {(int(match[1]), int(match[2])) for match in found if match}
+    if not pairs:
+        raise InputError(f"{folder} holds no shards: run prepare with shard 0/n, 1/n ... first.")
+    numbers = sorted({shards for _, shards in pairs})
+    if len(numbers) > 1:
+        cuts = " and ".join(map(str, numbers))
+        raise InputError(f"{folder} holds shards of different cuts ({cuts}): remove those of all but one.")
+    shards = numbers[0]
+    missing = [str(index) for index in range(shards) if (index, shards) not in pairs]
+    if missing:
+        raise InputError(
+            f"{folder} has no shard {', '.join(missing)} of {shards}: run prepare with shard "
+            f"{missing[0]}/{shards}, then merge again."
+        )
+    identity = json.loads(json.dumps(_identity(source, config, reading, options)))
+    spills = []
+    for index in range(shards):
+        place = folder / f"{index}-of-{shards}"
+        if json.loads((place / "reading.json").read_text()) != identity:
+            raise InputError(
+                f"{place} was read with other options or of another input: remove it and read it again."
+            )
+        spills += [Spill.load(part) for part in sorted(place.iterdir()) if part.is_dir()]
+    return spills
+
+
+def _identity(source: Source, config: PrepareConfig, reading: Reading, options: JsonObject) -> JsonObject:
+    """All that must be the same for all shards."""
+    files = input_files(source, config.input)
+    return {"options": options, "files": files, "boundaries": reading.boundaries.tolist()}
 
 
 # Spill files read back in partitions: runs of neighbouring buckets, chosen when their sizes are known.
@@ -344,50 +483,41 @@ PARTITION_EVENTS = 262_144
 processor's cache, which is faster than fewer, larger partitions."""
 
 
-def choose_partitions(spills: Sequence[Spill], most: int = PARTITION_EVENTS) -> list[range]:
-    """Join neighbouring buckets into partitions of at most ``most`` events, or of one bucket."""
-    sizes = np.sum([spill.bucket_events for spill in spills], axis=0).tolist()
-    partitions, start, held = [], 0, 0
-    for bucket, size in enumerate(sizes):
-        if held and held + size > most:
-            partitions.append(range(start, bucket))
-            start, held = bucket, 0
-        held += size
-    return [*partitions, range(start, len(sizes))]
+class Partitions:
+    """The events of all shards' spill files: neighbouring buckets joined, loaded one partition at a time.
 
-
-def code_lookups(spills: Sequence[Spill], names: Sequence[str]) -> list[np.ndarray]:
-    """Place in ``names`` of each code of each shard, int32 ``[codes]``."""
-    place = {name: index for index, name in enumerate(names)}
-    return [np.array([place[name] for name in spill.codes], np.int32) for spill in spills]
-
-
-def load_partition(
-    spills: Sequence[Spill],
-    buckets: range,
-    names: Sequence[str],
-    lookups: Sequence[np.ndarray] | None = None,
-) -> tuple[EventColumns, np.ndarray | None]:
-    """Read the events of a partition back.
-
-    Args:
-        spills: all shards.
-        buckets: those of the partition.
-        names: all codes of all shards, ascending.
-        lookups: what :func:`code_lookups` gives for these; to compute it once for all partitions.
-
-    Returns:
-        The events, and their numeric values (float32, NaN where null), where they were kept.
+    Loading is safe in several threads.
     """
-    lookups = code_lookups(spills, names) if lookups is None else lookups
-    parts: list[tuple[pa.Table, np.ndarray]] = []
-    for spill, lookup in zip(spills, lookups, strict=True):
-        for bucket in buckets:
-            for file in (f"{bucket:04}.arrow", f"{bucket:04}-visits.arrow"):
-                if (spill.folder / file).exists():
-                    with pa.memory_map(str(spill.folder / file)) as mapped:
-                        parts.append((pa.ipc.open_stream(mapped).read_all(), lookup))
-    return columns_of(parts, names)
+
+    def __init__(self, spills: Sequence[Spill], most: int = PARTITION_EVENTS):
+        """Join buckets into partitions of at most ``most`` events, or of one bucket."""
+        self._spills = spills
+        self.names = tuple(sorted({name for spill in spills for name in spill.codes}))
+        """All codes, ascending."""
+        place = {name: index for index, name in enumerate(self.names)}
+        # Place in the names of each code of each shard, int32 [codes].
+        self._lookups = [np.array([place[name] for name in spill.codes], np.int32) for spill in spills]
+        sizes = np.sum([spill.bucket_events for spill in spills], axis=0).tolist()
+        self.buckets: list[range] = []
+        """Those of each partition."""
+        start, held = 0, 0
+        for bucket, size in enumerate(sizes):
+            if held and held + size > most:
+                self.buckets.append(range(start, bucket))
+                start, held = bucket, 0
+            held += size
+        self.buckets.append(range(start, len(sizes)))
+
+    def load(self, buckets: range) -> tuple[EventColumns, np.ndarray | None]:
+        """The events of some buckets, and their numeric values; see `columns_of`."""
+        parts: list[tuple[pa.Table, np.ndarray]] = []
+        for spill, lookup in zip(self._spills, self._lookups, strict=True):
+            for bucket in buckets:
+                for file in (f"{bucket:04}.arrow", f"{bucket:04}-visits.arrow"):
+                    if (spill.folder / file).exists():
+                        with pa.memory_map(str(spill.folder / file)) as mapped:
+                            parts.append((pa.ipc.open_stream(mapped).read_all(), lookup))
+        return columns_of(parts, self.names)
 
 
 def columns_of(
@@ -396,7 +526,7 @@ def columns_of(
     """Events as columns.
 
     Args:
-        parts: tables as `routing.select_rows` gives them, with the place in ``names`` of each of their
+        parts: tables as `select_rows` gives them, with the place in ``names`` of each of their
             numbers of codes, int32.
         names: codes, ascending.
 

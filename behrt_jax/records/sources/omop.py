@@ -22,42 +22,48 @@ Memory: a batch of rows, 16 bytes a person, 24 a visit, and the concept table wi
 read for the concepts that were seen.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from behrt_jax.data.events import EventCounts
-from behrt_jax.records.sources.cdm import Kind, Part, parts_of, read_chunks
-from behrt_jax.records.sources.omop_events import (
-    Lookup,
-    Persons,
-    Seen,
-    Visits,
-    load_persons,
-    load_visits,
-    person_events,
-    table_events,
-)
+from behrt_jax.data.events import BIRTH_CODE, DAY, EventCounts
+from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject
+from behrt_jax.records.sources.columns import Kind, find
+from behrt_jax.records.sources.files import Part
 from behrt_jax.records.sources.omop_tables import (
     BIRTH_KINDS,
     EVENT_TABLES,
     PERSON_FACTS,
+    VISITS,
     ConceptColumns,
     Concepts,
     EventTable,
+    RowConcepts,
+    encode_codes,
+    integers,
     load_ancestors,
     load_concepts,
     load_names,
     omop_files,
+    parts_of,
+    read_chunks,
     row_concepts,
 )
+from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code
 
-DEFAULT_CODES = ("CONDITION//", "DRUG//", "PROCEDURE//")
-"""Patterns of the codes that BEHRT reads where nothing else is asked for."""
+# pyarrow.compute makes its functions on import, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
+NO_TIME = np.iinfo(np.int64).min
+"""Stands for a null time."""
+Seen = set[tuple[str, int]]
+"""Prefixes and concept ids of codes."""
 
 
 def open_omop(path: Path, ancestors: bool = False) -> "OmopSource":
@@ -67,7 +73,7 @@ def open_omop(path: Path, ancestors: bool = False) -> "OmopSource":
         path: the folder of the tables, each one file (``PERSON.csv``), several (``person_0.parquet``) or a
             folder; file and column names in any case.
         ancestors: replace each concept by its most general ancestor of the same domain at most two levels
-            up (`omop_concepts.load_ancestors`).
+            up (`omop_tables.load_ancestors`).
 
     Raises:
         InputError: a table or a column that is needed is missing, is there twice, or cannot be read.
@@ -75,13 +81,11 @@ def open_omop(path: Path, ancestors: bool = False) -> "OmopSource":
     return OmopSource(omop_files(Path(path), ancestors), ancestors)
 
 
-class OmopSource:
-    """An OMOP data set, opened: a `source.Source`.
-
-    Persons, visits and concepts are read when they are first needed.
-    """
+class OmopSource(Source):
+    """An OMOP data set, opened; persons, visits and concepts are read when they are first needed."""
 
     name = "omop"
+    default_codes = ("CONDITION//", "DRUG//", "PROCEDURE//")
 
     def __init__(self, tables: dict[str, list[Path]], ancestors: bool) -> None:
         """Use `open_omop`, which checks the tables."""
@@ -104,23 +108,20 @@ class OmopSource:
         """Files of event tables (person first), large Parquet files in parts."""
         return len(self._units)
 
-    def subject_ranges(self) -> None:
-        """Not known: a subject is in several tables."""
-
-    def splits(self) -> dict[str, np.ndarray]:
-        """None: OMOP knows no splits."""
-        return {}
+    def options(self) -> JsonObject:
+        """The choice to replace concepts by ancestors."""
+        return {"ancestors": self._roll_up}
 
     def sample_subjects(self) -> np.ndarray:
         """int64: every person once and once more for each visit."""
-        return np.concatenate([self._persons.ids, self._visits.persons])
+        return np.concatenate([self._persons.ids, self._visits.persons[:-1]])
 
     @cached_property
-    def _persons(self) -> Persons:
+    def _persons(self) -> "Persons":
         return load_persons(self._parts("person"))
 
     @cached_property
-    def _visits(self) -> Visits:
+    def _visits(self) -> "VisitStarts":
         return load_visits(self._parts("visit_occurrence"))
 
     @cached_property
@@ -135,11 +136,9 @@ class OmopSource:
 
     @cached_property
     def _ancestors(self) -> tuple[np.ndarray, np.ndarray] | None:
-        return (
-            load_ancestors(self._tables.get("concept_ancestor", []), self._concepts)
-            if self._roll_up
-            else None
-        )
+        if self._roll_up:
+            return load_ancestors(self._tables.get("concept_ancestor", []), self._concepts)
+        return None
 
     def read(self, unit: int, counts: EventCounts) -> Iterator[pa.Table]:
         """Events of one unit; see `source.Source.read` and the rules above.
@@ -175,11 +174,11 @@ class OmopSource:
         pairs = zip(described, texts, strict=True)
         return {f"{prefix}//{text}": names[concept] for (prefix, concept), text in pairs}
 
-    def learned(self) -> dict[str, Any]:
+    def learned(self) -> JsonObject:
         """Unit -> prefixes and concept ids of its events."""
         return {str(unit): sorted(seen) for unit, seen in self._seen.items()}
 
-    def learn(self, learned: Mapping[str, Any]) -> None:
+    def learn(self, learned: JsonObject) -> None:
         """Take over the concepts of other units."""
         for unit, seen in learned.items():
             self._seen[int(unit)] = {(prefix, concept) for prefix, concept in seen}
@@ -209,3 +208,194 @@ def _kinds(table: EventTable | None) -> dict[str, Kind]:
     for fact in PERSON_FACTS:
         kinds |= fact.kinds()
     return kinds
+
+
+# Persons and visits: who there is, born when, and which visits began when.
+
+
+@dataclass(frozen=True, eq=False)
+class Persons:
+    """All persons."""
+
+    ids: np.ndarray
+    """int64 ``[persons]``, ascending."""
+    births: np.ndarray
+    """int64 ``[persons + 1]``, microseconds since 1970, `NO_TIME` where unknown; the last is nobody's."""
+
+    def births_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Birth of each id (`NO_TIME` where unknown), and whether there is such a person."""
+        place = find(self.ids, ids)
+        return self.births[place], place >= 0
+
+
+@dataclass(frozen=True, eq=False)
+class VisitStarts:
+    """Persons and starts of all visits."""
+
+    ids: np.ndarray
+    """int64 ``[visits]``, ascending."""
+    persons: np.ndarray
+    """int64 ``[visits + 1]``; the last is no visit."""
+    starts: np.ndarray
+    """int64 ``[visits + 1]``, microseconds since 1970, `NO_TIME` where unknown, as for the last."""
+
+    def starts_of(self, ids: np.ndarray, persons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Start of each visit (`NO_TIME` where unknown), and whether it is there and that person's."""
+        place = find(self.ids, ids)
+        found = (place >= 0) & (self.persons[place] == persons)
+        return np.where(found, self.starts[place], NO_TIME), found
+
+
+def times_of(batch: pa.RecordBatch, datetime: str | None, date: str) -> np.ndarray:
+    """The datetime where there is one, else the date: int64 microseconds ``[rows]``, or NO_TIME."""
+    times = (
+        batch.column(date) if datetime is None else pc.coalesce(batch.column(datetime), batch.column(date))
+    )
+    return times.cast(pa.int64()).fill_null(NO_TIME).to_numpy(zero_copy_only=False)
+
+
+def births_of(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Birth of each row (int64, `NO_TIME` where unknown), and whether its month or day was filled in (bool).
+
+    It is birth_datetime, else midnight of year, month and day of birth.
+    A month that is missing (or no month) becomes January, a day that is missing (or not in that month)
+    the 1st; without the month the day is not known either.
+    """
+    exact = batch.column("birth_datetime").cast(pa.int64()).fill_null(NO_TIME).to_numpy(zero_copy_only=False)
+    year, month, day = (integers(batch, f"{part}_of_birth") for part in ("year", "month", "day"))
+    known = (year >= 1) & (year <= 9999)
+    month_given = (month >= 1) & (month <= 12)
+    months = (np.where(known, year, 1970) - 1970) * 12 + np.where(month_given, month, 1) - 1
+    first = months.astype("datetime64[M]").astype("datetime64[D]")
+    length = ((months + 1).astype("datetime64[M]").astype("datetime64[D]") - first).astype(np.int64)
+    day_given = month_given & (day >= 1) & (day <= length)
+    date = (first.astype(np.int64) + np.where(day_given, day, 1) - 1) * DAY
+    times = np.where(exact != NO_TIME, exact, np.where(known, date, NO_TIME))
+    return times, (exact == NO_TIME) & known & ~day_given
+
+
+def load_persons(parts: Iterable[Part]) -> Persons:
+    """Read the ids and births of all persons.
+
+    Raises:
+        InputError: a row has no person_id.
+    """
+    ids, births = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for part in parts:
+        rows = 0
+        for batch in read_chunks(part, BIRTH_KINDS):
+            column = batch.column("person_id")
+            if column.null_count:
+                row = rows + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))) + 1
+                raise InputError(
+                    f"{part.file} has no person_id in row {row} (counted from 1 after any header): fill "
+                    "it in or leave the row out."
+                )
+            ids.append(integers(batch, "person_id"))
+            births.append(births_of(batch)[0])
+            rows += batch.num_rows
+    distinct, first = np.unique(np.concatenate(ids), return_index=True)
+    return Persons(distinct, np.append(np.concatenate(births)[first], NO_TIME))
+
+
+def load_visits(parts: Iterable[Part]) -> VisitStarts:
+    """Read the ids, persons and starts of all visits; rows without an id are left out."""
+    wanted = ("visit_occurrence_id", "person_id", VISITS.date, VISITS.datetime)
+    kinds: dict[str, Kind] = {name: kind for name, kind in VISITS.kinds().items() if name in wanted}
+    columns = [np.empty((3, 0), np.int64)]
+    for part in parts:
+        for batch in read_chunks(part, kinds):
+            batch = batch.filter(batch.column("visit_occurrence_id").is_valid())
+            starts = times_of(batch, VISITS.datetime, VISITS.date)
+            columns.append(
+                np.stack([integers(batch, "visit_occurrence_id"), integers(batch, "person_id"), starts])
+            )
+    ids, persons, starts = np.concatenate(columns, axis=1)
+    distinct, first = np.unique(ids, return_index=True)
+    return VisitStarts(distinct, np.append(persons[first], 0), np.append(starts[first], NO_TIME))
+
+
+# Rows turned into events, by rules that drop or change one, each counted.
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """The tables that rows of event tables are looked up in."""
+
+    persons: Persons
+    visits: VisitStarts
+    concepts: Concepts
+    ancestors: tuple[np.ndarray, np.ndarray] | None
+    """Of `omop_tables.load_ancestors`; None for no roll-up."""
+
+
+def person_events(
+    batch: pa.RecordBatch, concepts: Concepts, counts: EventCounts, seen: Seen
+) -> Iterator[pa.Table]:
+    """Births, then the facts without a time, of persons ``[rows]``; each row counts as four events."""
+    ids, (births, filled) = integers(batch, "person_id"), births_of(batch)
+    counts.read += len(ids) * (1 + len(PERSON_FACTS))
+    known = births != NO_TIME
+    counts.drop("no year of birth", count(~known))
+    counts.change("birth month or day filled in", count(filled))
+    yield events_table(ids[known], _times(births[known]), one_code(BIRTH_CODE, count(known)))
+    for fact in PERSON_FACTS:
+        rows = row_concepts(batch, fact, None)
+        keep = rows.named()
+        counts.drop("no concept", count(~keep))
+        codes = _codes(rows, keep, concepts, counts, seen)
+        yield events_table(ids[keep], pa.nulls(len(codes), pa.timestamp("us")), codes)
+
+
+def table_events(
+    batch: pa.RecordBatch, table: EventTable, lookup: Lookup, counts: EventCounts, seen: Seen
+) -> pa.Table:
+    """One event for each row that has a subject, a time and, where the table has concepts, a concept."""
+    persons, times = integers(batch, "person_id"), times_of(batch, table.datetime, table.date)  # [N]
+    concepts = (
+        row_concepts(batch, table.what, lookup.ancestors) if isinstance(table.what, ConceptColumns) else None
+    )
+    births, known = lookup.persons.births_of(persons)
+    counts.read += len(persons)
+    rules = {"unknown subject": known & _valid(batch, "person_id"), "null time": times != NO_TIME}
+    if concepts is not None:
+        rules["no concept"] = concepts.named()
+    keep = keep_rows(rules, counts)
+    persons, times, batch = persons[keep], times[keep], batch.filter(pa.array(keep))  # [K]
+    if concepts is None:
+        codes = one_code(str(table.what), len(persons))
+    else:
+        codes = _codes(concepts, keep, lookup.concepts, counts, seen)
+
+    earliest, visits = births[keep], None
+    if table.in_visit:
+        ids = integers(batch, "visit_occurrence_id")
+        starts, found = lookup.visits.starts_of(ids, persons)
+        found &= _valid(batch, "visit_occurrence_id")
+        counts.change("unknown visit", count(~found))
+        visits = pa.array(ids, mask=~found)
+        same_day = found & (starts // DAY == times // DAY)
+        earliest = np.where(same_day, np.maximum(earliest, starts), earliest)
+    early = (times % DAY == 0) & (earliest // DAY == times // DAY) & (earliest > times)
+    counts.change("no time of day, put at the start of its visit or at birth", count(early))
+    values = batch.column(table.value).cast(pa.float32()) if table.value else None
+    return events_table(persons, _times(np.where(early, earliest, times)), codes, values, visits)
+
+
+def _codes(
+    rows: RowConcepts, keep: np.ndarray, concepts: Concepts, counts: EventCounts, seen: Seen
+) -> pa.DictionaryArray:
+    counts.change("concept 0, source concept taken", count(rows.from_source & keep))
+    counts.change("concept 0, source value taken", count(rows.valued() & keep))
+    counts.change("concept replaced by an ancestor", count(rows.rolled_up & keep))
+    codes, used = encode_codes(rows, keep, concepts)
+    seen |= {(rows.prefix, concept) for concept in used.tolist()}
+    return codes
+
+
+def _valid(batch: pa.RecordBatch, column: str) -> np.ndarray:
+    return batch.column(column).is_valid().to_numpy(zero_copy_only=False)
+
+
+def _times(times: np.ndarray) -> pa.Array:
+    return pa.array(times, mask=times == NO_TIME).cast(pa.timestamp("us"))

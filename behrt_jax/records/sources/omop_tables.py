@@ -1,19 +1,46 @@
-"""Which columns of which OMOP table make which event. CDM 5.3 and 5.4 agree on all that is named here.
+"""The tables of an OMOP folder: their columns, their files, read in bounded batches, and their concepts.
 
-Source: the OMOP Common Data Model, https://ohdsi.github.io/CommonDataModel/.
+Tables are CSV, CSV.gz or Parquet, file and column names in any case. CDM 5.3 and 5.4 agree on all that is
+named here. Source: the OMOP Common Data Model, https://ohdsi.github.io/CommonDataModel/.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from behrt_jax.data.events import DEATH_CODE
+from behrt_jax.data.parquet import CHUNK_ROWS
 from behrt_jax.errors import InputError
-from behrt_jax.records.sources.cdm import Kind, columns_of, find_tables, parts_of, read_chunks
+from behrt_jax.records.sources.columns import ARROW_TYPES, Kind, cast_column, find
+from behrt_jax.records.sources.files import (
+    Part,
+    Piece,
+    csv_columns,
+    csv_separator,
+    cut_parts,
+    open_parquet,
+    read_csv,
+    read_part,
+)
+
+# pyarrow.compute makes its functions on import, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
+PART_ROWS = 1 << 23
+"""A Parquet file with more rows is cut, between row groups, into parts of about so many."""
+
+Form = Literal[".csv", ".csv.gz", ".parquet"]
+_FORMS: tuple[Form, ...] = (".csv.gz", ".csv", ".parquet")
+_PART_OF = re.compile(r"(.+?)[_.-](?:part[_.-]?)?\d.*")
+_BATCH_ROWS = min(CHUNK_ROWS, 1 << 18)
+
+# Which columns of which table make which event.
 
 
 @dataclass(frozen=True)
@@ -45,7 +72,7 @@ class EventTable:
     datetime: str | None
     value: str | None = None
     in_visit: bool = True
-    """Whether rows name the visit they belong to."""
+    """Rows name the visit they belong to."""
 
     def kinds(self) -> dict[str, Kind]:
         """Column -> what it holds, for all columns that are read."""
@@ -107,6 +134,9 @@ BIRTH_KINDS: dict[str, Kind] = {
 }
 
 
+# The files of the tables, found, checked and read.
+
+
 def omop_files(path: Path, ancestors: bool) -> dict[str, list[Path]]:
     """Lower-case table name -> files, of the tables that are read, with their columns checked.
 
@@ -148,14 +178,120 @@ def _require(files: list[Path], required: list[tuple[str, ...]]) -> None:
                 )
 
 
+def find_tables(folder: Path, wanted: Callable[[str], bool]) -> dict[str, list[Path]]:
+    """Lower-case table name -> its files, sorted.
+
+    A table is one file (``person.csv``, ``PERSON.parquet``), files of parts (``person_0001.csv.gz``,
+    ``person-part-0.parquet``) or a folder of parts (``person/*.parquet``, at any depth).
+
+    Args:
+        folder: where the tables are.
+        wanted: whether a table of that lower-case name is to be looked for.
+
+    Raises:
+        InputError: not a folder, or a table is there twice (in two forms, or whole and in parts).
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: set input to the folder that holds the tables.")
+    found: dict[str, dict[str, list[Path]]] = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            if wanted(name := entry.name.lower()):
+                for file in sorted(entry.rglob("*")):
+                    hidden = any(part[0] in "._" for part in file.relative_to(entry).parts)
+                    if file.is_file() and not hidden and (form := _form(file)):
+                        found.setdefault(name, {}).setdefault(f"{entry.name}/*{form}", []).append(file)
+        elif form := _form(entry):
+            stem = entry.name.lower().removesuffix(form)
+            part = _PART_OF.fullmatch(stem)
+            if wanted(stem):
+                found.setdefault(stem, {}).setdefault(entry.name, []).append(entry)
+            elif part and wanted(part[1]):
+                found.setdefault(part[1], {}).setdefault(f"{part[1]}_*{form}", []).append(entry)
+    for name, ways in found.items():
+        if len(ways) > 1:
+            raise InputError(
+                f"{folder} holds the table {name} more than once ({', '.join(sorted(ways))}): keep one."
+            )
+    return {name: files for name, ways in found.items() for files in ways.values()}
+
+
+def _form(file: Path) -> Form | None:
+    return next((form for form in _FORMS if file.name.lower().endswith(form)), None)
+
+
+def parts_of(file: Path) -> list[Part]:
+    """The parts of a file: one, or for a large Parquet file runs of row groups of about `PART_ROWS` rows."""
+    if _form(file) != ".parquet":
+        return [Part(file)]
+    with open_parquet(file, damage=_damage) as opened:
+        return cut_parts(file, opened.metadata, PART_ROWS) or [Part(file)]
+
+
+def columns_of(file: Path) -> dict[str, str]:
+    """Lower-case column name -> the name in the file.
+
+    Raises:
+        InputError: the file cannot be read, or has two columns of one name.
+    """
+    if _form(file) == ".parquet":
+        with open_parquet(file, damage=_damage) as opened:
+            names = opened.schema_arrow.names
+    else:
+        names = csv_columns(file, csv_separator(file))
+    columns: dict[str, str] = {}
+    for name in names:
+        if columns.setdefault(name.strip().lower(), name) != name or names.count(name) > 1:
+            raise InputError(f"{file} has two columns called {name.strip().lower()}: rename or drop one.")
+    return columns
+
+
+def read_chunks(part: Part, kinds: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
+    """Read some columns in batches of at most `CHUNK_ROWS` rows.
+
+    Args:
+        part: what to read.
+        kinds: lower-case column name -> what it holds: `integer` comes as int64, exactly; `number` as
+            float64; `text` as string; `time` (timestamps, dates, ISO text or YYYYMMDD) as timestamp in
+            microseconds without a zone. A column that the file has not is all null.
+
+    Raises:
+        InputError: the file is cut short, a row has too many or too few fields, text is not UTF-8, or a
+            value is not what its column should hold; the message names file, column and row.
+    """
+    columns = columns_of(part.file)
+    present = {name: columns[name] for name in kinds if name in columns}
+    # Without any of the columns, some column tells how many rows there are.
+    names = list(present.values()) or list(columns.values())[:1]
+    for piece in _pieces(part, names):
+        arrays = [
+            cast_column(piece, present[name], kind)
+            if name in present
+            else pa.nulls(piece.table.num_rows, ARROW_TYPES[kind])
+            for name, kind in kinds.items()
+        ]
+        yield pa.RecordBatch.from_arrays(arrays, names=list(kinds))
+
+
+def _pieces(part: Part, columns: list[str]) -> Iterator[Piece]:
+    if _form(part.file) != ".parquet":
+        yield from read_csv(part.file, columns, separator=csv_separator(part.file))
+        return
+    with open_parquet(part.file, damage=_damage) as opened:
+        yield from read_part(opened, part, columns, _BATCH_ROWS, _damage)
+
+
+def _damage(file: Path, row: int | None) -> str:
+    where = "" if row is None else f" after row {row}"
+    return (
+        f"{file} is no readable Parquet file{where} (cut short, or another format): write or copy it again."
+    )
+
+
 # Concepts of an OMOP vocabulary: the text of a concept id, its ancestor, and the codes of a table's rows.
 
-# pyarrow.compute makes its functions on import, where pyright does not see them.
-# pyright: reportAttributeAccessIssue=false
-
-
 MAX_LEVELS = 2
-"""How far up an ancestor may be."""
+"""Most levels from a concept up to its ancestor."""
 
 
 def integers(batch: pa.RecordBatch, column: str) -> np.ndarray:
@@ -163,30 +299,19 @@ def integers(batch: pa.RecordBatch, column: str) -> np.ndarray:
     return batch.column(column).fill_null(0).to_numpy(zero_copy_only=False)
 
 
-def places(ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where ``wanted`` is in ascending ``ids``: places (valid only where found), and whether it is there."""
-    if not len(ids):
-        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
-    # In ascending order the search goes through memory once: several times faster than in random order.
-    order = np.argsort(wanted)
-    place = np.empty(len(wanted), np.int64)
-    place[order] = np.minimum(np.searchsorted(ids, wanted[order]), len(ids) - 1)
-    return place, ids[place] == wanted
-
-
 @dataclass(frozen=True, eq=False)
 class Concepts:
-    """What is needed of the concept table while events are read; ids ascending, all ``[concepts]``."""
+    """The part of the concept table that is needed while events are read; ids ascending, ``[concepts]``."""
 
     ids: np.ndarray  # int64
     codes: pa.Array  # string, null where unknown
     vocabularies: pa.DictionaryArray
-    domains: np.ndarray  # int32, equal for concepts of the same domain; -1 where unknown
+    domains: np.ndarray  # int32, equal for concepts of the same domain; -1 where unknown, and once more last
 
     def texts(self, ids: np.ndarray) -> list[str]:
         """``vocabulary_id/concept_code`` of each id where known, else the id."""
-        place, found = places(self.ids, ids)
-        take = pa.array(place, mask=~found)
+        place = find(self.ids, ids)
+        take = pa.array(place, mask=place < 0)
         codes = self.codes.take(take).to_pylist()
         vocabularies = self.vocabularies.take(take).to_pylist()
         rows = zip(ids.tolist(), vocabularies, codes, strict=True)
@@ -194,8 +319,7 @@ class Concepts:
 
     def domain_of(self, ids: np.ndarray) -> np.ndarray:
         """int32 domain of each id, -1 where unknown."""
-        place, found = places(self.ids, ids)
-        return np.where(found, self.domains[place] if len(self.ids) else -1, -1)
+        return self.domains[find(self.ids, ids)]
 
 
 def load_concepts(files: Sequence[Path]) -> Concepts:
@@ -217,7 +341,8 @@ def load_concepts(files: Sequence[Path]) -> Concepts:
     ids, first = np.unique(rows["concept_id"].fill_null(0).to_numpy(), return_index=True)
     vocabulary, domain = (rows[name].combine_chunks().take(pa.array(first)) for name in shared)
     codes = pc.utf8_trim_whitespace(rows["concept_code"].combine_chunks().take(pa.array(first)))
-    return Concepts(ids, codes, vocabulary, domain.indices.fill_null(-1).to_numpy(zero_copy_only=False))
+    domains = domain.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    return Concepts(ids, codes, vocabulary, np.append(domains, np.int32(-1)))
 
 
 def load_names(files: Sequence[Path], ids: Iterable[int]) -> dict[int, str]:
@@ -225,7 +350,7 @@ def load_names(files: Sequence[Path], ids: Iterable[int]) -> dict[int, str]:
     wanted = np.unique(np.fromiter(ids, np.int64))
     names: dict[int, str] = {}
     for batch in _chunks(files, {"concept_id": "integer", "concept_name": "text"}):
-        batch = batch.filter(pa.array(places(wanted, integers(batch, "concept_id"))[1]))
+        batch = batch.filter(pa.array(find(wanted, integers(batch, "concept_id")) >= 0))
         for concept, name in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             if name and name.strip():
                 names.setdefault(concept, name.strip())
@@ -272,7 +397,7 @@ def _chunks(files: Sequence[Path], kinds: dict[str, Kind]) -> Iterator[pa.Record
 
 @dataclass(frozen=True, eq=False)
 class RowConcepts:
-    """What the rows of a batch say happened; all ``[rows]``."""
+    """Concepts or values of the rows of a batch; all ``[rows]``."""
 
     prefix: str
     ids: np.ndarray  # int64 concept ids, 0 where there is none
@@ -281,11 +406,11 @@ class RowConcepts:
     rolled_up: np.ndarray  # bool: the id is that of an ancestor
 
     def named(self) -> np.ndarray:
-        """Whether a row has a concept or a value to make its code of."""
+        """Bool: a row has a concept or a value to make its code of."""
         return (self.ids != 0) | self.valued()
 
     def valued(self) -> np.ndarray:
-        """Whether a row has nothing but a source value."""
+        """Bool: a row has nothing but a source value."""
         return self.values.is_valid().to_numpy(zero_copy_only=False)
 
 
@@ -297,8 +422,9 @@ def row_concepts(
     ids = np.where(standard == 0, integers(batch, columns.source_concept), standard)
     rolled_up = np.zeros(len(ids), bool)
     if ancestors is not None:
-        place, rolled_up = places(ancestors[0], ids)
-        ids = np.where(rolled_up, ancestors[1][place], ids) if len(ancestors[0]) else ids
+        place = find(ancestors[0], ids)
+        rolled_up = place >= 0
+        ids[rolled_up] = ancestors[1][place[rolled_up]]
     values = pa.nulls(len(ids), pa.string())
     if columns.source_value:
         text = pc.utf8_trim_whitespace(batch.column(columns.source_value))

@@ -16,35 +16,190 @@ columns: https://github.com/synthetichealth/synthea/wiki/CSV-File-Data-Dictionar
   Many exports record conditions decades before the encounter they point at.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EVENT_SCHEMA, VISIT_FIELD, EventCounts
+from behrt_jax.data.events import BIRTH_CODE, DAY, DEATH_CODE, EventCounts
 from behrt_jax.errors import InputError
-from behrt_jax.records.sources.csv_files import Piece, csv_columns, is_csv, read_csv
-from behrt_jax.records.sources.table_columns import (
+from behrt_jax.files import JsonObject
+from behrt_jax.records.sources.columns import (
     TextIds,
     encode_text,
+    extremes,
     find,
     hashed_ids,
     parse_numbers,
     parse_times,
 )
-
-# The files of a Synthea export: found, checked for their columns, and what of them is held in memory.
+from behrt_jax.records.sources.files import Piece, csv_columns, is_csv, read_csv
+from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
 
+PREFIXES = {
+    "encounters": "ENCOUNTER",
+    "conditions": "DX",
+    "medications": "RX",
+    "procedures": "PX",
+    "observations": "OBS",
+    "immunizations": "VAX",
+    "allergies": "ALLERGY",
+    "careplans": "CAREPLAN",
+    "devices": "DEVICE",
+}
+"""Table of events -> first part of its codes."""
 
-_DAY = 86_400_000_000
+
+def open_synthea(path: Path) -> "SyntheaSource":
+    """Open a folder of Synthea CSV files (.csv or .csv.gz).
+
+    Needed are patients and one table of events at least (see the module's docstring for which are read).
+
+    Raises:
+        InputError: a file or a column is missing or there twice, or patients cannot be read, repeats an
+            Id or leaves one empty.
+    """
+    path = Path(path)
+    found = find_files(path, ("patients", *PREFIXES))
+    if "patients" not in found or len(found) == 1:
+        what = "table of events" if "patients" in found else "patients.csv"
+        raise InputError(
+            f"{path} has no {what}: give a Synthea CSV export with patients and one at least of "
+            f"{', '.join(PREFIXES)}."
+        )
+    files = {name: open_file(name, found[name]) for name in ("patients", *PREFIXES) if name in found}
+    return SyntheaSource(files, read_patient_ids(files["patients"]))
+
+
+class SyntheaSource(Source):
+    """An opened Synthea export; each of its files is a unit.
+
+    Held in memory are the ids of the patients (8 bytes each), and the ids and days of the encounters (24
+    bytes each) once a table of events is read.
+    """
+
+    name = "synthea"
+    default_codes = ("DX//", "RX//", "PX//")
+
+    def __init__(self, files: dict[str, "SyntheaFile"], patients: np.ndarray) -> None:
+        self._files = files
+        self._patients = patients  # int64 [patients], ascending
+        self._texts: dict[str, dict[str, str]] = {}
+
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return [file.path for file in self._files.values()]
+
+    def units(self) -> int:
+        """One for each file."""
+        return len(self._files)
+
+    def sample_subjects(self) -> np.ndarray:
+        """All subjects, int64 ``[subjects]``."""
+        return self._patients
+
+    def descriptions(self) -> dict[str, str]:
+        """Code -> DESCRIPTION, the first in the order of the text where a code has several.
+
+        Files that this object has not read, nor learnt of, are read for it.
+        """
+        for name, file in self._files.items():
+            if name != "patients" and name not in self._texts:
+                texts = self._texts[name] = {}
+                for piece in file.read("CODE", "DESCRIPTION", "ENCOUNTERCLASS"):
+                    describe(piece, codes_of(name, piece), texts)
+        tables = (self._texts[name] for name in self._files if name in self._texts)
+        return {code: text for texts in tables for code, text in texts.items()}
+
+    def learned(self) -> JsonObject:
+        """Table -> code -> its description there."""
+        return dict(self._texts)
+
+    def learn(self, learned: JsonObject) -> None:
+        """Take over the descriptions of other tables."""
+        self._texts |= learned
+
+    def read(self, unit: int, counts: EventCounts) -> Iterator[pa.Table]:
+        """Events of one file.
+
+        A patient counts as up to five events (birth, death, gender, race, ethnicity), each row of another
+        table as one. Dropped: ``unknown subject`` (not in patients), ``null code``, ``null time`` (an empty
+        START or BIRTHDATE). Changed: ``unknown visit`` (no ENCOUNTER, or not in encounters), ``event outside
+        its encounter`` (see the module's docstring), ``value is no number`` (an observation's VALUE, where
+        TYPE is numeric).
+
+        Raises:
+            InputError: a file cannot be read, or a time cannot be parsed.
+        """
+        name = list(self._files)[unit]
+        return self._read_patients(counts) if name == "patients" else self._read_events(name, counts)
+
+    def _read_patients(self, counts: EventCounts) -> Iterator[pa.Table]:
+        file = self._files["patients"]
+        statics = ("GENDER", "RACE", "ETHNICITY")
+        for piece in file.read("ID", "BIRTHDATE", "DEATHDATE", *statics):
+            subject = encoded_ids(encode_text(piece.column("ID")))
+            for column, code in (("BIRTHDATE", BIRTH_CODE), ("DEATHDATE", DEATH_CODE)):
+                if column not in file.columns:
+                    continue
+                times = parse_times(piece, column)
+                there = times.is_valid()
+                known = there.true_count
+                counts.read += known
+                if code == BIRTH_CODE:
+                    counts.read += len(times) - known
+                    counts.drop("null time", len(times) - known)
+                yield events_table(subject.filter(there), times.filter(there), one_code(code, known))
+            for column in statics:
+                if column in file.columns:
+                    codes = prefixed(column, encode_text(piece.column(column)))
+                    there = codes.is_valid()
+                    codes = codes.filter(there)
+                    counts.read += len(codes)
+                    yield events_table(subject.filter(there), pa.nulls(len(codes), pa.timestamp("us")), codes)
+
+    def _read_events(self, name: str, counts: EventCounts) -> Iterator[pa.Table]:
+        file, texts = self._files[name], dict[str, str]()
+        columns = ("PATIENT", "CODE", "DESCRIPTION", file.start)
+        visit_column = "ID" if name == "encounters" else "ENCOUNTER"
+        looked_up = name != "encounters" and visit_column in file.columns
+        encounters = self._encounters if looked_up else None
+        more = {"encounters": ("ID", "ENCOUNTERCLASS"), "observations": ("ENCOUNTER", "VALUE", "TYPE")}
+        for piece in file.read(*columns, *more.get(name, ("ENCOUNTER",))):
+            subject = encoded_ids(encode_text(piece.column("PATIENT")))
+            known = find(self._patients, subject.fill_null(0).to_numpy()) >= 0
+            times, codes = parse_times(piece, file.start), codes_of(name, piece)
+            describe(piece, codes, texts)
+            counts.read += len(times)
+            keep = keep_rows(
+                {
+                    "unknown subject": _valid(subject) & known,
+                    "null code": _valid(codes),
+                    "null time": _valid(times),
+                },
+                counts,
+            )
+            kept = pa.array(keep)
+            piece = piece._replace(table=piece.table.filter(kept))
+            times, codes = times.filter(kept), codes.filter(kept)
+            values = values_of(piece, counts) if name == "observations" else None
+            visits = visits_of(piece, visit_column, times, encounters, counts)
+            yield events_table(subject.filter(kept), times, codes, values, visits)
+        self._texts[name] = texts
+
+    @cached_property
+    def _encounters(self) -> "Encounters":
+        return read_encounters(self._files.get("encounters"))
+
+
+# The files of a Synthea export: found, checked for their columns, and what of them is held in memory.
 
 
 @dataclass(frozen=True)
@@ -69,7 +224,7 @@ class SyntheaFile:
 
 @dataclass(frozen=True, eq=False)
 class Encounters:
-    """Which days the encounters cover, as UTC has them."""
+    """The days that the encounters cover, as UTC has them."""
 
     ids: np.ndarray  # int64 [encounters], ascending
     first: np.ndarray  # int64 [encounters], days since 1970
@@ -151,16 +306,11 @@ def read_encounters(file: SyntheaFile | None) -> Encounters:
             stop = parse_times(piece, "STOP") if "STOP" in piece.table.column_names else start
             stop = pc.max_element_wise(start, stop)  # an encounter without a STOP is its first day
             there = pc.and_(ids.is_valid(), start.is_valid())
-            days = [times.filter(there).cast(pa.int64()).to_numpy() // _DAY for times in (start, stop)]
+            days = [times.filter(there).cast(pa.int64()).to_numpy() // DAY for times in (start, stop)]
             parts.append((ids.filter(there).to_numpy(), *days))
     ids, first, last = (np.concatenate(part) for part in zip(*parts, strict=True))  # [E]
-    unique, place = np.unique(ids, return_inverse=True)
     # An id that comes twice is one encounter, from its first day to its last.
-    earliest = np.full(len(unique), np.iinfo(np.int64).max)
-    latest = np.full(len(unique), np.iinfo(np.int64).min)
-    np.minimum.at(earliest, place, first)
-    np.maximum.at(latest, place, last)
-    return Encounters(unique, earliest, latest)
+    return Encounters(*extremes(ids, first, last))
 
 
 def encoded_ids(texts: pa.DictionaryArray) -> pa.Array:
@@ -169,24 +319,6 @@ def encoded_ids(texts: pa.DictionaryArray) -> pa.Array:
 
 
 # What the columns of Synthea's tables become: codes, values, visits and descriptions.
-
-# pyarrow.compute makes its functions on import, where pyright does not see them.
-# pyright: reportAttributeAccessIssue=false
-
-
-PREFIXES = {
-    "encounters": "ENCOUNTER",
-    "conditions": "DX",
-    "medications": "RX",
-    "procedures": "PX",
-    "observations": "OBS",
-    "immunizations": "VAX",
-    "allergies": "ALLERGY",
-    "careplans": "CAREPLAN",
-    "devices": "DEVICE",
-}
-"""Table of events -> first part of its codes."""
-_SCHEMA = pa.schema([*EVENT_SCHEMA, VISIT_FIELD])
 
 
 def prefixed(prefix: str, texts: pa.DictionaryArray) -> pa.DictionaryArray:
@@ -214,9 +346,7 @@ def values_of(piece: Piece, counts: EventCounts) -> pa.Array | None:
     values, wrong = parse_numbers(piece, "VALUE")
     if "TYPE" in piece.table.column_names:
         numeric = pc.fill_null(pc.equal(pc.utf8_lower(piece.column("TYPE")), "numeric"), False)
-        counts.change(
-            "value is no number", int(np.count_nonzero(wrong & numeric.to_numpy(zero_copy_only=False)))
-        )
+        counts.change("value is no number", count(wrong & numeric.to_numpy(zero_copy_only=False)))
     return values
 
 
@@ -239,15 +369,14 @@ def visits_of(
     if encounters is None:
         counts.change("unknown visit", visits.null_count)
         return visits
-    there = visits.is_valid().to_numpy(zero_copy_only=False)
-    place = np.where(there, find(encounters.ids, visits.fill_null(0).to_numpy()), -1)
+    place = np.where(_valid(visits), find(encounters.ids, visits.fill_null(0).to_numpy()), -1)
     known = place >= 0
-    days = times.cast(pa.int64()).to_numpy() // _DAY
+    days = times.cast(pa.int64()).to_numpy() // DAY
     outside = np.zeros(len(days), dtype=bool)
     place, day = place[known], days[known]
     outside[known] = (day < encounters.first[place] - 1) | (day > encounters.last[place] + 1)
-    counts.change("unknown visit", int(np.count_nonzero(~known)))
-    counts.change("event outside its encounter", int(np.count_nonzero(outside)))
+    counts.change("unknown visit", count(~known))
+    counts.change("event outside its encounter", count(outside))
     return pc.if_else(pa.array(known & ~outside), visits, pa.scalar(None, pa.int64()))
 
 
@@ -265,175 +394,5 @@ def describe(piece: Piece, codes: pa.DictionaryArray, texts: dict[str, str]) -> 
             texts[name] = min(texts.get(name, str(text)), str(text))
 
 
-def events_table(
-    subject: pa.Array,
-    times: pa.Array,
-    codes: pa.DictionaryArray,
-    values: pa.Array | None = None,
-    visits: pa.Array | None = None,
-) -> pa.Table:
-    """An events table of some columns, all ``[rows]``; values and visits are null where not given."""
-    rows = len(subject)
-    values = pa.nulls(rows, pa.float32()) if values is None else values
-    visits = pa.nulls(rows, pa.int64()) if visits is None else visits
-    return pa.table([subject, times, codes, values, visits], schema=_SCHEMA)
-
-
-# pyarrow.compute makes its functions on import, where pyright does not see them.
-# pyright: reportAttributeAccessIssue=false
-
-
-DEFAULT_CODES = ("DX//", "RX//", "PX//")
-"""Diagnoses, medications and procedures."""
-
-
-def open_synthea(path: Path) -> "SyntheaSource":
-    """Open a folder of Synthea CSV files (.csv or .csv.gz).
-
-    Needed are patients and one table of events at least (see the module's docstring for which are read).
-
-    Raises:
-        InputError: a file or a column is missing or there twice, or patients cannot be read, repeats an
-            Id or leaves one empty.
-    """
-    path = Path(path)
-    found = find_files(path, ("patients", *PREFIXES))
-    if "patients" not in found or len(found) == 1:
-        what = "table of events" if "patients" in found else "patients.csv"
-        raise InputError(
-            f"{path} has no {what}: give a Synthea CSV export with patients and one at least of "
-            f"{', '.join(PREFIXES)}."
-        )
-    files = {name: open_file(name, found[name]) for name in ("patients", *PREFIXES) if name in found}
-    return SyntheaSource(files, read_patient_ids(files["patients"]))
-
-
-class SyntheaSource:
-    """An opened Synthea export; each of its files is a unit. Implements `source.Source`.
-
-    Held in memory are the ids of the patients (8 bytes each), and the ids and days of the encounters (24
-    bytes each) once a table of events is read.
-    """
-
-    name = "synthea"
-
-    def __init__(self, files: dict[str, SyntheaFile], patients: np.ndarray) -> None:
-        self._files = files
-        self._patients = patients  # int64 [patients], ascending
-        self._texts: dict[str, dict[str, str]] = {}
-
-    def files(self) -> list[Path]:
-        """The files that are read."""
-        return [file.path for file in self._files.values()]
-
-    def units(self) -> int:
-        """One for each file."""
-        return len(self._files)
-
-    def subject_ranges(self) -> None:
-        """Not known: a subject is in several tables."""
-
-    def splits(self) -> dict[str, np.ndarray]:
-        """None: Synthea has no splits."""
-        return {}
-
-    def sample_subjects(self) -> np.ndarray:
-        """All subjects, int64 ``[subjects]``."""
-        return self._patients
-
-    def descriptions(self) -> dict[str, str]:
-        """Code -> DESCRIPTION, the first in the order of the text where a code has several.
-
-        Files that this object has not read, nor learnt of, are read for it.
-        """
-        for name, file in self._files.items():
-            if name != "patients" and name not in self._texts:
-                texts = self._texts[name] = {}
-                for piece in file.read("CODE", "DESCRIPTION", "ENCOUNTERCLASS"):
-                    describe(piece, codes_of(name, piece), texts)
-        tables = (self._texts[name] for name in self._files if name in self._texts)
-        return {code: text for texts in tables for code, text in texts.items()}
-
-    def learned(self) -> dict[str, Any]:
-        """Table -> code -> its description there."""
-        return dict(self._texts)
-
-    def learn(self, learned: Mapping[str, Any]) -> None:
-        """Take over the descriptions of other tables."""
-        self._texts |= learned
-
-    def read(self, unit: int, counts: EventCounts) -> Iterator[pa.Table]:
-        """Events of one file.
-
-        A patient counts as up to five events (birth, death, gender, race, ethnicity), each row of another
-        table as one. Dropped: ``unknown subject`` (not in patients), ``null code``, ``null time`` (an empty
-        START or BIRTHDATE). Changed: ``unknown visit`` (no ENCOUNTER, or not in encounters), ``event outside
-        its encounter`` (see the module's docstring), ``value is no number`` (an observation's VALUE, where
-        TYPE is numeric).
-
-        Raises:
-            InputError: a file cannot be read, or a time cannot be parsed.
-        """
-        name = list(self._files)[unit]
-        return self._read_patients(counts) if name == "patients" else self._read_events(name, counts)
-
-    def _read_patients(self, counts: EventCounts) -> Iterator[pa.Table]:
-        file = self._files["patients"]
-        statics = ("GENDER", "RACE", "ETHNICITY")
-        for piece in file.read("ID", "BIRTHDATE", "DEATHDATE", *statics):
-            subject = encoded_ids(encode_text(piece.column("ID")))
-            for column, code in (("BIRTHDATE", BIRTH_CODE), ("DEATHDATE", DEATH_CODE)):
-                if column not in file.columns:
-                    continue
-                times = parse_times(piece, column)
-                there = times.is_valid()
-                known = there.true_count
-                counts.read += known
-                if code == BIRTH_CODE:
-                    counts.read += len(times) - known
-                    counts.drop("null time", len(times) - known)
-                codes = pa.DictionaryArray.from_arrays(pa.array(np.zeros(known, np.int32)), pa.array([code]))
-                yield events_table(pc.filter(subject, there), pc.filter(times, there), codes)
-            for column in statics:
-                if column in file.columns:
-                    codes = prefixed(column, encode_text(piece.column(column)))
-                    there = codes.is_valid()
-                    codes = codes.filter(there)
-                    counts.read += len(codes)
-                    yield events_table(
-                        pc.filter(subject, there), pa.nulls(len(codes), pa.timestamp("us")), codes
-                    )
-
-    def _read_events(self, name: str, counts: EventCounts) -> Iterator[pa.Table]:
-        file, texts = self._files[name], dict[str, str]()
-        columns = ("PATIENT", "CODE", "DESCRIPTION", file.start)
-        visit_column = "ID" if name == "encounters" else "ENCOUNTER"
-        looked_up = name != "encounters" and visit_column in file.columns
-        encounters = self._encounters if looked_up else None
-        more = {"encounters": ("ID", "ENCOUNTERCLASS"), "observations": ("ENCOUNTER", "VALUE", "TYPE")}
-        for piece in file.read(*columns, *more.get(name, ("ENCOUNTER",))):
-            subject = encoded_ids(encode_text(piece.column("PATIENT")))
-            known = find(self._patients, subject.fill_null(0).to_numpy()) >= 0
-            times, codes = parse_times(piece, file.start), codes_of(name, piece)
-            describe(piece, codes, texts)
-            keep = np.ones(len(times), dtype=bool)  # [N]
-            counts.read += len(times)
-            for rule, fits in (
-                ("unknown subject", pc.and_(subject.is_valid(), pa.array(known))),
-                ("null code", codes.is_valid()),
-                ("null time", times.is_valid()),
-            ):
-                fits = fits.to_numpy(zero_copy_only=False)
-                counts.drop(rule, int(np.count_nonzero(keep & ~fits)))
-                keep &= fits
-            kept = pa.array(keep)
-            piece = piece._replace(table=piece.table.filter(kept))
-            times, codes = times.filter(kept), codes.filter(kept)
-            values = values_of(piece, counts) if name == "observations" else None
-            visits = visits_of(piece, visit_column, times, encounters, counts)
-            yield events_table(subject.filter(kept), times, codes, values, visits)
-        self._texts[name] = texts
-
-    @cached_property
-    def _encounters(self) -> Encounters:
-        return read_encounters(self._files.get("encounters"))
+def _valid(column: pa.Array) -> np.ndarray:
+    return column.is_valid().to_numpy(zero_copy_only=False)

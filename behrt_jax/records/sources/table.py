@@ -5,77 +5,52 @@ any other gets `hashed_id`. Codes stay as they are, integers as their digits, wi
 null time is a static fact. Births come from a column, or as events with the code MEDS_BIRTH.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.types as pt
 
 from behrt_jax.config import TableColumns
-from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, VISIT_FIELD, EventCounts
+from behrt_jax.data.events import BIRTH_CODE, EventCounts
 from behrt_jax.data.parquet import CHUNK_ROWS
 from behrt_jax.errors import InputError
-from behrt_jax.records.sources.csv_files import Piece, csv_columns, is_csv, read_csv
-from behrt_jax.records.sources.parquet import column_range, cut_runs, open_parquet, read_groups
-from behrt_jax.records.sources.table_columns import (
+from behrt_jax.files import JsonObject
+from behrt_jax.records.sources.columns import (
     TextIds,
-    check_types,
     encode_text,
+    extremes,
+    finite,
     integer_or_hashed_ids,
-    read_ids,
-    read_numbers,
-    read_text,
-    read_times,
+    is_number,
+    is_text,
+    is_time,
+    is_whole,
+    parse_numbers,
+    parse_times,
 )
-
-# Births from a column of a plain table, which says them again in each of a subject's rows.
-
-# pyarrow.compute makes its functions on import, where pyright does not see them.
-# pyright: reportAttributeAccessIssue=false
-
-
-_SCHEMA = pa.schema([*EVENT_SCHEMA, VISIT_FIELD])
-
-
-def birth_events(pieces: Iterable[tuple[pa.Array, pa.Array]], counts: EventCounts) -> Iterator[pa.Table]:
-    """One event for each subject with a birth, at the earliest where there are several.
-
-    It holds 24 bytes for each subject.
-
-    Args:
-        pieces: subject ids (int64) and births (timestamps) of some rows, either may be null.
-        counts: gets the events, and as changed ``births differ``.
-    """
-    born, first, last = (np.empty(0, np.int64) for _ in range(3))  # [S]
-    for subject, birth in pieces:
-        there = pc.and_(subject.is_valid(), birth.is_valid())
-        days = birth.filter(there).cast(pa.int64()).to_numpy()
-        every = np.concatenate([born, subject.filter(there).to_numpy()])
-        born, place = np.unique(every, return_inverse=True)
-        earliest = np.full(len(born), np.iinfo(np.int64).max)
-        latest = np.full(len(born), np.iinfo(np.int64).min)
-        np.minimum.at(earliest, place, np.concatenate([first, days]))
-        np.maximum.at(latest, place, np.concatenate([last, days]))
-        first, last = earliest, latest
-    counts.read += len(born)
-    counts.change("births differ", int(np.count_nonzero(first != last)))
-    for start in range(0, len(born), CHUNK_ROWS):
-        part = slice(start, start + CHUNK_ROWS)
-        rows = len(born[part])
-        code = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([BIRTH_CODE]))
-        time = pa.array(first[part]).cast(pa.timestamp("us"))
-        nulls = pa.nulls(rows, pa.float32()), pa.nulls(rows, pa.int64())
-        yield pa.table([pa.array(born[part]), time, code, *nulls], schema=_SCHEMA)
-
+from behrt_jax.records.sources.files import (
+    Part,
+    Piece,
+    column_ranges,
+    csv_columns,
+    cut_parts,
+    is_csv,
+    open_parquet,
+    read_csv,
+    read_part,
+    row_counts,
+)
+from behrt_jax.records.sources.source import Source, count, events_table, one_code
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
 
-
-DEFAULT_CODES: tuple[str, ...] = ()
-"""All codes."""
+UNIT_ROWS = 4 * CHUNK_ROWS
+"""Rows of a Parquet file's unit, about: whole row groups, one at least."""
 _SAMPLED_GROUPS = 32
 
 
@@ -89,18 +64,15 @@ def open_table(path: Path, columns: TableColumns) -> "TableSource":
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is no file: give one .csv, .csv.gz or .parquet file.")
-    runs: list[list[int]] = []
-    ranges: list[tuple[int, int] | None] = []
+    parts, ranges = [Part(path)], []
     if is_csv(path):
         names, schema = csv_columns(path), None
     elif path.suffix.lower() in (".parquet", ".pq"):
         with open_parquet(path) as file:
             schema = file.schema_arrow
             names = schema.names
-            runs = cut_runs(
-                [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-            )
-            ranges = [column_range(file.metadata, run, columns.subject) for run in runs]
+            parts = cut_parts(path, file.metadata, UNIT_ROWS, beyond=True)
+            ranges = column_ranges(file.metadata, parts, columns.subject)
     else:
         raise InputError(f"{path} is neither .csv, .csv.gz nor .parquet: write it as one of them.")
     for option, name in vars(columns).items():
@@ -111,11 +83,11 @@ def open_table(path: Path, columns: TableColumns) -> "TableSource":
             )
     if schema is not None:
         check_types(path, schema, columns)
-    return TableSource(path, columns, runs, ranges)
+    return TableSource(path, columns, parts, ranges)
 
 
-class TableSource:
-    """An opened table. Implements `source.Source`.
+class TableSource(Source):
+    """An opened table.
 
     A CSV file is one unit, a Parquet file one for each run of row groups with `UNIT_ROWS` rows or more.
     With a column of births there is one more unit before them, which reads each subject's birth; it holds
@@ -125,48 +97,33 @@ class TableSource:
     name = "table"
 
     def __init__(
-        self,
-        path: Path,
-        columns: TableColumns,
-        runs: list[list[int]],
-        ranges: list[tuple[int, int] | None],
+        self, path: Path, columns: TableColumns, parts: list[Part], ranges: list[tuple[int, int]]
     ) -> None:
+        """Use `open_table`, which checks the columns."""
         self._path = path
         self._columns = columns
-        known = bool(ranges) and None not in ranges and columns.birth is None
-        self._ranges = np.array(ranges, np.int64) if known else None
-        self._runs = runs  # row groups of each unit; none for CSV
+        self._parts = parts
+        self._ranges = np.array(ranges, np.int64) if ranges and columns.birth is None else None
 
     def files(self) -> list[Path]:
         """The one file."""
         return [self._path]
 
+    def options(self) -> JsonObject:
+        """The names of the columns."""
+        return {"table": asdict(self._columns)}
+
     def units(self) -> int:
         """Runs of row groups, with the unit of births."""
-        return self._first_rows + (1 if is_csv(self._path) else len(self._runs))
+        return self._first_rows + len(self._parts)
 
     def subject_ranges(self) -> np.ndarray | None:
         """As a Parquet file's footer has them, where subjects are integers and births events."""
         return self._ranges
 
-    def splits(self) -> dict[str, np.ndarray]:
-        """None: a table has no splits."""
-        return {}
-
-    def descriptions(self) -> dict[str, str]:
-        """None."""
-        return {}
-
-    def learned(self) -> dict[str, Any]:
-        """Nothing: descriptions do not depend on reading."""
-        return {}
-
-    def learn(self, learned: Mapping[str, Any]) -> None:
-        """Nothing."""
-
     def sample_subjects(self) -> np.ndarray:
         """int64 ids of every 64th row (of all rows, if there are few), from up to 32 row groups."""
-        groups = [group for run in self._runs for group in run]
+        groups = self._groups
         if len(groups) > _SAMPLED_GROUPS:
             groups = [groups[i] for i in np.linspace(0, len(groups) - 1, _SAMPLED_GROUPS).astype(int)]
         ids, sampled = TextIds(self._path, integer_or_hashed_ids), [np.empty(0, np.int64)]
@@ -190,47 +147,167 @@ class TableSource:
         """
         if unit < self._first_rows:
             return self._read_births(counts)
-        return self._read_rows(unit - self._first_rows, counts)
+        return self._read_rows(self._parts[unit - self._first_rows], counts)
 
     @property
     def _first_rows(self) -> int:
         return int(self._columns.birth is not None)
 
-    def _read_rows(self, run: int, counts: EventCounts) -> Iterator[pa.Table]:
+    @property
+    def _groups(self) -> list[int]:
+        return [group for part in self._parts for group in part.row_groups]
+
+    def _read_rows(self, part: Part, counts: EventCounts) -> Iterator[pa.Table]:
         columns = self._columns
         names = [columns.subject, columns.time, columns.code, columns.value, columns.visit]
         ids = TextIds(self._path, integer_or_hashed_ids)
-        for piece in self._pieces([name for name in names if name], self._runs[run] if self._runs else []):
+        for piece in self._pieces([name for name in names if name], part.row_groups):
             counts.read += piece.table.num_rows
             subject, code = read_ids(piece, columns.subject, ids), encode_text(read_text(piece, columns.code))
             time = read_times(piece, columns.time)
             there = pc.and_(subject.is_valid(), code.is_valid())
             counts.drop("null subject", subject.null_count)
             counts.drop("null code", there.false_count - subject.null_count)
-            values, visits = pa.nulls(len(time), pa.float32()), pa.nulls(len(time), pa.int64())
+            values = visits = None
             if columns.value:
                 values, lost = read_numbers(piece, columns.value)
                 counts.change("value is not finite", pc.and_(lost, there).true_count)
             if columns.visit:
                 visits = read_ids(piece, columns.visit, integer_or_hashed_ids)
-            events = pa.table([subject, time, code, values, visits], names=_SCHEMA.names).filter(there)
+            events = events_table(subject, time, code, values, visits).filter(there)
             if columns.visit:
                 counts.change("unknown visit", events["visit_id"].null_count)
-            yield events.cast(_SCHEMA)
+            yield events
 
     def _read_births(self, counts: EventCounts) -> Iterator[pa.Table]:
         columns, ids = self._columns, TextIds(self._path, integer_or_hashed_ids)
-        groups = [group for run in self._runs for group in run]
-        pieces = self._pieces([columns.subject, columns.birth or ""], groups)
         births = (
             (read_ids(piece, columns.subject, ids), read_times(piece, columns.birth or ""))
-            for piece in pieces
+            for piece in self._pieces([columns.subject, columns.birth or ""], self._groups)
         )
         return birth_events(births, counts)
 
-    def _pieces(self, names: list[str], groups: list[int]) -> Iterator[Piece]:
+    def _pieces(self, names: list[str], groups: Sequence[int]) -> Iterator[Piece]:
+        """Columns, of some row groups where the file has such."""
         names = list(dict.fromkeys(names))
         if is_csv(self._path):
             yield from read_csv(self._path, names)
             return
-        yield from read_groups(self._path, groups, names, self._columns.code)
+        with open_parquet(self._path, [self._columns.code]) as opened:
+            sizes = row_counts(opened.metadata)
+            for group in groups:
+                part = Part(self._path, (group,), sum(sizes[:group]))
+                yield from read_part(opened, part, names, CHUNK_ROWS)
+
+
+def birth_events(pieces: Iterable[tuple[pa.Array, pa.Array]], counts: EventCounts) -> Iterator[pa.Table]:
+    """One event for each subject with a birth, at the earliest where there are several.
+
+    It holds 24 bytes for each subject.
+
+    Args:
+        pieces: subject ids (int64) and births (timestamps) of some rows, either may be null.
+        counts: gets the events, and as changed ``births differ``.
+    """
+    born, first, last = (np.empty(0, np.int64) for _ in range(3))  # [S]
+    for subject, birth in pieces:
+        there = pc.and_(subject.is_valid(), birth.is_valid())
+        days = birth.filter(there).cast(pa.int64()).to_numpy()
+        every = np.concatenate([born, subject.filter(there).to_numpy()])
+        born, first, last = extremes(every, np.concatenate([first, days]), np.concatenate([last, days]))
+    counts.read += len(born)
+    counts.change("births differ", count(first != last))
+    for start in range(0, len(born), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        time = pa.array(first[part]).cast(pa.timestamp("us"))
+        yield events_table(born[part], time, one_code(BIRTH_CODE, len(time)))
+
+
+# The columns of a table, in whatever types they come.
+
+_ID = ((is_whole, is_text), "integers or text")
+_TIME = ((is_time, is_text), "timestamps, dates or ISO text")
+_MEANT = {
+    "subject": _ID,
+    "visit": _ID,
+    "time": _TIME,
+    "birth": _TIME,
+    "code": ((is_whole, is_text), "text or integers"),
+    "value": ((is_number, pt.is_null), "numbers"),
+}
+
+
+def check_types(path: Path, schema: pa.Schema, columns: TableColumns) -> None:
+    """Refuse columns of a Parquet file whose type cannot be meant."""
+    for option, name in vars(columns).items():
+        fits, meant = _MEANT[option]
+        if name is not None and not any(fit(schema.field(name).type) for fit in fits):
+            raise InputError(
+                f"{path} has {schema.field(name).type} in the column {name}, which table.{option} names: "
+                f"write it as {meant}."
+            )
+
+
+def read_text(piece: Piece, name: str) -> pa.Array:
+    """Text, or integers as their digits; a dictionary stays one."""
+    values = piece.column(name)
+    return values if pt.is_dictionary(values.type) else values.cast(pa.string())
+
+
+def read_ids(piece: Piece, name: str, ids_of: Callable[[pa.Array], np.ndarray]) -> pa.Array:
+    """Ids as int64: integers exactly, distinct texts by ``ids_of``.
+
+    Raises:
+        InputError: an integer has more than 64 bits.
+    """
+    values = piece.column(name)
+    if is_text(values.type):
+        coded = encode_text(read_text(piece, name))
+        return pc.take(pa.array(ids_of(coded.dictionary)), coded.indices)
+    try:
+        return values.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise InputError(
+            f"{piece.file} has ids in the column {name} that do not fit into a signed 64-bit integer: "
+            "write them as text."
+        ) from error
+
+
+def read_times(piece: Piece, name: str) -> pa.Array:
+    """Times in microseconds (UTC where there is a zone; finer parts cut off).
+
+    Raises:
+        InputError: a text is no time, or a time does not fit.
+    """
+    values = piece.column(name)
+    if is_text(values.type):
+        texts = piece.table.select([name]).cast(pa.schema([pa.field(name, pa.string())]))
+        return parse_times(piece._replace(table=texts), name)
+    try:
+        if pt.is_timestamp(values.type):
+            if values.type.unit == "ns":  # towards the past, also before 1970
+                values = pc.floor_temporal(values, unit="microsecond")
+            values = values.cast(pa.timestamp("us", values.type.tz))
+        return values.cast(pa.timestamp("us"))
+    except pa.ArrowInvalid as error:
+        raise InputError(
+            f"{piece.file} has times in the column {name} that no 64-bit count of microseconds holds: "
+            "mend them."
+        ) from error
+
+
+def read_numbers(piece: Piece, name: str) -> tuple[pa.Array, pa.Array]:
+    """Numbers as float32, and whether each is lost (null now) since float32 has no finite number for it.
+
+    Raises:
+        InputError: a text is no number.
+    """
+    values = piece.column(name)
+    if not is_text(values.type):
+        numbers = finite(values.cast(pa.float64()))
+        return numbers, pc.and_(values.is_valid(), numbers.is_null())
+    numbers, wrong = parse_numbers(piece, name)
+    for row in np.flatnonzero(wrong)[:1]:
+        problem = "text that is no finite number: empty it, or leave the option table.value out."
+        raise piece.error(name, int(row), problem)
+    return numbers, pa.array(wrong)

@@ -8,7 +8,7 @@ masked code can be told from its neighbours, from earlier visits, from age and f
 
 import numpy as np
 
-from behrt_jax.data.events import DEATH_CODE, EventSet
+from behrt_jax.data.events import DAY, DEATH_CODE, EventSet
 from behrt_jax.errors import InputError
 from behrt_jax.records.synthetic.conditions import (
     CONDITIONS,
@@ -23,9 +23,8 @@ from behrt_jax.records.synthetic.conditions import (
 from behrt_jax.records.synthetic.histories import (
     VISIT_SIZES,
     YEAR_DAYS,
-    Histories,
+    GeneratedHistories,
     check_options,
-    draw_deaths,
     draw_histories,
     to_event_set,
 )
@@ -53,8 +52,7 @@ def generate_clinical(
         code_count: Number of codes; those that the table of conditions does not name are unspecific,
             with frequencies that fall like 1 / rank (Zipf).
         events_mean: Mean number of events in a history.
-        events_spread: Standard deviation of its logarithm; see
-            :func:`~behrt_jax.records.synthetic.histories.history_lengths`.
+        events_spread: Standard deviation of its logarithm; see `histories.history_lengths`.
         seed: Equal seeds give equal events.
 
     Raises:
@@ -75,7 +73,7 @@ def generate_clinical(
     facts = {
         "SEX//F": (np.flatnonzero(female), never[female]),
         "SEX//M": (np.flatnonzero(~female), never[~female]),
-        DEATH_CODE: draw_deaths(rng, histories),
+        DEATH_CODE: _draw_deaths(rng, histories),
     }
     texts = named_codes() | unspecific_codes(code_count - len(named_codes()))
     return to_event_set("clinical", histories, codes, texts, facts)
@@ -118,7 +116,7 @@ def _draw_conditions(
     return np.take_along_axis(conditions, order, 1), np.take_along_axis(onsets, order, 1)
 
 
-def _draw_themes(rng: np.random.Generator, histories: Histories, female: np.ndarray) -> np.ndarray:
+def _draw_themes(rng: np.random.Generator, histories: GeneratedHistories, female: np.ndarray) -> np.ndarray:
     """Draw the theme of each visit, int64 ``[visits]``: a row of :func:`~.conditions.themes`."""
     subjects = histories.visit_subjects
     visits = len(subjects)
@@ -173,7 +171,7 @@ def _draw_occasions(
 
 
 def _draw_codes(
-    rng: np.random.Generator, histories: Histories, visit_themes: np.ndarray, code_count: int
+    rng: np.random.Generator, histories: GeneratedHistories, visit_themes: np.ndarray, code_count: int
 ) -> np.ndarray:
     """Draw the code of each event, int32 ``[events]``, none twice in a visit."""
     orders = _draw_orders(rng)  # [themes, orders, places]
@@ -218,3 +216,16 @@ def _repeated(codes: np.ndarray, places: np.ndarray) -> np.ndarray:
     for back in range(1, int(VISIT_SIZES.max())):
         repeated[back:] |= (codes[back:] == codes[:-back]) & (places[back:] >= back)
     return np.flatnonzero(repeated)
+
+
+def _draw_deaths(rng: np.random.Generator, histories: GeneratedHistories) -> tuple[np.ndarray, np.ndarray]:
+    """Subjects who die in the months after their last visit (indices), and when (datetime64[us]).
+
+    The chance rises with the age at the last visit.
+    """
+    last_visits = np.append(histories.first_visits[1:], len(histories.visit_days)) - 1
+    last_days = histories.visit_days[last_visits]  # [subjects]
+    ages = (last_days - histories.birth_days) / YEAR_DAYS
+    rows = np.flatnonzero(rng.random(len(ages)) < 0.01 + 0.6 / (1 + np.exp((85 - ages) / 5)))
+    days = last_days[rows] + 1 + rng.exponential(60, len(rows)).astype(np.int64)
+    return rows, (days * DAY).view("datetime64[us]")

@@ -210,7 +210,7 @@ def code_of(entry: str) -> str:
 
 
 def themes() -> list[dict[str, float]]:
-    """What a visit can be about: every stage of every condition in turn, then every occasion.
+    """Everything that a visit can be about: every stage of every condition in turn, then every occasion.
 
     Row ``STAGES * c + s`` is stage s of condition c; row ``STAGES * len(CONDITIONS) + o`` is
     occasion o. Each maps ``"CODE text"`` to the weight of the code in such a visit.

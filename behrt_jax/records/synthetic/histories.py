@@ -1,27 +1,26 @@
-"""What every generated history has, whatever its codes: a length, visits, times and a birth."""
+"""Generated histories whatever their codes: lengths, visits, times and births; and codes drawn at random."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, EventCounts, EventSet
+from behrt_jax.data.events import BIRTH_CODE, DAY, EVENT_SCHEMA, EventCounts, EventSet
 from behrt_jax.errors import InputError
 
 YEAR_DAYS = 365.25
-DAY_US = 86_400_000_000
-MINUTE_US = 60_000_000
 
 VISIT_SIZES = np.array([1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 5, 6])
 """Equally likely numbers of events in a visit (3 on average, before the end of a history cuts one)."""
 
 _FIRST_DAY, _LAST_DAY = np.array(["2004-01-01", "2016-01-01"], "datetime64[D]").astype(np.int64)
+_MINUTE = 60_000_000  # microseconds
 _GAP_DAYS = 90.0
 _LONGEST_SPAN_DAYS = 15 * YEAR_DAYS
 
 
 @dataclass(frozen=True)
-class Histories:
+class GeneratedHistories:
     """Subjects, their visits and the times of their events; days and microseconds since 1970.
 
     Visits and events are in order of subject and time, so ``np.repeat(values, visit_events)`` takes
@@ -44,6 +43,11 @@ class Histories:
     """int64 ``[events]``: 0 for the first event of a visit, then 1, 2 ..."""
     event_times: np.ndarray
     """int64 ``[events]``: microseconds; the minutes of a visit's events differ."""
+
+    @property
+    def visit_age_days(self) -> np.ndarray:
+        """int64 ``[visits]``: days since the subject's birth."""
+        return self.visit_days - self.birth_days[self.visit_subjects]
 
 
 def check_options(subjects: int, events_mean: float, events_spread: float, seed: int) -> None:
@@ -75,7 +79,7 @@ def history_lengths(rng: np.random.Generator, subjects: int, mean: float, spread
     return np.maximum(np.rint(np.exp(logarithms)), 1).astype(np.int64)
 
 
-def draw_histories(rng: np.random.Generator, subjects: int, mean: float, spread: float) -> Histories:
+def draw_histories(rng: np.random.Generator, subjects: int, mean: float, spread: float) -> GeneratedHistories:
     """Draw subjects with visits of 1 to 6 events, weeks to months apart.
 
     The first visit lies from 2004 to 2015, at an age from 0 to 90 years; one subject in six is a child.
@@ -92,24 +96,46 @@ def draw_histories(rng: np.random.Generator, subjects: int, mean: float, spread:
     starts_visit[ends - lengths] = True
     visit_starts = np.flatnonzero(starts_visit)  # [visits]
     visit_events = np.diff(visit_starts, append=events)
-    first_visits = np.searchsorted(visit_starts, ends - lengths)
-    subject_visits = np.diff(first_visits, append=len(visit_starts))
+    subject_visits = np.add.reduceat(starts_visit, ends - lengths, dtype=np.int64)
     visit_subjects = np.repeat(np.arange(subjects), subject_visits)
 
     birth_days, first_days = draw_births(rng, subjects)
     gap_days = np.minimum(_GAP_DAYS * rng.uniform(0.5, 1.5, subjects), _LONGEST_SPAN_DAYS / subject_visits)
     relative_gaps = 0.3 + 0.7 * rng.standard_exponential(len(visit_starts), np.float32)
     gaps = 1 + (gap_days[visit_subjects] * relative_gaps).astype(np.int64)
+    return lay_out(rng, visit_subjects, visit_events, gaps, (birth_days, first_days), (8 * 60, 16 * 60))
+
+
+def lay_out(
+    rng: np.random.Generator,
+    visit_subjects: np.ndarray,
+    visit_events: np.ndarray,
+    gaps: np.ndarray,
+    births: tuple[np.ndarray, np.ndarray],
+    opening: tuple[int, int],
+) -> GeneratedHistories:
+    """Draw the minutes of visits and events, and the subjects' ids, and put histories together.
+
+    Args:
+        rng: random numbers.
+        visit_subjects: int64 ``[visits]``, ascending, each subject at least once.
+        visit_events: int64 ``[visits]``.
+        gaps: days from the visit before, int64 ``[visits]``; of a subject's first visit any.
+        births: days of birth and of the first visit, as `draw_births` gives them.
+        opening: minutes of the day between which visits begin.
+    """
+    birth_days, first_days = births
+    first_visits = np.searchsorted(visit_subjects, np.arange(len(birth_days)))
     days = np.cumsum(gaps)
     visit_days = days + (first_days - days[first_visits])[visit_subjects]
-
-    event_places = np.arange(events) - np.repeat(visit_starts, visit_events)
-    opening = rng.integers(8 * 60, 16 * 60, len(visit_starts))
-    minutes_apart = rng.integers(1, 20, len(visit_starts))
-    event_times = np.repeat(visit_days * DAY_US + opening * MINUTE_US, visit_events)
-    event_times += event_places * np.repeat(minutes_apart * MINUTE_US, visit_events)
-    return Histories(
-        subject_ids=draw_subject_ids(rng, subjects),
+    visit_starts = np.cumsum(visit_events) - visit_events
+    event_places = np.arange(visit_events.sum()) - np.repeat(visit_starts, visit_events)
+    begins = rng.integers(*opening, len(visit_subjects))
+    minutes_apart = rng.integers(1, 20, len(visit_subjects))
+    event_times = np.repeat(visit_days * DAY + begins * _MINUTE, visit_events)
+    event_times += event_places * np.repeat(minutes_apart * _MINUTE, visit_events)
+    return GeneratedHistories(
+        subject_ids=draw_subject_ids(rng, len(birth_days)),
         birth_days=birth_days,
         first_visits=first_visits,
         visit_subjects=visit_subjects,
@@ -137,22 +163,9 @@ def draw_births(rng: np.random.Generator, subjects: int) -> tuple[np.ndarray, np
     return first_days - (ages * YEAR_DAYS).astype(np.int64), first_days
 
 
-def draw_deaths(rng: np.random.Generator, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
-    """Subjects who die in the months after their last visit (indices), and when (datetime64[us]).
-
-    The chance rises with the age at the last visit.
-    """
-    last_visits = np.append(histories.first_visits[1:], len(histories.visit_days)) - 1
-    last_days = histories.visit_days[last_visits]  # [subjects]
-    ages = (last_days - histories.birth_days) / YEAR_DAYS
-    rows = np.flatnonzero(rng.random(len(ages)) < 0.01 + 0.6 / (1 + np.exp((85 - ages) / 5)))
-    days = last_days[rows] + 1 + rng.exponential(60, len(rows)).astype(np.int64)
-    return rows, (days * DAY_US).view("datetime64[us]")
-
-
 def to_event_set(
     source: str,
-    histories: Histories,
+    histories: GeneratedHistories,
     event_codes: np.ndarray,
     descriptions: dict[str, str],
     facts: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
@@ -170,7 +183,7 @@ def to_event_set(
     Returns:
         Events with a birth for each subject, then the facts, then the histories: not sorted by subject.
     """
-    births = (np.arange(len(histories.birth_days)), (histories.birth_days * DAY_US).view("datetime64[us]"))
+    births = (np.arange(len(histories.birth_days)), (histories.birth_days * DAY).view("datetime64[us]"))
     facts = {BIRTH_CODE: births} | (facts or {})
     subjects = [rows for rows, _ in facts.values()]
     subjects.append(np.repeat(histories.visit_subjects, histories.visit_events))
@@ -212,8 +225,7 @@ def generate_uniform(
         subjects: Number of subjects.
         code_count: Number of codes, ``DX//U0000`` and so on.
         events_mean: Mean number of events in a history, births aside.
-        events_spread: Standard deviation of its logarithm; see
-            :func:`~behrt_jax.records.synthetic.histories.history_lengths`.
+        events_spread: Standard deviation of its logarithm; see `history_lengths`.
         seed: Equal seeds give equal events.
 
     Raises:

@@ -15,8 +15,7 @@ from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.data.sequences import MEDS_CODES, build_sequences, describe
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources import meds as meds_source
-from behrt_jax.records.sources import parquet as meds_units
-from behrt_jax.records.sources.meds import DEFAULT_CODES, open_meds, read_meds
+from behrt_jax.records.sources.meds import open_meds, read_meds
 from tests.records.meds_folder import (
     DAY,
     HOUR,
@@ -390,7 +389,7 @@ def test_a_data_set_of_awkward_events(tmp_path):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """A source that reads at most 40 rows at once."""
-    for module in (meds_units, columns_files):
+    for module in (meds_source, columns_files):
         monkeypatch.setattr(module, "CHUNK_ROWS", 40)
 
 
@@ -445,7 +444,7 @@ def test_an_opened_source(tmp_path):
     ]
     assert source.descriptions() == texts
     assert as_lists(source.splits()) == SPLITS
-    assert DEFAULT_CODES == MEDS_CODES
+    assert source.default_codes == MEDS_CODES
 
 
 def test_the_sample_is_spread_as_the_events_are(tmp_path, monkeypatch):

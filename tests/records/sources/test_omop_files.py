@@ -10,9 +10,9 @@ import pytest
 
 from behrt_jax.data.events import EventCounts
 from behrt_jax.errors import InputError
-from behrt_jax.records.sources import cdm as cdm_files
-from behrt_jax.records.sources import csv_files as csv_reading
-from behrt_jax.records.sources.csv_files import read_csv
+from behrt_jax.records.sources import files as csv_reading
+from behrt_jax.records.sources import omop_tables
+from behrt_jax.records.sources.files import read_csv
 from behrt_jax.records.sources.omop import open_omop
 from tests.records.omop_folder import (
     HISTORY,
@@ -92,16 +92,19 @@ def test_large_parquet_files_are_cut_into_units(tmp_path, monkeypatch):
     conditions = [condition(1, 100 + i) for i in range(10)]  # row groups of three
     folder = write_omop(tmp_path, {"person": [person(1)], "condition_occurrence": conditions}, form="parquet")
     assert open_omop(folder).units() == 2
-    monkeypatch.setattr(cdm_files, "PART_ROWS", 6)
+    monkeypatch.setattr(omop_tables, "PART_ROWS", 6)
     source = open_omop(folder)
     assert source.units() == 3
     assert codes_of(read_all(source)[0], "CONDITION") == [f"CONDITION//{100 + i}" for i in range(10)]
-    assert [part.first_row for part in cdm_files.parts_of(folder / "condition_occurrence.parquet")] == [0, 6]
+    assert [part.first_row for part in omop_tables.parts_of(folder / "condition_occurrence.parquet")] == [
+        0,
+        6,
+    ]
 
 
 def test_chunks_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(csv_reading, "CHUNK_ROWS", 4)
-    monkeypatch.setattr(cdm_files, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(omop_tables, "_BATCH_ROWS", 4)
     tables = {"person": [person(1)], "condition_occurrence": [condition(1, i) for i in range(1, 11)]}
     for form in ("csv", "parquet"):
         source = open_omop(write_omop(tmp_path / form, tables, form=form))
@@ -219,8 +222,8 @@ def test_ids_of_64_bits_come_exactly(tmp_path, blank):
 def test_a_table_without_any_of_the_columns_that_are_asked_for(tmp_path):
     for form in ("csv", "parquet"):
         write_table(tmp_path / f"person.{form}", "person", [person(1), person(2)])
-        part = cdm_files.Part(tmp_path / f"person.{form}")
-        batches = list(cdm_files.read_chunks(part, {"absent": "integer"}))
+        part = omop_tables.Part(tmp_path / f"person.{form}")
+        batches = list(omop_tables.read_chunks(part, {"absent": "integer"}))
         assert [batch.column("absent").to_pylist() for batch in batches] == [[None, None]]
 
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.errors import InputError
-from behrt_jax.records.sources import csv_files as csv_reading
-from behrt_jax.records.sources import table_columns as text_columns
-from behrt_jax.records.sources.csv_files import Piece, read_csv
-from behrt_jax.records.sources.synthea import DEFAULT_CODES, open_synthea
-from behrt_jax.records.sources.table_columns import TextIds, hashed_id, parse_numbers, parse_times
+from behrt_jax.records.sources import columns as text_columns
+from behrt_jax.records.sources import files as csv_reading
+from behrt_jax.records.sources.columns import TextIds, hashed_id, parse_numbers, parse_times
+from behrt_jax.records.sources.files import Piece, read_csv
+from behrt_jax.records.sources.synthea import SyntheaSource, open_synthea
 from tests.records.synthea_folder import ERAS, write_synthea, write_text
 
 ANN, BOB = "71949668-1c2e-43ae-ab0a-64654608defb", "c2caaace-9119-4b2d-a2c3-4040f5a9cf32"
@@ -415,7 +415,7 @@ def test_numbers_come_back(values):
 
 
 def test_default_codes():
-    assert DEFAULT_CODES == ("DX//", "RX//", "PX//")
+    assert SyntheaSource.default_codes == ("DX//", "RX//", "PX//")
 
 
 REAL = os.environ.get("EHR_TEST_DATA")

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from behrt_jax.config import TableColumns
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.errors import InputError
-from behrt_jax.records.sources import csv_files as csv_reading
-from behrt_jax.records.sources import parquet as table_parquet
-from behrt_jax.records.sources.table import DEFAULT_CODES, open_table
-from behrt_jax.records.sources.table_columns import hashed_id
+from behrt_jax.records.sources import files as csv_reading
+from behrt_jax.records.sources import table as table_source
+from behrt_jax.records.sources.columns import hashed_id
+from behrt_jax.records.sources.table import TableSource, open_table
 
 ALL = TableColumns(value="value", visit="visit", birth="birth")
 BIG = 2**62 + 1
@@ -250,7 +250,7 @@ def test_order_and_units_make_no_difference(tmp_path, monkeypatch, name, seed, c
         source = open_table(file, ALL)
         events, counts = read_all(source)
         assert all(
-            part.num_rows <= table_parquet.CHUNK_ROWS
+            part.num_rows <= table_source.CHUNK_ROWS
             for part in source.read(source.units() - 1, EventCounts())
         )
         return Counter(events), counts, set(source.sample_subjects())
@@ -258,14 +258,14 @@ def test_order_and_units_make_no_difference(tmp_path, monkeypatch, name, seed, c
     expected = outcome(rows, 50)
     random.Random(seed).shuffle(rows)
     with monkeypatch.context() as patch:
-        patch.setattr(table_parquet, "CHUNK_ROWS", chunk)
+        patch.setattr(table_source, "CHUNK_ROWS", chunk)
         patch.setattr(csv_reading, "CHUNK_ROWS", chunk)
-        patch.setattr(table_parquet, "UNIT_ROWS", unit)
+        patch.setattr(table_source, "UNIT_ROWS", unit)
         assert outcome(rows, group) == expected
 
 
 def test_units_are_runs_of_row_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_parquet, "UNIT_ROWS", 3)
+    monkeypatch.setattr(table_source, "UNIT_ROWS", 3)
     content = pa.table({"subject_id": list(range(9)), "time": ["2020-01-01"] * 9, "code": ["x"] * 9})
     source = open_table(write(tmp_path / "t.parquet", content), TableColumns())  # groups of 2, 2, 2, 2, 1
     parts = [
@@ -332,7 +332,7 @@ def test_wrong_types(tmp_path, column, values, says):
 
 @pytest.mark.parametrize("chunk", [1, 100])
 def test_row_of_an_error_in_a_later_group(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(table_parquet, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(table_source, "CHUNK_ROWS", chunk)
     times = ["2020-01-01"] * 5 + ["never"] * 2
     content = pa.table({"subject_id": [1] * 7, "time": times, "code": ["x"] * 7})
     file = tmp_path / "t.parquet"
@@ -363,4 +363,4 @@ def test_files_that_are_none(tmp_path):
 
 
 def test_default_codes():
-    assert DEFAULT_CODES == ()
+    assert TableSource.default_codes == ()

@@ -11,22 +11,18 @@ from behrt_jax.errors import InputError
 from behrt_jax.records.load import load_events, load_sequences
 from behrt_jax.records.synthetic.histories import YEAR_DAYS
 from behrt_jax.records.synthetic.latent import (
-    NEVER,
-    draw_latent_histories,
-    draw_states,
-    generate_latent,
-    latent_paths,
-    onset_labels,
-)
-from behrt_jax.records.synthetic.latent_model import (
     AGE_BANDS,
     BAND_YEARS,
     LEAST_CODES,
     LatentModel,
     code_texts,
+    draw_latent_histories,
+    draw_states,
+    generate_latent,
     latent_model,
 )
 from behrt_jax.workflows.checks import check
+from experiments.studies.latent_course import NEVER, latent_paths, onset_labels
 
 OPTIONS = (3000, 200, 15.0, 0.9, 2)
 

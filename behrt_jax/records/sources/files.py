@@ -1,9 +1,9 @@
-r"""CSV files in bounded pieces, every column as text; what the text means is parsed afterwards.
+r"""CSV and Parquet files read in bounded pieces.
 
-Files are UTF-8 (with or without a byte order mark), commas between columns, quotes where a value holds a
+CSV files are UTF-8 (with or without a byte order mark), commas between columns, quotes where a value holds a
 comma, a quote or a line break (RFC 4180), plain or compressed by gzip. Files separated by tabs, as OHDSI
 hands out vocabularies, have no quoting: a quote is a character like any other. Empty values, ``NULL``,
-``null`` and ``\N`` are null.
+``null`` and ``\N`` are null. Every column is text; what it means is parsed afterwards.
 """
 
 import csv
@@ -11,55 +11,17 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 
-from behrt_jax.data.parquet import CHUNK_ROWS
+from behrt_jax.data.parquet import CHUNK_ROWS, readable
 from behrt_jax.errors import InputError
-
-# Quotes that a CSV file opens and never closes, which parsers take for one value up to the file's end.
-
-
-class QuoteCounter(io.RawIOBase):
-    """A stream that counts the quotes in what is read from it: where all are closed, they are even."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self.quotes = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self.quotes += data.count(b'"')
-        return data
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
-
-
-def open_quote(stream: IO[bytes]) -> int:
-    """The data row (from 1) in which a file ends, if it ends within a quoted value; else 0.
-
-    Reads the stream from its start and closes it.
-    """
-    row = 0
-    with io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="") as lines:
-        try:
-            for line in csv.reader(lines, strict=True):
-                row += bool(line)
-        except csv.Error as error:
-            # A value beyond csv's limit has swallowed many rows.
-            open_to_the_end = "unexpected end of data" in str(error) or "field limit" in str(error)
-            return row if open_to_the_end else 0
-    return 0
-
 
 BLOCK_BYTES = 1 << 22
 """Bytes of a file that are parsed at once, unless a caller says otherwise; no row may be longer.
@@ -87,13 +49,16 @@ class Piece(NamedTuple):
         return InputError(f"{self.file} has in the column {name}, data row {self.first_row + row}, {problem}")
 
 
+# CSV.
+
+
 def is_csv(file: Path) -> bool:
-    """Whether the name ends in .csv or .csv.gz, in any case."""
+    """The name ends in .csv or .csv.gz, in any case."""
     return file.name.lower().endswith((".csv", ".csv.gz"))
 
 
 def csv_separator(file: Path) -> Separator:
-    """What separates the columns: a tab where the header has one and no comma, else a comma.
+    """The separator of the columns: a tab where the header has one and no comma, else a comma.
 
     Raises:
         InputError: the file cannot be read.
@@ -231,3 +196,120 @@ def _unreadable(file: Path) -> InputError:
     return InputError(
         f"{file} is no readable {form} file (not there, cut short, or another format): mend it."
     )
+
+
+class QuoteCounter(io.RawIOBase):
+    """A stream that counts the quotes in what is read from it: where all are closed, they are even."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.quotes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.quotes += data.count(b'"')
+        return data
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def open_quote(stream: IO[bytes]) -> int:
+    """The data row (from 1) in which a file ends, if it ends within a quoted value; else 0.
+
+    Reads the stream from its start and closes it.
+    """
+    row = 0
+    with io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="") as lines:
+        try:
+            for line in csv.reader(lines, strict=True):
+                row += bool(line)
+        except csv.Error as error:
+            # A value beyond csv's limit has swallowed many rows.
+            open_to_the_end = "unexpected end of data" in str(error) or "field limit" in str(error)
+            return row if open_to_the_end else 0
+    return 0
+
+
+# Parquet, in parts of whole row groups that are read by themselves.
+
+Damage = Callable[[Path, int | None], str]
+"""Says what to do about a damaged file, given the rows read so far; None where it cannot even be opened."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of work that can be read by itself: a whole file, or some row groups of a Parquet file."""
+
+    file: Path
+    row_groups: tuple[int, ...] = ()
+    """None for the whole file, of whatever format."""
+    first_row: int = 0
+    """Rows of the file before this part."""
+    rows: int = 0
+    """Of the row groups."""
+
+
+def cut_parts(file: Path, metadata: pq.FileMetaData, rows: int, beyond: bool = False) -> list[Part]:
+    """Cut a file into runs of row groups, each of at most ``rows`` rows, or of one group where it has more.
+
+    With ``beyond`` a run is full once it has that many rows, so that its last group may pass them.
+    """
+    runs: list[list[int]] = []
+    sizes, held = row_counts(metadata), 0
+    for group, size in enumerate(sizes):
+        if not runs or (held >= rows if beyond else held + size > rows):
+            runs.append([])
+            held = 0
+        runs[-1].append(group)
+        held += size
+    return [Part(file, tuple(run), sum(sizes[: run[0]]), sum(sizes[group] for group in run)) for run in runs]
+
+
+def row_counts(metadata: pq.FileMetaData) -> list[int]:
+    """Rows of each row group."""
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def column_ranges(metadata: pq.FileMetaData, parts: Sequence[Part], column: str) -> list[tuple[int, int]]:
+    """Smallest and largest int64 of a column in each part; none where the footer does not tell all."""
+    ranges = []
+    for part in parts:
+        found = []
+        for group in map(metadata.row_group, part.row_groups):
+            names = [group.column(place).path_in_schema for place in range(group.num_columns)]
+            statistics = group.column(names.index(column)).statistics if column in names else None
+            if statistics is None or not statistics.has_min_max or not isinstance(statistics.min, int):
+                return []
+            found += [statistics.min, statistics.max]
+        ranges.append((min(found), max(found)))
+    return ranges if all(most < 1 << 63 for _, most in ranges) else []  # reading refuses larger ids
+
+
+def open_parquet(file: Path, texts: list[str] | None = None, damage: Damage | None = None) -> pq.ParquetFile:
+    """Open a file; the columns ``texts`` come as dictionaries.
+
+    Raises:
+        InputError: cut short, or no Parquet file; ``damage`` makes another message of it.
+    """
+    with readable(file, damage and damage(file, None)):
+        # Pages come one by one, so that a file of one huge row group needs little memory.
+        return pq.ParquetFile(file, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False)
+
+
+def read_part(
+    opened: pq.ParquetFile, part: Part, columns: list[str], rows: int, damage: Damage | None = None
+) -> Iterator[Piece]:
+    """Columns of a part in pieces of at most ``rows`` rows; `InputError` where the file is damaged."""
+    row, batches = part.first_row, opened.iter_batches(rows, part.row_groups or None, columns)
+    while True:
+        with readable(part.file, damage and damage(part.file, row)):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield Piece(part.file, row + 1, pa.Table.from_batches([batch]))
+        row += batch.num_rows

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.workflows.facts import unread_leaves
+from behrt_jax.workflows.checks import unread_leaves
 
 TREE = {"a": np.float32(1), "b": np.float32(2), "c": np.float32(3)}
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy.special import expit, softmax
 from sklearn.metrics import f1_score, log_loss
 
-from behrt_jax.evaluation.decisions import fit_temperature, fit_threshold, predictions
+from behrt_jax.data.tasks import KINDS
+from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold
 
 # Few distinct scores, so that many are equal.
 SCORED = st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=2, max_size=40)
@@ -87,12 +88,12 @@ def test_some_kinds_have_no_temperature(kind):
 
 def test_predictions_of_each_kind():
     outputs = np.array([[0.0, 2.0], [-1.0, 1.0]], np.float32)
-    np.testing.assert_allclose(predictions("binary", outputs[:, :1], 2.0), expit(outputs[:, :1] / 2))
-    np.testing.assert_allclose(predictions("multilabel", outputs, 2.0), expit(outputs / 2))
-    np.testing.assert_allclose(predictions("multiclass", outputs, 2.0), softmax(outputs / 2, axis=1))
-    np.testing.assert_array_equal(predictions("regression", outputs[:, :1], 2.0), outputs[:, :1])
+    np.testing.assert_allclose(KINDS["binary"].predictions(outputs[:, :1], 2.0), expit(outputs[:, :1] / 2))
+    np.testing.assert_allclose(KINDS["multilabel"].predictions(outputs, 2.0), expit(outputs / 2))
+    np.testing.assert_allclose(KINDS["multiclass"].predictions(outputs, 2.0), softmax(outputs / 2, axis=1))
+    np.testing.assert_array_equal(KINDS["regression"].predictions(outputs[:, :1], 2.0), outputs[:, :1])
     hazards = expit(outputs)
     alive = np.stack([1 - hazards[:, 0], (1 - hazards[:, 0]) * (1 - hazards[:, 1])], axis=1)
-    np.testing.assert_allclose(predictions("survival", outputs), alive, rtol=1e-6)
+    np.testing.assert_allclose(KINDS["survival"].predictions(outputs), alive, rtol=1e-6)
     for kind in ("binary", "multiclass", "multilabel", "regression", "survival"):
-        assert predictions(kind, outputs).dtype == np.float64
+        assert KINDS[kind].predictions(outputs).dtype == np.float64
