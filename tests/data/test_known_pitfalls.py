@@ -5,25 +5,25 @@ Where the test stands with the code it is about, it is listed here; the others f
 - Splits by visit; one subject in two splits or two files:
   tests/data/test_splits.py::test_each_subject_is_in_one_split_and_stays_there_when_others_join
   tests/data/test_sequences.py::test_splits_that_share_subjects_are_refused
-  tests/data/test_meds.py::test_a_subject_in_two_shards_and_unsorted_rows_change_nothing
+  tests/records/sources/test_meds.py::test_a_subject_in_two_shards_and_unsorted_rows_change_nothing
 - Vocabulary, filters and value quantiles fitted on other splits than train:
   tests/data/test_sequences.py::test_the_vocabulary_knows_the_train_split_alone
-  tests/data/test_preparation.py::test_values_become_bins_fitted_on_train
+  tests/records/prepare/test_pipeline.py::test_values_become_bins_fitted_on_train
 - Age 0 and visit 0 taken for padding: below, `test_a_newborn_*`, and
   tests/data/test_sequences.py::test_birth_day_has_age_0_and_visit_0
   tests/models/test_behrt.py::test_age_zero_and_visit_zero_are_not_padding
 - Static events, events before birth or after death, silently kept or lost:
-  tests/data/test_filtering.py::test_each_event_is_counted_under_the_first_rule_that_drops_it
-  tests/data/test_filtering.py::test_birth_and_death_are_the_earliest_and_no_tokens
+  tests/data/test_event_rules.py::test_each_event_is_counted_under_the_first_rule_that_drops_it
+  tests/data/test_event_rules.py::test_birth_and_death_are_the_earliest_and_no_tokens
 - Ids of 64 bits rounded: below, `test_neighbouring_ids_*`, and
-  tests/data/test_meds.py::test_large_ids_are_exact
-  tests/data/test_omop.py::test_64_bit_ids_come_through_exactly
-  tests/data/test_table_source.py::test_types_of_code_and_ids
+  tests/records/sources/test_meds.py::test_large_ids_are_exact
+  tests/records/sources/test_omop.py::test_64_bit_ids_come_through_exactly
+  tests/records/sources/test_table.py::test_types_of_code_and_ids
 - Dates beside timestamps, which put a day in another order: below, `test_dates_and_timestamps_*`, and
-  tests/data/test_omop.py::test_events_known_by_the_day_never_precede_their_visit_or_birth
-  tests/data/test_synthea.py::test_mixed_clocks
+  tests/records/sources/test_omop.py::test_events_known_by_the_day_never_precede_their_visit_or_birth
+  tests/records/sources/test_synthea.py::test_mixed_clocks
 - Events of a subject in the order of the file (the PyTorch original):
-  tests/data/test_filtering.py::test_events_are_sorted_and_days_are_visits
+  tests/data/test_event_rules.py::test_events_are_sorted_and_days_are_visits
   tests/data/test_sequences.py::test_row_order_does_not_matter
 - Months added to ages in years (the PyTorch original): below, `test_ages_*`, and
   tests/data/test_sequences.py::test_sequences_equal_those_of_plain_loops

@@ -1,10 +1,10 @@
 """Stacked and scanned layers against layers one by one."""
 
+from functools import partial
 from itertools import combinations
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -29,25 +29,22 @@ ADAPTERS = LoRAConfig(rank=2, targets=("query", "out", "intermediate", "mlm_head
 def variables():
     """Of the scanned model, adapters included, none of them zero."""
     params = jax.jit(SCANNED.init)(jax.random.key(0), example_batch(SCANNED.config))["params"]
-    adapters = lora.init(jax.random.key(1), params, ADAPTERS)
-    keys = iter(jax.random.split(jax.random.key(2), 100))
-    moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), adapters)
-    return {"params": params, "lora": moved}
+    adapters = jax.jit(lora.init, static_argnums=2)(jax.random.key(1), params, ADAPTERS)
+    rng = np.random.default_rng(2)
+    moved = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype("f4"), jax.device_get(adapters))
+    return jax.device_put({"params": params, "lora": moved})
 
 
+@partial(jax.jit, static_argnames=("model", "product"))
 def loss_and_gradients(model, variables, batch, product="activations"):
     """Of logits and all; `merged` gives adapters their gradients, and the kernels beneath them none."""
 
-    @jax.jit
-    def run(variables):
-        def loss(variables):
-            with lora.applying(ADAPTERS, product):
-                logits = model.apply(variables, batch)
-            return (logits**2).mean(), logits
+    def loss(variables):
+        with lora.applying(ADAPTERS, product):
+            logits = model.apply(variables, batch)
+        return (logits**2).mean(), logits
 
-        return jax.value_and_grad(loss, has_aux=True)(variables)
-
-    return run(variables)
+    return jax.value_and_grad(loss, has_aux=True)(variables)
 
 
 @pytest.mark.parametrize("rematerialise", [False, True])
@@ -67,25 +64,29 @@ def test_scanned_layers_compute_what_layers_one_by_one_do(variables, product, re
 
 def test_every_layer_starts_from_values_of_its_own(variables):
     layers = variables["params"]["behrt"]["encoder"]["layers"]
-    kernel = layers["attention"]["query"]["kernel"]
+    kernel = np.asarray(layers["attention"]["query"]["kernel"])
     chex.assert_shape(kernel, (LAYERS, 16, 16))
     assert np.abs(kernel[0] - kernel[1]).max() > 1e-2
     one = jax.jit(UNROLLED.init)(jax.random.key(0), example_batch(UNROLLED.config))["params"]["behrt"][
         "encoder"
     ]
-    spread = one["layer_0"]["attention"]["query"]["kernel"].std()
+    spread = np.asarray(one["layer_0"]["attention"]["query"]["kernel"]).std()
     np.testing.assert_allclose(kernel.std(axis=(1, 2)), spread, rtol=0.25)
 
 
 def zeros_of(model, variables, module_is, config):
     """Where the outputs of some modules of the encoder are zero, under dropout: bool `[layers, ...]` each."""
-    key = jax.random.key(5)
-    with lora.applying(config, deterministic=False):
-        _, seen = model.apply(
-            variables, random_batch(1), deterministic=False, rngs={"dropout": key},
-            capture_intermediates=lambda module, _: module_is(module), mutable=["intermediates"],
-        )  # fmt: skip
-    found = flatten_dict(seen["intermediates"]["behrt"]["encoder"])
+
+    @jax.jit
+    def outputs(variables):
+        with lora.applying(config, deterministic=False):
+            _, seen = model.apply(
+                variables, random_batch(1), deterministic=False, rngs={"dropout": jax.random.key(5)},
+                capture_intermediates=lambda module, _: module_is(module), mutable=["intermediates"],
+            )  # fmt: skip
+        return seen["intermediates"]["behrt"]["encoder"]
+
+    found = flatten_dict(outputs(variables))
     return [np.asarray(leaf[0]) == 0 for leaf in found.values()]
 
 
@@ -101,10 +102,12 @@ def test_dropout_of_the_model_differs_from_layer_to_layer(variables):
 def test_dropout_of_adapters_differs_from_layer_to_layer(variables):
     """The layer gives just what the adapter lets through: its kernel is zero, the adapter the identity."""
     config = LoRAConfig(rank=16, dropout=0.5, targets=("out",))
-    identity = jnp.tile(jnp.eye(16)[None], (LAYERS, 1, 1))
+    identity = np.tile(np.eye(16, dtype=np.float32), (LAYERS, 1, 1))
     params = flatten_dict(variables["params"], sep="/")
     for name in ("kernel", "bias"):
-        params[f"behrt/encoder/layers/attention/out/{name}"] *= 0.0
+        params[f"behrt/encoder/layers/attention/out/{name}"] = np.zeros_like(
+            params[f"behrt/encoder/layers/attention/out/{name}"]
+        )
     adapters = {"behrt/encoder/layers/attention/out": {"a": identity, "b": identity}}
     trees = {"params": unflatten_dict(params, sep="/"), "lora": unflatten_dict(adapters, sep="/")}
     model = SCANNED.clone(config=tiny_model(layers=LAYERS, scan_layers=True, dropout=0.0))

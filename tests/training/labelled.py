@@ -1,5 +1,6 @@
 """A small labelled task for tests of steps: batches, first state and jitted step."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -51,19 +52,29 @@ def segment_of(batch: Any, filled: np.ndarray) -> np.ndarray:
     return np.take_along_axis(padded, batch.segment_ids, axis=1)
 
 
-def set_up(task: Task, regime: str = "full", mesh: Any = None, **changes: Any) -> Setup:
-    """Of a tiny model."""
+@cache
+def set_up(
+    task: Task, regime: str = "full", mesh: Any = None, pooling: Any = "mean", **changes: Any
+) -> Setup:
+    """Of a tiny model, of one layer where not said: nothing here is about layers."""
     adapters, freezing = REGIMES[regime]
-    pooling = changes.pop("pooling", "mean")
     first = task.base_outputs(labelled_batch(0, task).targets.reshape(24, -1))
-    model = BEHRTForTask(tiny_model(**changes), VOCABULARY, task.outputs, pooling)
+    model = BEHRTForTask(tiny_model(**{"layers": 1, **changes}), VOCABULARY, task.outputs, pooling)
     return set_up_task(model, adapters, freezing, mesh, first_outputs=first)
 
 
-def start(setup: Setup, task: Task, devices: Any = None, micro_batches: int = 1, optimizer: Any = None):
+@cache
+def first_variables(task: Task, regime: str = "full") -> Any:
+    """Random variables, on the host."""
+    return jax.device_get(jax.jit(set_up(task, regime).init)(jax.random.key(0)))
+
+
+SGD = optax.sgd(0.5)
+
+
+def start(setup: Setup, task: Task, devices: Any = None, micro_batches: int = 1, optimizer: Any = SGD):
     """First state, jitted step and mesh."""
     mesh = make_mesh(devices or jax.devices()[:1])
-    optimizer = optimizer or optax.sgd(0.5)
     init_key, step_key = jax.random.split(jax.random.key(0))
     state = init_state(setup, optimizer, init_key, mesh)
     step = jax.jit(

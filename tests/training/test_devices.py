@@ -16,13 +16,13 @@ from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
 from behrt_jax.training.state import init_state, optimizer_for, set_up, state_shardings
 from behrt_jax.training.step import TrainState
-from tests.models.rows import VOCABULARY, random_batch, tiny_model
-from tests.training.test_step import ALL_LINEARS, TINY, sgd, start
+from tests.models.rows import VOCABULARY, random_batch
+from tests.training.test_step import ALL_LINEARS, SHALLOW, TINY, sgd, start
 
 
 @pytest.mark.slow
 def test_each_device_holds_its_share_of_the_rows_and_all_parameters():
-    _, state, _, mesh = start(TINY, devices=jax.devices())
+    _, state, _, mesh = start(SHALLOW, devices=jax.devices())
     batch = put_rows(random_batch(0, rows=16), mesh)
     assert {shard.data.shape for shard in batch.codes.addressable_shards} == {(2, 24)}
     kernel = state.variables["params"]["mlm_head"]["dense"]["kernel"]
@@ -34,7 +34,7 @@ def test_each_device_holds_its_share_of_the_rows_and_all_parameters():
 def test_a_device_of_eight_computes_about_an_eighth():
     flops = []
     for devices in (jax.devices()[:1], jax.devices()):
-        _, state, step, mesh = start(TINY, devices=devices)
+        _, state, step, mesh = start(SHALLOW, devices=devices)
         compiled = step.lower(state, put_rows(random_batch(0, rows=32), mesh)).compile()
         flops.append(compiled.cost_analysis()["flops"])
     # The optimiser's share is not divided.
@@ -77,11 +77,10 @@ def test_a_mesh_that_does_not_fit_the_devices_names_the_option(config, message):
 
 MESHES = {"1": None, "8x1": 1, "2x4": 4, "1x8": 8}
 SPLIT_FROM = 128
-SHALLOW = tiny_model(layers=1)
 CONFIGS = {
-    "full": PretrainConfig(model=SHALLOW, optimizer=TINY.optimizer),
+    "full": PretrainConfig(model=SHALLOW.model, optimizer=TINY.optimizer),
     **{
-        product: replace(TINY, model=SHALLOW, lora=LoRAConfig(rank=2, targets=ALL_LINEARS, product=product))
+        product: replace(SHALLOW, lora=LoRAConfig(rank=2, targets=ALL_LINEARS, product=product))
         for product in ("merged", "activations")
     },
 }
@@ -171,7 +170,8 @@ def test_micro_batches_of_a_split_model_equal_one_batch_of_one_device(name):
 
 
 def test_the_state_stays_split_and_the_step_compiles_once():
-    _, state, step, mesh = start(TINY, mesh=mesh_of("2x4"), large=SPLIT_FROM)
+    _, state, step, mesh = start(SHALLOW, mesh=mesh_of("2x4"), large=SPLIT_FROM)
+    step.clear_cache()
     shardings = shardings_of(state)
     kernel = state.variables["params"]["behrt"]["encoder"]["layer_0"]["intermediate"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(16, 16)}
@@ -183,7 +183,7 @@ def test_the_state_stays_split_and_the_step_compiles_once():
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
-    config = replace(TINY, freezing=FreezingConfig("full"))
+    config = replace(SHALLOW, freezing=FreezingConfig("full"))
     _, state, step, mesh = start(config, mesh=mesh_of("1x8"), large=SPLIT_FROM)
     for index in range(2):
         state, _ = step(state, put_rows(random_batch(index, rows=8), mesh))

@@ -28,11 +28,11 @@ from behrt_jax.training.loop import Cursor, Schedule, Steps
 from behrt_jax.training.state import assemble_pretraining
 from behrt_jax.training.telemetry import Telemetry, leaf_names
 from tests.data.test_batches import assert_equal, histories, history_lengths, long_tailed, readers
-from tests.models.rows import VOCABULARY, tiny_model
-from tests.training.test_step import TINY
+from tests.models.rows import VOCABULARY
+from tests.training.test_step import SHALLOW
 
 # One layer without adapters: what is fed does not depend on the model, and it compiles quickly.
-PLAIN = replace(TINY, model=tiny_model(layers=1), lora=None, freezing=FreezingConfig("full"))
+PLAIN = replace(SHALLOW, lora=None, freezing=FreezingConfig("full"))
 HOST = TrainConfig(data_on_device="no")
 SCAN = TrainConfig(data_on_device="yes", steps_per_call=3)
 

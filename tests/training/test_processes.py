@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import optax
 import pytest
 from jax.sharding import Mesh
 
 from behrt_jax.config import MeshConfig
 from behrt_jax.training.devices import make_mesh, put_rows
 from tests.models.rows import random_batch
-from tests.training.test_step import TINY, start
+from tests.training.test_step import SGD, SHALLOW, start
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +28,7 @@ class Losses(NamedTuple):
 def losses(fsdp: int) -> Losses:
     """Losses and gradient norms of some steps on all devices of all processes."""
     mesh = make_mesh(None, MeshConfig(fsdp=fsdp))
-    _, state, step, _ = start(TINY, mesh=mesh, large=128, optimizer=optax.sgd(0.5))
+    _, state, step, _ = start(SHALLOW, mesh=mesh, large=128, optimizer=SGD)
     found = []
     for index in range(3):
         state, totals = step(state, put_rows(random_batch(index, rows=16), mesh))

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import cache
 
 import chex
 import jax
@@ -22,7 +23,7 @@ from behrt_jax.training.masking import mask_codes
 from behrt_jax.training.optimizer import make_optimizer
 from behrt_jax.training.state import LARGE as LARGE_LEAF
 from behrt_jax.training.state import abstract_state, init_state, optimizer_for, set_up
-from behrt_jax.training.step import make_update_step, masked_code_losses, masked_code_objective
+from behrt_jax.training.step import TrainState, make_update_step, masked_code_losses, masked_code_objective
 from behrt_jax.training.telemetry import make_probe
 from behrt_jax.training.validation import make_scoring_step, make_validation_step
 from behrt_jax.workflows.checks import unreached_adapters
@@ -35,25 +36,53 @@ TINY = PretrainConfig(
     freezing=FreezingConfig("lora"),
     optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0),
 )
+# Where nothing is about layers, one of them compiles more quickly.
+SHALLOW = replace(TINY, model=tiny_model(layers=1))
+SGD = optax.sgd(0.5)
 
 
-def start(config, devices=None, micro_batches=1, optimizer=None, mesh=None, large=LARGE_LEAF, **options):
-    """Setup, first state and jitted step of a configuration."""
-    mesh = mesh or make_mesh(devices or jax.devices()[:1])
+@cache
+def first_variables(config):
+    """Of a model and its adapters, on the host."""
+    setup, mesh = set_up(config, VOCABULARY), make_mesh(jax.devices()[:1])
+    init_key, _ = jax.random.split(jax.random.key(0))
+    return jax.device_get(init_state(setup, optax.identity(), init_key, mesh).variables)
+
+
+def first_state(config, optimizer, abstract):
+    """As `init_state` makes it; what is drawn at random is drawn once for all that begin alike."""
+    model = replace(config.model, dropout=0.0, head_chunk=None)
+    adapters = config.lora and replace(config.lora, dropout=0.0, product="auto")
+    variables = first_variables(PretrainConfig(model=model, lora=adapters))
+    state = TrainState(np.zeros((), np.int32), variables, jax.jit(optimizer.init)(variables))
+    return jax.device_put(state, shardings_of(abstract))
+
+
+@cache
+def built(config, mesh, micro_batches, optimizer, large, options):
+    """Setup, first state and jitted step, once for all tests that ask for the same."""
     setup = set_up(config, VOCABULARY, mesh)
     optimizer = optimizer or optimizer_for(config.optimizer, setup, total_steps=100)
-    init_key, step_key = jax.random.split(jax.random.key(0))
-    state = init_state(setup, optimizer, init_key, mesh, large)
+    _, step_key = jax.random.split(jax.random.key(0))
+    state = first_state(config, optimizer, abstract_state(setup.shapes, optimizer, mesh, large))
     step = jax.jit(
         make_update_step(
-            masked_code_objective(setup.predictor, config.masking, **options),
+            masked_code_objective(setup.predictor, config.masking, **dict(options)),
             optimizer, setup.mask, step_key,
             clip_norm=config.optimizer.clip_norm, micro_batches=micro_batches,
         ),
         donate_argnums=0,
         out_shardings=(shardings_of(state), replicated(mesh)),
     )  # fmt: skip
-    return setup, state, step, mesh
+    return setup, state, step
+
+
+def start(config, devices=None, micro_batches=1, optimizer=None, mesh=None, large=LARGE_LEAF, **options):
+    """Setup, first state and jitted step of a configuration."""
+    mesh = mesh or make_mesh(devices or jax.devices()[:1])
+    setup, state, step = built(config, mesh, micro_batches, optimizer, large, tuple(options.items()))
+    # A copy: the step takes the memory of its state over.
+    return setup, jax.device_put(state, shardings_of(state), may_alias=False), step, mesh
 
 
 def run(config, steps, batches=None, **options):
@@ -72,7 +101,7 @@ def sgd(config, steps, batches=None, **options):
     """As :func:`run`, by plain gradient descent: Adam divides a gradient by its own size, and would
     blow the rounding of a near-zero one up to a whole step.
     """
-    return run(config, steps, batches, optimizer=optax.sgd(0.5), **options)
+    return run(config, steps, batches, optimizer=SGD, **options)
 
 
 def on_host(tree):
@@ -98,7 +127,7 @@ def test_after_two_steps_every_adapter_has_moved_and_the_base_is_bit_identical(p
 @pytest.mark.slow
 @pytest.mark.parametrize("regime", ["full", "lora", "lora_pretrained", "lora_only", "all_but_adapted"])
 def test_each_regime_moves_its_leaves_and_no_other(regime):
-    config = replace(TINY, lora=LoRAConfig(rank=2, targets=("out",)), freezing=FreezingConfig(regime))
+    config = replace(SHALLOW, lora=LoRAConfig(rank=2, targets=("out",)), freezing=FreezingConfig(regime))
     setup, state, step, mesh = start(config)
     before = on_host(state.variables)
     for index in range(3):
@@ -110,7 +139,7 @@ def test_each_regime_moves_its_leaves_and_no_other(regime):
 
 @pytest.mark.slow
 def test_clipping_and_gradient_norm_are_over_trainable_leaves_alone():
-    config = replace(TINY, optimizer=replace(TINY.optimizer, clip_norm=1e-3))
+    config = replace(SHALLOW, optimizer=replace(TINY.optimizer, clip_norm=1e-3))
     setup, state, step, mesh = start(config)
     batch = random_batch(0)
     _, step_key = jax.random.split(jax.random.key(0))
@@ -136,7 +165,7 @@ def test_clipping_and_gradient_norm_are_over_trainable_leaves_alone():
 @pytest.mark.parametrize("adapter_dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_micro_batches_equal_one_batch(adapter_dropout):
     """Dropout is on: an example's masks do not depend on the part that it is in."""
-    config = replace(TINY, lora=replace(TINY.lora, dropout=adapter_dropout))
+    config = replace(SHALLOW, lora=replace(TINY.lora, dropout=adapter_dropout))
     whole, whole_metrics = sgd(config, 3)
     parts, parts_metrics = sgd(config, 3, micro_batches=4)
     chex.assert_trees_all_close(whole.variables, parts.variables, atol=1e-6, rtol=1e-5)
@@ -146,7 +175,8 @@ def test_micro_batches_equal_one_batch(adapter_dropout):
 @pytest.mark.slow
 def test_uneven_micro_batches_are_weighted_by_their_targets():
     """Parts with many and with few targets: the mean over targets, not the mean of means."""
-    config = replace(TINY, model=tiny_model(dropout=0.0), optimizer=replace(TINY.optimizer, clip_norm=None))
+    model = tiny_model(layers=1, dropout=0.0)
+    config = replace(TINY, model=model, optimizer=replace(TINY.optimizer, clip_norm=None))
     batch = random_batch(0, rows=4)
     # Micro-batch p has the rows p and p + 2: the second has four or five tokens a row.
     keep = np.array([True, False, True, False])[:, None] | (np.arange(batch.codes.shape[1]) < 5)
@@ -158,15 +188,15 @@ def test_uneven_micro_batches_are_weighted_by_their_targets():
 
 
 def test_eight_devices_equal_one():
-    one, one_metrics = sgd(TINY, 4)
-    eight, eight_metrics = sgd(TINY, 4, devices=jax.devices())
+    one, one_metrics = sgd(SHALLOW, 4)
+    eight, eight_metrics = sgd(SHALLOW, 4, devices=jax.devices())
     chex.assert_trees_all_close(one_metrics, eight_metrics, rtol=1e-5)
     chex.assert_trees_all_close(one.variables, eight.variables, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_empty_rows_change_nothing():
-    config = replace(TINY, model=tiny_model(dropout=0.0))
+    config = replace(TINY, model=tiny_model(layers=1, dropout=0.0))
     batch = random_batch(0, rows=4)
     padded = Batch(
         *(np.concatenate([x, np.zeros_like(x)]) for x in batch[:5]), np.r_[batch.row_ids, -np.ones(4)]
@@ -178,7 +208,8 @@ def test_empty_rows_change_nothing():
 
 
 def test_one_compilation_for_all_steps():
-    setup, state, step, mesh = start(TINY, devices=jax.devices())
+    setup, state, step, mesh = start(SHALLOW, devices=jax.devices())
+    step.clear_cache()
     validation = jax.jit(make_validation_step(setup.predictor, TINY.masking, jax.random.key(1)))
     for index in range(3):
         batch = put_rows(random_batch(index, rows=8), mesh)
@@ -191,9 +222,8 @@ def test_one_compilation_for_all_steps():
 @pytest.mark.slow
 def test_masks_are_new_at_each_step_unless_they_are_static():
     """The first historic data mistake, reproduced on demand."""
-    config = replace(
-        TINY, model=tiny_model(dropout=0.0), optimizer=replace(TINY.optimizer, learning_rate=1e-12)
-    )
+    model = tiny_model(layers=1, dropout=0.0)
+    config = replace(TINY, model=model, optimizer=replace(TINY.optimizer, learning_rate=1e-12))
     batch = random_batch(0, rows=8)
     _, fresh = run(config, 3, [batch] * 3)
     _, static = run(config, 3, [batch] * 3, static_masks=True)
@@ -202,7 +232,7 @@ def test_masks_are_new_at_each_step_unless_they_are_static():
 
 
 def test_validation_is_repeatable_and_without_dropout():
-    setup, state, _, mesh = start(replace(TINY, model=tiny_model(dropout=0.5)))
+    setup, state, _, mesh = start(replace(TINY, model=tiny_model(layers=1, dropout=0.5)))
     validation = jax.jit(make_validation_step(setup.predictor, TINY.masking, jax.random.key(1)))
     batch = put_rows(random_batch(0), mesh)
     chex.assert_trees_all_equal(validation(state.variables, batch), validation(state.variables, batch))
@@ -211,9 +241,8 @@ def test_validation_is_repeatable_and_without_dropout():
 def test_a_group_has_its_own_learning_rate_and_weight_decay():
     rates = replace(TINY.optimizer.learning_rates, head=1e-12)
     decays = replace(TINY.optimizer.weight_decays, embedding=10.0)
-    config = replace(
-        TINY, optimizer=replace(TINY.optimizer, learning_rates=rates, weight_decay=0.0, weight_decays=decays)
-    )
+    optimizer = replace(TINY.optimizer, learning_rates=rates, weight_decay=0.0, weight_decays=decays)
+    config = replace(SHALLOW, optimizer=optimizer)
     _, state, step, mesh = start(config)
     before = on_host(state.variables["params"])
     state, _ = step(state, put_rows(random_batch(0), mesh))
@@ -296,13 +325,13 @@ def assert_equal_training(config, **options):
     ],
 )
 def test_equal_training(lora, regime):
-    assert_equal_training(replace(TINY, lora=lora, freezing=FreezingConfig(regime)))
+    assert_equal_training(replace(SHALLOW, lora=lora, freezing=FreezingConfig(regime)))
 
 
 @pytest.mark.slow
 def test_equal_training_by_micro_batches_on_eight_devices():
-    one, one_metrics = sgd(TINY, 2)
-    many, many_metrics = sgd(in_parts(TINY), 2, devices=jax.devices()[:4], micro_batches=2)
+    one, one_metrics = sgd(SHALLOW, 2)
+    many, many_metrics = sgd(in_parts(SHALLOW), 2, devices=jax.devices()[:4], micro_batches=2)
     chex.assert_trees_all_close(one_metrics, many_metrics, rtol=1e-5)
     chex.assert_trees_all_close(one.variables, many.variables, atol=1e-6, rtol=1e-5)
 
@@ -310,7 +339,7 @@ def test_equal_training_by_micro_batches_on_eight_devices():
 @pytest.mark.parametrize("make", [make_validation_step, make_scoring_step])
 def test_equal_validation(make):
     results = []
-    for config in (TINY, in_parts(TINY)):
+    for config in (SHALLOW, in_parts(SHALLOW)):
         setup, state, _, mesh = start(config)
         step = jax.jit(make(setup.predictor, config.masking, jax.random.key(1)))
         results.append(jax.device_get(step(state.variables, put_rows(random_batch(0), mesh))))
@@ -320,7 +349,7 @@ def test_equal_validation(make):
 def products(regime):
     """Shapes of the compiled step's matrix products, as the HLO writes them."""
     config = replace(
-        in_parts(TINY), lora=LoRAConfig(rank=2, targets=("out",)), freezing=FreezingConfig(regime)
+        in_parts(SHALLOW), lora=LoRAConfig(rank=2, targets=("out",)), freezing=FreezingConfig(regime)
     )
     _, state, step, mesh = start(config)
     program = step.lower(state, put_rows(random_batch(0, rows=5), mesh)).compile().as_text()
@@ -379,8 +408,9 @@ def test_after_two_steps_every_layers_adapter_has_moved_and_the_base_is_bit_iden
 def test_the_same_start_trains_the_same_way_in_both_layouts(regime):
     """By plain gradient descent: Adam would blow up the rounding of gradients that are zero."""
     ours, theirs = (replace(config, freezing=FreezingConfig(regime)) for config in (STACKED, APART))
-    before, after, losses = after_steps(ours, 3, optimizer=optax.sgd(0.3))
-    _, expected, their_losses = after_steps(theirs, 3, unstack_layers(before), optax.sgd(0.3))
+    optimizer = optax.sgd(0.3)
+    before, after, losses = after_steps(ours, 3, optimizer=optimizer)
+    _, expected, their_losses = after_steps(theirs, 3, unstack_layers(before), optimizer)
     np.testing.assert_allclose(losses, their_losses, rtol=1e-5)
     chex.assert_trees_all_close(unstack_layers(after), expected, rtol=1e-4, atol=1e-5)
 
@@ -389,12 +419,13 @@ def test_the_same_start_trains_the_same_way_in_both_layouts(regime):
 @pytest.mark.parametrize("config", [STACKED, APART], ids=["stacked", "apart"])
 def test_weight_decay_falls_on_matrices_and_never_on_vectors(config):
     variables = set_up(config, VOCABULARY).shapes
-    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), variables)
+    variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), variables)
     labels = jax.tree.map(lambda _: "base", variables)
     decay = replace(config.optimizer, weight_decay=0.5)
     optimizer = make_optimizer(decay, 10, labels)
-    nothing = jax.tree.map(jnp.zeros_like, variables)
-    updates, _ = optimizer.update(nothing, optimizer.init(variables), variables)
+    nothing = jax.tree.map(np.zeros_like, variables)
+    opt_state = jax.jit(optimizer.init)(variables)
+    updates, _ = jax.jit(optimizer.update)(nothing, opt_state, variables)
     for path, update in flatten_dict(updates).items():
         decays = path[-1] in ("kernel", "embedding", "a", "b")
         np.testing.assert_allclose(update, -5e-3 if decays else 0.0, rtol=1e-6, err_msg="/".join(path))
@@ -402,12 +433,14 @@ def test_weight_decay_falls_on_matrices_and_never_on_vectors(config):
 
 def test_the_adapter_that_moved_least_is_named_with_its_layer():
     _, state, _, _ = start(STACKED)
-    adapters = jax.tree.map(lambda x: x + 0.0, state.variables["lora"])
+    adapters = on_host(state.variables["lora"])
     probe = make_probe(adapters, np.zeros(VOCABULARY), 1)
-    moved = jax.tree.map(lambda x: x.at[:, 0].add(1.0), adapters)
+    moved = on_host(adapters)
+    for leaf in jax.tree.leaves(moved):
+        leaf[:, 0] += 1.0
     out = moved["behrt"]["encoder"]["layers"]["attention"]["out"]
     for part, leaf in adapters["behrt"]["encoder"]["layers"]["attention"]["out"].items():
-        out[part] = out[part].at[2].set(leaf[2])
+        out[part][2] = leaf[2]
     least = probe(state._replace(variables={**state.variables, "lora": moved}))["adapters"]
     assert {value["layer"] for value in least.values()} == {"behrt/encoder/layer_2/attention/out"}
     assert max(value["movement"] for value in least.values()) < 1e-6

@@ -17,7 +17,16 @@ from behrt_jax.training.state import abstract_state, optimizer_for, set_up_task,
 from behrt_jax.training.step import make_update_step, task_objective
 from behrt_jax.training.validation import make_output_step
 from tests.models.rows import padded_segment, tiny_model
-from tests.training.labelled import REGIMES, SEGMENTS, TASKS, labelled_batch, run, set_up, start
+from tests.training.labelled import (
+    REGIMES,
+    SEGMENTS,
+    TASKS,
+    first_variables,
+    labelled_batch,
+    run,
+    set_up,
+    start,
+)
 
 BINARY = TASKS["binary"]
 
@@ -42,39 +51,38 @@ def alone(batch, row, segment):
 def test_packed_equals_padded(pooling):
     task = TASKS["multiclass"]
     setup = set_up(task, "lora", pooling=pooling)
-    variables = noisy(setup.init(jax.random.key(0)))
+    variables = noisy(first_variables(task, "lora"))
     output_step = jax.jit(make_output_step(setup.predictor))
     batch = labelled_batch(1, task, rows=2)
     packed = np.asarray(output_step(variables, batch))
     assert packed.shape == (2, SEGMENTS, 3)
     for row, segment in np.argwhere(batch.examples >= 0):
-        found = output_step(variables, alone(batch, row, segment))[0, 0]
+        found = np.asarray(output_step(variables, alone(batch, row, segment)))[0, 0]
         np.testing.assert_allclose(found, packed[row, segment], rtol=1e-5, atol=1e-5)
 
 
 def test_the_last_vector_is_that_of_the_last_event():
     """Without attention to others, so that it is told apart from every other event's."""
     setup = set_up(BINARY, pooling="last")
-    variables = noisy(setup.init(jax.random.key(0)))
+    variables = noisy(first_variables(BINARY))
     output_step = jax.jit(make_output_step(setup.predictor))
     batch = labelled_batch(1, BINARY, rows=1)
     from behrt_jax.models.behrt import BEHRT
 
     rows = batch.rows
-    hidden = BEHRT(setup.predictor.model.config, setup.predictor.model.vocabulary_size).apply(
-        {"params": variables["params"]["behrt"]}, rows
-    )
+    encoder = BEHRT(setup.predictor.model.config, setup.predictor.model.vocabulary_size)
+    hidden = jax.jit(encoder.apply)({"params": variables["params"]["behrt"]}, rows)
     head = variables["params"]["task_head"]["dense"]
     for segment in range(SEGMENTS):
         last = np.flatnonzero(rows.segment_ids[0] == segment + 1)[-1]
         expected = np.asarray(hidden)[0, last] @ head["kernel"] + head["bias"]
-        found = output_step(variables, batch)[0, segment]
+        found = np.asarray(output_step(variables, batch))[0, segment]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_events_of_other_segments_change_nothing():
     setup = set_up(BINARY)
-    variables = noisy(setup.init(jax.random.key(0)))
+    variables = noisy(first_variables(BINARY))
     output_step = jax.jit(make_output_step(setup.predictor))
     batch = labelled_batch(2, BINARY, rows=1)
     before = np.asarray(output_step(variables, batch))[0]
