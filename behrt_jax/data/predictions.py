@@ -140,6 +140,7 @@ def read_predictions(path: Path) -> PredictionFile:
         raise InputError(f"{path} names no classes in its metadata: predict again.")
     classes = kind.with_classes_of(labels, known)
     truths, _ = kind.truths(labels, np.arange(len(labels)), classes)
+    decided = kind.thresholded and "predicted_boolean_value" in there
     return PredictionFile(
         kind.name,
         metadata,
@@ -148,9 +149,7 @@ def read_predictions(path: Path) -> PredictionFile:
         labels.times,
         truths,
         _predictions(path, table, kind, metadata, len(classes)),
-        decisions=_column(path, table, "predicted_boolean_value", pa.bool_())
-        if kind.thresholded and "predicted_boolean_value" in table.column_names
-        else None,
+        decisions=_column(path, table, "predicted_boolean_value", pa.bool_()) if decided else None,
         seen_before=_lists(path, table, "seen_before", len(known), np.bool_)
         if kind.tells_seen_codes
         else None,

@@ -65,15 +65,11 @@ def stuck(run: RunRecord) -> Iterator[Finding]:
         return
     loss = min(record["loss"] for record in known)
     unigram, codes = run.baseline("unigram", "loss"), run.facts.codes
-    chance = math.log(codes) if codes else None
+    chance = math.log(codes) if codes else math.inf
     at = f"Best validation loss {loss:.4f} after {known[-1]['step']:,} steps"
     mend = "See that embeddings and head train, try another learning rate, and train longer."
     # Where frequencies alone are hardly better than chance, only the unigram's loss can tell.
-    if (
-        chance is not None
-        and loss >= (1 - NEAR) * chance
-        and not (is_number(unigram) and unigram > 0.97 * chance)
-    ):
+    if loss >= (1 - NEAR) * chance and not (is_number(unigram) and unigram > 0.97 * chance):
         yield Finding.error(
             "stuck-at-chance",
             f"{at} is within {NEAR:.0%} of ln({codes}) = {chance:.4f}.",

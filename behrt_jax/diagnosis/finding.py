@@ -61,10 +61,7 @@ def has_error(findings: Iterable[Finding]) -> bool:
 
 def table_rows(findings: Iterable[Finding]) -> list[tuple[str, ...]]:
     """Severity, id, what was seen, why and what to do, errors first."""
-    return [
-        (finding.severity, finding.id, finding.seen, finding.why, finding.mend)
-        for finding in by_severity(findings)
-    ]
+    return [(one.severity, one.id, one.seen, one.why, one.mend) for one in by_severity(findings)]
 
 
 def to_json(findings: Iterable[Finding]) -> list[JsonObject]:

@@ -123,7 +123,6 @@ def draw_decision_curve(axes: "Axes", record: EvaluationRecord) -> bool:
 
 
 def _share(record: EvaluationRecord) -> float:
-    """Of positives."""
     entry = record["model"]["figures"].get("prevalence")
     return (entry["value"] if entry else None) or 0.0
 

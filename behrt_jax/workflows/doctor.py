@@ -167,10 +167,6 @@ def _told(
 
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        written = {
-            kind: examined,
-            "errors": finding.has_error(findings),
-            "findings": finding.to_json(findings),
-        }
-        write_json(config.output, written)
+        found = {"errors": finding.has_error(findings), "findings": finding.to_json(findings)}
+        write_json(config.output, {kind: examined, **found})
     return findings

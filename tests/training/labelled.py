@@ -55,7 +55,7 @@ def set_up(task: Task, regime: str = "full", mesh: Any = None, **changes: Any) -
     """Of a tiny model."""
     adapters, freezing = REGIMES[regime]
     pooling = changes.pop("pooling", "mean")
-    first = task.base_outputs(labelled_batch(0, task).targets.reshape(24, -1))
+    first = task.of.base_outputs(labelled_batch(0, task).targets.reshape(24, -1), task.outputs)
     model = BEHRTForTask(tiny_model(**changes), VOCABULARY, task.outputs, pooling)
     return set_up_task(model, adapters, freezing, mesh, first_outputs=first)
 
