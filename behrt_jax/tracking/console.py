@@ -84,12 +84,10 @@ class PlainConsole(Console):
     interval = PLAIN_INTERVAL
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        """Write to `stream`; `clock` gives seconds."""
         super().__init__(clock)
         self._stream = stream
 
     def log(self, text: str) -> None:
-        """Write the text as a line."""
         # A stream with a narrow encoding (ASCII under LANG=C) must not end a run.
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         line = printable(text).encode(encoding, "replace").decode(encoding)
@@ -103,7 +101,6 @@ class RichConsole(Console):
     interval = LIVE_INTERVAL
 
     def __init__(self, console: "rich.console.Console", clock: Callable[[], float] = time.monotonic) -> None:
-        """Draw on `console`; `clock` gives seconds."""
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.table import Column
 
@@ -113,17 +110,14 @@ class RichConsole(Console):
         self._bar = Progress(BarColumn(bar_width=20), text, console=console, refresh_per_second=4)
 
     def start(self, total_steps: int, start_step: int = 0, steps_per_epoch: float | None = None) -> None:
-        """Draw the bar from now on; arguments as in :meth:`Console.start`."""
         super().start(total_steps, start_step, steps_per_epoch)
         self._task = self._bar.add_task("first step (compiling)", total=total_steps, completed=start_step)
         self._bar.start()
 
     def log(self, text: str) -> None:
-        """Print the text above the bar."""
         self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Print a rich table above the bar."""
         from rich.table import Table
         from rich.text import Text
 
@@ -136,7 +130,6 @@ class RichConsole(Console):
         self._console.print(drawn)
 
     def close(self) -> None:
-        """Take the bar's last state and give the terminal back."""
         if self._pace.per_second()[0] is not None:
             self._show_progress(self._progress())  # steps since the last redrawing
         self._bar.stop()
@@ -166,7 +159,6 @@ class Pace:
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock` gives seconds."""
         self._clock = clock
         self._tokens = 0
         self._now = (0.0, 0, 0)

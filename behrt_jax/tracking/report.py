@@ -94,7 +94,6 @@ def write_report(folder: Path) -> Path:
     summary = Summary(**_read(folder / run_folder.SUMMARY_FILE))
     metrics = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
     parameters = _read(folder / run_folder.PARAMETERS_FILE)
-    name = folder.resolve().name
     made_with = config.get("settings", {}).get("name")
     what = f"Pretraining run with the configuration {made_with}" if made_with else "Pretraining run"
     sections = [
@@ -104,9 +103,8 @@ def write_report(folder: Path) -> Path:
         _history(metrics),
         _settings(config),
     ]
-    note = f"{what}, written by behrt_jax"
     path = folder / run_folder.REPORT_FILE
-    write_text(path, html_page(name, note, sections))
+    write_text(path, html_page(folder.resolve().name, f"{what}, written by behrt_jax", sections))
     return path
 
 
@@ -124,10 +122,9 @@ def _outcome(summary: Summary, metrics: run_folder.Records) -> str:
     if not summary:
         best = best_validation(metrics)
         reached = f" It got to step {metrics[-1]['step']:,}." if metrics else " It has no metrics yet."
-        found = (
-            f" Best validation loss so far: {best['loss']:.3f} nats at step {best['step']:,}." if best else ""
-        )
-        text = f"This run has no summary: it is going on or was interrupted.{reached}{found}"
+        text = f"This run has no summary: it is going on or was interrupted.{reached}"
+        if best:
+            text += f" Best validation loss so far: {best['loss']:.3f} nats at step {best['step']:,}."
         return f'<p class="verdict">{text}</p>'
     facts = [f"{summary.get('epochs') or 0:.1f} epochs", f"{summary.get('steps') or 0:,} steps"]
     if (seconds := summary.get("wall_seconds")) is not None:
@@ -196,14 +193,10 @@ def _history(metrics: run_folder.Records) -> str:
     every = -(-len(validations) // _HISTORY_ROWS)
     # Counted from the end, so that the last validation is always there.
     shown = validations[::-1][::every][::-1]
-    rows = [
-        [
-            f"{record['step']:,}",
-            f"{record.get('epoch') or 0:.2f}",
-            *(format_figure(field, record.get(field)) for field, _ in FIGURES),
-        ]
-        for record in shown
-    ]
+    rows = []
+    for record in shown:
+        figures = [format_figure(field, record.get(field)) for field, _ in FIGURES]
+        rows.append([f"{record['step']:,}", f"{record.get('epoch') or 0:.2f}", *figures])
     note = f", one in {every} shown" if every > 1 else ""
     table = html_table(("step", "epoch", *(title for _, title in FIGURES)), rows)
     return f"<details><summary>{len(validations)} validations{note}</summary>\n{table}</details>"
