@@ -160,7 +160,7 @@ def pack_lengths(lengths: np.ndarray, row_length: int) -> Packing:
 def plan_rows(lengths: np.ndarray, row_length: int, rng: np.random.Generator) -> RowPlan:
     """Pack windows into rows; which window of a length goes where, and the order of rows, is random.
 
-    The plan is a pure function of ``lengths``, integers ``[windows]``, ``row_length`` and the state of ``rng``.
+    The plan is a pure function of lengths, integers ``[windows]``, row length and the state of ``rng``.
 
     Raises:
         ValueError: if a window is longer than a row or has no tokens.

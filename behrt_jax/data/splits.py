@@ -69,7 +69,7 @@ def hash_split_index(
 
     A subject's split depends on its id, the fractions and the seed alone, so it stays where it is when
     other subjects join the data set. The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014,
-    doi 10.1145/2714064.2660195). Of ids int64 ``[n]`` come int8 ``[n]``; the fractions are shares of subjects.
+    doi 10.1145/2714064.2660195). Of ids int64 ``[n]`` come int8 ``[n]``; fractions are shares of subjects.
     """
     key = _mix(np.array([(seed + _GOLDEN) & _WORD], dtype=np.uint64))  # [1]
     mixed = _mix(hash_words(ids) + key)  # [n]
