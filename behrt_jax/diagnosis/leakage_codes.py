@@ -100,16 +100,12 @@ class CodeCounts:
     negative: np.ndarray
     """int64 ``[V]``: the same for negative labels. A subject may be in both."""
     positives: int
-    """Subjects with a positive label."""
     negatives: int
-    """Subjects with a negative label."""
+    """Subjects with a positive, and with a negative label."""
 
 
 def count_codes(
-    placed: Sequence[PlacedLabels],
-    begins: Sequence[np.ndarray],
-    ends: Sequence[np.ndarray],
-    rows: int,
+    placed: Sequence[PlacedLabels], begins: Sequence[np.ndarray], ends: Sequence[np.ndarray], rows: int
 ) -> CodeCounts:
     """Count subjects, not labels, so that one subject with many labels weighs no more than another.
 

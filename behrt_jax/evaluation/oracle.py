@@ -89,15 +89,13 @@ def read_forward(
     totals = np.empty((len(visits.starts), len(model.starts)))
     filtered = np.empty((0, *model.starts.shape))  # [n, Z, T], of the visits `chosen`
     chosen = np.arange(len(visits.starts))
+    arriving[visits.starts] = model.starts
     for place in range(int(visits.sizes.max())):
-        if place:
-            longer = visits.sizes[chosen] > place
-            chosen, filtered = chosen[longer], filtered[longer]
         rows = visits.starts[chosen] + place
         if place:
+            longer = visits.sizes[chosen] > place
+            chosen, filtered, rows = chosen[longer], filtered[longer], rows[longer]
             arriving[rows] = filtered @ going_on + (filtered @ fresh)[:, :, None] * model.starts
-        else:
-            arriving[rows] = model.starts
         filtered = arriving[rows] * likelihoods[rows][:, model.rows]
         total = filtered.sum(axis=2)  # [n, Z]
         # One factor for all stages of a visit keeps the numbers from vanishing and cancels later.

@@ -182,7 +182,8 @@ def baseline_data(
     if config.labels is None and not path.exists():
         return None, f"the labels that the predictions name are not there ({path}): {_MEND}", {}
     labels = read_labels(path)
-    parts, counts = {}, {}
+    parts: dict[str, tuple[task_baselines.HistoryCounts, np.ndarray]] = {}
+    counts: dict[str, int] = {}
     for place, split in enumerate(("train", "tuning")):
         examples = records.find(split, labels)
         targets, rows = task_baselines.targets_of(file.kind, file.classes, labels, examples.rows)
