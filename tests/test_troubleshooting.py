@@ -11,7 +11,7 @@ PAGE = ROOT / "experiments" / "TROUBLESHOOTING.md"
 
 def ids_in_code() -> set[str]:
     text = "".join(path.read_text() for path in (ROOT / "behrt_jax" / "diagnosis").glob("*.py"))
-    found = set(re.findall(r'(?:Finding|_finding|_\w+)\(\s*"([a-z]+(?:-[a-z]+)+)"', text))
+    found = set(re.findall(r'(?:Finding(?:\.\w+)?|_finding|_\w+)\(\s*"([a-z]+(?:-[a-z]+)+)"', text))
     tables = ("ages", "before-birth", "visits", "positions")
     return found | {f"beyond-tables-{name}" for name in tables} | {"learning-rate-high", "learning-rate-low"}
 

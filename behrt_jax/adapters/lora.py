@@ -415,7 +415,7 @@ def _flat(x):
 
 
 def pad(adapters: Tree, rank: int) -> Tree:
-    """Adapters (see `adapters.lora`) filled up with zeros to `rank`."""
+    """Adapters filled up with zeros to `rank`."""
 
     def longer(path, leaf):
         axis = leaf.ndim - 1 if _is_a(path) else leaf.ndim - 2

@@ -14,16 +14,8 @@ from typing import Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 
+from behrt_jax.data import packing
 from behrt_jax.data.examples import Examples
-from behrt_jax.data.packing import (
-    RowPlan,
-    WindowChoice,
-    Windows,
-    choose_windows,
-    one_per_row,
-    pack_lengths,
-    plan_rows,
-)
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.sorting import ragged_indices, run_offsets
 from behrt_jax.data.vocabulary import CLS, PAD
@@ -54,21 +46,16 @@ class Batch(NamedTuple):
 
 def gather_rows(
     sequences: Sequences,
-    windows: Windows,
-    plan: RowPlan,
+    windows: packing.Windows,
+    plan: packing.RowPlan,
     rows: np.ndarray,
     row_length: int,
     cls_token: bool,
 ) -> Batch:
-    """Copy the tokens of some rows of a plan into a batch ``[rows, row_length]``.
+    """Copy the tokens of some rows of a plan of windows into a batch ``[rows, row_length]``.
 
-    Args:
-        sequences: the histories that ``windows`` are cut from.
-        windows: the windows that ``plan`` arranges.
-        plan: which windows are in which row.
-        rows: integers ``[rows]``, row indices of the plan; -1 gives an empty row.
-        row_length: tokens of a row.
-        cls_token: put [CLS] before each segment, with the age and visit of its first event.
+    ``rows`` are integers ``[rows]``, row indices of the plan; -1 gives an empty row. With ``cls_token``,
+    [CLS] stands before each segment, with the age and visit of its first event.
 
     Raises:
         ValueError: if the segments of a row are longer than ``row_length``.
@@ -133,25 +120,25 @@ class RowShape:
                 f"multiple_of is {self.multiple_of}: give the number of equal parts of a batch, 1 or more"
             )
 
-    def count_rows(self, windows: Windows) -> tuple[int, int]:
+    def count_rows(self, windows: packing.Windows) -> tuple[int, int]:
         """Rows that windows fill, the same in each plan, and segments of the fullest one."""
         if not self.packed:
             return len(windows), 1
-        packing = pack_lengths(windows.lengths + self.cls_token, self.row_length)
-        return packing.rows, int(np.diff(packing.offsets).max())
+        found = packing.pack_lengths(windows.lengths + self.cls_token, self.row_length)
+        return found.rows, int(np.diff(found.offsets).max())
 
-    def plan(self, windows: Windows, rng: np.random.Generator) -> RowPlan:
+    def plan(self, windows: packing.Windows, rng: np.random.Generator) -> packing.RowPlan:
         """Put windows into rows."""
         if not self.packed:
-            return one_per_row(len(windows), rng)
-        return plan_rows(windows.lengths + self.cls_token, self.row_length, rng)
+            return packing.one_per_row(len(windows), rng)
+        return packing.plan_rows(windows.lengths + self.cls_token, self.row_length, rng)
 
 
 class Epoch(NamedTuple):
     """The rows of an epoch."""
 
-    windows: Windows
-    plan: RowPlan
+    windows: packing.Windows
+    plan: packing.RowPlan
     order: np.ndarray
     """Rows of the plan as batches take them, int64 ``[rows]``."""
 
@@ -251,7 +238,7 @@ class TrainingBatches(RowBatches):
     """Segments of the fullest row, the same in each epoch."""
     tokens_per_epoch: int
     """Tokens of an epoch without padding, [CLS] included."""
-    window: WindowChoice
+    window: packing.WindowChoice
     seed: int
     static: bool
 
@@ -296,7 +283,7 @@ class TrainingBatches(RowBatches):
 
     def _draw(self, epoch: int) -> Epoch:
         rng = np.random.default_rng((self.seed, 0 if self.static else epoch))
-        windows = choose_windows(self.sequences, self.row_length - self.cls_token, self.window, rng)
+        windows = packing.choose_windows(self.sequences, self.row_length - self.cls_token, self.window, rng)
         plan = self.shape.plan(windows, rng)
         order = np.arange(self.rows)
         if self.static:
@@ -308,8 +295,8 @@ class TrainingBatches(RowBatches):
 class ValidationBatches(RowBatches):
     """The batches of one pass, in a fixed order, each gathered when asked for."""
 
-    windows: Windows
-    plan: RowPlan
+    windows: packing.Windows
+    plan: packing.RowPlan
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -320,7 +307,7 @@ class ValidationBatches(RowBatches):
         return self._gather(self._epoch(0), index)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self[index] for index in range(len(self)))
+        return map(self.__getitem__, range(len(self)))
 
     def _draw(self, epoch: int) -> Epoch:
         return Epoch(self.windows, self.plan, np.arange(self.rows))
@@ -332,7 +319,7 @@ def training_batches(
     *,
     batch_size: int,
     batch_tokens: int | None = None,
-    window: WindowChoice = "all",
+    window: packing.WindowChoice = "all",
     seed: int = 0,
     static: bool = False,
 ) -> TrainingBatches:
@@ -360,7 +347,7 @@ def training_batches(
         raise InputError(f"train.seed is {seed}: give 0 or more")
     # Only the lengths count here, and those are the same in every draw.
     rng = np.random.default_rng(seed)
-    windows = choose_windows(sequences, shape.row_length - shape.cls_token, window, rng)
+    windows = packing.choose_windows(sequences, shape.row_length - shape.cls_token, window, rng)
     rows, most_segments = shape.count_rows(windows)
     if batch_tokens is None:
         rows_per_batch = _rows_of_batch(rows, len(windows), batch_size)
@@ -381,15 +368,12 @@ def training_batches(
 
 
 def validation_batches(
-    sequences: Sequences, shape: RowShape, *, rows_per_batch: int, window: WindowChoice = "all"
+    sequences: Sequences, shape: RowShape, *, rows_per_batch: int, window: packing.WindowChoice = "all"
 ) -> ValidationBatches:
     """Arrange the batches of one pass over all subjects, always the same.
 
-    Args:
-        sequences: histories to evaluate on.
-        shape: of the rows.
-        rows_per_batch: rows of a batch; more than there are is no harm.
-        window: as in training, but that ``random`` reads every history whole, as ``all`` does.
+    The window ``random`` reads every history whole, as ``all`` does; it is no harm if a batch has more rows
+    than there are.
 
     Raises:
         InputError: an option is out of its range, or there is nothing to evaluate on.
@@ -398,7 +382,7 @@ def validation_batches(
     if rows_per_batch < 1:
         raise InputError(f"rows_per_batch is {rows_per_batch}: give 1 or more")
     how = "all" if window == "random" else window
-    windows = choose_windows(sequences, shape.row_length - shape.cls_token, how)
+    windows = packing.choose_windows(sequences, shape.row_length - shape.cls_token, how)
     plan = shape.plan(windows, np.random.default_rng(0))  # any seed, but always it
     return ValidationBatches(
         sequences=sequences,

@@ -56,10 +56,7 @@ class Selected:
 
 
 def select_events(
-    event_set: EventSet,
-    codes: tuple[str, ...],
-    exclude_codes: tuple[str, ...],
-    duplicates: Duplicates,
+    event_set: EventSet, codes: tuple[str, ...], exclude_codes: tuple[str, ...], duplicates: Duplicates
 ) -> Selected:
     """Apply the rules below in this order, and number each subject's visits.
 
@@ -104,11 +101,7 @@ def select_columns(
 ) -> Selected:
     """Apply the rules of :func:`select_events` to columns; it may be that no event is left.
 
-    Args:
-        events: the events, in any order.
-        wanted: bool ``[names]``, the codes selected; None for all.
-        duplicates: what the seventh rule does.
-        counts: is filled.
+    ``wanted``, bool ``[names]``, are the codes selected; None for all.
     """
     subjects, births, kept = apply_rules(events, wanted, counts)
     subject, time, *ties, code = sort_rows(kept)
@@ -158,18 +151,12 @@ def count_repeated(code: np.ndarray, names: int, counts: EventCounts) -> None:
 def apply_rules(
     events: EventColumns, wanted: np.ndarray | None, counts: EventCounts, also: Sequence[np.ndarray] = ()
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Apply all rules but the one on duplicates.
-
-    Args:
-        events: the events, in any order.
-        wanted: bool ``[names]``, the codes selected; None for all.
-        counts: is filled.
-        also: more columns ``[events]``, to be returned for the events kept.
+    """Apply all rules but the one on duplicates, as `select_columns` does.
 
     Returns:
         The subjects' ids, ascending, and births, int64 ``[subjects]`` each, and columns ``[kept]`` in the
         order in which events are sorted: place of the subject (int32), time, where there are any visit
-        ids whether the event has one and which, code, and those of ``also``.
+        ids whether the event has one and which, code, and those of ``also``, more columns ``[events]``.
     """
     code, time = events.codes, events.times
     subjects, subject = rank_ids(events.subject_ids)
@@ -388,10 +375,8 @@ def matches(names: Sequence[str], patterns: tuple[str, ...], option: str) -> np.
 def nothing_left(by_code: Mapping[str, int], counts: EventCounts, options: str = "data.") -> InputError:
     """The error of a data set from which the rules leave nothing.
 
-    Args:
-        by_code: code, or prefix of codes -> events read, markers of birth and death aside.
-        counts: what the rules dropped.
-        options: goes before the names of the options.
+    ``by_code`` is code, or prefix of codes -> events read, markers of birth and death aside; ``options``
+    goes before the names of the options.
     """
     by_prefix = Counter()
     for name, count in by_code.items():
@@ -415,12 +400,7 @@ class ValueSample:
     """A bounded sample of each code's values, the same in whatever order and pieces they are added."""
 
     def __init__(self, names: Sequence[str], valued: np.ndarray):
-        """Begin with nothing.
-
-        Args:
-            names: the codes.
-            valued: bool ``[names]``, which of them to sample.
-        """
+        """Begin with nothing; ``valued``, bool ``[names]``, are the codes to sample."""
         self.names = names
         self.valued = valued
         self.seen = np.zeros(len(names), np.int64)
@@ -447,16 +427,12 @@ class ValueSample:
 
     def fit(self, bins: int, least: int) -> "ValueBins":
         """Cut the values of each code with at least ``least`` of them into bins of equal frequency."""
-        fitted = np.flatnonzero(self.valued & (self.seen >= max(least, 1)))
+        fitted = np.flatnonzero(self.valued & (self.seen >= max(least, 1))).tolist()
         shares = np.arange(1, bins) / bins
-        edges = [
-            np.quantile(self._value[self._code == code], shares, method="inverted_cdf")
-            for code in fitted.tolist()
-        ]
-        return ValueBins(
-            tuple(self.names[code] for code in fitted.tolist()),
-            np.array(edges, np.float32).reshape(len(fitted), bins - 1),
-        )
+        samples = (self._value[self._code == code] for code in fitted)
+        edges = [np.quantile(sample, shares, method="inverted_cdf") for sample in samples]
+        codes = tuple(self.names[code] for code in fitted)
+        return ValueBins(codes, np.array(edges, np.float32).reshape(len(fitted), bins - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -471,13 +447,8 @@ class ValueBins:
     def apply(self, events: EventColumns, values: np.ndarray) -> tuple[EventColumns, np.ndarray]:
         """Put the bin behind the code (``CODE//Q3``) where the event has a value and the code has bins.
 
-        Args:
-            events: the events.
-            values: float32 ``[events]``, NaN where null.
-
-        Returns:
-            The events, with other ``names``, the same for whatever events; and which names are those of a
-            bin, bool ``[names]``.
+        Of values float32 ``[events]``, NaN where null, come the events, with other ``names``, the same for
+        whatever events; and which names are those of a bin, bool ``[names]``.
         """
         count = self.edges.shape[1] + 1
         binned = [[f"{code}//Q{place + 1}" for place in range(count)] for code in self.codes]
@@ -485,10 +456,8 @@ class ValueBins:
         place = {name: index for index, name in enumerate(names)}
         own = np.array([place[name] for name in events.names], np.int32)
         of_bin = np.array([[place[name] for name in row] for row in binned], np.int32).reshape(-1, count)
-        row_of = np.full(len(events.names), -1, np.int32)  # row in edges of each code
-        given = {name: index for index, name in enumerate(events.names)}
-        row_of[[given[code] for code in self.codes]] = np.arange(len(self.codes))
-        row = row_of[events.codes]
+        with_bins = {code: row for row, code in enumerate(self.codes)}  # row in edges of each code
+        row = np.array([with_bins.get(name, -1) for name in events.names], np.int32)[events.codes]
         changed = (row >= 0) & np.isfinite(values)
         row, value = row[changed], values[changed]
         bins = np.zeros(len(row), np.int32)

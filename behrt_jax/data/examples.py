@@ -234,11 +234,7 @@ class CodeDelays:
         return self.by_visit | (self.micros > 0)
 
     def known_at(self, part: Sequences, subjects: np.ndarray) -> np.ndarray:
-        """Tell when each token of some subjects is known.
-
-        Args:
-            part: the histories.
-            subjects: int64 ``[subjects]``, places in ``part``, distinct.
+        """Tell when each token of some subjects, int64 ``[subjects]`` distinct places, is known.
 
         Returns:
             int64 ``[tokens of these subjects, one after the other]``, microseconds since 1970.

@@ -93,10 +93,8 @@ class Labels:
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Labels":
         """Some of the rows, by number or by a bool ``[labels]``."""
-        chosen = np.asarray(rows)
-        return replace(
-            self, subject_ids=self.subject_ids[chosen], times=self.times[chosen], values=self.values[chosen]
-        )
+        chosen = {name: getattr(self, name)[np.asarray(rows)] for name in ("subject_ids", "times", "values")}
+        return replace(self, **chosen)
 
 
 def read_labels(path: Path, *, as_written: bool = False, without_values: bool = False) -> Labels:
@@ -140,11 +138,10 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path} does not exist: give a Parquet file of labels, or a folder of such files.")
-    files = sorted(file for file in path.rglob("*.parquet") if file.is_file())
-    files = [file for file in files if not file.name.startswith(".")]
+    files = [file for file in path.rglob("*.parquet") if file.is_file() and file.name[0] != "."]
     if not files:
         raise InputError(f"{path} holds no .parquet file: give the folder with the label table.")
-    return files
+    return sorted(files)
 
 
 def _account(file: Path) -> JsonObject:
@@ -176,11 +173,7 @@ def _distinct(path: Path, labels: Labels) -> Labels:
 
 
 def _read_label_file(file: Path) -> pa.Table:
-    """The columns of the schema, in its types; null where the file has none of that name.
-
-    Raises:
-        InputError: a file that cannot be read, a missing column, a wrong type, or a null key.
-    """
+    """The columns of the schema, in its types; null where the file has none of that name."""
     with open_parquet(file) as opened:
         require_columns(file, opened, KEYS)
         present = [name for name in (*KEYS, *VALUE_COLUMNS) if name in opened.schema_arrow.names]
@@ -196,19 +189,13 @@ def _read_label_file(file: Path) -> pa.Table:
                 "leave these rows out."
             )
     for name, target in VALUE_COLUMNS.items():
-        if name in present:
-            columns[name] = _cast(file, name, table[name], target)
-        else:
-            columns[name] = pa.chunked_array([pa.nulls(table.num_rows, target)])
+        empty = pa.chunked_array([pa.nulls(table.num_rows, target)])
+        columns[name] = _cast(file, name, table[name], target) if name in present else empty
     return pa.table(columns)
 
 
 def _kind_of(path: Path, rows: pa.Table) -> LabelKind:
-    """The one kind of which there are values, in every row; ``none`` where no row has any.
-
-    Raises:
-        InputError: there are several kinds, or some rows are without a value.
-    """
+    """The one kind of which there are values, in every row; ``none`` where no row has any."""
     counts = {name: rows.num_rows - rows[name].null_count for name in VALUE_COLUMNS}
     counts = {name: count for name, count in counts.items() if count}
     if not counts:
@@ -231,11 +218,7 @@ def _kind_of(path: Path, rows: pa.Table) -> LabelKind:
 
 
 def _values_of(path: Path, rows: pa.Table, kind: LabelKind) -> np.ndarray:
-    """The values as :class:`Labels` has them.
-
-    Raises:
-        InputError: a number that is not finite, negative days, or a null among codes.
-    """
+    """The values as :class:`Labels` has them; InputError where one is not finite, negative or null."""
     if kind == "none":
         return np.full(rows.num_rows, None)
     if kind == "codes":
@@ -314,12 +297,7 @@ class LabelTables:
 
 
 def side_by_side(names: Sequence[str], tables: Sequence[Labels]) -> LabelTables:
-    """Put tables together.
-
-    Args:
-        names: of the tables, distinct.
-        tables: one at least, of binary labels; each has a subject and prediction time once.
-    """
+    """Put tables of binary labels together: one at least, each of which has a subject and time once."""
     subjects = np.concatenate([table.subject_ids for table in tables])  # [labels of all tables]
     times = np.concatenate([table.times for table in tables])
     order = np.lexsort([times, subjects])

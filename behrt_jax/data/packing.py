@@ -119,11 +119,9 @@ class RowPlan:
 
 
 def pack_lengths(lengths: np.ndarray, row_length: int) -> Packing:
-    """Compose rows of at most ``row_length`` tokens that hold windows of these lengths.
+    """Compose rows of at most ``row_length`` tokens that hold windows of lengths ``[windows]``, integers.
 
-    Args:
-        lengths: integers ``[windows]``; only how often each occurs matters, not their order.
-        row_length: tokens that a row holds.
+    Only how often each length occurs matters, not their order.
 
     Raises:
         ValueError: if a window is longer than a row or has no tokens.
@@ -162,10 +160,7 @@ def pack_lengths(lengths: np.ndarray, row_length: int) -> Packing:
 def plan_rows(lengths: np.ndarray, row_length: int, rng: np.random.Generator) -> RowPlan:
     """Pack windows into rows; which window of a length goes where, and the order of rows, is random.
 
-    Args:
-        lengths: tokens of each window, integers ``[windows]``.
-        row_length: tokens that a row holds.
-        rng: the plan is a pure function of ``lengths``, ``row_length`` and its state.
+    The plan is a pure function of lengths, integers ``[windows]``, row length and the state of ``rng``.
 
     Raises:
         ValueError: if a window is longer than a row or has no tokens.

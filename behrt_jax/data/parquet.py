@@ -14,7 +14,7 @@ from behrt_jax.errors import InputError
 
 CHUNK_ROWS = 1 << 20
 
-_TEXT = EVENT_SCHEMA.field("code").type
+TEXT = EVENT_SCHEMA.field("code").type
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def read_columns(file: Path, opened: pq.ParquetFile, columns: list[str]) -> pa.T
         return opened.read(columns=columns)
 
 
-def _tables(
+def read_tables(
     file: Path, opened: pq.ParquetFile, row_groups: tuple[int, ...], columns: list[str]
 ) -> Iterator[pa.Table]:
     """Read row groups at once where they fit into one table, else in pieces."""
@@ -81,7 +81,7 @@ def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.Dat
     elif pt.is_float32(target):
         fits, meant = pt.is_floating(kind) or pt.is_integer(kind), "numbers"
     else:
-        fits, meant = kind == _TEXT, "strings"
+        fits, meant = kind == TEXT, "strings"
     if not fits and not pt.is_null(kind):
         raise InputError(f"{file} has {kind} in the column {column}: write it as {meant}.")
     # Values and nanoseconds may lose their last digits; anything else must come through exactly.

@@ -140,6 +140,7 @@ def read_predictions(path: Path) -> PredictionFile:
         raise InputError(f"{path} names no classes in its metadata: predict again.")
     classes = kind.with_classes_of(labels, known)
     truths, _ = kind.truths(labels, np.arange(len(labels)), classes)
+    decided = kind.thresholded and "predicted_boolean_value" in there
     return PredictionFile(
         kind.name,
         metadata,
@@ -148,9 +149,7 @@ def read_predictions(path: Path) -> PredictionFile:
         labels.times,
         truths,
         _predictions(path, table, kind, metadata, len(classes)),
-        decisions=_column(path, table, "predicted_boolean_value", pa.bool_())
-        if kind.thresholded and "predicted_boolean_value" in table.column_names
-        else None,
+        decisions=_column(path, table, "predicted_boolean_value", pa.bool_()) if decided else None,
         seen_before=_lists(path, table, "seen_before", len(known), np.bool_)
         if kind.tells_seen_codes
         else None,
@@ -197,7 +196,7 @@ def _labels(path: Path, table: pa.Table, kind: Kind, label: LabelKind) -> Labels
     names = COLUMNS_OF_KIND[label]
     columns = {name: _column(path, table, name, VALUE_COLUMNS[name]) for name in names}
     if "float_value" in columns:
-        _finite(path, "float_value", columns["float_value"])
+        _checked(path, "float_value", columns["float_value"])
     *events, values = columns.values()
     if events:
         if negative := np.count_nonzero(values < 0):
@@ -213,9 +212,8 @@ def _predictions(
     path: Path, table: pa.Table, kind: Kind, metadata: PredictionMetadata, classes: int
 ) -> np.ndarray:
     name, form = kind.column
-    check = _finite if kind.predicts == "number" else _probabilities
     if not pa.types.is_list(form):
-        return check(path, name, _column(path, table, name, form))
+        return _checked(path, name, _column(path, table, name, form), kind.predicts == "number")
     known = len(metadata.get("classes") or ())
     if not kind.has_classes:
         edges = np.asarray(metadata.get("edges_days") or (), np.float64)
@@ -223,14 +221,12 @@ def _predictions(
             raise InputError(f"{path} names no ascending edges_days in its metadata: predict again.")
         known = classes = len(edges)
     values = _lists(path, table, name, known, form.value_type.to_pandas_dtype())
-    return np.pad(check(path, name, values), ((0, 0), (0, classes - known)))
+    return np.pad(_checked(path, name, values, numbers=False), ((0, 0), (0, classes - known)))
 
 
 def _present(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
-    if name not in table.column_names:
-        raise InputError(
-            f"{path} has no column {name}: predict again; it has {', '.join(table.column_names)}."
-        )
+    if name not in (names := table.column_names):
+        raise InputError(f"{path} has no column {name}: predict again; it has {', '.join(names)}.")
     return table[name]
 
 
@@ -257,17 +253,12 @@ def _lists(path: Path, table: pa.Table, name: str, length: int, numbers: type) -
     return values.to_numpy().astype(numbers, copy=False).reshape(-1, length)
 
 
-def _finite(path: Path, name: str, values: np.ndarray) -> np.ndarray:
-    wrong = np.count_nonzero(~np.isfinite(values))
-    if wrong:
-        raise InputError(f"{path} has {wrong} values in {name} that are not finite: mend or drop them.")
-    return values
-
-
-def _probabilities(path: Path, name: str, values: np.ndarray) -> np.ndarray:
-    wrong = np.count_nonzero(~((values >= 0) & (values <= 1)))  # NaN is wrong too
-    if wrong:
-        raise InputError(f"{path} has {wrong} values in {name} that are no probabilities: predict again.")
+def _checked(path: Path, name: str, values: np.ndarray, numbers: bool = True) -> np.ndarray:
+    """The values; InputError where one is not finite, or (but for numbers) no probability."""
+    fine = np.isfinite(values) if numbers else (values >= 0) & (values <= 1)
+    if wrong := np.count_nonzero(~fine):
+        what = "not finite: mend or drop them" if numbers else "no probabilities: predict again"
+        raise InputError(f"{path} has {wrong} values in {name} that are {what}.")
     return values
 
 
@@ -276,11 +267,8 @@ def _members(path: Path, labels: Labels) -> np.ndarray | None:
         return None
     table = _read(path)
     names = [name for name in table.column_names if name.startswith("member_")]
-    same = table.num_rows == len(labels) and bool(names)
-    if same:
-        ids, times = _keys(path, table)
-        same = np.array_equal(ids, labels.subject_ids) and np.array_equal(times, labels.times)
-    if not same:
+    own = labels.subject_ids, labels.times
+    if not (names and table.num_rows == len(labels) and np.array_equal(_keys(path, table), own)):
         raise InputError(f"{path} does not have the examples of the predictions beside it: predict again.")
     return np.stack([_column(path, table, name, pa.float64()) for name in names], axis=1)  # [n, members]
 
@@ -289,12 +277,7 @@ def _members(path: Path, labels: Labels) -> np.ndarray | None:
 
 
 def prediction_schema(kind: TaskKind, label: LabelKind | None = None) -> pa.Schema:
-    """The columns of a file of predictions.
-
-    Args:
-        kind: of the task.
-        label: multiclass: ``integer`` or ``categorical``, as the labels are.
-    """
+    """The columns of a file of predictions; multiclass: of labels ``integer`` or ``categorical``."""
     own = KINDS[kind]
     if not own.has_classes or label not in own.labels:
         label = own.labels[0]

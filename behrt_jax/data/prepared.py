@@ -159,20 +159,14 @@ _FEW_ROWS = 1 << 16
 def write_columns(file: Path, schema: pa.Schema, rows: int, columns: Sequence[Iterable[np.ndarray]]) -> None:
     """Write an Arrow file of one record batch, with no column in memory as a whole.
 
-    Args:
-        file: to write.
-        schema: types of the columns, numbers.
-        rows: how many there are.
-        columns: parts of each column, of its type, with ``rows`` values together.
+    ``columns`` are parts of each column, numbers of its type in the schema, with ``rows`` values together.
     """
     if rows <= _FEW_ROWS:
-        batch = pa.RecordBatch.from_arrays(
-            [
-                pa.array(np.concatenate([np.empty(0, field.type.to_pandas_dtype()), *parts]))
-                for field, parts in zip(schema, columns, strict=True)
-            ],
-            schema=schema,
-        )
+        whole = [
+            pa.array(np.concatenate([np.empty(0, field.type.to_pandas_dtype()), *parts]))
+            for field, parts in zip(schema, columns, strict=True)
+        ]
+        batch = pa.RecordBatch.from_arrays(whole, schema=schema)
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(batch)
         return
@@ -263,10 +257,7 @@ class SubjectFacts:
 
 
 def subject_facts(
-    events: EventColumns,
-    static: np.ndarray,
-    births: Births,
-    split_of: Callable[[np.ndarray], np.ndarray],
+    events: EventColumns, static: np.ndarray, births: Births, split_of: Callable[[np.ndarray], np.ndarray]
 ) -> dict[str, SubjectFacts]:
     """Split -> the facts of its subjects.
 
@@ -277,13 +268,10 @@ def subject_facts(
         split_of: from subject ids, ascending, to the places of their splits in `events.SPLITS`.
     """
     names = np.array(events.names, object)
-    rows = np.zeros(0, np.int64)
-    if events.timed is not None:
-        rows = np.flatnonzero(~events.timed & static[events.codes])
+    timed = np.ones(len(events.codes), bool) if events.timed is None else events.timed
+    rows = np.flatnonzero(~timed & static[events.codes])
     facts = np.unique(np.stack([events.subject_ids[rows], events.codes[rows]]), axis=1)  # [2, facts]
-    died = events.of_code(DEATH_CODE)
-    if events.timed is not None:
-        died &= events.timed
+    died = events.of_code(DEATH_CODE) & timed
     ids, times = events.subject_ids[died], events.times[died]
     order = np.lexsort([times, ids])
     dead, first = np.unique(ids[order], return_index=True)
@@ -327,12 +315,7 @@ class FactWriter:
     def counts(self) -> dict[str, int]:
         """Static facts, subjects with any, deaths, and births of subjects without any event left."""
         static, deaths, births = (table.rows for table in self._tables)
-        return {
-            "facts": static,
-            "subjects": self.subjects,
-            "deaths": deaths,
-            "births_without_events": births,
-        }
+        return {"facts": static, "subjects": self.subjects, "deaths": deaths, "births_without_events": births}
 
     def __enter__(self) -> "FactWriter":
         return self
@@ -425,11 +408,9 @@ class SplitWriter:
         self._stack.close()
 
     def finish(self, folder: Path, ids: np.ndarray) -> Sequences:
-        """Write all that was added into the data set, once, and give it back memory-mapped.
+        """Write all that was added into the data set's folder, once, and give it back memory-mapped.
 
-        Args:
-            folder: the data set's.
-            ids: vocabulary id of each code's number, int32.
+        ``ids`` are the vocabulary ids of the codes' numbers, int32.
         """
         lengths = np.concatenate([np.zeros(1, np.int64), *self._lengths])
         subjects = np.concatenate([np.empty(0, np.int64), *self._subjects])

@@ -191,8 +191,7 @@ def ages_in_years(selected: Selected) -> np.ndarray:
 def with_separators(sequences: Sequences) -> Sequences:
     """Put a [SEP] after each run of events of one visit, with the last one's age, visit and time.
 
-    Args:
-        sequences: every subject has an event at least.
+    Every subject has an event at least.
     """
     visits = sequences.visits
     ends = np.ones(len(visits), dtype=bool)  # [N]
@@ -280,13 +279,10 @@ class VocabularyMap:
 
 
 def map_vocabulary(of_data: Vocabulary, of_base: Vocabulary, extend: bool) -> VocabularyMap:
-    """Map the ids of a data set onto those of a base.
+    """Map the ids of the data set's vocabulary onto those of the base, that of the model.
 
-    Args:
-        of_data: vocabulary that the data set was prepared with.
-        of_base: vocabulary of the model.
-        extend: give codes that the base has not ids of their own, after the base's; else they are [UNK].
-            A code that no event of the train split has is [UNK] in any case: nothing would train it.
+    With ``extend``, codes that the base has not get ids of their own, after the base's; else they are [UNK].
+    A code that no event of the train split has is [UNK] in any case: nothing would train it.
     """
     first = len(SPECIAL_TOKENS)
     ids = np.arange(len(of_data), dtype=np.int32)

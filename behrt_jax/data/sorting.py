@@ -29,9 +29,7 @@ def sort_rows(columns: Sequence[np.ndarray]) -> list[np.ndarray]:
         The columns with their rows in order, of the same types; they may share memory with the given.
     """
     columns = list(columns)
-    if not len(columns[0]):
-        return columns
-    if in_order(columns):
+    if not len(columns[0]) or in_order(columns):
         return columns
     ranges = [_Range(column) for column in columns]
     if sum(part.bits for part in ranges) > _WORD:
@@ -209,14 +207,9 @@ def runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenate the ranges ``starts[i], ..., starts[i] + lengths[i] - 1``.
+    """Concatenate the ranges ``starts[i], ..., starts[i] + lengths[i] - 1``: int64 ``[sum of lengths]``.
 
-    Args:
-        starts: integers ``[ranges]``.
-        lengths: integers ``[ranges]``, zero or more.
-
-    Returns:
-        int64 ``[sum of lengths]``.
+    Both are integers ``[ranges]``, the lengths zero or more.
     """
     ends = np.cumsum(lengths, dtype=np.int64)  # [ranges]
     total = ends[-1] if len(ends) else 0
@@ -255,14 +248,10 @@ def place_in(
 
 
 def find_ids(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Place of each of some ids: the first one where it is there several times.
+    """Place of each of the wanted ids, int64 ``[n]``, in ``ids``: -1 where it is not there.
 
-    Args:
-        ids: integers ``[ids]``, in any order; searched at once where they ascend.
-        wanted: integers ``[n]``.
-
-    Returns:
-        int64 ``[n]``, -1 where it is not there.
+    The first one where it is there several times. The ids, integers ``[ids]``, may be in any order; they are
+    searched at once where they ascend.
     """
     if not len(ids):
         return np.full(len(wanted), -1)

@@ -69,16 +69,7 @@ def hash_split_index(
 
     A subject's split depends on its id, the fractions and the seed alone, so it stays where it is when
     other subjects join the data set. The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014,
-    doi 10.1145/2714064.2660195).
-
-    Args:
-        ids: int64 ``[n]``.
-        tuning_fraction: share of subjects for tuning.
-        held_out_fraction: share of subjects for held_out.
-        seed: any integer.
-
-    Returns:
-        int8 ``[n]``.
+    doi 10.1145/2714064.2660195). Of ids int64 ``[n]`` come int8 ``[n]``; fractions are shares of subjects.
     """
     key = _mix(np.array([(seed + _GOLDEN) & _WORD], dtype=np.uint64))  # [1]
     mixed = _mix(hash_words(ids) + key)  # [n]
@@ -103,12 +94,7 @@ def _mix(words: np.ndarray) -> np.ndarray:
 def split_index(subject_ids: np.ndarray, splits: Mapping[str, np.ndarray]) -> np.ndarray:
     """The place in :data:`~behrt_jax.data.events.SPLITS` of each subject's split, -1 where it has none.
 
-    Args:
-        subject_ids: int64 ``[n]``, in any order, repeats allowed.
-        splits: split name -> int64 ids; a missing name is an empty split.
-
-    Returns:
-        int8 ``[n]``.
+    Of ids int64 ``[n]``, in any order, repeats allowed, come int8 ``[n]``. A missing name is an empty split.
     """
     empty = np.empty(0, dtype=np.int64)
     parts = [np.asarray(splits.get(name, empty), dtype=np.int64) for name in SPLITS]
@@ -118,11 +104,7 @@ def split_index(subject_ids: np.ndarray, splits: Mapping[str, np.ndarray]) -> np
 
 
 def check_disjoint(splits: Mapping[str, np.ndarray], where: str) -> None:
-    """Refuse splits that share subjects.
-
-    Args:
-        splits: split name -> int64 ids.
-        where: names the file or folder they came from, for the message.
+    """Refuse splits (name -> int64 ids) that share subjects; ``where`` names the file or folder they are of.
 
     Raises:
         InputError: with the number of subjects that are in more than one split, never their ids.

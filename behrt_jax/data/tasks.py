@@ -70,10 +70,6 @@ class Task:
             )
         return self.of.targets(self, truths)
 
-    def base_outputs(self, targets: np.ndarray) -> np.ndarray:
-        """See :meth:`Kind.base_outputs`."""
-        return self.of.base_outputs(targets, self.outputs)
-
     def to_json(self) -> JsonObject:
         """As JSON."""
         return {

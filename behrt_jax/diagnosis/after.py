@@ -39,9 +39,8 @@ def below_oracle(run: RunRecord) -> Iterator[Finding]:
     """A loss that is better than can be."""
     gap = run.summary.get("oracle_gap") or {}
     if is_number(gap.get("high")) and gap["high"] < 0:
-        yield Finding(
+        yield Finding.error(
             "below-oracle",
-            "error",
             f"The validation loss is {abs(gap.get('nats') or gap['high']):.4f} nats below the best that is "
             f"possible, more than its 95 % interval ({gap.get('low') or math.nan:.4f} to {gap['high']:.4f}) "
             "allows.",
@@ -55,9 +54,8 @@ def best_without_record(run: RunRecord) -> Iterator[Finding]:
     """A best checkpoint that the metrics do not know."""
     best_step = run.summary.get("best_step")
     if run.summary.get("best") is None and best_step is not None:
-        yield Finding(
+        yield Finding.warning(
             "best-without-record",
-            "warning",
             f"The best step, {best_step:,}, has no validation record in the metrics.",
             "Its figures are unknown.",
             "See whether metrics.jsonl was cut or edited.",
@@ -81,9 +79,8 @@ def gain_over_baselines(run: RunRecord) -> Iterator[Finding]:
             mend,
         )
     elif is_number(loss) and is_number(pairs) and loss >= pairs:
-        yield Finding(
+        yield Finding.warning(
             "no-gain-over-co-occurrence",
-            "warning",
             f"The best validation loss, {loss:.4f}, is not below the {pairs:.4f} nats of counting which "
             "codes occur together.",
             "A table of pairs does as well as the model.",
@@ -105,9 +102,8 @@ def common_codes_alone(run: RunRecord) -> Iterator[Finding]:
         return
     if not any(map(_gained, bands[1:])):
         listed = ", ".join(f"{band['band']}: {band['accuracy']:.1%}" for band in bands)
-        yield Finding(
+        yield Finding.warning(
             "common-codes-alone",
-            "warning",
             "Only the most frequent codes are predicted better than by frequency (accuracy by rank of the "
             f"code: {listed}).",
             "The overall accuracy hides that nothing was learnt about the other codes.",
@@ -131,9 +127,8 @@ def best_epoch(run: RunRecord) -> Iterator[Finding]:
         return
     best = min(validations, key=lambda record: record["loss"])
     if best is validations[0]:
-        yield Finding(
+        yield Finding.warning(
             "best-at-first",
-            "warning",
             f"The first of {len(validations)} validations was the best (epoch {best['epoch']:.1f}); the "
             f"last is {validations[-1]['loss'] - best['loss']:.3f} nats above it.",
             "All training after it was in vain: the model overfits at once or is thrown off its course.",

@@ -44,9 +44,8 @@ def frozen_at_random(run: RunRecord) -> Iterator[Finding]:
     base = frozen.pop("base", None)
     if frozen:
         listed = " and ".join(f"{group} ({total:,})" for group, total in frozen.items())
-        yield Finding(
+        yield Finding.error(
             "frozen-at-random",
-            "error",
             f"Parameters frozen at random values: {listed}.",
             "Adapters cannot make up for random embeddings or a random head: the loss stays near "
             "ln(vocabulary).",
@@ -75,9 +74,8 @@ def trainable_share(run: RunRecord) -> Iterator[Finding]:
         group: (run.parameters.get(group) or {}).get("trainable") for group in ("embedding", "head", "base")
     }
     if trainable["base"]:
-        yield Finding(
+        yield Finding.warning(
             "trainable-share",
-            "warning",
             f"Regime {run.parameters.get('regime', 'unknown')}: {percent:.1f} % of the parameters train "
             f"although LoRA is on, {trainable['base']:,} of them in the base.",
             "Adapters are meant to replace the training of the base: hardly anything is saved over "
@@ -86,9 +84,8 @@ def trainable_share(run: RunRecord) -> Iterator[Finding]:
         )
     elif percent > MOST_TRAINABLE:
         large = ", ".join(f"{group} {count:,}" for group, count in trainable.items() if count)
-        yield Finding(
+        yield Finding.info(
             "trainable-share",
-            "info",
             f"{percent:.1f} % of the parameters train although the base is frozen: {large}.",
             "With a large vocabulary and a small encoder, embeddings and head are most of the model: "
             "LoRA saves little.",
@@ -101,17 +98,15 @@ def adapters_reached(run: RunRecord) -> Iterator[Finding]:
     if run.settings.get("lora") is None or not run.parameters:
         return
     if not (run.parameters.get("lora") or {}).get("total"):
-        yield Finding(
+        yield Finding.error(
             "no-adapters",
-            "error",
             "LoRA is on, but the model has no adapters.",
             "Nothing of what lora.targets asks for is trained.",
             "Name layers that exist in --lora.targets (query key value out intermediate output).",
         )
     elif unreached := run.facts.unreached_adapters:
-        yield Finding(
+        yield Finding.error(
             "adapters-not-reached",
-            "error",
             f"{len(unreached)} adapter matrices do not take part in the prediction, the first is "
             f"{unreached[0]}.",
             "They get no gradient and stay what they are, while everything looks as if LoRA were on.",
@@ -134,9 +129,8 @@ def data_without_structure(run: RunRecord) -> Iterator[Finding]:
     if run.setting("data", "source") == "uniform":
         codes = run.facts.codes
         best = f" ln({codes}) = {math.log(codes):.4f}" if codes else " ln(codes)"
-        yield Finding(
+        yield Finding.warning(
             "uniform-data",
-            "warning",
             "data.source uniform: codes are drawn at random, there is nothing to learn.",
             f"The best possible validation loss is{best}.",
             "For study only; to see a model learn use --data.source clinical or latent.",
@@ -152,14 +146,12 @@ def validation_size(run: RunRecord) -> Iterator[Finding]:
     if not few and (half is None or half <= NOTED_INTERVAL):
         return
     of = f" of {subjects:,} subjects" if subjects is not None else ""
-    interval = (
-        "its interval cannot be told" if half is None else f"95 % interval of their loss: +- {half:.3f} nats"
-    )
+    known = f"95 % interval of their loss: +- {half:.3f} nats" if half is not None else ""
     targets = (run.baselines.get("unigram") or {}).get("targets", 0)
     yield Finding(
         "validation-size",
         "warning" if few or half is None or half > WIDE_INTERVAL else "info",
-        f"Validation is on {targets:,} masked codes{of}; {interval}.",
+        f"Validation is on {targets:,} masked codes{of}; {known or 'its interval cannot be told'}.",
         "Differences between runs on other data that are smaller than this say nothing, and the best "
         "epoch is chosen partly by chance.",
         "Put more subjects into the tuning split (--data.tuning_fraction), or compare runs on the same one.",
@@ -170,9 +162,8 @@ def unseen_codes(run: RunRecord) -> Iterator[Finding]:
     """Validation events whose code the train split does not know."""
     share = run.facts.unseen_share or 0.0
     if share > MUCH_UNSEEN:
-        yield Finding(
+        yield Finding.warning(
             "unseen-codes",
-            "warning",
             f"{share:.1%} of the validation events have a code that is rare in the train split, or not in "
             "it.",
             "They are read as [UNK] or through a row that was never trained; the validation is easier or "
@@ -220,9 +211,8 @@ def cut_histories(run: RunRecord) -> Iterator[Finding]:
         return
     window = (run.settings.get("data") or {}).get("window", "all")
     if window == "all":
-        yield Finding(
+        yield Finding.info(
             "cut-histories",
-            "info",
             f"{share:.1%} of the train events are past the first {length} tokens of their history; such "
             "histories are read in several windows.",
             "Nothing is lost, but a window does not see what the others hold.",
@@ -230,9 +220,8 @@ def cut_histories(run: RunRecord) -> Iterator[Finding]:
         )
     else:
         left_out = "unread in each epoch" if window == "random" else "never read"
-        yield Finding(
+        yield Finding.warning(
             "cut-histories",
-            "warning",
             f"With data.window {window} {share:.1%} of the train events are {left_out}: histories are cut "
             f"to {length} tokens.",
             "The model learns nothing from what it does not read.",
@@ -250,9 +239,8 @@ HIGH_RATE, LOW_RATE = 10.0, 1 / 30
 def static_masks(run: RunRecord) -> Iterator[Finding]:
     """Masks drawn once."""
     if run.setting("train", "static_masks"):
-        yield Finding(
+        yield Finding.warning(
             "static-masks",
-            "warning",
             "train.static_masks: masks are drawn once and reused in each epoch.",
             "The training loss falls by memorising them.",
             "For study only; leave it out to draw new masks at each step.",
@@ -324,9 +312,8 @@ def learning_rate_for_batch(run: RunRecord) -> Iterator[Finding]:
     ):
         if odd:
             listed = ", ".join(f"{group} {rate:.2g}" for group, rate in odd.items())
-            yield Finding(
+            yield Finding.warning(
                 f"learning-rate-{name}",
-                "warning",
                 f"Learning rate {listed} at {tokens:,.0f} tokens a step and width {width}; about "
                 f"{usual:.1g} is usual.",
                 why,

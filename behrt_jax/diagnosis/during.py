@@ -47,9 +47,8 @@ def diverged(run: RunRecord) -> Iterator[Finding]:
         seen = f"The training loss at step {lost['step']:,} is not finite."
     else:
         return
-    yield Finding(
+    yield Finding.error(
         "diverged",
-        "error",
         seen,
         "Everything after that step is lost; the last good checkpoint is kept.",
         "Lower --optimizer.learning_rate or --optimizer.clip_norm, raise --optimizer.warmup_fraction; "
@@ -66,26 +65,20 @@ def stuck(run: RunRecord) -> Iterator[Finding]:
         return
     loss = min(record["loss"] for record in known)
     unigram, codes = run.baseline("unigram", "loss"), run.facts.codes
-    chance = math.log(codes) if codes else None
+    chance = math.log(codes) if codes else math.inf
     at = f"Best validation loss {loss:.4f} after {known[-1]['step']:,} steps"
     mend = "See that embeddings and head train, try another learning rate, and train longer."
     # Where frequencies alone are hardly better than chance, only the unigram's loss can tell.
-    if (
-        chance is not None
-        and loss >= (1 - NEAR) * chance
-        and not (is_number(unigram) and unigram > 0.97 * chance)
-    ):
-        yield Finding(
+    if loss >= (1 - NEAR) * chance and not (is_number(unigram) and unigram > 0.97 * chance):
+        yield Finding.error(
             "stuck-at-chance",
-            "error",
             f"{at} is within {NEAR:.0%} of ln({codes}) = {chance:.4f}.",
             "The model guesses among all codes: not even how frequent they are was learnt.",
             mend,
         )
     elif is_number(unigram) and loss >= (1 - NEAR) * unigram:
-        yield Finding(
+        yield Finding.warning(
             "stuck-at-frequencies",
-            "warning",
             f"{at} is within {NEAR:.0%} of the unigram baseline, {unigram:.4f}, or above it.",
             "The model has learnt how frequent codes are, and nothing of what goes together.",
             mend,
@@ -145,9 +138,8 @@ def loss_spikes(run: RunRecord) -> Iterator[Finding]:
             spikes.append((known[index], usual))
     if spikes:
         record, usual = max(spikes, key=lambda spike: spike[0]["loss"] - spike[1])
-        yield Finding(
+        yield Finding.warning(
             "loss-spikes",
-            "warning",
             f"{len(spikes)} spikes of the training loss, the largest at step {record['step']:,}: "
             f"{record['loss']:.3f} after {usual:.3f}.",
             "Updates are too large for a while; worse ones end in divergence.",
@@ -183,18 +175,16 @@ def zero_gradient(run: RunRecord) -> Iterator[Finding]:
     why = "What gets no gradient does not learn: the loss does not depend on it."
     mend = "Find where the forward pass leaves it out or cuts the gradient, or freeze it on purpose."
     if dead:
-        yield Finding(
+        yield Finding.error(
             "zero-gradient",
-            "error",
             f"The gradient of the trainable group {' and '.join(dead)} was zero at all {len(judged)} "
             "logged steps.",
             why,
             mend,
         )
     elif leaves:
-        yield Finding(
+        yield Finding.warning(
             "zero-gradient-leaf",
-            "warning",
             f"The gradient of {len(leaves)} trainable leaves was zero at all {len(judged)} logged "
             f"steps, the first is {leaves[0]}.",
             why,
@@ -213,9 +203,8 @@ def still_adapters(run: RunRecord) -> Iterator[Finding]:
     }
     if still:
         listed = " and ".join(f"{part} of {least['layer']}" for part, least in still.items())
-        yield Finding(
+        yield Finding.error(
             "adapters-still",
-            "error",
             f"After {last['step']:,} steps {listed} moved by less than {STILL:g} of the values adapters "
             "start with.",
             "An adapter with a or b at its start does nothing, or nothing that it learnt.",
@@ -230,9 +219,8 @@ def untouched_rows(run: RunRecord) -> Iterator[Finding]:
     if last is None or not last["embedding_rows"].get("untouched"):
         return
     rows = last["embedding_rows"]
-    yield Finding(
+    yield Finding.warning(
         "untouched-rows",
-        "warning",
         f"{rows['untouched']:,} of {rows['expected']:,} code embeddings were never updated in "
         f"{last['epoch']:.1f} epochs, although their codes occur often enough in the train split.",
         "For those codes the model reads random values.",
@@ -244,9 +232,8 @@ def recompilations(run: RunRecord) -> Iterator[Finding]:
     """A train step that was compiled more than once."""
     most = max((record.get("compilations") or 0 for record in run.trainings), default=0)
     if most > 1:
-        yield Finding(
+        yield Finding.warning(
             "recompilations",
-            "warning",
             f"The train step was compiled {most} times.",
             "Each compilation takes seconds to minutes in which nothing is trained.",
             "Keep the shapes, dtypes and shardings of batches and state the same at every step.",
@@ -262,9 +249,8 @@ def input_stalls(run: RunRecord) -> Iterator[Finding]:
     data, device = (statistics.median(column) for column in zip(*judged, strict=True))
     # Where the host waits for the devices, making batches beside them costs nothing.
     if data > STALL_SHARE and device < IDLE_SHARE:
-        yield Finding(
+        yield Finding.warning(
             "input-stalls",
-            "warning",
             f"{data:.0%} of the time went into waiting for batches, {device:.0%} into waiting for the "
             "devices.",
             "The devices are idle while batches are made.",

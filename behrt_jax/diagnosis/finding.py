@@ -4,25 +4,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
+from behrt_jax import run_folder
 from behrt_jax.config import from_stored
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, read_json
-from behrt_jax.run_folder import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    PARAMETERS_FILE,
-    SUMMARY_FILE,
-    Records,
-    of_split,
-    read_metrics,
-)
 from behrt_jax.tracking.summary import Baselines, Summary
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-"""From grave to harmless. An error makes results wrong or useless; an info is no alarm."""
+"""From grave to harmless."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +33,21 @@ class Finding:
     when: str = ""
     """Part of the run that it is about: ``before``, ``during`` or ``after``; empty for data."""
 
+    @classmethod
+    def error(cls, id: str, seen: str, why: str, mend: str) -> Self:
+        """What makes results wrong or useless."""
+        return cls(id, "error", seen, why, mend)
+
+    @classmethod
+    def warning(cls, id: str, seen: str, why: str, mend: str) -> Self:
+        """What makes them worse, or doubtful."""
+        return cls(id, "warning", seen, why, mend)
+
+    @classmethod
+    def info(cls, id: str, seen: str, why: str, mend: str) -> Self:
+        """No alarm."""
+        return cls(id, "info", seen, why, mend)
+
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
     """Errors first, then warnings, then infos; else in the order given."""
@@ -54,10 +61,7 @@ def has_error(findings: Iterable[Finding]) -> bool:
 
 def table_rows(findings: Iterable[Finding]) -> list[tuple[str, ...]]:
     """Severity, id, what was seen, why and what to do, errors first."""
-    return [
-        (finding.severity, finding.id, finding.seen, finding.why, finding.mend)
-        for finding in by_severity(findings)
-    ]
+    return [(one.severity, one.id, one.seen, one.why, one.mend) for one in by_severity(findings)]
 
 
 def to_json(findings: Iterable[Finding]) -> list[JsonObject]:
@@ -122,7 +126,7 @@ class RunRecord:
     """The parameter report, parameters.json."""
     facts: Facts = field(default_factory=Facts)
     baselines: Baselines = field(default_factory=dict)
-    metrics: Records = ()
+    metrics: run_folder.Records = ()
     summary: Summary = field(default_factory=Summary)
     """Empty while the run goes on."""
 
@@ -137,12 +141,12 @@ class RunRecord:
     @cached_property
     def trainings(self) -> list[JsonObject]:
         """Records of the train split."""
-        return of_split(self.metrics, "train")
+        return run_folder.of_split(self.metrics, "train")
 
     @cached_property
     def validations(self) -> list[JsonObject]:
         """Records of the tuning split."""
-        return of_split(self.metrics, "tuning")
+        return run_folder.of_split(self.metrics, "tuning")
 
     def warmup_steps(self, total: int) -> int:
         """Steps of the warm-up, of `total`."""
@@ -155,11 +159,13 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         InputError: no run is there, or one of its files is broken.
     """
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"{folder} holds no run ({CONFIG_FILE} is not there): give the --output of one.")
+    if not (folder / run_folder.CONFIG_FILE).is_file():
+        raise InputError(
+            f"{folder} holds no run ({run_folder.CONFIG_FILE} is not there): give the --output of one."
+        )
     config, parameters, summary = (
         read_json(folder / name) if (folder / name).is_file() else {}
-        for name in (CONFIG_FILE, PARAMETERS_FILE, SUMMARY_FILE)
+        for name in (run_folder.CONFIG_FILE, run_folder.PARAMETERS_FILE, run_folder.SUMMARY_FILE)
     )
     facts = {name: value for name, value in (config.get("facts") or {}).items() if value is not None}
     return RunRecord(
@@ -167,6 +173,6 @@ def read_run(folder: Path) -> RunRecord:
         parameters,
         from_stored(Facts, facts),
         summary.get("baselines") or config.get("baselines") or {},
-        read_metrics(folder / METRICS_FILE),
+        run_folder.read_metrics(folder / run_folder.METRICS_FILE),
         Summary(**summary),
     )

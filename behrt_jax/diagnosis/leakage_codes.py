@@ -20,12 +20,7 @@ from behrt_jax.diagnosis.leakage_labels import PlacedLabels
 def check_codes(
     placed: Mapping[str, PlacedLabels], vocabulary: Vocabulary, config: DoctorConfig
 ) -> Iterator[Finding]:
-    """Every check of codes before and after the prediction times.
-
-    Args:
-        placed: binary labels of each split.
-        vocabulary: of the data.
-        config: its ``outcome_codes`` and ``horizon_days`` are read.
+    """Every check of codes before and after the prediction times of binary labels.
 
     Raises:
         InputError: one of the outcome codes is no regular expression.
@@ -35,37 +30,32 @@ def check_codes(
 
 
 TELLING = {
-    "input": Finding(
+    "input": Finding.error(
         "outcome-code-in-input",
-        "error",
         "The presence of one of {} codes in the input alone predicts a positive label: {}.",
         "It is the outcome under another name, or only written once the outcome is known.",
         "Leave these codes out with exclude_codes, or predict only for subjects without them.",
     ),
-    "prediction time": Finding(
+    "prediction time": Finding.error(
         "label-revealed-at-prediction-time",
-        "error",
         "{} codes at exactly the prediction time predict a positive label: {}.",
         "The prediction time is inclusive, so the input holds the event that the label was made from.",
         "Set the prediction time before that event, a microsecond at least.",
     ),
-    "day before": Finding(
+    "day before": Finding.error(
         "label-revealed-just-before",
-        "error",
         "{} codes in the day before the prediction time predict a positive label: {}.",
         "The outcome is already under way, or was recorded, when it is to be predicted.",
         "Predict earlier: put a gap between the input and the outcome.",
     ),
-    "input of few": Finding(
+    "input of few": Finding.info(
         "outcome-code-suspected",
-        "info",
         "{} codes in the input go with a positive label, but few subjects have them: {}.",
         "They may be strong predictors, or the outcome under another name.",
         "Look at what these codes mean.",
     ),
-    "day after": Finding(
+    "day after": Finding.info(
         "outcome-just-after-prediction",
-        "info",
         "{} codes in the day after the prediction time go with a positive label: {}.",
         "They are not in the input; but where clocks differ by hours or hold dates alone, such events slip "
         "into it.",
@@ -110,16 +100,12 @@ class CodeCounts:
     negative: np.ndarray
     """int64 ``[V]``: the same for negative labels. A subject may be in both."""
     positives: int
-    """Subjects with a positive label."""
     negatives: int
-    """Subjects with a negative label."""
+    """Subjects with a positive, and with a negative label."""
 
 
 def count_codes(
-    placed: Sequence[PlacedLabels],
-    begins: Sequence[np.ndarray],
-    ends: Sequence[np.ndarray],
-    rows: int,
+    placed: Sequence[PlacedLabels], begins: Sequence[np.ndarray], ends: Sequence[np.ndarray], rows: int
 ) -> CodeCounts:
     """Count subjects, not labels, so that one subject with many labels weighs no more than another.
 
@@ -233,9 +219,8 @@ def check_outcome(
         return
     is_outcome = matching_codes(vocabulary, outcome_codes, "--outcome_codes")
     if not is_outcome.any():
-        yield Finding(
+        yield Finding.info(
             "outcome-not-among-codes",
-            "info",
             f"No code of the vocabulary matches {', '.join(outcome_codes)}.",
             "The outcome itself is then no input, but repeats of it cannot be counted.",
             "None needed, unless a pattern is misspelt.",
@@ -265,18 +250,16 @@ def check_outcome(
             "Predict the first occurrence, or report new and repeated cases apart.",
         )
     if exactly:
-        yield Finding(
+        yield Finding.error(
             "outcome-at-prediction-time",
-            "error",
             f"{exactly:,} of {positives:,} positive labels have an outcome code at exactly the prediction "
             "time.",
             "The prediction time is inclusive, so the outcome is in the input.",
             "Set the prediction time before the outcome.",
         )
     if contradicted:
-        yield Finding(
+        yield Finding.error(
             "negative-with-outcome",
-            "error",
             f"{contradicted:,} of {negatives:,} negative labels are followed by an outcome code within "
             f"{horizon_days:g} days.",
             "The labels are wrong, or mean another horizon or other codes.",

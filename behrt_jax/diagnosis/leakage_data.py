@@ -45,9 +45,8 @@ _UNIONS = (("train",), ("train", "tuning"), ("train", "held_out"), SPLITS)
 def check_splits(data: SequenceSet) -> Iterator[Finding]:
     """Files changed after they were prepared, and subjects in two splits or twice in one."""
     if set_fingerprint(data.vocabulary, data.splits) != data.fingerprint:
-        yield Finding(
+        yield Finding.error(
             "changed-since-prepared",
-            "error",
             "The sequences are not those whose fingerprint is in the manifest.",
             "Runs that name this fingerprint were trained on other data.",
             "Run prepare again, into a new folder.",
@@ -56,18 +55,16 @@ def check_splits(data: SequenceSet) -> Iterator[Finding]:
     together = np.concatenate([ids[name] for name in SPLITS])
     shared = int(np.count_nonzero(np.unique(together, return_counts=True)[1] > 1))
     if shared:
-        yield Finding(
+        yield Finding.error(
             "subject-in-two-splits",
-            "error",
             f"{shared:,} of {len(np.unique(together)):,} subjects are in more than one split.",
             "A model is tested on subjects that it was trained on.",
             "Split by subject, not by visit or by file, and run prepare again.",
         )
     twice = sum(len(part) - len(ids[name]) for name, part in data.splits.items())
     if twice:
-        yield Finding(
+        yield Finding.error(
             "subject-twice-in-split",
-            "error",
             f"{twice:,} subjects come again in the same split, with a history of their own.",
             "Their events are counted several times, and each history lacks what the other knows.",
             "Join the records of a subject before preparing them.",
@@ -92,17 +89,15 @@ def check_vocabulary(data: SequenceSet, manifest: JsonObject) -> Iterator[Findin
             *([f"{rare:,} have fewer than {least} events there, the least for a row"] if rare else []),
             *(["the counts kept with the codes are those of all splits together"] if beyond else []),
         ]
-        yield Finding(
+        yield Finding.error(
             "vocabulary-beyond-train",
-            "error",
             f"Of {len(vocabulary) - FIRST_CODE:,} codes: {'; '.join(reasons)}.",
             "The choice of codes knows the tuning and held_out subjects, so results on them are too good.",
             "Fit the vocabulary on the train split alone: run prepare again.",
         )
     elif wrong:
-        yield Finding(
+        yield Finding.error(
             "vocabulary-counts-wrong",
-            "error",
             f"The counts of {wrong:,} rows of the vocabulary are not those of the train split.",
             "The unigram baseline and the frequency bands are computed from them.",
             "Run prepare again, into a new folder.",
@@ -150,17 +145,15 @@ def check_quantiles(data: SequenceSet, manifest: JsonObject) -> Iterator[Finding
             else f"The bins of {judged:,} codes divide the events of {' and '.join(_UNIONS[best])} evenly "
             f"(chi-square {distances[best]:.2f}), but not those of train alone ({distances[0]:.2f})."
         )
-        yield Finding(
+        yield Finding.error(
             "quantiles-beyond-train",
-            "error",
             seen,
             "Values of tuning and held_out subjects decided what the codes mean.",
             "Fit the quantiles on the train split alone: run prepare again.",
         )
     elif not judged or distances[0] > rounding:
-        yield Finding(
+        yield Finding.info(
             "quantiles-not-recounted",
-            "info",
             f"Where the bins of {len(edges):,} codes were fitted cannot be told: tied or repeated values, "
             "samples or too few events leave them uneven in every split.",
             "Bins must be fitted on the train split alone.",
@@ -170,9 +163,8 @@ def check_quantiles(data: SequenceSet, manifest: JsonObject) -> Iterator[Finding
 
 def code_counts(data: SequenceSet) -> dict[str, np.ndarray]:
     """Split -> events of each vocabulary row, int64 ``[V]``."""
-    return {
-        name: np.bincount(part.codes, minlength=len(data.vocabulary)) for name, part in data.splits.items()
-    }
+    rows = len(data.vocabulary)
+    return {name: np.bincount(part.codes, minlength=rows) for name, part in data.splits.items()}
 
 
 # Times: order, ages, life and death.
@@ -201,33 +193,29 @@ def check_ages(data: SequenceSet) -> Iterator[Finding]:
         tokens += len(part.codes)
         subjects += len(part)
     if unordered:
-        yield Finding(
+        yield Finding.error(
             "events-out-of-order",
-            "error",
             f"{unordered:,} of {tokens:,} events come before the one listed ahead of them.",
             "What lies before a prediction time cannot be told, and positions mean nothing.",
             "Run prepare again, which sorts each history by time.",
         )
     if below:
-        yield Finding(
+        yield Finding.error(
             "events-before-birth",
-            "error",
             f"{below:,} of {tokens:,} events have a negative age.",
             "They belong to someone else, or the birth is wrong.",
             "Mend the births in the source, and run prepare again, which drops and counts such events.",
         )
     if above:
-        yield Finding(
+        yield Finding.warning(
             "age-implausible",
-            "warning",
             f"{above:,} of {tokens:,} events have an age above {OLDEST:.0f} years.",
             "A placeholder for an unknown birth is likely, and the age embedding learns it.",
             "Mend the births in the source, or leave such subjects out.",
         )
     if off:
-        yield Finding(
+        yield Finding.error(
             "ages-against-times",
-            "error",
             f"In {off:,} of {subjects:,} subjects, age and time of the events give births more than a day "
             "apart.",
             "Ages or times were computed wrongly, as when months are added to years.",
@@ -249,17 +237,15 @@ def check_deaths(data: SequenceSet, death_codes: tuple[str, ...]) -> Iterator[Fi
         dead += int(np.count_nonzero(first < never))
     named = ", ".join(code for code, death in zip(data.vocabulary.codes, is_death, strict=True) if death)
     if late:
-        yield Finding(
+        yield Finding.error(
             "events-after-death",
-            "error",
             f"{late:,} events lie on a later day than a code of death ({named}) of their subject.",
             "Records written after a death tell of it, and belong to no prediction.",
             "Write the death as MEDS_DEATH, so that prepare drops what follows it.",
         )
     elif dead:
-        yield Finding(
+        yield Finding.info(
             "death-among-codes",
-            "info",
             f"{named} says of {dead:,} subjects that they died, and is among the inputs.",
             "Where the label is about death, it is the outcome in disguise.",
             "Leave it out with exclude_codes for such labels.",
@@ -305,9 +291,8 @@ def check_visit_ends(data: SequenceSet) -> Iterator[Finding]:
     alarm &= np.array(["DISCHARGE" not in family.upper() for family in families.tolist()])
     alarm[family_of[:FIRST_CODE]] = False
     for row in np.flatnonzero(alarm):
-        yield Finding(
+        yield Finding.warning(
             "stamped-at-visit-end",
-            "warning",
             f"{families[row]} codes come all at once at the end of {closed[row]:,} of {visits[row]:,} visits "
             "of a day or more.",
             "They look written at discharge: during the visit they are not known, though other sources date "
@@ -357,9 +342,8 @@ def check_repeats(data: SequenceSet) -> Iterator[Finding]:
         later += int(np.count_nonzero(counted))
         repeats += int(np.count_nonzero(counted & ~new))
     if later:
-        yield Finding(
+        yield Finding.info(
             "repeated-codes",
-            "info",
             f"{repeats / later:.1%} of the {later:,} codes of visits after the first are repeats of the "
             "subject's earlier codes.",
             "Repeats are easy, and hide how well new codes are predicted.",

@@ -81,12 +81,7 @@ def check_labels(
 ) -> Iterator[Finding]:
     """Every check of labels, but those of the codes before and after them.
 
-    Args:
-        labels: of some of the subjects.
-        data: prepared, without separators.
-        placed: the labels in `data`.
-        manifest: of `data`.
-        config: its ``horizon_days`` and ``delays`` are read.
+    The data are prepared, without separators, and the manifest is theirs.
 
     Raises:
         InputError: a delay whose pattern matches no code, or is no regular expression.
@@ -103,9 +98,8 @@ def check_labels(
         ends = {"subject": None, "data": "the last event of the data"}
         yield from check_follow_up(placed, config.horizon_days, ends.get(follow_up, follow_up))
     else:
-        yield Finding(
+        yield Finding.info(
             "labels-not-binary",
-            "info",
             f"The labels are {labels.kind}, so follow-up and codes that tell the outcome were not checked.",
             "These checks need a yes or no.",
             "Audit each class against the rest, as a table with boolean_value.",
@@ -128,9 +122,8 @@ def check_subjects(labels: Labels, data: SequenceSet) -> Iterator[Finding]:
         damaged = [rounded[rounded < 2.0**63].astype(np.int64), known.astype(np.int32).astype(np.int64)]
     corrupt = max(int(np.isin(unknown, np.setdiff1d(ids, known)).sum()) for ids in damaged)
     if corrupt:
-        yield Finding(
+        yield Finding.error(
             "label-ids-damaged",
-            "error",
             f"{corrupt:,} subjects of the labels are not in the data, but their ids are what ids of the "
             "data become as 64-bit floats or 32-bit integers.",
             "Such ids belong to nobody, or to somebody else.",
@@ -156,17 +149,15 @@ def check_rows(placed: Mapping[str, PlacedLabels]) -> Iterator[Finding]:
         equal += int(np.count_nonzero(same & alike))
         contradictory += int(np.count_nonzero(same & ~alike))
     if contradictory:
-        yield Finding(
+        yield Finding.error(
             "label-contradictory",
-            "error",
             f"{contradictory:,} labels have the subject and prediction time of another, but another value.",
             "No model can be right on both.",
             "Keep one label for each subject and prediction time.",
         )
     if equal:
-        yield Finding(
+        yield Finding.warning(
             "label-duplicate",
-            "warning",
             f"{equal:,} labels repeat the subject, prediction time and value of another.",
             "They count twice in training and in the metrics.",
             "Leave the repeats out.",
@@ -194,17 +185,15 @@ def check_histories(
         unborn += int(np.count_nonzero(before))
         empty += int(np.count_nonzero(~before))
     if unborn:
-        yield Finding(
+        yield Finding.error(
             "label-before-birth",
-            "error",
             f"{unborn:,} of {total:,} labels have a prediction time before the subject's birth.",
             "The prediction times are wrong: another unit, clock or subject.",
             "Compute the prediction times from the events of the same data set.",
         )
     if empty:
-        yield Finding(
+        yield Finding.warning(
             "label-without-history",
-            "warning",
             f"{empty:,} of {total:,} labels have no event at or before their prediction time.",
             "Nothing is known then, and the model sees an empty input.",
             "Leave these labels out, predict later, or select more codes.",
@@ -216,32 +205,27 @@ def check_classes(placed: Mapping[str, PlacedLabels], binary: bool) -> Iterator[
     present = {name: labels for name, labels in placed.items() if len(labels)}
     figures = [f"{name}: {len(labels):,}" for name, labels in placed.items()]
     if binary:
-        figures = [
-            f"{name}: {len(labels):,} labels of {len(np.unique(labels.subjects)):,} subjects"
-            + (f", {labels.values.mean():.1%} positive" if len(labels) else "")
-            for name, labels in placed.items()
-        ]
-    yield Finding(
+        for place, labels in enumerate(placed.values()):
+            figures[place] += f" labels of {len(np.unique(labels.subjects)):,} subjects"
+            figures[place] += f", {labels.values.mean():.1%} positive" if len(labels) else ""
+    yield Finding.info(
         "labels-by-split",
-        "info",
         f"Labels with a history in the data: {'; '.join(figures)}.",
         "Labels are trained and tested on by the split of their subject.",
         "None needed.",
     )
     missing = [name for name in SPLITS if not len(placed[name]) and len(placed[name].part)]
     if missing and present:
-        yield Finding(
+        yield Finding.warning(
             "split-without-labels",
-            "warning",
             f"No label is of a subject of {' or '.join(missing)}; labels are only in {', '.join(present)}.",
             "Without them nothing can be trained, chosen or tested.",
             "Label subjects of all splits.",
         )
     classes = np.unique(np.concatenate([np.unique(labels.values) for labels in placed.values()]))
     if present and len(classes) == 1:
-        yield Finding(
+        yield Finding.error(
             "labels-of-one-class",
-            "error",
             "All labels have the same value.",
             "Nothing can be learned, and AUROC is not defined.",
             "Mend the definition of the label: both outcomes must occur.",
@@ -277,9 +261,8 @@ def _prevalences(placed: Mapping[str, PlacedLabels]) -> Iterator[Finding]:
         pooled = (share * count + other * others) / (count + others)
         error = np.sqrt(pooled * (1 - pooled) * (1 / count + 1 / others))  # at most, for shares in [0, 1]
         if abs(other - share) > _SURE * error:
-            yield Finding(
+            yield Finding.warning(
                 "prevalence-differs",
-                "warning",
                 f"{other:.1%} of the labels of a subject of {name} are positive on average, but {share:.1%} "
                 "in train, which is more than chance.",
                 "The splits were not drawn alike, so thresholds and calibration do not carry over.",
@@ -293,13 +276,9 @@ def check_delays(
     delays: Sequence[str],
     recorded: Sequence[str] = (),
 ) -> Iterator[Finding]:
-    """Events up to the prediction time that were not known yet then.
+    """Events up to the prediction time that were not known yet then, by the delays to check.
 
-    Args:
-        placed: the labels.
-        vocabulary: of the data.
-        delays: to check.
-        recorded: those of the data's manifest, which prediction keeps to; they may match no code.
+    Prediction keeps to the recorded ones, of the data's manifest; they may match no code.
     """
     for option in delays:
         pattern, days = parse_delay(option)
@@ -315,18 +294,16 @@ def check_delays(
             count += len(labels)
         known_at = "at the end of the visit" if days is None else f"{days:g} days later"
         if early and option in recorded:
-            yield Finding(
+            yield Finding.info(
                 "kept-until-known",
-                "info",
                 f"{early:,} of {total:,} events of {pattern} up to the prediction times of {affected:,} of "
                 f"{count:,} labels are only known {known_at}, as the data's manifest says.",
                 "Fine-tuning and prediction do not show them to the model.",
                 "None needed; whatever else reads the events must leave them out too.",
             )
         elif early:
-            yield Finding(
+            yield Finding.error(
                 "not-yet-known",
-                "error",
                 f"{early:,} of {total:,} events of {pattern} in the inputs of {affected:,} of {count:,} "
                 f"labels are only known {known_at}, which is after the prediction time.",
                 "In use the model will not have them.",
@@ -370,17 +347,14 @@ def check_follow_up(
         if not negative.any():
             continue
         last = labels.part.times[labels.stops - 1]
-        followed = last > labels.times
-        if horizon_days is not None:
-            followed = last >= labels.times + int(horizon_days * DAY)
+        after = 1 if horizon_days is None else int(horizon_days * DAY)
+        followed = last >= labels.times + after
         negatives += int(np.count_nonzero(negative))
         unfollowed += int(np.count_nonzero(negative & ~followed))
     if unfollowed:
-        when = (
-            "after the prediction time"
-            if horizon_days is None
-            else f"{horizon_days:g} days after the prediction time or later"
-        )
+        when = "after the prediction time"
+        if horizon_days is not None:
+            when = f"{horizon_days:g} days {when} or later"
         by_labels = "" if stated is None else f" (by the labels, follow-up goes on to {stated})"
         yield Finding(
             "negative-without-follow-up",

@@ -10,12 +10,8 @@ from behrt_jax.data.tasks import KINDS, TaskKind
 
 
 def mean_predictions(kind: TaskKind, outputs: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Mean over members of what their outputs say, float64 ``[examples, outputs]``.
-
-    Args:
-        kind: of the task.
-        outputs: float32 ``[members, examples, outputs]``.
-        temperature: of all members.
+    """Mean over members of what their outputs, float32 ``[members, examples, outputs]``, say at a common
+    temperature: float64 ``[examples, outputs]``.
     """
     return np.mean([KINDS[kind].predictions(one, temperature) for one in outputs], axis=0)
 
@@ -115,14 +111,8 @@ def _bins(predictions: np.ndarray) -> list[np.ndarray]:
 
 
 def _bin(predictions: np.ndarray, observed: float, low: float, high: float) -> dict[str, float]:
-    predicted = float(predictions.mean())
-    return {
-        "examples": len(predictions),
-        "predicted": predicted,
-        "observed": observed,
-        "low": low,
-        "high": high,
-    }
+    found = {"examples": len(predictions), "predicted": float(predictions.mean())}
+    return {**found, "observed": observed, "low": low, "high": high}
 
 
 def calibration_line(

@@ -75,15 +75,13 @@ def mean_interval(values: np.ndarray, subjects: np.ndarray) -> tuple[float, floa
         values: float ``[targets]``.
         subjects: index of the subject, ``[targets]``.
     """
-    if not len(values):
+    index = np.unique(subjects, return_inverse=True)[1]
+    count = int(index.max(initial=-1)) + 1
+    if count < 2:
         return float("nan"), float("nan")
     values = np.asarray(values, np.float64)
     mean = values.mean()
-    _, index = np.unique(subjects, return_inverse=True)
     deviations = np.bincount(index, values - mean)  # [subjects]
-    count = len(deviations)
-    if count < 2:
-        return float("nan"), float("nan")
     error = np.sqrt(np.sum(deviations**2) * count / (count - 1)) / len(values)
     return float(mean - 1.96 * error), float(mean + 1.96 * error)
 
@@ -165,7 +163,11 @@ def assess(
         an oracle ``oracle_gap`` (the same) and ``share_of_attainable_gain``, see
         :func:`share_of_attainable_gain`.
     """
-    gaps = {name: _gap(model, baseline) for name, baseline in baselines.items()}
+    gaps: dict[str, dict[str, float]] = {}
+    for name, baseline in baselines.items():
+        differences = np.asarray(model.losses, np.float64) - baseline.losses
+        low, high = mean_interval(differences, model.subjects)
+        gaps[name] = {"nats": float(differences.mean()), "low": low, "high": high}
     found: JsonObject = {
         "interval": list(mean_interval(model.losses, model.subjects)),
         "bands": frequency_bands(counts, first_code, model, baselines["unigram"]),
@@ -183,12 +185,6 @@ def share_of_attainable_gain(loss: float, unigram: float, oracle: float) -> floa
     possible one; None where the oracle gains nothing over the unigram.
     """
     return (unigram - loss) / (unigram - oracle) if unigram > oracle else None
-
-
-def _gap(model: MaskedCodeResults, baseline: MaskedCodeResults) -> dict[str, float]:
-    differences = np.asarray(model.losses, np.float64) - baseline.losses
-    low, high = mean_interval(differences, model.subjects)
-    return {"nats": float(differences.mean()), "low": low, "high": high}
 
 
 # Baselines: every masked code by its frequency in the train split, or by the codes that stand near it.
@@ -245,13 +241,12 @@ class Cooccurrence:
         """Loss and rank of every masked code, by the codes shown near it in its window."""
         losses = np.empty(len(split.targets))
         ranks = np.empty(len(split.targets), np.int64)
-        for start in range(0, len(split.targets), self._at_once):
-            part = slice(start, start + self._at_once)
+        step = max(1, _CELLS // len(self.unigram))
+        for start in range(0, len(split.targets), step):
+            part = slice(start, start + step)
             targets = split.targets[part]
-            near = self._near(split.shown, split.windows, targets)
-            context = self._mean_conditional(near)  # [chunk, V]
-            has_context = context.sum(axis=1, keepdims=True) > 0
-            share = np.where(has_context, self.share, 0.0)
+            context = self._mean_conditional(self._near(split.shown, split.windows, targets))  # [chunk, V]
+            share = np.where(context.sum(axis=1, keepdims=True) > 0, self.share, 0.0)
             probabilities = (1 - share) * self.unigram + share * context
             losses[part], ranks[part] = losses_and_ranks(probabilities, split.sequences.codes[targets])
         return results_of(split, losses, ranks)
@@ -317,10 +312,6 @@ class Cooccurrence:
         unigram = self.unigram[codes[places]]
         losses = [-np.log((1 - share) * unigram + share * near).mean() for share in _SHARES]
         return float(_SHARES[int(np.argmin(losses))])
-
-    @property
-    def _at_once(self) -> int:
-        return max(1, _CELLS // len(self.unigram))
 
 
 def _distinct(keys: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:

@@ -89,15 +89,13 @@ def read_forward(
     totals = np.empty((len(visits.starts), len(model.starts)))
     filtered = np.empty((0, *model.starts.shape))  # [n, Z, T], of the visits `chosen`
     chosen = np.arange(len(visits.starts))
+    arriving[visits.starts] = model.starts
     for place in range(int(visits.sizes.max())):
-        if place:
-            longer = visits.sizes[chosen] > place
-            chosen, filtered = chosen[longer], filtered[longer]
         rows = visits.starts[chosen] + place
         if place:
+            longer = visits.sizes[chosen] > place
+            chosen, filtered, rows = chosen[longer], filtered[longer], rows[longer]
             arriving[rows] = filtered @ going_on + (filtered @ fresh)[:, :, None] * model.starts
-        else:
-            arriving[rows] = model.starts
         filtered = arriving[rows] * likelihoods[rows][:, model.rows]
         total = filtered.sum(axis=2)  # [n, Z]
         # One factor for all stages of a visit keeps the numbers from vanishing and cancels later.
@@ -132,11 +130,7 @@ def pass_over_visits(model: LatentModel, visits: VisitRuns, likelihoods: np.ndar
     for place in range(int(visits.counts.max()) - 2, -1, -1):
         rows = visits.firsts[visits.counts > place + 1] + place
         ahead = likelihoods[rows + 1] * after[rows + 1]  # [n, Z]
-        bands = visits.bands[rows + 1]
-        message = np.empty_like(ahead)
-        for band in np.unique(bands):
-            chosen = bands == band
-            message[chosen] = ahead[chosen] @ model.transitions[band].T
+        message = _by_band(ahead, visits.bands[rows + 1], model.transitions.swapaxes(1, 2))
         after[rows] = message / message.max(axis=1, keepdims=True)
     return before * after
 
@@ -151,11 +145,16 @@ def filter_visits(model: LatentModel, visits: VisitRuns, likelihoods: np.ndarray
             continue
         known = before[rows - 1] * likelihoods[rows - 1]  # [n, Z]
         known /= known.sum(axis=1, keepdims=True)
-        bands = visits.bands[rows]
-        for band in np.unique(bands):
-            chosen = bands == band
-            before[rows[chosen]] = known[chosen] @ model.transitions[band]
+        before[rows] = _by_band(known, visits.bands[rows], model.transitions)
     return before
+
+
+def _by_band(values: np.ndarray, bands: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+    """Each row of values ``[n, K]`` times the matrix of its band, of ``[bands, K, L]``: ``[n, L]``."""
+    found = np.empty((len(values), matrices.shape[2]))
+    for band in np.unique(bands):
+        found[bands == band] = values[bands == band] @ matrices[band]
+    return found
 
 
 def rows_of_targets(
@@ -259,10 +258,7 @@ class Oracle:
         rests = read_backward(self.model, visits, likelihoods)
         outside = pass_over_visits(self.model, visits, of_visits)  # [visits, Z]
         rows = rows_of_targets(self.model, visits, outside, (arriving, rests), targets)  # [targets, R]
-        posterior = np.empty((len(targets), self.emissions.shape[2]))
-        for band in np.unique(bands[targets]):
-            chosen = bands[targets] == band
-            posterior[chosen] = rows[chosen] @ self.emissions[band]
+        posterior = _by_band(rows, bands[targets], self.emissions)
         posterior[:, :_FIRST] = 0.0  # [UNK] is never chosen to be masked
         # What is shown instead of the code is a hint of its own, but for [MASK].
         hinted = np.flatnonzero(shown[targets] != MASK)
@@ -288,11 +284,7 @@ class Oracle:
 
 
 def make_oracle(model: LatentModel, codes: tuple[str, ...]) -> Oracle:
-    """The oracle for sequences written in a vocabulary.
-
-    Args:
-        model: that the records were drawn from.
-        codes: of the vocabulary, special tokens included.
+    """The oracle for records of a model, written in the codes of a vocabulary (special tokens included).
 
     Raises:
         InputError: a code of the vocabulary is none of the model's.
@@ -313,12 +305,7 @@ def make_oracle(model: LatentModel, codes: tuple[str, ...]) -> Oracle:
 
 
 def oracle_of(data: DataConfig, codes: tuple[str, ...]) -> Oracle | None:
-    """The oracle for what `records.load.load_sequences` gives; None unless the source is ``latent``.
-
-    Args:
-        data: the options that the records were generated with.
-        codes: of the vocabulary fitted on them, special tokens included.
-    """
+    """That for what `records.load.load_sequences` gives with these options; None unless it is ``latent``."""
     if data.source != "latent":
         return None
     return make_oracle(latent_model(generated_code_count(data), data.seed, data.difficulty), codes)

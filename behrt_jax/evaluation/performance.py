@@ -12,20 +12,8 @@ import numpy as np
 
 from behrt_jax.data.predictions import PredictionFile, PredictionMetadata
 from behrt_jax.data.tasks import KINDS, Predicts, TaskKind
+from behrt_jax.evaluation import scores
 from behrt_jax.evaluation.calibration import regression_bins, reliability_bins
-from behrt_jax.evaluation.scores import (
-    LESS_IS_BETTER,
-    Scorer,
-    binary_scorer,
-    curves,
-    decision_curve,
-    multiclass_scorer,
-    multilabel_scorer,
-    over_codes,
-    regression_scorer,
-    survival_by_edge,
-    survival_scorer,
-)
 from behrt_jax.evaluation.task_baselines import Baseline
 
 LEVEL = 0.95
@@ -183,7 +171,7 @@ class Figures:
         return _entry(self.values[name] - other.values[name], self.drawn[name] - other.drawn[name])
 
 
-def bootstrap(scorer: Scorer, draws: SubjectDraws) -> Figures:
+def bootstrap(scorer: scores.Scorer, draws: SubjectDraws) -> Figures:
     """Score the examples as they are and under all draws."""
     values = {name: float(value[0]) for name, value in scorer(np.ones((1, len(draws.subjects)))).items()}
     pieces = [scorer(weights) for weights in draws.weights()] if draws.subjects.any() else []
@@ -235,8 +223,7 @@ def side_of(entry: FigureEntry, value: float) -> int:
 def age_groups(ages: np.ndarray) -> dict[str, np.ndarray]:
     """Band -> which examples are in it, bool ``[n]``; ages in years, ``[n]``. Empty bands are left out."""
     bands = {
-        f"{low}-{high}" if high is not None else f"{low}+": (ages >= low)
-        & (ages < (np.inf if high is None else high + 1))
+        f"{low}-{high}" if high else f"{low}+": (ages >= low) & (ages < (high or np.inf) + 1)
         for low, high in AGE_BANDS
     }
     return {name: inside for name, inside in bands.items() if inside.any()}
@@ -258,9 +245,7 @@ def sex_groups(
             found.setdefault(subject, set()).add(code.split("//", 1)[1] or "unknown")
     if not found:
         return {}
-    names = np.array(
-        [" and ".join(sorted(found.get(subject, {"unknown"}))) for subject in subject_ids.tolist()]
-    )
+    names = np.array([" and ".join(sorted(found.get(one, {"unknown"}))) for one in subject_ids.tolist()])
     return {str(name): names == name for name in np.unique(names)}
 
 
@@ -282,7 +267,7 @@ class Assessment:
     """Figures by which a model is compared with baselines; the first is the main one."""
     of_groups: tuple[str, ...]
     """Figures that tables of groups show."""
-    scorer: Callable[[PredictionFile], Scorer]
+    scorer: Callable[[PredictionFile], scores.Scorer]
     """Of all figures."""
     why_undefined: Callable[[np.ndarray, str], str]
     """Why a figure of some labels has no value."""
@@ -321,7 +306,7 @@ ASSESSMENTS: dict[Predicts, Assessment] = {
     "probability": Assessment(
         compared=("auroc", "average_precision", "brier", "log_loss"),
         of_groups=("auroc", "average_precision", "prevalence", "mean_prediction", "recall", "specificity"),
-        scorer=lambda file: binary_scorer(file.labels, file.predictions, file.decisions),
+        scorer=lambda file: scores.binary_scorer(file.labels, file.predictions, file.decisions),
         why_undefined=_why_undefined_probability,
         cases=lambda labels: {"positives": int(labels.sum()), "negatives": int((~labels).sum())},
         counts=lambda file: {
@@ -330,15 +315,15 @@ ASSESSMENTS: dict[Predicts, Assessment] = {
         },
         details=lambda file: {
             "reliability": reliability_bins(file.labels, file.predictions),
-            "curves": curves(file.labels, file.predictions),
-            "decision_curve": decision_curve(file.labels, file.predictions),
+            "curves": scores.curves(file.labels, file.predictions),
+            "decision_curve": scores.decision_curve(file.labels, file.predictions),
         },
         member=lambda predictions: np.clip(predictions, 0, 1),
     ),
     "class": Assessment(
         compared=("macro_auroc", "accuracy", "log_loss", "brier"),
         of_groups=("macro_auroc", "accuracy"),
-        scorer=lambda file: multiclass_scorer(file.labels, file.predictions),
+        scorer=lambda file: scores.multiclass_scorer(file.labels, file.predictions),
         why_undefined=lambda labels, name: f"one class only: all {len(labels):,} labels are the same",
         counts=lambda file: {
             "classes": len(file.classes),
@@ -348,18 +333,18 @@ ASSESSMENTS: dict[Predicts, Assessment] = {
     "codes": Assessment(
         compared=("average_precision", "auroc", "incident_average_precision", "repeat_average_precision"),
         of_groups=("auroc", "average_precision"),
-        scorer=lambda file: multilabel_scorer(file.labels, file.predictions, _seen(file)),
+        scorer=lambda file: scores.multilabel_scorer(file.labels, file.predictions, _seen(file)),
         why_undefined=lambda labels, name: "no example has both a code to find and one to tell it from",
         counts=lambda file: {
             "codes": len(file.classes),
             "codes_per_example": float(file.labels.sum(axis=1).mean()),
         },
-        details=lambda file: {"over_codes": over_codes(file.labels, file.predictions, _seen(file))},
+        details=lambda file: {"over_codes": scores.over_codes(file.labels, file.predictions, _seen(file))},
     ),
     "number": Assessment(
         compared=("mae", "rmse", "r2", "spearman"),
         of_groups=("mae", "spearman"),
-        scorer=lambda file: regression_scorer(file.labels, file.predictions),
+        scorer=lambda file: scores.regression_scorer(file.labels, file.predictions),
         why_undefined=lambda labels, name: "all labels, or all predictions, are the same",
         details=lambda file: {"reliability": regression_bins(file.labels, file.predictions)},
         member=lambda predictions: predictions,
@@ -367,13 +352,13 @@ ASSESSMENTS: dict[Predicts, Assessment] = {
     "survival curve": Assessment(
         compared=("c_index", "integrated_brier"),
         of_groups=("c_index", "integrated_brier"),
-        scorer=lambda file: survival_scorer(file.labels, file.predictions, file.edges_days),
+        scorer=lambda file: scores.survival_scorer(file.labels, file.predictions, file.edges_days),
         why_undefined=lambda labels, name: (
             "no pair can be compared" if name == "c_index" else "nobody is followed up to the first edge"
         ),
         cases=lambda labels: {"events": int(labels[:, 1].sum())},
         counts=_count_events,
-        details=lambda file: {"by_edge": survival_by_edge(file.labels, file.predictions, file.edges_days)},
+        details=lambda f: {"by_edge": scores.survival_by_edge(f.labels, f.predictions, f.edges_days)},
     ),
 }
 
@@ -458,7 +443,7 @@ def _baseline(
 
 def _compared(model: Figures, other: Figures, name: str) -> Difference:
     """Difference of two figures that are defined with its interval, and who is ahead."""
-    entry, sign = model.less(other, name), -1 if name in LESS_IS_BETTER else 1
+    entry, sign = model.less(other, name), -1 if name in scores.LESS_IS_BETTER else 1
     gain = sign * (model.values[name] - other.values[name])
     ahead = {1: "model", 0: "unclear", -1: "baseline"}[sign * side_of(entry, 0.0)]
     better = "model" if gain > 0 else "baseline" if gain else "equal"
@@ -467,14 +452,10 @@ def _compared(model: Figures, other: Figures, name: str) -> Difference:
 
 def _group(file: PredictionFile, name: str, draws: int, seed: int) -> GroupRecord:
     found: GroupRecord = {"group": name, "counts": _counts(file), "figures": None}
-    reason = too_small(file.kind, file.labels)
-    if reason is not None:
+    if reason := too_small(file.kind, file.labels):
         return {**found, "reason": reason}
-    scorer = assessment_of(file.kind).scorer(file)
-    return {
-        **found,
-        "figures": _figures(file, bootstrap(scorer, subject_draws(file.subject_ids, draws, seed))),
-    }
+    sample = subject_draws(file.subject_ids, draws, seed)
+    return {**found, "figures": _figures(file, bootstrap(assessment_of(file.kind).scorer(file), sample))}
 
 
 def _ensemble(
@@ -489,9 +470,8 @@ def _ensemble(
     found: dict[str, MemberFigure] = {}
     for name in mean.values:
         values = np.array([member.values[name] for member in members])
-        if name in ("prevalence", "mean_prediction"):
-            continue
-        if not np.isfinite(values).all() or not np.isfinite(model.values[name]):
+        known = np.isfinite(values).all() and np.isfinite(model.values[name])
+        if name in ("prevalence", "mean_prediction") or not known:
             continue
         found[name] = {
             "ensemble": model.values[name],

@@ -60,10 +60,7 @@ def weighted_means(weights: np.ndarray, columns: Mapping[str, np.ndarray]) -> di
 
 
 def ranked(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sort scores in descending order and find the runs of equal ones.
-
-    Args:
-        scores: float ``[..., n]``.
+    """Sort scores ``[..., n]`` in descending order and find the runs of equal ones.
 
     Returns:
         order: int64 ``[..., n]``, places of the scores, the highest first;
@@ -127,15 +124,14 @@ def figures_of_rows(
     if not labels.shape[1]:
         return found[0], found[1]
     step = max(1, _RANKED // labels.shape[1])
+    counted = np.ones_like(labels) if counted is None else counted
     for start in range(0, len(labels), step):
         piece = slice(start, start + step)
         order, first, last = ranked(scores[piece])
-        sorted_labels = np.take_along_axis(labels[piece], order, axis=1)
-        weights = (
-            np.ones_like(sorted_labels) if counted is None else np.take_along_axis(counted[piece], order, 1)
+        positive, negative = (
+            np.take_along_axis(cells & counted[piece], order, axis=1).astype(np.float64)
+            for cells in (labels[piece], ~labels[piece])
         )
-        positive = (sorted_labels & weights).astype(np.float64)
-        negative = (~sorted_labels & weights).astype(np.float64)
         found[:, piece] = ranked_figures(positive, negative, first, last)
     found[1, np.isnan(found[0])] = np.nan
     return found[0], found[1]
@@ -158,12 +154,7 @@ def pooled_figures(positive: np.ndarray, negative: np.ndarray) -> tuple[float, f
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """AUROC of one set of examples; None where there is one class alone, or a score is NaN.
-
-    Args:
-        scores: float ``[examples]``.
-        labels: bool ``[examples]``.
-    """
+    """AUROC of scores, float ``[n]``, and labels, bool ``[n]``; None with one class alone, or a NaN."""
     found, _ = pooled_figures(scores[labels], scores[~labels])
     return None if np.isnan(found) else found
 
@@ -358,14 +349,13 @@ def over_codes(
         positive, negative = (labels, ~labels) if counted is None else (labels & counted, ~labels & counted)
         micro = pooled_figures(probabilities[positive], probabilities[negative])
         has_both = positive.any(axis=1) & negative.any(axis=1)
-        found[name] = {
-            "micro_auroc": _or_none(micro[0]),
-            "micro_average_precision": _or_none(micro[1]),
-            "macro_auroc": _or_none(of_code[0][defined].mean() if defined.any() else np.nan),
-            "macro_average_precision": _or_none(of_code[1][defined].mean() if defined.any() else np.nan),
-            "codes": int(defined.sum()),
-            "examples": int(has_both.sum()),
+        macro = [figures[defined].mean() if defined.any() else np.nan for figures in of_code]
+        names = ("micro_auroc", "micro_average_precision", "macro_auroc", "macro_average_precision")
+        figures = {
+            key: float(value) if np.isfinite(value) else None
+            for key, value in zip(names, (*micro, *macro), strict=True)
         }
+        found[name] = {**figures, "codes": int(defined.sum()), "examples": int(has_both.sum())}
     return found
 
 
@@ -373,20 +363,11 @@ def _counted(seen_before: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, np
     return None, ~seen_before, seen_before
 
 
-def _or_none(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
 # Figures of predicted numbers.
 
 
 def regression_scorer(labels: np.ndarray, predictions: np.ndarray) -> Scorer:
-    """Scorer of ``mae`` and ``rmse`` (in the unit of the labels), ``r2`` and ``spearman``.
-
-    Args:
-        labels: float64 ``[n]``.
-        predictions: float64 ``[n]``.
-    """
+    """Scorer of ``mae`` and ``rmse`` (in the unit of the labels), ``r2`` and ``spearman``; both ``[n]``."""
     errors = predictions - labels
     centred = labels - labels.mean()
     sums = np.stack([np.abs(errors), errors**2, centred, centred**2], axis=1)
@@ -452,14 +433,10 @@ def survival_scorer(labels: np.ndarray, survival: np.ndarray, edges: np.ndarray)
         integrated = np.trapezoid(np.pad(scores[:, usable], ((0, 0), (1, 0))), span, axis=1) / span[-1]
     else:
         integrated = np.full(len(labels), np.nan)
-
-    def score(weights: np.ndarray) -> dict[str, np.ndarray]:
-        return {
-            "c_index": _c_index(labels, survival, edges, weights),
-            "integrated_brier": weights @ integrated / weights.sum(axis=1),
-        }
-
-    return score
+    return lambda weights: {
+        "c_index": _c_index(labels, survival, edges, weights),
+        "integrated_brier": weights @ integrated / weights.sum(axis=1),
+    }
 
 
 def _c_index(labels: np.ndarray, survival: np.ndarray, edges: np.ndarray, weights: np.ndarray) -> np.ndarray:

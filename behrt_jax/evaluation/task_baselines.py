@@ -120,17 +120,8 @@ class Baseline:
 def targets_of(
     kind: TaskKind, classes: tuple[str, ...], labels: Labels, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Targets of some labels, and which of the rows have one.
-
-    Args:
-        kind: of the task.
-        classes: of the predictions.
-        labels: a label table.
-        rows: int ``[n]``.
-
-    Returns:
-        The targets ``[m]`` or ``[m, K]`` as `PredictionFile.labels`, and places among ``rows``, int ``[m]``;
-        rows of classes that the model does not know are left out.
+    """Targets of labels at some rows, int ``[n]``, as `PredictionFile.labels` (``[m]`` or ``[m, K]``), and
+    their places among the rows, int ``[m]``; rows of classes that the model does not know are left out.
 
     Raises:
         InputError: labels of another kind.
@@ -209,9 +200,8 @@ def _cells(histories: HistoryCounts, class_ids: np.ndarray) -> Iterator[tuple[sl
             np.where(known, part[rows][:, np.maximum(class_ids, 0)].toarray(), 0)
             for part in (histories.counts, histories.last_visit)
         )
-        often = np.searchsorted(
-            (1, 2, 4), counts, side="right"
-        )  # 0: never, 1: once, 2: two or three, 3: more
+        # 0: never, 1: once, 2: two or three, 3: more.
+        often = np.searchsorted((1, 2, 4), counts, side="right")
         yield rows, np.where(often > 0, often + 3 * (lately > 0), 0)
 
 
@@ -313,24 +303,22 @@ def _chosen(
         for strength in strengths:
             model = Ridge(alpha=1 / strength) if numbers else LogisticRegression(C=strength, max_iter=300)
             model.fit(train, targets)
-            loss = _squares if numbers else _log_loss
-            found = loss(model, tuning, on_tuning) if len(on_tuning) else 0.0
+            found = _loss(model, tuning, on_tuning) if len(on_tuning) else 0.0
             if best is None or found < least:
                 best, least, chosen = model, found, strength
     return best, chosen
 
 
-def _log_loss(model: Model, features: "csr_array", targets: np.ndarray) -> float:
+def _loss(model: Model, features: "csr_array", targets: np.ndarray) -> float:
+    """Log loss, or mean square of the errors of numbers."""
+    if not hasattr(model, "classes_"):
+        return float(((model.predict(features) - targets) ** 2).mean())
     known = np.isin(targets, model.classes_)
     if not known.any():
         return 0.0
     places = np.searchsorted(model.classes_, targets[known])
     probabilities = model.predict_proba(features)[known, places]
     return float(-np.log(np.maximum(probabilities, 1e-15)).mean())
-
-
-def _squares(model: Model, features: "csr_array", targets: np.ndarray) -> float:
-    return float(((model.predict(features) - targets) ** 2).mean())
 
 
 def _predict(data: BaselineData, model: Model, features: "csr_array | np.ndarray") -> np.ndarray:

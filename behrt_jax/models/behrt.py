@@ -7,7 +7,7 @@ given), and ``packed``, which False makes a promise that no row holds more than 
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
@@ -344,18 +344,11 @@ class BEHRTForTask(nn.Module):
     pooling: Pooling = "mean"
 
     @nn.compact
-    def __call__(
-        self,
-        batch: Batch,
-        segments: int,
-        deterministic: bool = True,
-        rows: jax.Array | None = None,
-        packed: bool = True,
-    ) -> jax.Array:
+    def __call__(self, batch: Batch, segments: int, *mode: Any, **options: Any) -> jax.Array:
         """Return float32 `[batch, segments, outputs]`; arguments as in :class:`PatientEmbedding`."""
         embedding = PatientEmbedding(self.config, self.vocabulary_size, self.pooling)
         nn.share_scope(self, embedding)  # its parameters have the same paths here as there
-        pooled = embedding(batch, segments, deterministic, rows, packed)  # [B, S, D]
+        pooled = embedding(batch, segments, *mode, **options)  # [B, S, D]
         return TaskHead(self.outputs, name="task_head")(pooled)
 
 

@@ -45,12 +45,7 @@ class SplitVisits:
 
 
 def visits_of(part: Sequences, chosen: np.ndarray | None = None) -> SplitVisits:
-    """The visits of a split.
-
-    Args:
-        part: the histories.
-        chosen: bool ``[V]``: only visits with such a code count; all where not given.
-    """
+    """The visits of a split; with ``chosen``, bool ``[V]``, only those with such a code count."""
     number = part.numbered_visits()
     count = int(number.max(initial=-1)) + 1
     subjects = np.zeros(count, np.int64)
@@ -158,12 +153,16 @@ class Candidates:
         if count := int(np.count_nonzero(gone)):
             self.counts[f"left out: {why}"] = count
 
+    def _in_order(self) -> np.ndarray:
+        """Places of those left, by subject and time."""
+        rows = np.flatnonzero(self.left)
+        return rows[np.lexsort([self.times[rows], self.subjects[rows]])]
+
     def leave_out_short(self, history: SplitHistory, least: int) -> None:
         """Leave out those with fewer than ``least`` events up to the prediction time, and a time again."""
         events = history.events_up_to(self.subjects, self.times)
         self.leave_out(f"fewer than {least} events of history", events < least)
-        rows = np.flatnonzero(self.left)
-        rows = rows[np.lexsort([self.times[rows], self.subjects[rows]])]
+        rows = self._in_order()
         same = (np.diff(self.subjects[rows]) == 0) & (np.diff(self.times[rows]) == 0)
         again = np.zeros(len(self.times), bool)
         again[rows[1:][same]] = True
@@ -172,24 +171,19 @@ class Candidates:
     def choose(self, history: SplitHistory, config: MakeLabelsConfig, room: np.ndarray | None = None) -> None:
         """Keep all, or one of each subject: the last, or one drawn by a hash of seed and subject.
 
-        Args:
-            history: of these subjects.
-            config: its ``times`` and ``seed`` are read.
-            room: bool ``[candidates]``, which of them the last is taken from, whatever the outcome; of all
-                that are left where not given.
+        The last is taken from ``room``, bool ``[candidates]``, whatever the outcome; from all that are left
+        where it is not given.
         """
         if config.times == "all":
             return
         if config.times == "last" and room is not None:
             self.leave_out("follow-up ends before the horizon does", ~room)
-        rows = np.flatnonzero(self.left)
-        rows = rows[np.lexsort([self.times[rows], self.subjects[rows]])]
+        rows = self._in_order()
         own, first, count = np.unique(self.subjects[rows], return_index=True, return_counts=True)
         place = count - 1
         if config.times == "random":
             words = hash_words(history.part.subject_ids[own]).view(np.int64) ^ np.int64(config.seed)
-            words = hash_words(words)
-            place = (words % count.astype(np.uint64)).astype(np.int64)
+            place = (hash_words(words) % count.astype(np.uint64)).astype(np.int64)
         other = self.left.copy()
         other[rows[first + place]] = False
         self.leave_out("not the one that is chosen of the subject", other)

@@ -1,7 +1,5 @@
 """Sequences from whichever source the configuration names."""
 
-from dataclasses import fields
-
 from behrt_jax.config import DataConfig
 from behrt_jax.data.events import EventSet
 from behrt_jax.data.prepared import read_prepared
@@ -29,13 +27,10 @@ def load_sequences(config: DataConfig, sep_token: bool) -> SequenceSet:
         return build_sequences(load_events(config), config, sep_token)
     if config.path is None:
         raise InputError("data.path is missing: give the folder of the prepared data, as --data DIR.")
-    for field in fields(config):
-        if field.name not in _OF_TRAINING and getattr(config, field.name) != getattr(
-            DataConfig(), field.name
-        ):
+    for name, given in vars(DataConfig()).items():
+        if name not in _OF_TRAINING and getattr(config, name) != given:
             raise InputError(
-                f"data.{field.name} has no effect on prepared data: leave it out, or prepare the data "
-                "with it."
+                f"data.{name} has no effect on prepared data: leave it out, or prepare the data with it."
             )
     return read_prepared(config.path, sep_token)
 
@@ -57,13 +52,8 @@ def load_events(config: DataConfig) -> EventSet:
             f"data.path is given but data.source is {config.source}, which is generated: "
             "add --data.source meds."
         )
-    options = (
-        config.subjects,
-        generated_code_count(config),
-        config.events_mean,
-        config.events_spread,
-        config.seed,
-    )
+    spread = config.events_spread
+    options = (config.subjects, generated_code_count(config), config.events_mean, spread, config.seed)
     if config.source == "latent":
         _check_nothing_dropped(config)
         return generate_latent(*options, config.difficulty)

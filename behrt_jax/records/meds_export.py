@@ -1,7 +1,7 @@
 """Events of a source written as a data set in the Medical Event Data Standard, 0.4, in bounded memory."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,23 +25,16 @@ _FIELDS = [*EVENT_SCHEMA.set(2, pa.field("code", pa.string(), nullable=False)), 
 
 
 def export_meds(source: Source, config: PrepareConfig, folder: Path) -> list[Path]:
-    """Write every event of a source, selected or not, as a MEDS 0.4 data set.
+    """Write every event of a source, selected or not, as a MEDS 0.4 data set into a new or empty folder.
 
     Splits are the source's own, else those that the prepared data gets by hash. Subjects that the
-    source's splits leave out are left out.
-
-    Args:
-        source: opened.
-        config: fractions and seed of the split.
-        folder: new or empty.
-
-    Returns:
-        The files written.
+    source's splits leave out are left out. Gives the files written.
 
     Raises:
         InputError: see `write_meds` and the source.
     """
-    reading = Reading(choose_boundaries(source), _every_code, values=True, subjects=True)
+    every_code = lambda names: np.ones(len(names), bool)  # noqa: E731
+    reading = Reading(choose_boundaries(source), every_code, values=True, subjects=True)
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with work_folder(folder.absolute().parent, f"exporting-{folder.name}") as work:
         spill = spill_units(source, range(source.units()), reading, work / "spill")
@@ -53,10 +46,6 @@ def export_meds(source: Source, config: PrepareConfig, folder: Path) -> list[Pat
             descriptions=source.descriptions(),
             dataset_name=source.name,
         )
-
-
-def _every_code(names: Sequence[str]) -> np.ndarray:
-    return np.ones(len(names), dtype=bool)
 
 
 def _events(partitions: Partitions, splits: Mapping[str, np.ndarray]) -> Iterator[pa.Table]:

@@ -84,12 +84,10 @@ class PlainConsole(Console):
     interval = PLAIN_INTERVAL
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        """Write to `stream`; `clock` gives seconds."""
         super().__init__(clock)
         self._stream = stream
 
     def log(self, text: str) -> None:
-        """Write the text as a line."""
         # A stream with a narrow encoding (ASCII under LANG=C) must not end a run.
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         line = printable(text).encode(encoding, "replace").decode(encoding)
@@ -103,7 +101,6 @@ class RichConsole(Console):
     interval = LIVE_INTERVAL
 
     def __init__(self, console: "rich.console.Console", clock: Callable[[], float] = time.monotonic) -> None:
-        """Draw on `console`; `clock` gives seconds."""
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.table import Column
 
@@ -113,17 +110,14 @@ class RichConsole(Console):
         self._bar = Progress(BarColumn(bar_width=20), text, console=console, refresh_per_second=4)
 
     def start(self, total_steps: int, start_step: int = 0, steps_per_epoch: float | None = None) -> None:
-        """Draw the bar from now on; arguments as in :meth:`Console.start`."""
         super().start(total_steps, start_step, steps_per_epoch)
         self._task = self._bar.add_task("first step (compiling)", total=total_steps, completed=start_step)
         self._bar.start()
 
     def log(self, text: str) -> None:
-        """Print the text above the bar."""
         self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Print a rich table above the bar."""
         from rich.table import Table
         from rich.text import Text
 
@@ -136,7 +130,6 @@ class RichConsole(Console):
         self._console.print(drawn)
 
     def close(self) -> None:
-        """Take the bar's last state and give the terminal back."""
         if self._pace.per_second()[0] is not None:
             self._show_progress(self._progress())  # steps since the last redrawing
         self._bar.stop()
@@ -166,7 +159,6 @@ class Pace:
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock` gives seconds."""
         self._clock = clock
         self._tokens = 0
         self._now = (0.0, 0, 0)
@@ -206,18 +198,16 @@ def progress_text(
     loss: float | None,
 ) -> str:
     """One line of progress; parts that are not known yet are left out."""
-    parts = [f"step {step:,}/{total_steps:,}"]
-    if epoch is not None:
-        parts.append(f"epoch {epoch:.1f}")
-    if steps_per_second is not None:
-        parts.append(f"{format_rate(steps_per_second)} steps/s")
-    if tokens_per_second is not None:
-        parts.append(f"{format_rate(tokens_per_second)} tokens/s")
-    if loss is not None:
-        parts.append(f"loss {loss:.3f}")
+    parts = [
+        f"step {step:,}/{total_steps:,}",
+        "" if epoch is None else f"epoch {epoch:.1f}",
+        "" if steps_per_second is None else f"{format_rate(steps_per_second)} steps/s",
+        "" if tokens_per_second is None else f"{format_rate(tokens_per_second)} tokens/s",
+        "" if loss is None else f"loss {loss:.3f}",
+    ]
     if steps_per_second and step < total_steps:
         parts.append(f"{format_duration((total_steps - step) / steps_per_second)} left")
-    return "  ".join(parts)
+    return "  ".join(filter(None, parts))
 
 
 def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

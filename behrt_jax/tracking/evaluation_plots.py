@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from behrt_jax.evaluation.performance import BaselineRecord, EvaluationRecord, ModelRecord, main_figure
 from behrt_jax.evaluation.scores import TITLES
-from behrt_jax.tracking.plots import DPI
+from behrt_jax.tracking.plots import draw_pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,28 +37,9 @@ def plot_evaluation(record: EvaluationRecord, folder: Path) -> list[Path]:
 
     Returns the pictures drawn; none where matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return []
-
-    drawn = []
-    for name, (size, draw) in _PICTURES.items():
-        rows = len(_compared(record)) if name == "comparison" else 0
-        figure = Figure(figsize=(size[0], size[1] + 0.28 * rows), layout="constrained")
-        FigureCanvasAgg(figure)  # no display and no global state
-        axes = figure.add_subplot()
-        if not draw(axes, record):
-            continue
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=DPI, metadata={"Software": None})
-        drawn.append(path)
-    return drawn
+    sizes = {name: size for name, (size, _) in _PICTURES.items()}
+    sizes["comparison"] = (6.8, 1.2 + 0.28 * len(_compared(record)))
+    return draw_pictures(folder, sizes, lambda axes, name: _PICTURES[name][1](axes, record))
 
 
 def draw_roc(axes: "Axes", record: EvaluationRecord) -> bool:
@@ -142,7 +123,6 @@ def draw_decision_curve(axes: "Axes", record: EvaluationRecord) -> bool:
 
 
 def _share(record: EvaluationRecord) -> float:
-    """Of positives."""
     entry = record["model"]["figures"].get("prevalence")
     return (entry["value"] if entry else None) or 0.0
 

@@ -5,14 +5,8 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from behrt_jax.evaluation.performance import (
-    BaselineRecord,
-    EvaluationRecord,
-    FigureEntry,
-    assessment_of,
-    main_figure,
-    side_of,
-)
+from behrt_jax.evaluation import performance
+from behrt_jax.evaluation.performance import BaselineRecord, EvaluationRecord, FigureEntry, main_figure
 from behrt_jax.evaluation.scores import TITLES
 from behrt_jax.files import write_text
 from behrt_jax.tracking.console import printable, table_text
@@ -39,12 +33,11 @@ def plain_words(record: EvaluationRecord) -> list[str]:
     figures = record["model"]["figures"]
     name = main_figure(record["kind"])
     main, title = figures[name], TITLES[name]
+    first = f"The model's {title} is {figure_text(main)}; in brackets the 95 % interval."
     if main["value"] is None:
-        said = [f"There is no {title}: {main.get('reason')}."]
-    else:
-        said = [f"The model's {title} is {figure_text(main)}; in brackets the 95 % interval."]
-    said += [*_size(record), *_against_baselines(record), *_calibration(record), *_benefit(record)]
-    return said + _circumstances(record)
+        first = f"There is no {title}: {main.get('reason')}."
+    parts = (_size, _against_baselines, _calibration, _benefit, _circumstances)
+    return [first, *(sentence for part in parts for sentence in part(record))]
 
 
 def _number(value: float | None) -> str:
@@ -81,19 +74,17 @@ def _against_baselines(record: EvaluationRecord) -> list[str]:
             continue
         if main not in differences:  # nothing is told apart by calibration alone
             continue
-        wins = [
-            _both(record, baseline, key) for key, found in differences.items() if found["ahead"] == "baseline"
-        ]
-        found = differences[main]
-        if wins:
-            said.append(f"THE BASELINE WINS: {name} is better than the model by {'; by '.join(wins)}.")
+        lost = [key for key, found in differences.items() if found["ahead"] == "baseline"]
+        if lost:
+            by = "; by ".join(_both(record, baseline, key) for key in lost)
+            said.append(f"THE BASELINE WINS: {name} is better than the model by {by}.")
+        found, by = differences[main], _both(record, baseline, main)
         if found["ahead"] == "model":
-            said.append(f"The model is better than {name} by {_both(record, baseline, main)}.")
+            said.append(f"The model is better than {name} by {by}.")
         elif found["ahead"] == "unclear":
             leads = {"model": "the model leads", "baseline": "the baseline leads", "equal": "both are equal"}
             why = "no interval" if found["low"] is None else leads[found["better"]]
-            both = _both(record, baseline, main)
-            said.append(f"The model and {name} are not told apart ({why}) by {both}.")
+            said.append(f"The model and {name} are not told apart ({why}) by {by}.")
     return said
 
 
@@ -109,10 +100,10 @@ def _calibration(record: EvaluationRecord) -> list[str]:
     if "calibration_slope" not in figures:
         return []
     slope, intercept = figures["calibration_slope"], figures["calibration_intercept"]
-    if side := side_of(slope, 1.0):
+    if side := performance.side_of(slope, 1.0):
         how = "too extreme: risks lie nearer to the mean" if side < 0 else "too timid"
         said.append(f"The predictions are {how} (calibration slope {figure_text(slope)}, right is 1).")
-    if side := side_of(intercept, 0.0):
+    if side := performance.side_of(intercept, 0.0):
         how = "too high" if side < 0 else "too low"
         predicted, found = (figures[name]["value"] for name in ("mean_prediction", "prevalence"))
         said.append(f"On average the predicted risk is {how}: {predicted:.1%} predicted, {found:.1%} found.")
@@ -134,8 +125,7 @@ def _benefit(record: EvaluationRecord) -> list[str]:
 
 def _circumstances(record: EvaluationRecord) -> list[str]:
     task, said = record["task"], []
-    split = task.get("split")
-    if split in ("train", "tuning", "all"):
+    if (split := task.get("split")) in ("train", "tuning", "all"):
         said.append(
             f"These are predictions of the split {split}, which model and baselines were made with: the "
             "figures flatter them. Judge by held_out."
@@ -154,8 +144,7 @@ def _circumstances(record: EvaluationRecord) -> list[str]:
     ):
         if counts.get(name):
             said.append(f"{counts[name]:,} {text}.")
-    if record["counts"].get("classes_unknown_to_the_model"):
-        unknown = record["counts"]["classes_unknown_to_the_model"]
+    if unknown := record["counts"].get("classes_unknown_to_the_model"):
         said.append(f"{unknown} classes of the labels are unknown to the model: it is always wrong there.")
     if record["without_groups"]:
         said.append(f"No figures by group: {record['without_groups']}")
@@ -194,24 +183,20 @@ def heading(record: EvaluationRecord) -> str:
     counts, task = record["counts"], record["task"]
     size = f"{counts['examples']:,} examples of {counts['subjects']:,} subjects"
     if "positives" in counts:
-        share = counts["positives"] / counts["examples"]
-        size += (
-            f", {counts['positives']:,} positive ({share:.1%}) of {counts['positive_subjects']:,} subjects"
-        )
+        share, subjects = counts["positives"] / counts["examples"], counts["positive_subjects"]
+        size += f", {counts['positives']:,} positive ({share:.1%}) of {subjects:,} subjects"
     if "events" in counts:
         size += f", {counts['events']:,} with an event; median follow-up {counts['median_days']:,.0f} days"
     if "codes" in counts:
         size += f", {counts['codes']:,} codes, {counts['codes_per_example']:.2f} an example"
     named = [f"{name} {task.get(name)}" for name in ("model", "data", "labels", "split") if task.get(name)]
-    bootstrap = record["bootstrap"]
-    return "\n".join(
-        [
-            f"Evaluation of {record['kind']} predictions: {size}.",
-            *([f"From {', '.join(named)}."] if named else []),
-            f"Intervals: 95 %, percentiles of {bootstrap['draws']:,} bootstrap draws of whole subjects (seed "
-            f"{bootstrap['seed']}).",
-        ]
+    draws, seed = record["bootstrap"]["draws"], record["bootstrap"]["seed"]
+    lines = [f"Evaluation of {record['kind']} predictions: {size}."]
+    lines += [f"From {', '.join(named)}."] if named else []
+    lines.append(
+        f"Intervals: 95 %, percentiles of {draws:,} bootstrap draws of whole subjects (seed {seed})."
     )
+    return "\n".join(lines)
 
 
 def _figures(record: EvaluationRecord) -> Table:
@@ -232,12 +217,9 @@ def _over_codes(record: EvaluationRecord) -> Table:
         (which, *(_number(part[name]) for name in names), part["codes"], part["examples"])
         for which, part in found.items()
     ]
-    return Table(
-        "Over codes: all pairs together (micro), mean over codes (macro); without intervals",
-        ("codes", "micro AUROC", "micro av. precision", "macro AUROC", "macro av. precision",
-         "codes with both", "examples with both"),
-        rows,
-    )  # fmt: skip
+    columns = ("codes", "micro AUROC", "micro av. precision", "macro AUROC", "macro av. precision")
+    title = "Over codes: all pairs together (micro), mean over codes (macro); without intervals"
+    return Table(title, (*columns, "codes with both", "examples with both"), rows)
 
 
 def _baselines(record: EvaluationRecord) -> Table:
@@ -267,7 +249,7 @@ _AHEAD = {"model": "model", "baseline": "BASELINE", "unclear": "not told apart"}
 def _groups(record: EvaluationRecord, name: str) -> Table:
     groups = record["groups"][name]
     figures = next((group["figures"] for group in groups if group["figures"] is not None), None)
-    of_groups = assessment_of(record["kind"]).of_groups
+    of_groups = performance.assessment_of(record["kind"]).of_groups
     shown = [key for key in of_groups if figures and key in figures] or [main_figure(record["kind"])]
     cases = next((key for key in ("positives", "events") if key in record["counts"]), None)
     rows = []
@@ -292,11 +274,16 @@ def _ensemble(record: EvaluationRecord) -> Table:
         )
         for name, part in ensemble["figures"].items()
     ]
-    return Table(
-        f"Ensemble of {ensemble['members']} members",
-        ("figure", "ensemble", "mean member", "spread (sd)", "least", "most", "ensemble less mean member"),
-        rows,
+    columns = (
+        "figure",
+        "ensemble",
+        "mean member",
+        "spread (sd)",
+        "least",
+        "most",
+        "ensemble less mean member",
     )
+    return Table(f"Ensemble of {ensemble['members']} members", columns, rows)
 
 
 def write_evaluation_report(

@@ -1,6 +1,7 @@
 """Pictures of a run: loss and accuracy over the epochs, beside the baselines and the known optimum."""
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,31 +33,46 @@ def plot_curves(metrics: Records, baselines: Baselines, folder: Path) -> list[Pa
 
     Returns the pictures drawn; none where matplotlib is not installed.
     """
+    best = best_validation(metrics)
+
+    def draw(axes: "Axes", name: str) -> bool:
+        if not (_draw_loss if name == "loss" else _draw_accuracy)(axes, metrics, baselines, best):
+            return False
+        axes.set_xlabel("epoch (passes over the training subjects)")
+        axes.set_xlim(left=0)
+        # Below the axes, where it hides no curve.
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        return True
+
+    return draw_pictures(folder, dict.fromkeys(("loss", "accuracy"), (7.2, 4.8)), draw)
+
+
+def draw_pictures(
+    folder: Path, sizes: Mapping[str, tuple[float, float]], draw: Callable[["Axes", str], bool]
+) -> list[Path]:
+    """Draw pictures of some names and sizes (inches) into `folder`, which is made where it is missing.
+
+    `draw` is given axes and a name; where it says False there is nothing to draw. Returns the pictures
+    drawn; none where matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return []
 
-    best = best_validation(metrics)
     drawn = []
-    for name, draw in (("loss", _draw_loss), ("accuracy", _draw_accuracy)):
-        figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    for name, size in sizes.items():
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)  # no display and no global state
         axes = figure.add_subplot()
-        if not draw(axes, metrics, baselines, best):
-            continue
-        axes.set_xlabel("epoch (passes over the training subjects)")
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(left=0)
-        # Below the axes, where it hides no curve.
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=DPI, metadata={"Software": None})
-        drawn.append(path)
+        if draw(axes, name):
+            axes.grid(color="#dddddd", linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            folder.mkdir(parents=True, exist_ok=True)
+            drawn.append(folder / f"{name}.png")
+            figure.savefig(drawn[-1], dpi=DPI, metadata={"Software": None})
     return drawn
 
 

@@ -8,18 +8,9 @@ from pathlib import Path
 from behrt_jax import run_folder
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, read_json, write_text
+from behrt_jax.tracking import summary as outcome
 from behrt_jax.tracking.console import format_duration, table_cells
 from behrt_jax.tracking.plots import best_validation
-from behrt_jax.tracking.summary import (
-    FIGURES,
-    Summary,
-    attained,
-    band_table,
-    figure_table,
-    flat,
-    format_figure,
-    verdict,
-)
 
 # A browser refuses everything but this page's own pictures and style, whatever the data holds.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -91,10 +82,9 @@ def write_report(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"there is no run folder {folder}: give the --output of a run.")
     config = _read(folder / run_folder.CONFIG_FILE)
-    summary = Summary(**_read(folder / run_folder.SUMMARY_FILE))
+    summary = outcome.Summary(**_read(folder / run_folder.SUMMARY_FILE))
     metrics = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
     parameters = _read(folder / run_folder.PARAMETERS_FILE)
-    name = folder.resolve().name
     made_with = config.get("settings", {}).get("name")
     what = f"Pretraining run with the configuration {made_with}" if made_with else "Pretraining run"
     sections = [
@@ -104,9 +94,8 @@ def write_report(folder: Path) -> Path:
         _history(metrics),
         _settings(config),
     ]
-    note = f"{what}, written by behrt_jax"
     path = folder / run_folder.REPORT_FILE
-    write_text(path, html_page(name, note, sections))
+    write_text(path, html_page(folder.resolve().name, f"{what}, written by behrt_jax", sections))
     return path
 
 
@@ -120,36 +109,35 @@ def _read(path: Path) -> JsonObject:
     return value
 
 
-def _outcome(summary: Summary, metrics: run_folder.Records) -> str:
+def _outcome(summary: outcome.Summary, metrics: run_folder.Records) -> str:
     if not summary:
         best = best_validation(metrics)
         reached = f" It got to step {metrics[-1]['step']:,}." if metrics else " It has no metrics yet."
-        found = (
-            f" Best validation loss so far: {best['loss']:.3f} nats at step {best['step']:,}." if best else ""
-        )
-        text = f"This run has no summary: it is going on or was interrupted.{reached}{found}"
+        text = f"This run has no summary: it is going on or was interrupted.{reached}"
+        if best:
+            text += f" Best validation loss so far: {best['loss']:.3f} nats at step {best['step']:,}."
         return f'<p class="verdict">{text}</p>'
     facts = [f"{summary.get('epochs') or 0:.1f} epochs", f"{summary.get('steps') or 0:,} steps"]
     if (seconds := summary.get("wall_seconds")) is not None:
         facts.append(format_duration(seconds))
     facts.append(f"stopped: {summary.get('stop_reason', 'unknown')}")
     parts = [
-        f'<p class="verdict">{escape(verdict(summary.get("gain_over_unigram")))}</p>',
+        f'<p class="verdict">{escape(outcome.verdict(summary.get("gain_over_unigram")))}</p>',
         f"<p>{escape(', '.join(facts))}</p>",
     ]
     if findings := summary.get("findings"):
         columns = ("severity", "id", "when", "seen", "why", "mend")
         rows = [[str(found.get(column, "")) for column in columns] for found in findings]
         parts.append("<h2>Findings</h2>\n" + html_table(columns, rows))
-    if text := attained(summary):
+    if text := outcome.attained(summary):
         parts.append(f"<p>{escape(text)}</p>")
     titles = _at("best", summary.get("best")), _at("last", summary.get("last"))
-    parts.append("<h2>Validation</h2>\n" + html_table(*figure_table(summary, titles)))
-    columns, rows = band_table(summary)
+    parts.append("<h2>Validation</h2>\n" + html_table(*outcome.figure_table(summary, titles)))
+    columns, rows = outcome.band_table(summary)
     if rows:
         parts.append("<h3>By frequency of the code in the train split</h3>\n" + html_table(columns, rows))
     if data := summary.get("data"):
-        parts.append("<h2>Data</h2>\n" + html_table(("", ""), flat(data)))
+        parts.append("<h2>Data</h2>\n" + html_table(("", ""), outcome.flat(data)))
     return "\n".join(parts)
 
 
@@ -196,23 +184,19 @@ def _history(metrics: run_folder.Records) -> str:
     every = -(-len(validations) // _HISTORY_ROWS)
     # Counted from the end, so that the last validation is always there.
     shown = validations[::-1][::every][::-1]
-    rows = [
-        [
-            f"{record['step']:,}",
-            f"{record.get('epoch') or 0:.2f}",
-            *(format_figure(field, record.get(field)) for field, _ in FIGURES),
-        ]
-        for record in shown
-    ]
+    rows = []
+    for record in shown:
+        figures = [outcome.format_figure(field, record.get(field)) for field, _ in outcome.FIGURES]
+        rows.append([f"{record['step']:,}", f"{record.get('epoch') or 0:.2f}", *figures])
     note = f", one in {every} shown" if every > 1 else ""
-    table = html_table(("step", "epoch", *(title for _, title in FIGURES)), rows)
+    table = html_table(("step", "epoch", *(title for _, title in outcome.FIGURES)), rows)
     return f"<details><summary>{len(validations)} validations{note}</summary>\n{table}</details>"
 
 
 def _settings(config: JsonObject) -> str:
     if not config:
         return '<p class="note">The configuration is missing (config.json).</p>'
-    table = html_table(("setting", "value"), flat(_as_text(config)))
+    table = html_table(("setting", "value"), outcome.flat(_as_text(config)))
     title = "All settings, versions and devices"
     return f"<h2>Configuration</h2>\n<details><summary>{title}</summary>\n{table}</details>"
 

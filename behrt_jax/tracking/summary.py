@@ -163,12 +163,11 @@ def summary_text(summary: Summary, config_name: str) -> str:
     if data := list(flat(summary.get("data") or {})):
         parts.append("Data:\n" + "\n".join(f"  {name}: {format_cell(value)}" for name, value in data))
     if findings := summary.get("findings"):
-        parts.append("Findings:\n" + "\n".join(_wrap(f"- {finding_text(found)}") for found in findings))
+        parts.append("Findings:\n" + "\n".join(_wrap(f"- {_finding_text(found)}") for found in findings))
     return "\n\n".join(parts).encode("ascii", "replace").decode("ascii") + "\n"
 
 
-def finding_text(found: JsonObject) -> str:
-    """A finding of the doctor, as JSON, in a few sentences."""
+def _finding_text(found: JsonObject) -> str:
     parts = (str(found.get(key, "")) for key in ("seen", "why", "mend"))
     return f"{str(found.get('severity', '')).upper()} {found.get('id', '')}: {' '.join(parts)}"
 
@@ -176,12 +175,8 @@ def finding_text(found: JsonObject) -> str:
 def figure_table(summary: Summary, titles: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
     """Figures of the best and the last validation beside those of the baselines, as text.
 
-    Args:
-        summary: of :func:`summarise`.
-        titles: of the columns of the best and the last validation.
-
     Returns:
-        Column titles, and the rows of figures that any column has.
+        Column titles, those given for the best and the last, and the rows of figures that any column has.
     """
     baselines = summary.get("baselines") or {}
     columns, records = ["", *titles], [summary.get("best"), summary.get("last")]

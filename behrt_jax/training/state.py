@@ -89,7 +89,7 @@ def set_up_task(
         freezing: the regime, or the groups that train.
         mesh: the devices; one where not given.
         first_outputs: bias of the head before training, float32 `[outputs]`, see
-            :meth:`behrt_jax.data.tasks.Task.base_outputs`; zero where not given.
+            :meth:`behrt_jax.data.tasks.Kind.base_outputs`; zero where not given.
         new_codes: rows of embeddings beside the pretrained ones, see `adapters.new_codes`.
         packed: rows may hold several examples.
 

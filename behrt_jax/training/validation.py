@@ -103,7 +103,7 @@ def validate(
     variables: Variables,
     batches: Iterable[Batch],
 ) -> dict[str, float]:
-    """Metrics of `evaluation.metrics.mean_metrics` over all batches, each target counted once.
+    """Metrics of `models.losses.mean_metrics` over all batches, each target counted once.
 
     The host waits for the devices once, at the end.
 

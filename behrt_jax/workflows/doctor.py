@@ -4,7 +4,6 @@ A check stands with others of its kind in `behrt_jax.diagnosis`, where the list 
 they are made together, shown and written. JAX is not needed.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,23 +11,11 @@ from behrt_jax.config import DoctorConfig
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.labels import Labels, read_labels
 from behrt_jax.data.prepared import read_manifest, read_prepared
-from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.diagnosis import finding
 from behrt_jax.diagnosis.after import check_after
 from behrt_jax.diagnosis.before import check_before
 from behrt_jax.diagnosis.during import check_during
-from behrt_jax.diagnosis.finding import (
-    Facts,
-    Finding,
-    RunRecord,
-    by_severity,
-    from_json,
-    has_error,
-    one_line,
-    read_run,
-    summary_line,
-    table_rows,
-    to_json,
-)
+from behrt_jax.diagnosis.finding import Facts, Finding, RunRecord, by_severity, read_run
 from behrt_jax.diagnosis.leakage_codes import check_codes
 from behrt_jax.diagnosis.leakage_data import check_data
 from behrt_jax.diagnosis.leakage_labels import check_labels, place_labels
@@ -62,9 +49,7 @@ def examine_run(config: DoctorConfig) -> list[Finding]:
     """
     assert config.run is not None
     findings = examine(read_run(config.run))
-    _show(f"Run {config.run}", findings)
-    _write(config, "run", config.run, findings)
-    return findings
+    return _told(config, findings, "run", config.run, f"Run {config.run}")
 
 
 def examine(run: RunRecord) -> list[Finding]:
@@ -74,21 +59,21 @@ def examine(run: RunRecord) -> list[Finding]:
     """
     found = [*examine_before(run), *examine_during(run)]
     if run.summary:
-        found += [replace(finding, when="after") for finding in check_after(run)]
-    ids = {finding.id for finding in found}
+        found += [replace(one, when="after") for one in check_after(run)]
+    ids = {one.id for one in found}
     # Older folders lack the facts that the checks before training need.
-    stored = from_json(run.summary.get("findings") or []) if run.facts == Facts() else []
-    return by_severity([*found, *(finding for finding in stored if finding.id not in ids)])
+    stored = finding.from_json(run.summary.get("findings") or []) if run.facts == Facts() else []
+    return by_severity([*found, *(one for one in stored if one.id not in ids)])
 
 
 def examine_before(run: RunRecord) -> list[Finding]:
     """The checks that need no training."""
-    return [replace(finding, when="before") for finding in check_before(run)]
+    return [replace(one, when="before") for one in check_before(run)]
 
 
 def examine_during(run: RunRecord) -> list[Finding]:
     """The checks of the metrics so far."""
-    return [replace(finding, when="during") for finding in check_during(run)]
+    return [replace(one, when="during") for one in check_during(run)]
 
 
 GROWTH = 1.1
@@ -119,13 +104,13 @@ class Examination:
         """Make every check; all findings of the run, errors first, as JSON."""
         found = examine(replace(self.run, metrics=read_metrics(self.metrics_path), summary=summary))
         self._show(found)
-        return to_json(found)
+        return finding.to_json(found)
 
     def _show(self, findings: list[Finding]) -> None:
-        for finding in findings:
-            if finding.id not in self._shown:
-                self._shown.add(finding.id)
-                self.console.log(one_line(finding))
+        for one in findings:
+            if one.id not in self._shown:
+                self._shown.add(one.id)
+                self.console.log(finding.one_line(one))
 
 
 # The leakage audit: what in prepared data and labels would make results too good, or wrong.
@@ -145,23 +130,16 @@ def audit_data(config: DoctorConfig) -> list[Finding]:
     data, manifest = read_prepared(config.data), read_manifest(config.data)
     labels = None if config.labels is None else read_labels(config.labels, as_written=True)
     _check_options(labels, config)
-    findings = by_severity(_audit(data, manifest, labels, config))
-    subjects = sum(len(part) for part in data.splits.values())
-    about = "" if labels is None else f" and {len(labels):,} labels"
-    _show(f"{config.data}, {subjects:,} subjects{about}", findings)
-    _write(config, "data", config.data, findings)
-    return findings
-
-
-def _audit(
-    data: SequenceSet, manifest: JsonObject, labels: Labels | None, config: DoctorConfig
-) -> Iterator[Finding]:
-    yield from check_data(data, manifest, config.death_codes)
+    found = list(check_data(data, manifest, config.death_codes))
     if labels is not None:
         placed = place_labels(labels, data)
-        yield from check_labels(labels, data, placed, manifest, config)
+        found += check_labels(labels, data, placed, manifest, config)
         if labels.positive() is not None:
-            yield from check_codes(placed, data.vocabulary, config)
+            found += check_codes(placed, data.vocabulary, config)
+    findings = by_severity(found)
+    subjects = sum(len(part) for part in data.splits.values())
+    about = "" if labels is None else f" and {len(labels):,} labels"
+    return _told(config, findings, "data", config.data, f"{config.data}, {subjects:,} subjects{about}")
 
 
 def _check_options(labels: Labels | None, config: DoctorConfig) -> None:
@@ -175,23 +153,20 @@ def _check_options(labels: Labels | None, config: DoctorConfig) -> None:
                 raise InputError(f"--{option} has no effect without labels: add --labels FILE.")
 
 
-# What both show and write.
-
-
-def _show(subject: str, findings: Sequence[Finding]) -> None:
+def _told(
+    config: DoctorConfig, findings: list[Finding], kind: str, examined: Path, subject: str
+) -> list[Finding]:
+    """Show findings, and write ``{kind: folder, "errors": bool, "findings": [...]}`` where that is asked."""
     with open_console() as console:
         if findings:
-            rows = table_rows(findings)
+            rows = finding.table_rows(findings)
             console.table(f"{subject}: findings", ("severity", "id", "seen"), [row[:3] for row in rows])
-            console.table(
-                "Why and what to do", ("id", "why", "what to do"), [row[1:2] + row[3:] for row in rows]
-            )
-        console.log(f"{subject}: {summary_line(findings)}.")
+            advice = [row[1:2] + row[3:] for row in rows]
+            console.table("Why and what to do", ("id", "why", "what to do"), advice)
+        console.log(f"{subject}: {finding.summary_line(findings)}.")
 
-
-def _write(config: DoctorConfig, kind: str, examined: Path, findings: Sequence[Finding]) -> None:
-    """Write ``{kind: folder, "errors": bool, "findings": [...]}``, errors first; folders are made."""
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        written = {kind: examined, "errors": has_error(findings), "findings": to_json(findings)}
-        write_json(config.output, written)
+        found = {"errors": finding.has_error(findings), "findings": finding.to_json(findings)}
+        write_json(config.output, {kind: examined, **found})
+    return findings

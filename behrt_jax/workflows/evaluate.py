@@ -19,27 +19,13 @@ from behrt_jax.data.prepared import read_manifest, read_prepared, read_static
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
+from behrt_jax.evaluation import task_baselines
 from behrt_jax.evaluation.performance import EvaluationRecord, age_groups, assess_predictions, sex_groups
-from behrt_jax.evaluation.task_baselines import (
-    Baseline,
-    BaselineData,
-    HistoryCounts,
-    count_codes,
-    join_histories,
-    run_baselines,
-    targets_of,
-)
 from behrt_jax.files import work_folder, write_json, write_text
 from behrt_jax.run_folder import PLOTS_FOLDER, REPORT_FILE, SUMMARY_TEXT_FILE
+from behrt_jax.tracking import evaluation_report
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.tracking.evaluation_plots import plot_evaluation
-from behrt_jax.tracking.evaluation_report import (
-    evaluation_tables,
-    heading,
-    plain_words,
-    summary_text,
-    write_evaluation_report,
-)
 
 FIGURES_FILE = "metrics.json"
 _WHOLE_HISTORY = 1 << 30
@@ -62,10 +48,10 @@ def evaluate(config: EvaluateConfig) -> EvaluationRecord:
         console.log(f"Read {len(file):,} predictions ({file.kind}) from {config.predictions}.")
         record = _judge(config, file, console)
         _write(output, config.predictions.stem, record)
-        console.log(heading(record))
-        for table in evaluation_tables(record):
+        console.log(evaluation_report.heading(record))
+        for table in evaluation_report.evaluation_tables(record):
             console.table(*table)
-        for sentence in plain_words(record):
+        for sentence in evaluation_report.plain_words(record):
             console.log(f"- {sentence}")
         names = [str(path.relative_to(output)) for path in sorted(output.rglob("*")) if path.is_file()]
         console.log(f"Written to {output}: {', '.join(names)}")
@@ -95,22 +81,19 @@ def _judge(config: EvaluateConfig, file: PredictionFile, console: Console) -> Ev
     records, missing = open_records(config, file)
     groups = {} if records is None else find_groups(file, records)
     reason, counts = missing, {}
-    baselines: list[Baseline] = []
+    baselines: list[task_baselines.Baseline] = []
     if not config.baselines:
         reason = "--no_baselines was given."
     elif records is not None:
         data, reason, counts = baseline_data(config, file, records)
         if data is not None:
-            left_out = "".join(
-                f" ({counts[f'{split}_left_out']:,} of {split} left out)"
-                for split in ("train", "tuning")
-                if counts[f"{split}_left_out"]
-            )
+            lost = {split: counts[f"{split}_left_out"] for split in ("train", "tuning")}
+            left_out = "".join(f" ({n:,} of {split} left out)" for split, n in lost.items() if n)
             console.log(
                 f"Fitting baselines on {counts['train']:,} examples of train and {counts['tuning']:,} of "
                 f"tuning{left_out}."
             )
-            baselines = run_baselines(data)
+            baselines = task_baselines.run_baselines(data)
     task = file.metadata.copy()
     task.pop("classes", None)
     return {
@@ -130,9 +113,11 @@ def _write(output: Path, title: str, record: EvaluationRecord) -> None:
         folder = work / "evaluation"
         folder.mkdir()
         write_json(folder / FIGURES_FILE, record)
-        write_text(folder / SUMMARY_TEXT_FILE, summary_text(record))
+        write_text(folder / SUMMARY_TEXT_FILE, evaluation_report.summary_text(record))
         pictures = plot_evaluation(record, folder / PLOTS_FOLDER)
-        write_evaluation_report(folder / REPORT_FILE, f"Evaluation of {title}", record, pictures)
+        evaluation_report.write_evaluation_report(
+            folder / REPORT_FILE, f"Evaluation of {title}", record, pictures
+        )
         folder.replace(output)
 
 
@@ -147,7 +132,7 @@ class Records:
     data: SequenceSet
     find: Callable[[str, Labels], Examples]
     """Finds the histories of a split's labels."""
-    evaluated: HistoryCounts
+    evaluated: task_baselines.HistoryCounts
     """Of the predictions' examples, in their order."""
 
 
@@ -178,13 +163,13 @@ def open_records(config: EvaluateConfig, file: PredictionFile) -> tuple[Records 
         if config.data is not None:
             raise InputError(f"--data: {missing}: give the data that was predicted.")
         return None, f"{missing}: {_MEND}"
-    parts = [count_codes(examples, len(data.vocabulary)) for examples in found]
-    return Records(folder, data, find, join_histories(parts, np.argsort(rows))), ""
+    parts = [task_baselines.count_codes(examples, len(data.vocabulary)) for examples in found]
+    return Records(folder, data, find, task_baselines.join_histories(parts, np.argsort(rows))), ""
 
 
 def baseline_data(
     config: EvaluateConfig, file: PredictionFile, records: Records
-) -> tuple[BaselineData | None, str, dict[str, int]]:
+) -> tuple[task_baselines.BaselineData | None, str, dict[str, int]]:
     """What baselines are fitted on; else None and why there is nothing; and counts of examples.
 
     Raises:
@@ -197,29 +182,28 @@ def baseline_data(
     if config.labels is None and not path.exists():
         return None, f"the labels that the predictions name are not there ({path}): {_MEND}", {}
     labels = read_labels(path)
-    parts, counts = {}, {}
+    parts: dict[str, tuple[task_baselines.HistoryCounts, np.ndarray]] = {}
+    counts: dict[str, int] = {}
     for place, split in enumerate(("train", "tuning")):
         examples = records.find(split, labels)
-        targets, rows = targets_of(file.kind, file.classes, labels, examples.rows)
+        targets, rows = task_baselines.targets_of(file.kind, file.classes, labels, examples.rows)
         if len(rows) > config.max_train_examples:
             rng = np.random.default_rng([config.seed, place])
             chosen = np.sort(rng.permutation(len(rows))[: config.max_train_examples])
             targets, rows = targets[chosen], rows[chosen]
-        parts[split] = count_codes(examples, len(records.data.vocabulary), rows), targets
+        parts[split] = task_baselines.count_codes(examples, len(records.data.vocabulary), rows), targets
         counts |= {split: len(rows), f"{split}_left_out": len(examples) - len(rows)}
     if not counts["train"]:
         return None, f"{path} has no label of the train split: {_MEND}", counts
     ids = records.data.vocabulary.encode(file.classes)
-    data = BaselineData(
-        kind=file.kind,
-        classes=file.classes,
-        edges_days=file.edges_days,
-        class_ids=np.where(ids == UNK, -1, ids),
-        train=parts["train"][0],
-        train_targets=parts["train"][1],
-        tuning=parts["tuning"][0],
-        tuning_targets=parts["tuning"][1],
-        evaluated=records.evaluated,
+    data = task_baselines.BaselineData(
+        file.kind,
+        file.classes,
+        file.edges_days,
+        np.where(ids == UNK, -1, ids),
+        *parts["train"],
+        *parts["tuning"],
+        records.evaluated,
         boosting_codes=config.boosting_codes,
         seed=config.seed,
     )

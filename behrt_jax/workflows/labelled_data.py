@@ -111,7 +111,7 @@ class LabelledData:
 
     def base_outputs(self) -> np.ndarray:
         """Outputs that tell of each example what is true on average in train, float32 ``[outputs]``."""
-        return self.task.base_outputs(self.train_targets)
+        return self.task.of.base_outputs(self.train_targets, self.task.outputs)
 
     def first_rows(self, encoder: Tree) -> np.ndarray | None:
         """First embeddings of the new codes, float32 ``[codes, embedding]``; None where there are none."""

@@ -1,7 +1,6 @@
 """A label table made of prepared data, with an account of who got a label, who none, and why."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import date
@@ -18,22 +17,14 @@ from behrt_jax.data.sorting import find_ids
 from behrt_jax.data.vocabulary import matching_codes
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, written_whole
-from behrt_jax.records.label_makers import (
-    NEVER,
-    MadeLabels,
-    SplitHistory,
-    label_death,
-    label_first_occurrence,
-    label_next_visit,
-    label_readmission,
-)
+from behrt_jax.records import label_makers
 from behrt_jax.tracking.console import open_console
 
 MAKERS = {
-    "next_visit": label_next_visit,
-    "first_occurrence": label_first_occurrence,
-    "readmission": label_readmission,
-    "death": label_death,
+    "next_visit": label_makers.label_next_visit,
+    "first_occurrence": label_makers.label_first_occurrence,
+    "readmission": label_makers.label_readmission,
+    "death": label_makers.label_death,
 }
 _DEFAULT_HORIZON = {"first_occurrence": 365.0, "readmission": 30.0, "death": 365.0}
 
@@ -81,7 +72,9 @@ def make_labels(config: MakeLabelsConfig) -> JsonObject:
     return account
 
 
-def _write(config: MakeLabelsConfig, made: Mapping[str, MadeLabels], account: JsonObject) -> None:
+def _write(
+    config: MakeLabelsConfig, made: Mapping[str, label_makers.MadeLabels], account: JsonObject
+) -> None:
     parts = [
         pa.table(
             {
@@ -94,17 +87,16 @@ def _write(config: MakeLabelsConfig, made: Mapping[str, MadeLabels], account: Js
     ]
     table = pa.concat_tables(parts).sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")])
     table = table.replace_schema_metadata({"behrt_jax": json.dumps(account)})
-    output = config.output
-    assert output is not None
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(output) as temporary:
+    assert config.output is not None
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(config.output) as temporary:
         pq.write_table(table, temporary)
 
 
-def _history(data: SequenceSet, name: str, config: MakeLabelsConfig) -> SplitHistory:
+def _history(data: SequenceSet, name: str, config: MakeLabelsConfig) -> label_makers.SplitHistory:
     assert config.data is not None
     part = data.splits[name]
-    deaths = np.full(len(part), NEVER)
+    deaths = np.full(len(part), label_makers.NEVER)
     table = read_deaths(config.data, name)
     if table is None and config.task != "next_visit":
         raise InputError(
@@ -119,19 +111,12 @@ def _history(data: SequenceSet, name: str, config: MakeLabelsConfig) -> SplitHis
         until = max(int(other.times.max()) for other in data.splits.values() if len(other))
     elif config.follow_up != "subject":
         until = _end_of_day(config.follow_up or "")
-    return SplitHistory.followed(part, data.vocabulary, deaths, until)
+    return label_makers.SplitHistory.followed(part, data.vocabulary, deaths, until)
 
 
-def _counts(labels: MadeLabels) -> dict[str, int]:
-    counts = Counter(labels.counts)
-    subjects = {"subjects": len(np.unique(labels.subject_ids))}
-    left_out = {key: count for key, count in counts.items() if key.startswith("left out")}
-    return (
-        {"candidates": counts.pop("candidates")}
-        | left_out
-        | subjects
-        | {key: count for key, count in counts.items() if key not in left_out}
-    )
+def _counts(labels: label_makers.MadeLabels) -> dict[str, int]:
+    first = {key: n for key, n in labels.counts.items() if key == "candidates" or key.startswith("left out")}
+    return {**first, "subjects": len(np.unique(labels.subject_ids)), **labels.counts}
 
 
 def _checked(config: MakeLabelsConfig) -> MakeLabelsConfig:

@@ -17,6 +17,7 @@ from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, 
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import Devices, put_rows, replicated
 from behrt_jax.training.feeding import AHEAD
+from behrt_jax.training.freezing import part, whole
 from behrt_jax.training.loop import DivergenceError
 from behrt_jax.training.population import (
     Members,
@@ -47,6 +48,36 @@ from behrt_jax.workflows.run import RunResult, settings
 
 SEARCHES = ("learning_rate", "rank")
 """Variations of which the best member alone predicts."""
+
+
+def finetune_population(config: FinetuneConfig, devices: Devices | None = None) -> RunResult:
+    """Train all members in one program, keep each one's best epoch, and leave a run folder behind.
+
+    Its ``members/0``, ``members/1``, ... are adapters of their own; task.json says which of them predict, or
+    which tasks they are for.
+
+    Args:
+        config: every setting of the run.
+        devices: devices to train on; all where not given.
+
+    Raises:
+        InputError: something in the configuration, the data or the labels is wrong; raised before training.
+        DivergenceError: the loss of a member was never finite; of a search, that of all members.
+    """
+    started = time.perf_counter()
+    population = config.population
+    if population.vary == "task":
+        labels = read_label_tables(population.labels)
+        data, delays = read_data(config.data)
+        config = replace(config, population=replace(population, size=len(population.labels)))
+    else:
+        data, labels, delays = read_labelled(config.data, config.labels)
+    with open_console() as console:
+        run = open_finetuning(config, data, labels, delays, devices, console)
+        variation = vary(config, run.labelled)
+        found = train_population(console, config, run, variation, make_population(config, run, variation))
+        summary = write_population(console, config, run, variation, found, time.perf_counter() - started)
+    return RunResult(run.folder, summary)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +172,50 @@ class Population(NamedTuple):
     """Jitted, from (state, members, batch) to float32 ``[members, rows, segments, outputs]``."""
 
 
+def make_population(config: FinetuneConfig, run: Finetuning, variation: Variation) -> Population:
+    """Members before their first step, on the devices."""
+    setup, mesh, optimizer = run.assembly.setup, run.assembly.mesh, run.assembly.optimizer
+    keys = [run_keys(seed) for seed in variation.seeds]
+    first = init_state(setup, optimizer, keys[0].init, mesh)
+    if not config.from_scratch:
+        encoder = read_encoder(run.pretrained, mesh)
+        first = with_encoder(first, encoder.params, run.labelled.first_rows(encoder.params))
+    given = first.variables["params"].get("new_codes")
+
+    def init(key: jax.Array, adapters: LoRAConfig | None) -> Any:
+        variables = setup.init_with(key, adapters)
+        if given is not None:  # what the rows begin with comes from the base
+            variables["params"]["new_codes"] = given
+        return variables
+
+    configs = variation.adapters
+    with_adapters = [one for one in configs if one is not None]
+    predictor = setup.predictor
+    if with_adapters:
+        predictor = predictor._replace(lora=largest(with_adapters))
+    alike = len(set(variation.seeds)) == 1
+    step_keys = keys[0].step if alike else jnp.stack([key.step for key in keys])
+    members = make_members(step_keys, variation.rates, with_adapters or None)
+    first_keys = jnp.stack([jax.random.clone(key.init) for key in keys])
+    state = init_population(init, first_keys, configs, first.variables, setup.mask, optimizer)
+    head = state.trained["params"]["task_head"]["dense"]
+    if head["bias"] is not None:  # it trains: each member begins with the base rate of its own train examples
+        head["bias"] = jnp.stack([jnp.asarray(one.base_outputs()) for one in variation.labelled])
+    state, members = jax.device_put((state, members), replicated(mesh))
+    step = make_population_step(
+        task_objective(predictor, run.labelled.task.of.loss),
+        optimizer,
+        setup.mask,
+        clip_norm=config.optimizer.clip_norm,
+        micro_batches=run.micro_batches,
+        # On a CPU members side by side are no faster, and take more memory.
+        at_once=1 if mesh.devices.flat[0].platform == "cpu" else None,
+    )
+    outputs = make_output_step(predictor)
+    forward = jax.jit(lambda state, members, batch: population_predict(outputs, state, members, batch))
+    return Population(state, members, jax.jit(step, donate_argnums=0), forward)
+
+
 @dataclass(eq=False)
 class Best:
     """The best epoch of a member so far."""
@@ -200,7 +275,7 @@ def train_population(
                     best.loss, best.step, best.waited, best.outputs = metrics[k]["loss"], number, 0, mine
                     alone = member(state, k, variation.adapters[k])
                     # The frozen leaves go on with the state, which the next step uses up.
-                    best.variables = jax.tree.map(lambda x, t: np.asarray(x) if t else None, alone, mask)
+                    best.variables = jax.tree.map(np.asarray, part(alone, mask, trains=True))
                     if on_train is not None and variation.weights is not None:
                         best.of_unseen = on_train[k, ~variation.weights[k]]
             train_losses = np.asarray(totals["loss"] / jnp.maximum(totals["targets"], 1.0))
@@ -226,12 +301,7 @@ def train_population(
         )
     last = member(state, 0, variation.adapters[0])
     for best in found:
-        best.variables = jax.tree.map(
-            lambda one, other: other if one is None else one,
-            best.variables,
-            last,
-            is_leaf=lambda x: x is None,
-        )
+        best.variables = whole(best.variables, last)
     return found
 
 
@@ -348,77 +418,3 @@ def _predict_together(
 
 def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def finetune_population(config: FinetuneConfig, devices: Devices | None = None) -> RunResult:
-    """Train all members in one program, keep each one's best epoch, and leave a run folder behind.
-
-    Its ``members/0``, ``members/1``, ... are adapters of their own; task.json says which of them predict, or
-    which tasks they are for.
-
-    Args:
-        config: every setting of the run.
-        devices: devices to train on; all where not given.
-
-    Raises:
-        InputError: something in the configuration, the data or the labels is wrong; raised before training.
-        DivergenceError: the loss of a member was never finite; of a search, that of all members.
-    """
-    started = time.perf_counter()
-    population = config.population
-    if population.vary == "task":
-        labels = read_label_tables(population.labels)
-        data, delays = read_data(config.data)
-        config = replace(config, population=replace(population, size=len(population.labels)))
-    else:
-        data, labels, delays = read_labelled(config.data, config.labels)
-    with open_console() as console:
-        run = open_finetuning(config, data, labels, delays, devices, console)
-        variation = vary(config, run.labelled)
-        found = train_population(console, config, run, variation, make_population(config, run, variation))
-        summary = write_population(console, config, run, variation, found, time.perf_counter() - started)
-    return RunResult(run.folder, summary)
-
-
-def make_population(config: FinetuneConfig, run: Finetuning, variation: Variation) -> Population:
-    """Members before their first step, on the devices."""
-    setup, mesh, optimizer = run.assembly.setup, run.assembly.mesh, run.assembly.optimizer
-    keys = [run_keys(seed) for seed in variation.seeds]
-    first = init_state(setup, optimizer, keys[0].init, mesh)
-    if not config.from_scratch:
-        encoder = read_encoder(run.pretrained, mesh)
-        first = with_encoder(first, encoder.params, run.labelled.first_rows(encoder.params))
-    given = first.variables["params"].get("new_codes")
-
-    def init(key: jax.Array, adapters: LoRAConfig | None) -> Any:
-        variables = setup.init_with(key, adapters)
-        if given is not None:  # what the rows begin with comes from the base
-            variables["params"]["new_codes"] = given
-        return variables
-
-    configs = variation.adapters
-    with_adapters = [one for one in configs if one is not None]
-    predictor = setup.predictor
-    if with_adapters:
-        predictor = predictor._replace(lora=largest(with_adapters))
-    alike = len(set(variation.seeds)) == 1
-    step_keys = keys[0].step if alike else jnp.stack([key.step for key in keys])
-    members = make_members(step_keys, variation.rates, with_adapters or None)
-    first_keys = jnp.stack([jax.random.clone(key.init) for key in keys])
-    state = init_population(init, first_keys, configs, first.variables, setup.mask, optimizer)
-    head = state.trained["params"]["task_head"]["dense"]
-    if head["bias"] is not None:  # it trains: each member begins with the base rate of its own train examples
-        head["bias"] = jnp.stack([jnp.asarray(one.base_outputs()) for one in variation.labelled])
-    state, members = jax.device_put((state, members), replicated(mesh))
-    step = make_population_step(
-        task_objective(predictor, run.labelled.task.of.loss),
-        optimizer,
-        setup.mask,
-        clip_norm=config.optimizer.clip_norm,
-        micro_batches=run.micro_batches,
-        # On a CPU members side by side are no faster, and take more memory.
-        at_once=1 if mesh.devices.flat[0].platform == "cpu" else None,
-    )
-    outputs = make_output_step(predictor)
-    forward = jax.jit(lambda state, members, batch: population_predict(outputs, state, members, batch))
-    return Population(state, members, jax.jit(step, donate_argnums=0), forward)

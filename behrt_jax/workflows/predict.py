@@ -1,4 +1,4 @@
-"""Predictions of a fine-tuned model for the labels of a split, in bounded memory."""
+"""Predictions of a fine-tuned model for the labels of a split, or vectors of subjects, in bounded memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -14,9 +14,9 @@ from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import CONFIG_FILE as ADAPTER_FILE
 from behrt_jax.adapters.files import load_adapter
 from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, PredictConfig, from_stored
-from behrt_jax.data.batches import RowShape, TaskBatch, task_batches
+from behrt_jax.data.batches import RowShape, TaskBatch, TaskBatches, task_batches
 from behrt_jax.data.events import SPLITS
-from behrt_jax.data.examples import find_examples, of_unknown_subjects
+from behrt_jax.data.examples import Examples, find_examples, of_unknown_subjects
 from behrt_jax.data.labels import Labels, read_labels
 from behrt_jax.data.predictions import (
     PredictionWriter,
@@ -38,7 +38,7 @@ from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
 from behrt_jax.run_folder import CHECKPOINTS_FOLDER
 from behrt_jax.tracking.console import open_console
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.devices import Devices, make_mesh, replicated
+from behrt_jax.training.devices import Devices, make_mesh, replicated, replicated_shapes
 from behrt_jax.training.pretrained import open_pretrained, read_encoder
 from behrt_jax.training.runtime import use_compilation_cache
 from behrt_jax.training.state import Setup, set_up_task
@@ -47,7 +47,82 @@ from behrt_jax.training.validation import make_output_step, score
 from behrt_jax.workflows.finetune_run import MEMBERS_FOLDER, TASK_FILE, Calibration
 from behrt_jax.workflows.labelled_data import examples_of, in_vocabulary, read_labelled
 
-# A fine-tuned model from its run folder, or from an adapter and the base that it belongs to.
+AT_ONCE = 8192
+"""Examples that are held in memory together."""
+
+
+def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
+    """Predict, write the file, and say what is in it.
+
+    Returns:
+        Counts: ``examples``, ``unknown_subjects``, ``empty_histories``, ``duplicates``.
+
+    Raises:
+        InputError: something in the options, the model, the data or the labels is wrong; nothing is left
+            half-written.
+    """
+    if config.model is None:
+        raise InputError("--model is missing: give the folder of a fine-tuning run.")
+    if config.output is None:
+        raise InputError("--output is missing: give a Parquet file to write.")
+    if config.rows < 1:
+        raise InputError(f"rows is {config.rows}: give 1 or more.")
+    if config.embeddings:
+        return embed(config, devices)
+    mesh = make_mesh(devices)
+    with open_console() as console:
+        if reason := use_compilation_cache(config.compilation_cache):
+            console.log(reason)
+        finetuned = open_finetuned(config.model, config.base, mesh)
+        data, labels, delays = read_labelled(config.data, config.labels, without_values=True)
+        data, _ = in_vocabulary(data, finetuned.vocabulary)
+        task, calibration = finetuned.task, finetuned.calibration
+        if labels.kind != "none" and not task.fits(labels):
+            raise InputError(
+                f"--labels: the labels are {labels.kind} ones, but the model predicts a {task.kind} task."
+            )
+        splits = SPLITS if config.split == "all" else (config.split,)
+        chosen = _of_splits(labels, data, splits)
+        counts = {
+            "examples": sum(len(part) for part in chosen.values()),
+            "unknown_subjects": of_unknown_subjects(data, labels),
+            "empty_histories": 0,
+            "duplicates": labels.duplicates,
+        }
+        if not counts["examples"]:
+            raise InputError(
+                f"--labels: none of the {len(labels):,} labels is of a subject of the split {config.split} "
+                f"({counts['unknown_subjects']:,} are of subjects that the data lacks)."
+            )
+        schema = schema_of(task, labels)
+        metadata = _metadata(config, finetuned) | {"counts": counts}  # complete when the file is closed
+        console.start(counts["examples"], 0, None)
+        done = 0
+        with ExitStack() as stack:
+            writer = stack.enter_context(PredictionWriter(config.output, schema, metadata))
+            members = None
+            if len(finetuned.members) > 1 and task.of.thresholded:
+                path, of_members = members_path(config.output), member_schema(len(finetuned.members))
+                members = stack.enter_context(PredictionWriter(path, of_members, metadata))
+            for part, outputs, empty, seen in _outputs(config, finetuned, data, chosen, delays, mesh):
+                predicted = mean_predictions(task.kind, outputs, calibration.temperature)
+                writer.write(prediction_rows(schema, task, part, predicted, calibration.threshold, seen))
+                if members is not None:
+                    alone = [task.of.predictions(one, calibration.temperature)[:, 0] for one in outputs]
+                    members.write(member_rows(members.schema, part, alone))
+                counts["empty_histories"] += empty
+                done += len(part)
+                console.step(done, len(part))
+        console.close()
+        if counts["unknown_subjects"]:
+            console.log(
+                f"{counts['unknown_subjects']:,} labels are of subjects that the data lacks: left out."
+            )
+        if counts["empty_histories"]:
+            empty = f"{counts['empty_histories']:,} examples"
+            console.log(f"{empty} have no event yet: predicted from the age alone.")
+        console.log(f"Written to {config.output}: {counts['examples']:,} predictions ({task.kind}).")
+    return counts
 
 
 class Finetuned(NamedTuple):
@@ -146,22 +221,13 @@ def _from_adapters(
 
 
 def _restored(folder: Path, setup: Setup, mesh: Mesh) -> Variables:
-    whole = replicated(mesh)
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), setup.shapes
-    )
+    shapes = replicated_shapes(setup.shapes, mesh)
     with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
         step = checkpoints.best_step()
         if step is None:
             raise InputError(f"--model: {folder} has no checkpoint with a validation: train it further.")
         found = checkpoints.restore(step, params=shapes["params"], lora=shapes["lora"])
     return {"params": found.params, "lora": found.lora}
-
-
-# Vectors of subjects at prediction times, or at their last events, for use in other models.
-
-AT_ONCE = 8192
-"""Examples that are held in memory together."""
 
 
 class _Encoder(NamedTuple):
@@ -201,9 +267,7 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
             unknown = 0
         else:
             labels = read_labels(config.labels, as_written=True, without_values=True)
-            wanted = {
-                name: labels.take(np.isin(labels.subject_ids, data.subject_ids(name))) for name in splits
-            }
+            wanted = _of_splits(labels, data, splits)
             unknown = of_unknown_subjects(data, labels)
         total = sum(len(part) for part in wanted.values())
         if not total:
@@ -273,100 +337,9 @@ def _vectors(
     def embed_step(params: Any, batch: TaskBatch) -> jax.Array:
         return network.apply({"params": {"behrt": params}}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
 
-    step, segments = jax.jit(embed_step), 1
-    for split, labels in wanted.items():
-        for start in range(0, len(labels), AT_ONCE):
-            part = labels.take(np.arange(start, min(start + AT_ONCE, len(labels))))
-            examples = examples_of(data, split, part, encoder.model, encoder.max_length, delays)
-            batches = task_batches(
-                examples,
-                np.zeros((len(examples), 1), np.float32),
-                RowShape(encoder.max_length or encoder.model.positions, cls_token=encoder.model.cls_token),
-                batch_size=len(examples),
-                seed=None,
-                least_segments=segments,
-            ).of_rows(config.rows, mesh.size)
-            segments = batches.segments
-            yield part, score(step, encoder.params, batches, mesh)
-
-
-"""Examples that are held in memory together."""
-
-
-def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
-    """Predict, write the file, and say what is in it.
-
-    Returns:
-        Counts: ``examples``, ``unknown_subjects``, ``empty_histories``, ``duplicates``.
-
-    Raises:
-        InputError: something in the options, the model, the data or the labels is wrong; nothing is left
-            half-written.
-    """
-    if config.model is None:
-        raise InputError("--model is missing: give the folder of a fine-tuning run.")
-    if config.output is None:
-        raise InputError("--output is missing: give a Parquet file to write.")
-    if config.rows < 1:
-        raise InputError(f"rows is {config.rows}: give 1 or more.")
-    if config.embeddings:
-        from behrt_jax.workflows.predict import embed
-
-        return embed(config, devices)
-    mesh = make_mesh(devices)
-    with open_console() as console:
-        if reason := use_compilation_cache(config.compilation_cache):
-            console.log(reason)
-        finetuned = open_finetuned(config.model, config.base, mesh)
-        data, labels, delays = read_labelled(config.data, config.labels, without_values=True)
-        data, _ = in_vocabulary(data, finetuned.vocabulary)
-        task, calibration = finetuned.task, finetuned.calibration
-        if labels.kind != "none" and not task.fits(labels):
-            raise InputError(
-                f"--labels: the labels are {labels.kind} ones, but the model predicts a {task.kind} task."
-            )
-        splits = SPLITS if config.split == "all" else (config.split,)
-        chosen = {name: labels.take(np.isin(labels.subject_ids, data.subject_ids(name))) for name in splits}
-        counts = {
-            "examples": sum(len(part) for part in chosen.values()),
-            "unknown_subjects": of_unknown_subjects(data, labels),
-            "empty_histories": 0,
-            "duplicates": labels.duplicates,
-        }
-        if not counts["examples"]:
-            raise InputError(
-                f"--labels: none of the {len(labels):,} labels is of a subject of the split {config.split} "
-                f"({counts['unknown_subjects']:,} are of subjects that the data lacks)."
-            )
-        schema = schema_of(task, labels)
-        metadata = _metadata(config, finetuned) | {"counts": counts}  # complete when the file is closed
-        console.start(counts["examples"], 0, None)
-        done = 0
-        with ExitStack() as stack:
-            writer = stack.enter_context(PredictionWriter(config.output, schema, metadata))
-            members = None
-            if len(finetuned.members) > 1 and task.of.thresholded:
-                path, of_members = members_path(config.output), member_schema(len(finetuned.members))
-                members = stack.enter_context(PredictionWriter(path, of_members, metadata))
-            for part, outputs, empty, seen in _outputs(config, finetuned, data, chosen, delays, mesh):
-                predicted = mean_predictions(task.kind, outputs, calibration.temperature)
-                writer.write(prediction_rows(schema, task, part, predicted, calibration.threshold, seen))
-                if members is not None:
-                    alone = [task.of.predictions(one, calibration.temperature)[:, 0] for one in outputs]
-                    members.write(member_rows(members.schema, part, alone))
-                counts["empty_histories"] += empty
-                done += len(part)
-                console.step(done, len(part))
-        console.close()
-        if counts["unknown_subjects"]:
-            console.log(
-                f"{counts['unknown_subjects']:,} labels are of subjects that the data lacks: left out."
-            )
-        if counts["empty_histories"]:
-            empty = f"{counts['empty_histories']:,} examples"
-            console.log(f"{empty} have no event yet: predicted from the age alone.")
-        console.log(f"Written to {config.output}: {counts['examples']:,} predictions ({task.kind}).")
-    return counts
+    step = jax.jit(embed_step)
+    for _, part, _, batches in _pieces(config, encoder.model, encoder.max_length, data, wanted, delays, mesh):
+        yield part, score(step, encoder.params, batches, mesh)
 
 
 def _outputs(
@@ -380,27 +353,43 @@ def _outputs(
     """Labels, outputs, empty histories and codes seen of a few thousand examples at a time."""
     model, task = finetuned.model, finetuned.task
     output_step = jax.jit(make_output_step(finetuned.setup.predictor))
-    length, segments = finetuned.max_length or model.positions, 1
     ids = finetuned.vocabulary.encode(task.classes) if task.of.tells_seen_codes else None
-    for split, labels in chosen.items():
+    for split, part, examples, batches in _pieces(
+        config, model, finetuned.max_length, data, chosen, delays, mesh
+    ):
+        outputs = np.stack([score(output_step, one, batches, mesh) for one in finetuned.members])
+        seen = None
+        if ids is not None:
+            whole = find_examples(data, split, part, max_tokens=np.iinfo(np.int32).max, delays=delays)
+            seen = codes_seen(whole, ids, len(finetuned.vocabulary))
+        yield part, outputs, int(examples.empty.sum()), seen
+
+
+def _of_splits(labels: Labels, data: SequenceSet, splits: Sequence[str]) -> dict[str, Labels]:
+    return {name: labels.take(np.isin(labels.subject_ids, data.subject_ids(name))) for name in splits}
+
+
+def _pieces(
+    config: PredictConfig,
+    model: ModelConfig,
+    max_length: int | None,
+    data: SequenceSet,
+    wanted: dict[str, Labels],
+    delays: Sequence[str],
+    mesh: Mesh,
+) -> Iterator[tuple[str, Labels, Examples, TaskBatches]]:
+    """Split, labels, examples and batches of a few thousand examples at a time."""
+    shape, segments = RowShape(max_length or model.positions, cls_token=model.cls_token), 1
+    for split, labels in wanted.items():
         for start in range(0, len(labels), AT_ONCE):
             part = labels.take(np.arange(start, min(start + AT_ONCE, len(labels))))
-            examples = examples_of(data, split, part, model, finetuned.max_length, delays)
+            examples = examples_of(data, split, part, model, max_length, delays)
+            targets = np.zeros((len(examples), 1), np.float32)
             batches = task_batches(
-                examples,
-                np.zeros((len(examples), 1), np.float32),
-                RowShape(length, cls_token=model.cls_token),
-                batch_size=len(examples),
-                seed=None,
-                least_segments=segments,
+                examples, targets, shape, batch_size=len(examples), seed=None, least_segments=segments
             ).of_rows(config.rows, mesh.size)
             segments = batches.segments  # one shape for all that follow
-            outputs = np.stack([score(output_step, one, batches, mesh) for one in finetuned.members])
-            seen = None
-            if ids is not None:
-                whole = find_examples(data, split, part, max_tokens=np.iinfo(np.int32).max, delays=delays)
-                seen = codes_seen(whole, ids, len(finetuned.vocabulary))
-            yield part, outputs, int(examples.empty.sum()), seen
+            yield split, part, examples, batches
 
 
 def _metadata(config: PredictConfig, finetuned: Finetuned) -> JsonObject:

@@ -1,7 +1,7 @@
 """Study: how near fine-tuned forecasts come to the best possible ones, and what pretraining is worth.
 
-Records are generated from a model whose forecasts are known (`data.synthetic.latent`). The task is the onset
-of a condition within a horizon after a subject's last visit.
+Records are generated from a model whose forecasts are known (`records.synthetic.latent`). The task is the
+onset of a condition within a horizon after a subject's last visit.
 """
 
 import math

@@ -150,7 +150,9 @@ def test_the_base_rate_of_survival_is_that_of_kaplan_and_meier():
     values = np.stack([days, event], axis=1)
     task = fitted("survival", values)
     assert task.edges_days == (1.0, 2.0, 3.0, 4.0, 5.0)
-    outputs = task.base_outputs(task.targets(labels_of("survival", values), np.arange(100_000)))
+    outputs = task.of.base_outputs(
+        task.targets(labels_of("survival", values), np.arange(100_000)), task.outputs
+    )
     hazards = [(event & (days == day)).sum() / (days >= day).sum() for day in range(1, 6)]
     np.testing.assert_allclose(1 / (1 + np.exp(-outputs)), hazards, rtol=1e-3)
 

@@ -58,7 +58,7 @@ def set_up(
 ) -> Setup:
     """Of a tiny model, of one layer where not said: nothing here is about layers."""
     adapters, freezing = REGIMES[regime]
-    first = task.base_outputs(labelled_batch(0, task).targets.reshape(24, -1))
+    first = task.of.base_outputs(labelled_batch(0, task).targets.reshape(24, -1), task.outputs)
     model = BEHRTForTask(tiny_model(**{"layers": 1, **changes}), VOCABULARY, task.outputs, pooling)
     return set_up_task(model, adapters, freezing, mesh, first_outputs=first)
 

@@ -15,32 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.event_rules import (
-    CodeChoice,
-    Duplicates,
-    ValueBins,
-    ValueSample,
-    apply_rules,
-    count_repeated,
-    matches,
-    select_columns,
-)
+from behrt_jax.data import event_rules
 from behrt_jax.data.events import SPLITS, EventColumns, EventCounts
 from behrt_jax.data.prepared import SubjectFacts, subject_facts
 from behrt_jax.data.sequences import ages_in_years
 from behrt_jax.data.sorting import ascending, distinct
 from behrt_jax.data.splits import check_disjoint, hash_split_index, hash_splits, split_index
-from behrt_jax.records.prepare.spill import (
-    CodeNumbers,
-    Partitions,
-    Spill,
-    SubjectSet,
-    Told,
-    add_counts,
-    columns_of,
-    read_ahead,
-    select_rows,
-)
+from behrt_jax.records.prepare import spill
 from behrt_jax.records.sources.source import Source
 
 ENCODERS = min(4, os.cpu_count() or 1)
@@ -82,28 +63,25 @@ class Encoding:
     """Start of a code, up to the first ``//`` -> events read, markers aside."""
     splits: Callable[[], dict[str, np.ndarray]]
     """Split -> int64 ids of its subjects, ascending, those without events included."""
-    bins: ValueBins | None = None
+    bins: event_rules.ValueBins | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class EncodingRules:
     """Rules by which the events of whole subjects become sequences."""
 
-    choice: CodeChoice
+    choice: event_rules.CodeChoice
     """The codes that become tokens, and those that are static facts."""
-    duplicates: Duplicates
+    duplicates: event_rules.Duplicates
     """Treatment of a code that comes again in a visit."""
     split_of: SplitOf
     """Gives the subjects' splits."""
-    bins: ValueBins | None = None
+    bins: event_rules.ValueBins | None = None
     """Of numeric values, if they are asked for."""
 
     def encode(self, events: EventColumns, values: np.ndarray | None) -> Encoded:
-        """Apply the rules of `event_rules.select_events` to events, and deal them out to the splits.
-
-        Args:
-            events: all events of these subjects.
-            values: float32 ``[events]``, NaN where null, where they were kept.
+        """Apply the rules of `event_rules.select_events` to all events of some subjects, and deal them out
+        to the splits; values are float32 ``[events]``, NaN where null, where they were kept.
         """
         counts = EventCounts()
         recorded = events
@@ -113,7 +91,7 @@ class EncodingRules:
             tokens = {name for name, chosen in zip(events.names, wanted.tolist(), strict=True) if chosen}
             events, is_bin = self.bins.apply(events, values)
             wanted = is_bin | np.array([name in tokens for name in events.names])
-        selected = select_columns(events, wanted, self.duplicates, counts)
+        selected = event_rules.select_columns(events, wanted, self.duplicates, counts)
         ages = ages_in_years(selected)
         split = self.split_of(selected.subject_ids)  # [S]
         lengths = np.diff(selected.offsets)
@@ -130,7 +108,7 @@ class EncodingRules:
                 parts[name] = (selected.subject_ids[chosen], lengths[chosen], *rows)
             by_code[name] = np.bincount(parts[name][2], minlength=len(selected.names))
             if self.duplicates == "count":
-                count_repeated(parts[name][2], len(events.names), counts)
+                event_rules.count_repeated(parts[name][2], len(events.names), counts)
         if is_bin is not None:
             binned = np.resize(is_bin, len(selected.names))  # names with a count come in the same order
             changed = sum(int(found[binned].sum()) for found in by_code.values())
@@ -159,27 +137,23 @@ def encode_all(encode: Callable[[P], Encoded], partitions: Iterable[P]) -> Itera
 
 
 def fit_values(
-    partitions: Partitions, train: np.ndarray, choice: CodeChoice, bins: int, min_count: int
-) -> ValueBins:
+    partitions: spill.Partitions, train: np.ndarray, choice: event_rules.CodeChoice, bins: int, min_count: int
+) -> event_rules.ValueBins:
     """Fit quantile bins on the events of train subjects that the rules keep, duplicates included.
 
-    A code has bins if each of them can be expected to reach ``min_count``.
-
-    Args:
-        partitions: all events.
-        train: int64 ids of the train split, ascending.
-        choice: which codes become tokens, and which of them by their values.
-        bins: of each code.
-        min_count: events of a code that is not rare.
+    A code has ``bins`` of them if each can be expected to reach ``min_count`` events. ``train`` are int64
+    ids, ascending.
     """
     names = partitions.names
-    sample = ValueSample(names, choice.tokens(names) & matches(names, choice.value_codes, "value_codes"))
+    sample = event_rules.ValueSample(
+        names, choice.tokens(names) & event_rules.matches(names, choice.value_codes, "value_codes")
+    )
     split_of = split_listed({"train": train})
     for buckets in partitions.buckets:
         events, values = partitions.load(buckets)
         if values is None:
             continue
-        subjects, _, kept = apply_rules(events, None, EventCounts(), also=[values])
+        subjects, _, kept = event_rules.apply_rules(events, None, EventCounts(), also=[values])
         subject, time, *_, code, value = kept
         rows = (split_of(subjects) == 0)[subject]
         sample.add(subjects[subject[rows]], time[rows], code[rows], value[rows])
@@ -206,35 +180,29 @@ def split_listed(splits: Mapping[str, np.ndarray]) -> SplitOf:
 
 def encode_spills(
     source: Source,
-    spills: Sequence[Spill],
-    choice: CodeChoice,
+    spills: Sequence[spill.Spill],
+    choice: event_rules.CodeChoice,
     config: PrepareConfig,
     most: int,
-    told: Told,
+    told: spill.Told,
 ) -> Encoding:
-    """Load the partitions of spill files, encode them, and tell how many are done.
+    """Load the partitions of spill files, of ``most`` events, encode them, and tell how many are done.
 
-    Args:
-        source: its splits are read, and it learns what other processes have read.
-        spills: all shards.
-        choice: which codes are read, and what for.
-        config: the options.
-        most: events of a partition.
-        told: called with the partitions done, and how many there are.
+    The source's splits are read, and it learns what other processes have read.
 
     Raises:
         InputError: splits that share subjects, or a split by hash with a train or tuning split without any.
     """
     counts, prefixes = EventCounts(), Counter()
-    for spill in spills:
-        add_counts(counts, spill.counts)
-        prefixes.update(spill.prefixes)
-        source.learn(spill.learned)
+    for shard in spills:
+        spill.add_counts(counts, shard.counts)
+        prefixes.update(shard.prefixes)
+        source.learn(shard.learned)
     splits = own_splits(source)
     if splits is None:
-        subjects = np.concatenate([spill.subjects() for spill in spills])
+        subjects = np.concatenate([shard.subjects() for shard in spills])
         splits = split_by_hash(subjects, config)
-    partitions = Partitions(spills, most)
+    partitions = spill.Partitions(spills, most)
     rules = EncodingRules(choice, config.duplicates, split_listed(splits))
     if config.value_codes:
         bins = fit_values(partitions, splits["train"], choice, config.value_bins, config.min_count)
@@ -290,45 +258,37 @@ def ascending_units(source: Source) -> list[int] | None:
 def encode_ascending(
     source: Source,
     units: list[int],
-    choice: CodeChoice,
+    choice: event_rules.CodeChoice,
     config: PrepareConfig,
     most: int,
-    told: Told,
+    told: spill.Told,
 ) -> Encoding:
     """Encode whole subjects while the source is read, and tell how many units are done.
 
     Memory: two chunks of the source, a copy of one, and partitions of ``most`` events as in
-    `encode_all`; a subject with more events than that is a partition of its own.
-
-    Args:
-        source: what to read.
-        units: all of its units, as `ascending_units` gives them.
-        choice: which codes are read, and what for.
-        config: the options; ``value_codes`` need spill files.
-        most: events of a partition.
-        told: called with the units done, and how many there are.
+    `encode_all`; a subject with more events than that is a partition of its own. The units are all of the
+    source's, as `ascending_units` gives them; ``value_codes`` need spill files.
 
     Raises:
         InputError: splits that share subjects.
         OutOfOrder: from the partitions, where a chunk has smaller ids than the one before it.
     """
     counts, unselected = EventCounts(), EventCounts()  # one for each thread
-    codes, seen = CodeNumbers(choice.read), SubjectSet()
+    codes, seen = spill.CodeNumbers(choice.read), spill.SubjectSet()
     splits = own_splits(source)
     fractions = config.tuning_fraction, config.held_out_fraction, config.seed
-    split_of: SplitOf = lambda ids: hash_split_index(ids, *fractions)  # noqa: E731
-    if splits is not None:
-        split_of = split_listed(splits)
+    by_hash: SplitOf = lambda ids: hash_split_index(ids, *fractions)  # noqa: E731
+    split_of = by_hash if splits is None else split_listed(splits)
     rules = EncodingRules(choice, config.duplicates, split_of)
 
     def batches() -> Iterator[pa.RecordBatch]:
         with ThreadPoolExecutor(1) as pool:
             for done, unit in enumerate(units, start=1):
-                for table in read_ahead(source.read(unit, counts), pool):
+                for table in spill.read_ahead(source.read(unit, counts), pool):
                     if table.num_rows:
                         if splits is None:
                             seen.add(table["subject_id"].to_numpy())
-                        yield select_rows(table, codes, False, unselected)
+                        yield spill.select_rows(table, codes, False, unselected)
                 told(done, len(units))
 
     def partitions() -> Iterator[tuple[list[pa.RecordBatch], tuple[str, ...], np.ndarray]]:
@@ -338,11 +298,11 @@ def encode_ascending(
     def encode(partition: tuple[list[pa.RecordBatch], tuple[str, ...], np.ndarray]) -> Encoded:
         group, names, places = partition
         tables = [(pa.Table.from_batches([batch]), places) for batch in group]
-        return rules.encode(*columns_of(tables, names))
+        return rules.encode(*spill.columns_of(tables, names))
 
     def encoded() -> Iterator[Encoded]:
         yield from encode_all(encode, partitions())
-        add_counts(counts, unselected)
+        spill.add_counts(counts, unselected)
 
     def all_splits() -> dict[str, np.ndarray]:
         return split_by_hash(seen.all(), config) if splits is None else splits

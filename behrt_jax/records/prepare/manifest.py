@@ -72,10 +72,8 @@ def describe_counts(counts: EventCounts) -> JsonObject:
 def padding(lengths: np.ndarray) -> dict[str, dict[str, float]]:
     """Share of padding among all tokens by row length, with a sequence a row, and with packed rows.
 
-    Histories longer than a row are cut into several windows, as training does by default.
-
-    Args:
-        lengths: tokens of each subject, int64 ``[subjects]``, 1 or more.
+    Histories, of lengths int64 ``[subjects]``, 1 or more, that are longer than a row are cut into several
+    windows, as training does by default.
     """
     shares = {}
     for row in ROW_LENGTHS if len(lengths) else ():
@@ -119,26 +117,16 @@ def describe_prepared(
     fingerprint: Callable[[], str],
     prepared: Prepared,
 ) -> JsonObject:
-    """The manifest.
+    """The manifest, of the source's name, the options of `content_options` and the outcome.
 
-    Args:
-        source: its name.
-        options: see `content_options`.
-        input_print: gives what `input_fingerprint` does; called last.
-        fingerprint: gives that of vocabulary and sequences, likewise.
-        prepared: the outcome.
+    ``input_print`` gives what `input_fingerprint` does, ``fingerprint`` that of vocabulary and sequences;
+    both are called last.
     """
     described = {}
     for name, part in prepared.splits.items():
-        figures = describe_split(part)
-        described[name] = {
-            "subjects": figures["subjects"],
-            "events": figures["events"],
-            "codes": prepared.distinct_codes[name],
-            "visits": figures["visits"],
-            "lengths": figures["lengths"],
-            "padding": padding(part.lengths),
-        }
+        figures = describe_split(part) | {"codes": prepared.distinct_codes[name]}
+        shown = ("subjects", "events", "codes", "visits", "lengths")
+        described[name] = {key: figures[key] for key in shown} | {"padding": padding(part.lengths)}
     vocabulary, edges = prepared.vocabulary, prepared.value_edges
     bins = {} if edges is None else {"value_edges": dict(edges)}
     return {

@@ -38,6 +38,7 @@ from behrt_jax.data.splits import check_fractions
 from behrt_jax.data.vocabulary import UNK, Descriptions, fit_vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, work_folder, write_json
+from behrt_jax.records.prepare import spill
 from behrt_jax.records.prepare.encode import (
     Encoded,
     Encoding,
@@ -53,17 +54,6 @@ from behrt_jax.records.prepare.manifest import (
     describe_prepared,
     input_fingerprint,
 )
-from behrt_jax.records.prepare.spill import (
-    PARTITION_EVENTS,
-    Reading,
-    Told,
-    add_counts,
-    choose_boundaries,
-    load_shards,
-    read_shard,
-    shards_folder,
-    spill_in_parallel,
-)
 from behrt_jax.records.sources.source import Source
 
 Progress = Callable[[str, int, int], None]
@@ -77,7 +67,7 @@ def prepare(
     progress: Progress = lambda stage, done, total: None,
     *,
     boundaries: np.ndarray | None = None,
-    partition_events: int = PARTITION_EVENTS,
+    partition_events: int = spill.PARTITION_EVENTS,
 ) -> JsonObject:
     """Prepare a data set; see the module's docstring for how, and `data.prepared` for what is written.
 
@@ -104,18 +94,17 @@ def prepare(
     choice = CodeChoice(codes, config.exclude_codes, config.value_codes, config.static_codes)
     choice.read([])  # wrong patterns are told before anything is read
 
-    def reading() -> Reading:
-        cuts = choose_boundaries(source) if boundaries is None else boundaries
-        return Reading(cuts, choice.read, bool(config.value_codes), not source.splits())
+    def reading() -> spill.Reading:
+        cuts = spill.choose_boundaries(source) if boundaries is None else boundaries
+        return spill.Reading(cuts, choice.read, bool(config.value_codes), not source.splits())
 
     if config.shard is not None:
-        return read_shard(source, config, reading(), options, functools.partial(progress, "read"))
+        return spill.read_shard(source, config, reading(), options, functools.partial(progress, "read"))
     if not config.dry_run and (existing := _existing(source, config, options)) is not None:
         return existing
 
     with _work_folder(config) as work, ThreadPoolExecutor(2) as background:
         input_print = background.submit(input_fingerprint, source, config.input)
-
         read, encode, both, write = (
             functools.partial(progress, stage) for stage in ("read", "encode", "read and encode", "write")
         )
@@ -135,15 +124,17 @@ def prepare(
                 manifest = finished(encode_ascending(source, units, choice, config, partition_events, both))
         if manifest is None:
             if config.merge:
-                spills = load_shards(source, config, reading(), options)
+                spills = spill.load_shards(source, config, reading(), options)
             else:
                 every = range(source.units())
-                spills = spill_in_parallel(source, every, reading(), work / "spill", config.workers, read)
+                spills = spill.spill_in_parallel(
+                    source, every, reading(), work / "spill", config.workers, read
+                )
             manifest = finished(encode_spills(source, spills, choice, config, partition_events, encode))
         if not config.dry_run and config.output is not None:
             (work / "prepared").replace(config.output)
     if config.merge and not config.dry_run and config.output is not None:
-        shutil.rmtree(shards_folder(config.output))
+        shutil.rmtree(spill.shards_folder(config.output))
     return manifest | {"up_to_date": False}
 
 
@@ -156,12 +147,9 @@ def _work_folder(config: PrepareConfig) -> AbstractContextManager[Path]:
 
 
 def _check(config: PrepareConfig) -> None:
-    if config.workers < 1:
-        raise InputError(f"workers is {config.workers}: give 1 or more.")
-    if config.value_bins < 2:
-        raise InputError(f"value_bins is {config.value_bins}: give 2 or more.")
-    if config.min_count < 1:
-        raise InputError(f"min_count is {config.min_count}: give 1 or more.")
+    for option, least in {"workers": 1, "value_bins": 2, "min_count": 1}.items():
+        if (value := getattr(config, option)) < least:
+            raise InputError(f"{option} is {value}: give {least} or more.")
     if config.shard is not None and config.merge:
         raise InputError("shard and merge are both given: merge once, after all shards.")
     if config.output is None and not config.dry_run:
@@ -198,17 +186,12 @@ def finish(
     config: PrepareConfig,
     work: Path,
     background: Executor,
-    told: Told,
+    told: spill.Told,
 ) -> tuple[Prepared, Future[str]]:
     """Fit the vocabulary and write all of the data set but its manifest into ``work / "prepared"``.
 
-    Args:
-        source: gives descriptions.
-        encoding: its partitions are exhausted.
-        config: the options.
-        work: folder for temporary files too.
-        background: threads that write and hash.
-        told: called with the splits that are written, and how many there are.
+    The encoding's partitions are exhausted. Threads of ``background`` write and hash; ``told`` is called with
+    the splits that are written, and how many there are.
 
     Returns:
         What came of it, and the fingerprint of vocabulary and sequences, which is being computed.
@@ -223,7 +206,7 @@ def finish(
         writers = {name: stack.enter_context(SplitWriter(work, name)) for name in SPLITS}
         facts = {name: stack.enter_context(FactWriter(folder / name)) for name in SPLITS}
         for encoded in encoding.partitions:
-            add_counts(counts, encoded.counts)
+            spill.add_counts(counts, encoded.counts)
             number = codes.add(encoded)
             for name, (subjects, lengths, tokens, *columns) in encoded.parts.items():
                 writers[name].append(subjects, lengths, number[tokens], *columns)
@@ -231,7 +214,7 @@ def finish(
             if sum(writer.held for writer in writers.values()) > HELD_BYTES:
                 for writer in writers.values():
                     writer.flush()
-        add_counts(counts, encoding.counts)
+        spill.add_counts(counts, encoding.counts)
         splits = encoding.splits()
         names, events = list(codes.number), codes.events
         if not any(found.any() for found in events.values()):

@@ -69,14 +69,12 @@ class CodeNumbers:
 
     def ascending(self) -> tuple[tuple[str, ...], np.ndarray]:
         """The names met so far, ascending, and the place among them of each number, int32 ``[names]``."""
-        known = len(self._ascending)
-        if known < len(self._place):
-            new = sorted(list(self._place)[known:])
+        new = list(self._place)[len(self._ascending) :]
+        if new:
             self._ascending = tuple(sorted([*self._ascending, *new]))
-            numbers = [self._place[name] for name in self._ascending]
-            places = np.empty(len(numbers), np.int32)
-            places[numbers] = np.arange(len(numbers), dtype=np.int32)
-            self._place_ascending = places
+            self._place_ascending = np.argsort([self._place[name] for name in self._ascending]).astype(
+                np.int32
+            )
         return self._ascending, self._place_ascending
 
     def prefixes(self) -> dict[str, int]:
@@ -288,17 +286,10 @@ def spill_units(
     folder: Path,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Spill:
-    """Read units of a source, drop codes that are not selected, and write the rest into spill files.
+    """Read units of a source, drop codes that are not selected, and write the rest into a new folder.
 
     Memory: two chunks of the source (one is read while the other is written), a copy of the selected
-    rows of one, and the list of subjects.
-
-    Args:
-        source: what to read.
-        units: which of its units.
-        reading: how.
-        folder: new folder to write into.
-        progress: called with the number of units done.
+    rows of one, and the list of subjects. ``progress`` is called with the number of units done.
     """
     folder.mkdir(parents=True)
     counts, unselected = EventCounts(), EventCounts()  # one for each thread
@@ -349,10 +340,9 @@ def read_ahead(tables: Iterator[pa.Table], pool: ThreadPoolExecutor) -> Iterator
 def add_counts(counts: EventCounts, more: EventCounts) -> None:
     """Add one account of events to another."""
     counts.read += more.read
-    for rule, events in more.dropped.items():
-        counts.drop(rule, events)
-    for rule, events in more.changed.items():
-        counts.change(rule, events)
+    for count, rules in ((counts.drop, more.dropped), (counts.change, more.changed)):
+        for rule, events in rules.items():
+            count(rule, events)
 
 
 # Reading on several processes of one machine, and by independent jobs that are merged afterwards.
@@ -363,13 +353,8 @@ def spill_in_parallel(
 ) -> list[Spill]:
     """Read units with as many processes as ``workers``; each of them takes every n-th unit.
 
-    Args:
-        source: what to read; with several workers a copy of it goes to each process.
-        units: which of its units.
-        reading: how.
-        folder: new folder; each process makes one of its own in it.
-        workers: processes; one reads in this process.
-        told: progress in units.
+    With several a copy of the source goes to each; one reads in this process. Each makes a folder of its
+    own in the new ``folder``. ``told`` gets the units done.
     """
     workers = max(1, min(workers, len(units)))
     folder.mkdir()
@@ -472,8 +457,8 @@ def load_shards(source: Source, config: PrepareConfig, reading: Reading, options
 
 def _identity(source: Source, config: PrepareConfig, reading: Reading, options: JsonObject) -> JsonObject:
     """All that must be the same for all shards."""
-    files = input_files(source, config.input)
-    return {"options": options, "files": files, "boundaries": reading.boundaries.tolist()}
+    boundaries = reading.boundaries.tolist()
+    return {"options": options, "files": input_files(source, config.input), "boundaries": boundaries}
 
 
 # Spill files read back in partitions: runs of neighbouring buckets, chosen when their sizes are known.
@@ -563,8 +548,6 @@ def _joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
 def _valid(table: pa.Table, name: str) -> np.ndarray:
     if name not in table.column_names:
         return np.zeros(table.num_rows, bool)
-    if not table[name].null_count:
-        return np.ones(table.num_rows, bool)
     return table[name].is_valid().to_numpy()
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from behrt_jax.data import parquet
 from behrt_jax.data.events import (
     BIRTH_CODE,
     DEATH_CODE,
@@ -25,16 +26,6 @@ from behrt_jax.data.events import (
     VISIT_FIELD,
     EventCounts,
     EventSet,
-)
-from behrt_jax.data.parquet import (
-    _TEXT,
-    CHUNK_ROWS,
-    _tables,
-    cast_column,
-    open_parquet,
-    read_columns,
-    refuse_nulls,
-    require_columns,
 )
 from behrt_jax.data.sequences import MEDS_CODES
 from behrt_jax.data.splits import check_disjoint, split_index
@@ -63,13 +54,13 @@ def open_meds(path: Path, visit_column: str | None = None) -> "MedsSource":
     shards = find_shards(path)
     parts, ranges, columns = [], [], {}
     for shard in shards:
-        with open_parquet(shard) as opened:
+        with parquet.open_parquet(shard) as opened:
             columns |= dict.fromkeys(opened.schema_arrow.names)
             if opened.metadata.num_rows:  # Writers give a shard without rows whatever types.
-                require_columns(shard, opened, _REQUIRED)
+                parquet.require_columns(shard, opened, _REQUIRED)
                 # Types that cannot be events are refused.
                 _convert(shard, opened.schema_arrow.empty_table(), visit_column)
-                own = cut_parts(shard, opened.metadata, CHUNK_ROWS)
+                own = cut_parts(shard, opened.metadata, parquet.CHUNK_ROWS)
                 parts += own
                 ranges += column_ranges(opened.metadata, own, "subject_id")
     if visit_column is not None and visit_column not in columns:
@@ -79,8 +70,7 @@ def open_meds(path: Path, visit_column: str | None = None) -> "MedsSource":
         )
     if not parts:
         raise _no_event(path)
-    splits = _splits_file(path)
-    codes = _codes_file(path)
+    splits, codes = _splits_file(path), _codes_file(path)
     return MedsSource(
         path,
         visit_column,
@@ -247,14 +237,15 @@ def read_events(
     Raises:
         InputError: damage, a null subject id, or a value that does not fit.
     """
-    with open_parquet(file) as opened:
+    with parquet.open_parquet(file) as opened:
         wanted = [*_REQUIRED, "numeric_value", *([visit_column] if visit_column is not None else [])]
         columns = [column for column in dict.fromkeys(wanted) if column in opened.schema_arrow.names]
-        for table in _tables(file, opened, row_groups, columns):
+        for table in parquet.read_tables(file, opened, row_groups, columns):
             counts.read += table.num_rows
             events = _convert(file, table, visit_column)
             if events["subject_id"].null_count:
-                refuse_nulls(file, "subject_id", read_columns(file, opened, ["subject_id"])["subject_id"])
+                every = parquet.read_columns(file, opened, ["subject_id"])
+                parquet.refuse_nulls(file, "subject_id", every["subject_id"])
             nulls = events["code"].null_count
             counts.drop("null code", nulls)
             if nulls:
@@ -264,9 +255,10 @@ def read_events(
 
 def read_subject_ids(file: Path, row_groups: tuple[int, ...]) -> Iterator[np.ndarray]:
     """Subject ids of row groups of a shard, int64 arrays of at most ``CHUNK_ROWS``; nulls are left out."""
-    with open_parquet(file) as opened:
-        for table in _tables(file, opened, row_groups, ["subject_id"]):
-            yield cast_column(file, "subject_id", table["subject_id"], pa.int64()).drop_null().to_numpy()
+    with parquet.open_parquet(file) as opened:
+        for table in parquet.read_tables(file, opened, row_groups, ["subject_id"]):
+            ids = parquet.cast_column(file, "subject_id", table["subject_id"], pa.int64())
+            yield ids.drop_null().to_numpy()
 
 
 def _convert(file: Path, table: pa.Table, visit_column: str | None) -> pa.Table:
@@ -276,7 +268,7 @@ def _convert(file: Path, table: pa.Table, visit_column: str | None) -> pa.Table:
         wanted[VISIT_FIELD.name] = (visit_column, VISIT_FIELD.type)
     return pa.table(
         {
-            name: cast_column(file, column, table[column], kind)
+            name: parquet.cast_column(file, column, table[column], kind)
             if column in table.column_names
             else pa.nulls(table.num_rows, kind)
             for name, (column, kind) in wanted.items()
@@ -337,13 +329,13 @@ def read_splits(file: Path) -> dict[str, np.ndarray]:
     Raises:
         InputError: damage, wrong columns or names, a subject in two splits, no train split.
     """
-    with open_parquet(file) as opened:
-        require_columns(file, opened, ("subject_id", "split"))
-        table = read_columns(file, opened, ["subject_id", "split"])
-    ids = cast_column(file, "subject_id", table["subject_id"], pa.int64())
-    refuse_nulls(file, "subject_id", ids)
-    names = cast_column(file, "split", table["split"], _TEXT).cast(pa.string())
-    refuse_nulls(file, "split", names)
+    with parquet.open_parquet(file) as opened:
+        parquet.require_columns(file, opened, ("subject_id", "split"))
+        table = parquet.read_columns(file, opened, ["subject_id", "split"])
+    ids = parquet.cast_column(file, "subject_id", table["subject_id"], pa.int64())
+    parquet.refuse_nulls(file, "subject_id", ids)
+    names = parquet.cast_column(file, "split", table["split"], parquet.TEXT).cast(pa.string())
+    parquet.refuse_nulls(file, "split", names)
     unknown = sorted(set(names.unique().to_pylist()).difference(SPLITS))
     if unknown:
         raise InputError(f"{file} names the splits {', '.join(unknown)}: use {', '.join(SPLITS)}.")
@@ -365,12 +357,12 @@ def read_descriptions(file: Path) -> dict[str, str]:
     Raises:
         InputError: damage or wrong columns.
     """
-    with open_parquet(file) as opened:
+    with parquet.open_parquet(file) as opened:
         if "description" not in opened.schema_arrow.names:
             return {}
-        require_columns(file, opened, ("code",))
-        table = read_columns(file, opened, ["code", "description"])
-    codes = cast_column(file, "code", table["code"], _TEXT)
-    texts = cast_column(file, "description", table["description"], _TEXT)
+        parquet.require_columns(file, opened, ("code",))
+        table = parquet.read_columns(file, opened, ["code", "description"])
+    codes = parquet.cast_column(file, "code", table["code"], parquet.TEXT)
+    texts = parquet.cast_column(file, "description", table["description"], parquet.TEXT)
     rows = zip(codes.to_pylist(), texts.to_pylist(), strict=True)
     return {code: text for code, text in rows if text is not None and code is not None}

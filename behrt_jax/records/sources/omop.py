@@ -34,28 +34,10 @@ import pyarrow.compute as pc
 from behrt_jax.data.events import BIRTH_CODE, DAY, EventCounts
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
+from behrt_jax.records.sources import omop_tables as cdm
 from behrt_jax.records.sources.columns import Kind, find
 from behrt_jax.records.sources.files import Part
-from behrt_jax.records.sources.omop_tables import (
-    BIRTH_KINDS,
-    EVENT_TABLES,
-    PERSON_FACTS,
-    VISITS,
-    ConceptColumns,
-    Concepts,
-    EventTable,
-    RowConcepts,
-    encode_codes,
-    integers,
-    load_ancestors,
-    load_concepts,
-    load_names,
-    omop_files,
-    parts_of,
-    read_chunks,
-    row_concepts,
-)
-from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code
+from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code, valid
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
@@ -78,7 +60,7 @@ def open_omop(path: Path, ancestors: bool = False) -> "OmopSource":
     Raises:
         InputError: a table or a column that is needed is missing, is there twice, or cannot be read.
     """
-    return OmopSource(omop_files(Path(path), ancestors), ancestors)
+    return OmopSource(cdm.omop_files(Path(path), ancestors), ancestors)
 
 
 class OmopSource(Source):
@@ -91,14 +73,14 @@ class OmopSource(Source):
         """Use `open_omop`, which checks the tables."""
         self._tables = tables
         self._roll_up = ancestors
-        kinds = [None, *EVENT_TABLES]
+        kinds = [None, *cdm.EVENT_TABLES]
         self._units = [
             (kind, part) for kind in kinds for part in self._parts(kind.name if kind else "person")
         ]
         self._seen: dict[int, Seen] = {}
 
     def _parts(self, table: str) -> list[Part]:
-        return [part for file in self._tables.get(table, []) for part in parts_of(file)]
+        return [part for file in self._tables.get(table, []) for part in cdm.parts_of(file)]
 
     def files(self) -> list[Path]:
         """Every file that is read."""
@@ -131,13 +113,13 @@ class OmopSource(Source):
         return [file for name in names for file in self._tables[name]]
 
     @cached_property
-    def _concepts(self) -> Concepts:
-        return load_concepts(self._concept_files)
+    def _concepts(self) -> cdm.Concepts:
+        return cdm.load_concepts(self._concept_files)
 
     @cached_property
     def _ancestors(self) -> tuple[np.ndarray, np.ndarray] | None:
         if self._roll_up:
-            return load_ancestors(self._tables.get("concept_ancestor", []), self._concepts)
+            return cdm.load_ancestors(self._tables.get("concept_ancestor", []), self._concepts)
         return None
 
     def read(self, unit: int, counts: EventCounts) -> Iterator[pa.Table]:
@@ -151,7 +133,7 @@ class OmopSource(Source):
         table, part = self._units[unit]
         seen: Seen = set()
         persons = self._persons  # a person without an id ends here
-        for batch in read_chunks(part, _kinds(table)):
+        for batch in cdm.read_chunks(part, _kinds(table)):
             if table is None:
                 yield from person_events(batch, self._concepts, counts, seen)
             else:
@@ -168,7 +150,7 @@ class OmopSource(Source):
         if not self._concept_files:
             return {}
         seen: Seen = set().union(*(self._concepts_of(unit) for unit in range(self.units())))
-        names = load_names(self._concept_files, {concept for _, concept in seen})
+        names = cdm.load_names(self._concept_files, {concept for _, concept in seen})
         described = sorted((prefix, concept) for prefix, concept in seen if concept in names)
         texts = self._concepts.texts(np.array([concept for _, concept in described], np.int64))
         pairs = zip(described, texts, strict=True)
@@ -187,27 +169,22 @@ class OmopSource(Source):
         """Prefixes and concept ids of a unit's events (and perhaps of rows that became none)."""
         if unit not in self._seen:
             table, part = self._units[unit]
-            whats = PERSON_FACTS if table is None else (table.what,)
-            columns = [what for what in whats if isinstance(what, ConceptColumns)]
-            kinds: dict[str, Kind] = {}
-            for what in columns:
-                kinds |= what.kinds()
+            whats = cdm.PERSON_FACTS if table is None else (table.what,)
+            columns = [what for what in whats if isinstance(what, cdm.ConceptColumns)]
+            kinds = dict[str, Kind](pair for what in columns for pair in what.kinds().items())
             seen: Seen = set()
-            for batch in read_chunks(part, kinds) if kinds else ():
+            for batch in cdm.read_chunks(part, kinds) if kinds else ():
                 for what in columns:
-                    rows = row_concepts(batch, what, None if table is None else self._ancestors)
+                    rows = cdm.row_concepts(batch, what, None if table is None else self._ancestors)
                     seen |= {(what.prefix, concept) for concept in np.unique(rows.ids).tolist()}
             self._seen[unit] = seen
         return self._seen[unit]
 
 
-def _kinds(table: EventTable | None) -> dict[str, Kind]:
+def _kinds(table: cdm.EventTable | None) -> dict[str, Kind]:
     if table is not None:
         return table.kinds()
-    kinds = dict(BIRTH_KINDS)
-    for fact in PERSON_FACTS:
-        kinds |= fact.kinds()
-    return kinds
+    return cdm.BIRTH_KINDS | dict(pair for fact in cdm.PERSON_FACTS for pair in fact.kinds().items())
 
 
 # Persons and visits: who there is, born when, and which visits began when.
@@ -262,7 +239,7 @@ def births_of(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
     the 1st; without the month the day is not known either.
     """
     exact = batch.column("birth_datetime").cast(pa.int64()).fill_null(NO_TIME).to_numpy(zero_copy_only=False)
-    year, month, day = (integers(batch, f"{part}_of_birth") for part in ("year", "month", "day"))
+    year, month, day = (cdm.integers(batch, f"{part}_of_birth") for part in ("year", "month", "day"))
     known = (year >= 1) & (year <= 9999)
     month_given = (month >= 1) & (month <= 12)
     months = (np.where(known, year, 1970) - 1970) * 12 + np.where(month_given, month, 1) - 1
@@ -283,7 +260,7 @@ def load_persons(parts: Iterable[Part]) -> Persons:
     ids, births = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for part in parts:
         rows = 0
-        for batch in read_chunks(part, BIRTH_KINDS):
+        for batch in cdm.read_chunks(part, cdm.BIRTH_KINDS):
             column = batch.column("person_id")
             if column.null_count:
                 row = rows + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))) + 1
@@ -291,7 +268,7 @@ def load_persons(parts: Iterable[Part]) -> Persons:
                     f"{part.file} has no person_id in row {row} (counted from 1 after any header): fill "
                     "it in or leave the row out."
                 )
-            ids.append(integers(batch, "person_id"))
+            ids.append(cdm.integers(batch, "person_id"))
             births.append(births_of(batch)[0])
             rows += batch.num_rows
     distinct, first = np.unique(np.concatenate(ids), return_index=True)
@@ -300,15 +277,17 @@ def load_persons(parts: Iterable[Part]) -> Persons:
 
 def load_visits(parts: Iterable[Part]) -> VisitStarts:
     """Read the ids, persons and starts of all visits; rows without an id are left out."""
-    wanted = ("visit_occurrence_id", "person_id", VISITS.date, VISITS.datetime)
-    kinds: dict[str, Kind] = {name: kind for name, kind in VISITS.kinds().items() if name in wanted}
+    wanted = ("visit_occurrence_id", "person_id", cdm.VISITS.date, cdm.VISITS.datetime)
+    kinds: dict[str, Kind] = {name: kind for name, kind in cdm.VISITS.kinds().items() if name in wanted}
     columns = [np.empty((3, 0), np.int64)]
     for part in parts:
-        for batch in read_chunks(part, kinds):
+        for batch in cdm.read_chunks(part, kinds):
             batch = batch.filter(batch.column("visit_occurrence_id").is_valid())
-            starts = times_of(batch, VISITS.datetime, VISITS.date)
+            starts = times_of(batch, cdm.VISITS.datetime, cdm.VISITS.date)
             columns.append(
-                np.stack([integers(batch, "visit_occurrence_id"), integers(batch, "person_id"), starts])
+                np.stack(
+                    [cdm.integers(batch, "visit_occurrence_id"), cdm.integers(batch, "person_id"), starts]
+                )
             )
     ids, persons, starts = np.concatenate(columns, axis=1)
     distinct, first = np.unique(ids, return_index=True)
@@ -324,23 +303,23 @@ class Lookup:
 
     persons: Persons
     visits: VisitStarts
-    concepts: Concepts
+    concepts: cdm.Concepts
     ancestors: tuple[np.ndarray, np.ndarray] | None
     """Of `omop_tables.load_ancestors`; None for no roll-up."""
 
 
 def person_events(
-    batch: pa.RecordBatch, concepts: Concepts, counts: EventCounts, seen: Seen
+    batch: pa.RecordBatch, concepts: cdm.Concepts, counts: EventCounts, seen: Seen
 ) -> Iterator[pa.Table]:
     """Births, then the facts without a time, of persons ``[rows]``; each row counts as four events."""
-    ids, (births, filled) = integers(batch, "person_id"), births_of(batch)
-    counts.read += len(ids) * (1 + len(PERSON_FACTS))
+    ids, (births, filled) = cdm.integers(batch, "person_id"), births_of(batch)
+    counts.read += len(ids) * (1 + len(cdm.PERSON_FACTS))
     known = births != NO_TIME
     counts.drop("no year of birth", count(~known))
     counts.change("birth month or day filled in", count(filled))
     yield events_table(ids[known], _times(births[known]), one_code(BIRTH_CODE, count(known)))
-    for fact in PERSON_FACTS:
-        rows = row_concepts(batch, fact, None)
+    for fact in cdm.PERSON_FACTS:
+        rows = cdm.row_concepts(batch, fact, None)
         keep = rows.named()
         counts.drop("no concept", count(~keep))
         codes = _codes(rows, keep, concepts, counts, seen)
@@ -348,16 +327,18 @@ def person_events(
 
 
 def table_events(
-    batch: pa.RecordBatch, table: EventTable, lookup: Lookup, counts: EventCounts, seen: Seen
+    batch: pa.RecordBatch, table: cdm.EventTable, lookup: Lookup, counts: EventCounts, seen: Seen
 ) -> pa.Table:
     """One event for each row that has a subject, a time and, where the table has concepts, a concept."""
-    persons, times = integers(batch, "person_id"), times_of(batch, table.datetime, table.date)  # [N]
+    persons, times = (cdm.integers(batch, "person_id"), times_of(batch, table.datetime, table.date))  # [N]
     concepts = (
-        row_concepts(batch, table.what, lookup.ancestors) if isinstance(table.what, ConceptColumns) else None
+        cdm.row_concepts(batch, table.what, lookup.ancestors)
+        if isinstance(table.what, cdm.ConceptColumns)
+        else None
     )
     births, known = lookup.persons.births_of(persons)
     counts.read += len(persons)
-    rules = {"unknown subject": known & _valid(batch, "person_id"), "null time": times != NO_TIME}
+    rules = {"unknown subject": known & valid(batch.column("person_id")), "null time": times != NO_TIME}
     if concepts is not None:
         rules["no concept"] = concepts.named()
     keep = keep_rows(rules, counts)
@@ -369,9 +350,9 @@ def table_events(
 
     earliest, visits = births[keep], None
     if table.in_visit:
-        ids = integers(batch, "visit_occurrence_id")
+        ids = cdm.integers(batch, "visit_occurrence_id")
         starts, found = lookup.visits.starts_of(ids, persons)
-        found &= _valid(batch, "visit_occurrence_id")
+        found &= valid(batch.column("visit_occurrence_id"))
         counts.change("unknown visit", count(~found))
         visits = pa.array(ids, mask=~found)
         same_day = found & (starts // DAY == times // DAY)
@@ -383,18 +364,14 @@ def table_events(
 
 
 def _codes(
-    rows: RowConcepts, keep: np.ndarray, concepts: Concepts, counts: EventCounts, seen: Seen
+    rows: cdm.RowConcepts, keep: np.ndarray, concepts: cdm.Concepts, counts: EventCounts, seen: Seen
 ) -> pa.DictionaryArray:
     counts.change("concept 0, source concept taken", count(rows.from_source & keep))
     counts.change("concept 0, source value taken", count(rows.valued() & keep))
     counts.change("concept replaced by an ancestor", count(rows.rolled_up & keep))
-    codes, used = encode_codes(rows, keep, concepts)
+    codes, used = cdm.encode_codes(rows, keep, concepts)
     seen |= {(rows.prefix, concept) for concept in used.tolist()}
     return codes
-
-
-def _valid(batch: pa.RecordBatch, column: str) -> np.ndarray:
-    return batch.column(column).is_valid().to_numpy(zero_copy_only=False)
 
 
 def _times(times: np.ndarray) -> pa.Array:

@@ -76,13 +76,10 @@ class EventTable:
 
     def kinds(self) -> dict[str, Kind]:
         """Column -> what it holds, for all columns that are read."""
-        kinds: dict[str, Kind] = {"person_id": "integer", self.date: "time"}
-        if self.datetime:
-            kinds[self.datetime] = "time"
-        if self.in_visit:
-            kinds["visit_occurrence_id"] = "integer"
-        if self.value:
-            kinds[self.value] = "number"
+        visit = "visit_occurrence_id" if self.in_visit else None
+        times: dict[str | None, Kind] = {"person_id": "integer", self.date: "time", self.datetime: "time"}
+        every: dict[str | None, Kind] = {**times, visit: "integer", self.value: "number"}
+        kinds: dict[str, Kind] = {name: kind for name, kind in every.items() if name}
         return kinds | (self.what.kinds() if isinstance(self.what, ConceptColumns) else {})
 
     def required(self) -> list[tuple[str, ...]]:
@@ -112,14 +109,9 @@ VISITS = EventTable(
     "visit_occurrence", _concepts("VISIT", "visit", False), "visit_start_date", "visit_start_datetime"
 )
 DEATHS = EventTable("death", DEATH_CODE, "death_date", "death_datetime", in_visit=False)
+_PERIOD = "observation_period"
 PERIODS = tuple(
-    EventTable(
-        "observation_period",
-        f"OBSERVATION_PERIOD//{end.upper()}",
-        f"observation_period_{end}_date",
-        None,
-        in_visit=False,
-    )
+    EventTable(_PERIOD, f"{_PERIOD.upper()}//{end.upper()}", f"{_PERIOD}_{end}_date", None, in_visit=False)
     for end in ("start", "end")
 )
 EVENT_TABLES = (*DOMAIN_TABLES, VISITS, DEATHS, *PERIODS)
@@ -139,10 +131,6 @@ BIRTH_KINDS: dict[str, Kind] = {
 
 def omop_files(path: Path, ancestors: bool) -> dict[str, list[Path]]:
     """Lower-case table name -> files, of the tables that are read, with their columns checked.
-
-    Args:
-        path: the folder.
-        ancestors: whether concept_ancestor is read.
 
     Raises:
         InputError: as `omop.open_omop`.
@@ -182,11 +170,8 @@ def find_tables(folder: Path, wanted: Callable[[str], bool]) -> dict[str, list[P
     """Lower-case table name -> its files, sorted.
 
     A table is one file (``person.csv``, ``PERSON.parquet``), files of parts (``person_0001.csv.gz``,
-    ``person-part-0.parquet``) or a folder of parts (``person/*.parquet``, at any depth).
-
-    Args:
-        folder: where the tables are.
-        wanted: whether a table of that lower-case name is to be looked for.
+    ``person-part-0.parquet``) or a folder of parts (``person/*.parquet``, at any depth). ``wanted`` tells
+    whether a table of a lower-case name is to be looked for.
 
     Raises:
         InputError: not a folder, or a table is there twice (in two forms, or whole and in parts).
@@ -247,13 +232,10 @@ def columns_of(file: Path) -> dict[str, str]:
 
 
 def read_chunks(part: Part, kinds: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
-    """Read some columns in batches of at most `CHUNK_ROWS` rows.
+    """Read some columns, lower-case name -> what it holds, in batches of at most `CHUNK_ROWS` rows.
 
-    Args:
-        part: what to read.
-        kinds: lower-case column name -> what it holds: `integer` comes as int64, exactly; `number` as
-            float64; `text` as string; `time` (timestamps, dates, ISO text or YYYYMMDD) as timestamp in
-            microseconds without a zone. A column that the file has not is all null.
+    `integer` comes as int64, exactly; `number` as float64; `text` as string; `time` (timestamps, dates, ISO
+    text or YYYYMMDD) as timestamp in microseconds without a zone. A column that the file has not is all null.
 
     Raises:
         InputError: the file is cut short, a row has too many or too few fields, text is not UTF-8, or a

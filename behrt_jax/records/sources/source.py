@@ -109,6 +109,11 @@ def keep_rows(fits: Mapping[str, np.ndarray], counts: EventCounts) -> np.ndarray
     return keep
 
 
+def valid(column: pa.Array) -> np.ndarray:
+    """Rows that are not null, bool ``[rows]``."""
+    return column.is_valid().to_numpy(zero_copy_only=False)
+
+
 def count(rows: np.ndarray) -> int:
     """Number of bool ``[rows]`` that are true."""
     return int(np.count_nonzero(rows))

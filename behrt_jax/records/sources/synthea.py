@@ -38,7 +38,7 @@ from behrt_jax.records.sources.columns import (
     parse_times,
 )
 from behrt_jax.records.sources.files import Piece, csv_columns, is_csv, read_csv
-from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code
+from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code, valid
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
@@ -115,7 +115,7 @@ class SyntheaSource(Source):
                 texts = self._texts[name] = {}
                 for piece in file.read("CODE", "DESCRIPTION", "ENCOUNTERCLASS"):
                     describe(piece, codes_of(name, piece), texts)
-        tables = (self._texts[name] for name in self._files if name in self._texts)
+        tables = (self._texts[name] for name in self._files if name != "patients")
         return {code: text for texts in tables for code, text in texts.items()}
 
     def learned(self) -> JsonObject:
@@ -178,15 +178,8 @@ class SyntheaSource(Source):
             times, codes = parse_times(piece, file.start), codes_of(name, piece)
             describe(piece, codes, texts)
             counts.read += len(times)
-            keep = keep_rows(
-                {
-                    "unknown subject": _valid(subject) & known,
-                    "null code": _valid(codes),
-                    "null time": _valid(times),
-                },
-                counts,
-            )
-            kept = pa.array(keep)
+            rules = {"unknown subject": valid(subject) & known, "null code": valid(codes)}
+            kept = pa.array(keep_rows(rules | {"null time": valid(times)}, counts))
             piece = piece._replace(table=piece.table.filter(kept))
             times, codes = times.filter(kept), codes.filter(kept)
             values = values_of(piece, counts) if name == "observations" else None
@@ -353,14 +346,10 @@ def values_of(piece: Piece, counts: EventCounts) -> pa.Array | None:
 def visits_of(
     piece: Piece, column: str, times: pa.Array, encounters: Encounters | None, counts: EventCounts
 ) -> pa.Array:
-    """Visit id of each event, int64 ``[rows]`` with nulls.
+    """Visit id of each event, int64 ``[rows]`` with nulls, from the column of the encounter's id, if any.
 
-    Args:
-        piece: rows of a table, without those that are dropped.
-        column: of the encounter's id; it may be missing.
-        times: of the events ``[rows]``.
-        encounters: which the ids are looked up in; None to take every id as it is.
-        counts: gets the ids that are unknown, and the events outside their encounter.
+    The ids are looked up in the encounters; None to take every id as it is. Counted are the ids that are
+    unknown, and the events outside their encounter.
     """
     if column not in piece.table.column_names:
         counts.change("unknown visit", len(times))
@@ -369,7 +358,7 @@ def visits_of(
     if encounters is None:
         counts.change("unknown visit", visits.null_count)
         return visits
-    place = np.where(_valid(visits), find(encounters.ids, visits.fill_null(0).to_numpy()), -1)
+    place = np.where(valid(visits), find(encounters.ids, visits.fill_null(0).to_numpy()), -1)
     known = place >= 0
     days = times.cast(pa.int64()).to_numpy() // DAY
     outside = np.zeros(len(days), dtype=bool)
@@ -392,7 +381,3 @@ def describe(piece: Piece, codes: pa.DictionaryArray, texts: dict[str, str]) -> 
         if code is not None and text is not None:
             name = str(names[code])
             texts[name] = min(texts.get(name, str(text)), str(text))
-
-
-def _valid(column: pa.Array) -> np.ndarray:
-    return column.is_valid().to_numpy(zero_copy_only=False)

@@ -19,6 +19,7 @@ from behrt_jax.data.events import BIRTH_CODE, EventCounts
 from behrt_jax.data.parquet import CHUNK_ROWS
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
+from behrt_jax.records.sources import files as reading
 from behrt_jax.records.sources.columns import (
     TextIds,
     encode_text,
@@ -31,18 +32,6 @@ from behrt_jax.records.sources.columns import (
     is_whole,
     parse_numbers,
     parse_times,
-)
-from behrt_jax.records.sources.files import (
-    Part,
-    Piece,
-    column_ranges,
-    csv_columns,
-    cut_parts,
-    is_csv,
-    open_parquet,
-    read_csv,
-    read_part,
-    row_counts,
 )
 from behrt_jax.records.sources.source import Source, count, events_table, one_code
 
@@ -64,15 +53,15 @@ def open_table(path: Path, columns: TableColumns) -> "TableSource":
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is no file: give one .csv, .csv.gz or .parquet file.")
-    parts, ranges = [Part(path)], []
-    if is_csv(path):
-        names, schema = csv_columns(path), None
+    parts, ranges = [reading.Part(path)], []
+    if reading.is_csv(path):
+        names, schema = reading.csv_columns(path), None
     elif path.suffix.lower() in (".parquet", ".pq"):
-        with open_parquet(path) as file:
+        with reading.open_parquet(path) as file:
             schema = file.schema_arrow
             names = schema.names
-            parts = cut_parts(path, file.metadata, UNIT_ROWS, beyond=True)
-            ranges = column_ranges(file.metadata, parts, columns.subject)
+            parts = reading.cut_parts(path, file.metadata, UNIT_ROWS, beyond=True)
+            ranges = reading.column_ranges(file.metadata, parts, columns.subject)
     else:
         raise InputError(f"{path} is neither .csv, .csv.gz nor .parquet: write it as one of them.")
     for option, name in vars(columns).items():
@@ -97,12 +86,10 @@ class TableSource(Source):
     name = "table"
 
     def __init__(
-        self, path: Path, columns: TableColumns, parts: list[Part], ranges: list[tuple[int, int]]
+        self, path: Path, columns: TableColumns, parts: list[reading.Part], ranges: list[tuple[int, int]]
     ) -> None:
         """Use `open_table`, which checks the columns."""
-        self._path = path
-        self._columns = columns
-        self._parts = parts
+        self._path, self._columns, self._parts = path, columns, parts
         self._ranges = np.array(ranges, np.int64) if ranges and columns.birth is None else None
 
     def files(self) -> list[Path]:
@@ -157,7 +144,7 @@ class TableSource(Source):
     def _groups(self) -> list[int]:
         return [group for part in self._parts for group in part.row_groups]
 
-    def _read_rows(self, part: Part, counts: EventCounts) -> Iterator[pa.Table]:
+    def _read_rows(self, part: reading.Part, counts: EventCounts) -> Iterator[pa.Table]:
         columns = self._columns
         names = [columns.subject, columns.time, columns.code, columns.value, columns.visit]
         ids = TextIds(self._path, integer_or_hashed_ids)
@@ -187,27 +174,24 @@ class TableSource(Source):
         )
         return birth_events(births, counts)
 
-    def _pieces(self, names: list[str], groups: Sequence[int]) -> Iterator[Piece]:
+    def _pieces(self, names: list[str], groups: Sequence[int]) -> Iterator[reading.Piece]:
         """Columns, of some row groups where the file has such."""
         names = list(dict.fromkeys(names))
-        if is_csv(self._path):
-            yield from read_csv(self._path, names)
+        if reading.is_csv(self._path):
+            yield from reading.read_csv(self._path, names)
             return
-        with open_parquet(self._path, [self._columns.code]) as opened:
-            sizes = row_counts(opened.metadata)
+        with reading.open_parquet(self._path, [self._columns.code]) as opened:
+            sizes = reading.row_counts(opened.metadata)
             for group in groups:
-                part = Part(self._path, (group,), sum(sizes[:group]))
-                yield from read_part(opened, part, names, CHUNK_ROWS)
+                part = reading.Part(self._path, (group,), sum(sizes[:group]))
+                yield from reading.read_part(opened, part, names, CHUNK_ROWS)
 
 
 def birth_events(pieces: Iterable[tuple[pa.Array, pa.Array]], counts: EventCounts) -> Iterator[pa.Table]:
     """One event for each subject with a birth, at the earliest where there are several.
 
-    It holds 24 bytes for each subject.
-
-    Args:
-        pieces: subject ids (int64) and births (timestamps) of some rows, either may be null.
-        counts: gets the events, and as changed ``births differ``.
+    It holds 24 bytes for each subject. Pieces are subject ids (int64) and births (timestamps) of some rows,
+    either may be null. Counted are the events, and as changed ``births differ``.
     """
     born, first, last = (np.empty(0, np.int64) for _ in range(3))  # [S]
     for subject, birth in pieces:
@@ -248,13 +232,13 @@ def check_types(path: Path, schema: pa.Schema, columns: TableColumns) -> None:
             )
 
 
-def read_text(piece: Piece, name: str) -> pa.Array:
+def read_text(piece: reading.Piece, name: str) -> pa.Array:
     """Text, or integers as their digits; a dictionary stays one."""
     values = piece.column(name)
     return values if pt.is_dictionary(values.type) else values.cast(pa.string())
 
 
-def read_ids(piece: Piece, name: str, ids_of: Callable[[pa.Array], np.ndarray]) -> pa.Array:
+def read_ids(piece: reading.Piece, name: str, ids_of: Callable[[pa.Array], np.ndarray]) -> pa.Array:
     """Ids as int64: integers exactly, distinct texts by ``ids_of``.
 
     Raises:
@@ -273,7 +257,7 @@ def read_ids(piece: Piece, name: str, ids_of: Callable[[pa.Array], np.ndarray]) 
         ) from error
 
 
-def read_times(piece: Piece, name: str) -> pa.Array:
+def read_times(piece: reading.Piece, name: str) -> pa.Array:
     """Times in microseconds (UTC where there is a zone; finer parts cut off).
 
     Raises:
@@ -296,7 +280,7 @@ def read_times(piece: Piece, name: str) -> pa.Array:
         ) from error
 
 
-def read_numbers(piece: Piece, name: str) -> tuple[pa.Array, pa.Array]:
+def read_numbers(piece: reading.Piece, name: str) -> tuple[pa.Array, pa.Array]:
     """Numbers as float32, and whether each is lost (null now) since float32 has no finite number for it.
 
     Raises:

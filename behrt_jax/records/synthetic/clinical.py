@@ -10,16 +10,7 @@ import numpy as np
 
 from behrt_jax.data.events import DAY, DEATH_CODE, EventSet
 from behrt_jax.errors import InputError
-from behrt_jax.records.synthetic.conditions import (
-    CONDITIONS,
-    OCCASIONS,
-    STAGE_OF_STEP,
-    STAGES,
-    code_of,
-    named_codes,
-    themes,
-    unspecific_codes,
-)
+from behrt_jax.records.synthetic import conditions as medicine
 from behrt_jax.records.synthetic.histories import (
     VISIT_SIZES,
     YEAR_DAYS,
@@ -29,7 +20,7 @@ from behrt_jax.records.synthetic.histories import (
     to_event_set,
 )
 
-LEAST_CODES = len(named_codes()) + 8
+LEAST_CODES = len(medicine.named_codes()) + 8
 """Fewest codes that the generator can work with: the named ones and a few unspecific ones."""
 
 _MOST_CONDITIONS = 6  # of one subject
@@ -75,7 +66,7 @@ def generate_clinical(
         "SEX//M": (np.flatnonzero(~female), never[~female]),
         DEATH_CODE: _draw_deaths(rng, histories),
     }
-    texts = named_codes() | unspecific_codes(code_count - len(named_codes()))
+    texts = medicine.named_codes() | medicine.unspecific_codes(code_count - len(medicine.named_codes()))
     return to_event_set("clinical", histories, codes, texts, facts)
 
 
@@ -98,8 +89,8 @@ def _draw_conditions(
     held = np.zeros(subjects, np.int64)
     conditions = np.zeros((subjects, _MOST_CONDITIONS), np.int64)
     onsets = np.full((subjects, _MOST_CONDITIONS), np.inf, np.float32)
-    factors = {condition.name: np.ones(subjects, np.float32) for condition in CONDITIONS}
-    for index, condition in enumerate(CONDITIONS):
+    factors = {condition.name: np.ones(subjects, np.float32) for condition in medicine.CONDITIONS}
+    for index, condition in enumerate(medicine.CONDITIONS):
         chance = condition.rate * np.exp(-0.5 * ((ages - condition.age) / condition.width) ** 2)
         chance *= factors.pop(condition.name)
         chance *= np.where(female, "F" in condition.sex, "M" in condition.sex)
@@ -141,14 +132,14 @@ def _draw_themes(rng: np.random.Generator, histories: GeneratedHistories, female
         # How many visits the subject has spent on the condition: one for each year it had it before.
         spent = np.arange(len(rows)) - np.searchsorted(owner, owner)
         steps = spent + np.maximum(-onsets[owner, slot], 0).astype(np.int64)
-        stages = STAGE_OF_STEP[np.minimum(steps, len(STAGE_OF_STEP) - 1)]
-        found[rows] = STAGES * conditions[owner, slot] + stages
+        stages = medicine.STAGE_OF_STEP[np.minimum(steps, len(medicine.STAGE_OF_STEP) - 1)]
+        found[rows] = medicine.STAGES * conditions[owner, slot] + stages
     rows = np.flatnonzero(chosen < 0)
     owner = subjects[rows]
     occasions = _draw_occasions(
         rng, first_ages[owner] + years[rows], histories.visit_days[rows], female[owner]
     )
-    found[rows] = STAGES * len(CONDITIONS) + occasions
+    found[rows] = medicine.STAGES * len(medicine.CONDITIONS) + occasions
     return found
 
 
@@ -157,8 +148,8 @@ def _draw_occasions(
 ) -> np.ndarray:
     """Draw an occasion for each visit, int64 ``[visits]``, by age in years, day since 1970 and sex."""
     months = days.view("datetime64[D]").astype("datetime64[M]").astype(np.int64) % 12
-    weights = np.empty((2, 12, 120, len(OCCASIONS)), np.float32)  # sex, month, age, occasion
-    for index, occasion in enumerate(OCCASIONS):
+    weights = np.empty((2, 12, 120, len(medicine.OCCASIONS)), np.float32)  # sex, month, age, occasion
+    for index, occasion in enumerate(medicine.OCCASIONS):
         away = np.arange(1, 13) - (occasion.month or 0)
         season = np.exp(2.5 * (np.cos(2 * np.pi * away / 12) - 1)) if occasion.month else np.ones(12)
         allowed = (np.arange(120) >= occasion.ages[0]) & (np.arange(120) < occasion.ages[1])
@@ -192,11 +183,11 @@ def _draw_orders(rng: np.random.Generator) -> np.ndarray:
     Weighted draws without replacement (Efraimidis and Spirakis 2006, doi 10.1016/j.ipl.2005.11.003) in
     their Gumbel form; -1 where a theme has no code left.
     """
-    number = {code: index for index, code in enumerate(named_codes())}
+    number = {code: index for index, code in enumerate(medicine.named_codes())}
     places = int(VISIT_SIZES.max())
-    orders = np.full((len(themes()), _ORDERS, places), -1, np.int32)
-    for index, theme in enumerate(themes()):
-        codes = np.array([number[code_of(entry)] for entry in theme], np.int32)
+    orders = np.full((len(medicine.themes()), _ORDERS, places), -1, np.int32)
+    for index, theme in enumerate(medicine.themes()):
+        codes = np.array([number[medicine.code_of(entry)] for entry in theme], np.int32)
         keys = np.log(list(theme.values())) + rng.gumbel(size=(_ORDERS, len(codes)))
         order = codes[np.argsort(-keys, axis=1)][:, :places]
         orders[index, :, : order.shape[1]] = order
@@ -205,7 +196,7 @@ def _draw_orders(rng: np.random.Generator) -> np.ndarray:
 
 def _draw_unspecific(rng: np.random.Generator, events: int, code_count: int) -> np.ndarray:
     """Unspecific codes, int32 ``[events]``, of frequency about 1 / (rank + 10) (Zipf and Mandelbrot)."""
-    named = len(named_codes())
+    named = len(medicine.named_codes())
     ranks = 10 * (((code_count - named) / 10 + 1) ** rng.random(events) - 1)
     return (named + ranks).astype(np.int32)
 

@@ -42,20 +42,12 @@ class Condition:
 
     def stages(self) -> tuple[dict[str, float], ...]:
         """For each stage, ``"CODE text"`` -> weight of being noted in a visit."""
-        parts = (
-            (self.diagnosis,),
-            (self.first_line,),
-            self.monitoring,
-            (self.second_line,),
-            (self.complication,),
+        first, last = ((self.diagnosis,), (self.first_line,)), ((self.second_line,), (self.complication,))
+        parts = (*first, self.monitoring, *last)
+        return tuple(
+            {code: w / len(codes) ** 0.5 for codes, w in zip(parts, weights, strict=True) for code in codes}
+            for weights in _STAGE_WEIGHTS
         )
-        found = []
-        for weights in _STAGE_WEIGHTS:
-            stage: dict[str, float] = {}
-            for codes, weight in zip(parts, weights, strict=True):
-                stage.update((code, weight / len(codes) ** 0.5) for code in codes)
-            found.append(stage)
-        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -227,14 +219,10 @@ def named_codes() -> dict[str, str]:
 def unspecific_codes(count: int) -> dict[str, str]:
     """Codes that belong to no condition, the most frequent first -> their texts."""
     texts = {}
-    for rank in range(count):
-        number = rank // 4
-        chapter, rest = number % 100, number // 100
-        code, text = (
-            (f"DX//R{chapter:02d}.{rest}", "Unspecific finding"),
-            (f"RX//V{chapter:02d}AX{rest:02d}", "Other medication"),
-            (f"LAB//{50800 + number}", "Other laboratory test"),
-            (f"PX//{90000 + number}", "Other procedure"),
-        )[rank % 4]
-        texts[code] = f"{text} {number}"
-    return texts
+    for number in range(-(-count // 4)):
+        rest, chapter = divmod(number, 100)
+        texts[f"DX//R{chapter:02d}.{rest}"] = f"Unspecific finding {number}"
+        texts[f"RX//V{chapter:02d}AX{rest:02d}"] = f"Other medication {number}"
+        texts[f"LAB//{50800 + number}"] = f"Other laboratory test {number}"
+        texts[f"PX//{90000 + number}"] = f"Other procedure {number}"
+    return dict(list(texts.items())[:count])

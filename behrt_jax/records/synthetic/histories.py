@@ -185,12 +185,11 @@ def to_event_set(
     """
     births = (np.arange(len(histories.birth_days)), (histories.birth_days * DAY).view("datetime64[us]"))
     facts = {BIRTH_CODE: births} | (facts or {})
-    subjects = [rows for rows, _ in facts.values()]
-    subjects.append(np.repeat(histories.visit_subjects, histories.visit_events))
-    times = [when for _, when in facts.values()] + [histories.event_times.view("datetime64[us]")]
+    of_events = np.repeat(histories.visit_subjects, histories.visit_events)
+    subjects = [*(rows for rows, _ in facts.values()), of_events]
+    times = [*(when for _, when in facts.values()), histories.event_times.view("datetime64[us]")]
     fact_codes = np.arange(len(facts), dtype=np.int32) + len(descriptions)
     codes = np.repeat(fact_codes, [len(rows) for rows, _ in facts.values()])
-
     indices = np.concatenate([codes, event_codes.astype(np.int32, copy=False)])
     dictionary = pa.array([*descriptions, *facts], pa.string())
     columns = [

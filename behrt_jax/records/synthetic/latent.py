@@ -132,13 +132,10 @@ def latent_model(code_count: int, seed: int, difficulty: float = 0.5) -> LatentM
 
 def code_texts(model: LatentModel) -> dict[str, str]:
     """Code -> text, for every code."""
-    kinds = {"DX": "Diagnosis", "RX": "Treatment", "CARE": "Routine care"}
-    return {
-        code: f"{kinds[code.split('//')[0]]} {number}, from a latent condition"
-        if not code.startswith("CARE")
-        else f"{kinds['CARE']} {number}"
-        for number, code in enumerate(model.codes)
-    }
+    condition = ", from a latent condition"
+    kinds = {"DX": ("Diagnosis", condition), "RX": ("Treatment", condition), "CARE": ("Routine care", "")}
+    numbered = ((number, code, *kinds[code.split("//")[0]]) for number, code in enumerate(model.codes))
+    return {code: f"{kind} {number}{origin}" for number, code, kind, origin in numbered}
 
 
 def _between(ends: tuple[float, float], difficulty: float) -> float:

@@ -68,7 +68,7 @@ def test_the_same_as_by_spill_files(
     message = ""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finishing, "HELD_BYTES", held_bytes)
-        patch.setattr(preparation, "spill_in_parallel", refuse)
+        patch.setattr(preparation.spill, "spill_in_parallel", refuse)
         try:
             manifest = prepare(source, options(folder / "a", **config), partition_events=partition_events)
         except ValueError as error:
@@ -143,7 +143,7 @@ def test_units_are_read_in_the_order_of_their_subjects(tmp_path, monkeypatch):
     source.tables = [source.tables[unit] for unit in order]
     source.ranges = source.ranges[order]
     assert ascending_units(source) == [1, 3, 0, 2]
-    monkeypatch.setattr(preparation, "spill_in_parallel", refuse)
+    monkeypatch.setattr(preparation.spill, "spill_in_parallel", refuse)
     told = []
     prepare(source, options(tmp_path / "b"), lambda *what: told.append(what))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
@@ -170,7 +170,7 @@ def test_which_units_ascend(ranges, units):
 
 @pytest.mark.parametrize("change", [{"workers": 2}, {"value_codes": ("LAB//",)}])
 def test_options_that_need_spill_files(tmp_path, monkeypatch, change):
-    monkeypatch.setattr(preparation, "spill_in_parallel", refuse)
+    monkeypatch.setattr(preparation.spill, "spill_in_parallel", refuse)
     with pytest.raises(AssertionError, match="spill files were written"):
         prepare(cut(history_rows(20), 2, 100), options(tmp_path / "out", **change))
 
@@ -187,7 +187,7 @@ def test_meds_footers_tell_the_ranges(tmp_path, monkeypatch):
     middle = rows[half].subject
     assert np.array_equal(source.subject_ranges(), [[middle, last], [first, rows[half - 1].subject]])
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "spill_in_parallel", refuse)
+        patch.setattr(preparation.spill, "spill_in_parallel", refuse)
         prepare(source, PrepareConfig(input=folder, output=tmp_path / "a", min_count=1))
     table = pq.ParquetFile(folder / "data" / "a.parquet").read()
     pq.write_table(table, folder / "data" / "a.parquet", write_statistics=False)

@@ -389,8 +389,7 @@ def test_a_data_set_of_awkward_events(tmp_path):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """A source that reads at most 40 rows at once."""
-    for module in (meds_source, columns_files):
-        monkeypatch.setattr(module, "CHUNK_ROWS", 40)
+    monkeypatch.setattr(columns_files, "CHUNK_ROWS", 40)
 
 
 def read_units(source):
