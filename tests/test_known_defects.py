@@ -124,7 +124,8 @@ def run(tmp_path_factory):
             data = DataConfig(source="meds", path=meds, min_count=1)
             model = tiny_model(positions=32, layers=1)
             config = replace(SMALL_RUN, model=model, data=data, output=folder / "run")
-            config = changed(config, "train", **{"epochs": EPOCHS, "batch_size": 8, **train})
+            train = {"epochs": EPOCHS, "batch_size": 8, "validate_every": None, **train}
+            config = changed(config, "train", **train)
             config = changed(config, "optimizer", learning_rate=3e-2)  # it overfits within the epochs
             shown, original = {}, TrainingBatches.batch
 

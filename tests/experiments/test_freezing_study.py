@@ -31,6 +31,7 @@ SHARED = changed(
     changed(changed(SMALL_RUN, "model", layers=1), "data", subjects=60, vocabulary_size=40, window="first"),
     "train",
     epochs=2,
+    validate_every=None,
 )
 MINIATURE = FreezingStudyConfig(
     SHARED,

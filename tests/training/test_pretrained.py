@@ -27,6 +27,7 @@ SHORT = changed(
     changed(changed(SMALL_RUN, "model", layers=1), "data", subjects=60, vocabulary_size=40, source="uniform"),
     "train",
     epochs=7,
+    validate_every=4,
 )
 FULL = replace(SHORT, lora=None, freezing=FreezingConfig("full"))
 

@@ -19,7 +19,8 @@ SMALL_RUN = PretrainConfig(
     freezing=FreezingConfig("lora"),
     data=DataConfig(subjects=600, vocabulary_size=200),
     optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0),
-    train=TrainConfig(epochs=10, batch_size=32, log_every=2),
+    # Three validations: each takes as long as twenty steps.
+    train=TrainConfig(epochs=7, batch_size=32, validate_every=42, log_every=2),
 )
 
 

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -156,8 +157,6 @@ def close(ours, theirs):
 
 
 def test_a_few_examples_at_a_time_and_any_number_of_devices_give_the_same_file(case, tmp_path, monkeypatch):
-    import jax
-
     shuffled = tmp_path / "labels.parquet"
     labels = pq.read_table(case.labelled("binary").labels)
     labels = labels.take(np.random.default_rng(0).permutation(len(labels)))
@@ -341,7 +340,8 @@ def by_hand(data, split, subjects, times, model, vocabulary_size, params, poolin
         segments[row, :count] = 1
     network = PatientEmbedding(model, vocabulary_size, pooling)
     batch = Batch(codes, ages, visits, positions, segments, np.arange(len(codes), dtype=np.int32))
-    return network.apply({"params": {"behrt": params}}, batch, 1)[:, 0]
+    apply = jax.jit(network.apply, static_argnames="segments")
+    return np.asarray(apply({"params": {"behrt": params}}, batch, segments=1))[:, 0]
 
 
 @pytest.mark.slow
