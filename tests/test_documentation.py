@@ -1,5 +1,6 @@
 """The pages say what is so: commands are understood, links lead somewhere, files are there."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -64,9 +65,30 @@ def test_the_files_and_tables_that_the_layout_names_are_there():
     missing = {name for name in files if not (package / beside.get(name, "") / name).is_file()}
     missing |= {name for name in folders if not any((place / name).is_dir() for place in (package, ROOT))}
     assert missing == set()
-    for row in text.splitlines():
-        for table, file in re.findall(r"entry of `([A-Z]+)` in `([\w/]+\.py)`", row):
-            assert re.search(rf"^{table}\b.* = ", (package / file).read_text(), re.MULTILINE), table
+    tables = re.findall(r"entry of `(\w+)` in `([\w/]+\.py)`", text)
+    assert len(tables) >= 8
+    for table, file in tables:
+        assert re.search(rf"^{table}\b.* = ", (package / file).read_text(), re.MULTILINE), table
+
+
+def test_folders_import_only_from_those_that_the_layout_names_before_them():
+    paragraph = (
+        TEXTS["README.md"].split("Folders, each importing only from those before it: ")[1].split("\n\n")[0]
+    )
+    order = re.findall(r"`(\w+)(?:\.py|/)`", paragraph)
+    package = ROOT / "behrt_jax"
+    parts = {path.stem for path in package.iterdir() if path.stem.isidentifier() and "__" not in path.stem}
+    assert parts <= {*order}
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                own in order
+                and isinstance(node, ast.ImportFrom)
+                and (node.module or "").startswith("behrt_jax.")
+            ):
+                imported = (node.module or "").split(".")[1]
+                assert order.index(imported) <= order.index(own), f"{path.name} imports {node.module}"
 
 
 @pytest.mark.slow

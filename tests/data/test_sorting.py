@@ -17,7 +17,7 @@ def tables(draw):
         kind = draw(st.sampled_from(list(LIMITS)))
         low, high = LIMITS[kind]
         step = draw(st.sampled_from([1, 1, 1000, 60_000_000])) if kind == "<i8" else 1
-        least = draw(st.integers(low // step, high // step)) * step
+        least = draw(st.integers(-(-low // step), high // step)) * step  # no less than low
         width = draw(st.integers(0, (high - least) // step))
         pool = [least + step * draw(st.integers(0, width)) for _ in range(draw(st.integers(1, 6)))]
         columns.append(np.array([draw(st.sampled_from(pool)) for _ in range(rows)], kind))
