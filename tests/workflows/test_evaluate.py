@@ -238,7 +238,7 @@ def test_other_files_are_never_written_into_and_nothing_is_left_half_written(tmp
         raise RuntimeError("no space")
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="no space"):
-        patched.setattr(workflow, "write_evaluation_report", fail)
+        patched.setattr(workflow.evaluation_report, "write_evaluation_report", fail)
         judge(case, baselines=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert list(output.iterdir()) == []

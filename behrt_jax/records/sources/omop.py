@@ -284,11 +284,8 @@ def load_visits(parts: Iterable[Part]) -> VisitStarts:
         for batch in cdm.read_chunks(part, kinds):
             batch = batch.filter(batch.column("visit_occurrence_id").is_valid())
             starts = times_of(batch, cdm.VISITS.datetime, cdm.VISITS.date)
-            columns.append(
-                np.stack(
-                    [cdm.integers(batch, "visit_occurrence_id"), cdm.integers(batch, "person_id"), starts]
-                )
-            )
+            visit, person = cdm.integers(batch, "visit_occurrence_id"), cdm.integers(batch, "person_id")
+            columns.append(np.stack([visit, person, starts]))
     ids, persons, starts = np.concatenate(columns, axis=1)
     distinct, first = np.unique(ids, return_index=True)
     return VisitStarts(distinct, np.append(persons[first], 0), np.append(starts[first], NO_TIME))
@@ -330,12 +327,10 @@ def table_events(
     batch: pa.RecordBatch, table: cdm.EventTable, lookup: Lookup, counts: EventCounts, seen: Seen
 ) -> pa.Table:
     """One event for each row that has a subject, a time and, where the table has concepts, a concept."""
-    persons, times = (cdm.integers(batch, "person_id"), times_of(batch, table.datetime, table.date))  # [N]
-    concepts = (
-        cdm.row_concepts(batch, table.what, lookup.ancestors)
-        if isinstance(table.what, cdm.ConceptColumns)
-        else None
-    )
+    persons, times = cdm.integers(batch, "person_id"), times_of(batch, table.datetime, table.date)  # [N]
+    concepts = None
+    if isinstance(table.what, cdm.ConceptColumns):
+        concepts = cdm.row_concepts(batch, table.what, lookup.ancestors)
     births, known = lookup.persons.births_of(persons)
     counts.read += len(persons)
     rules = {"unknown subject": known & valid(batch.column("person_id")), "null time": times != NO_TIME}
