@@ -34,7 +34,7 @@ LORA = FinetuneConfig(
     lora=LoRAConfig(rank=2, targets=("query", "key", "value", "out", "intermediate", "output")),
     freezing=FreezingConfig("lora_pretrained"),
     optimizer=OptimizerConfig(learning_rate=2e-2, schedule="constant", warmup_fraction=0.0),
-    train=TaskTrainConfig(epochs=5, batch_size=32, validate_every=10, log_every=2),
+    train=TaskTrainConfig(epochs=5, batch_size=32, log_every=2),
 )
 CONFIGS = {
     "lora": LORA,
