@@ -282,7 +282,7 @@ def test_core_packages_and_pyarrow_are_enough(tmp_path):
 # Pretraining with stacked layers from end to end, and runs of one layout that start from the other.
 
 
-SHORT = changed(changed(SMALL_RUN, "data", subjects=300), "train", epochs=4, validate_every=18)
+SHORT = changed(changed(SMALL_RUN, "data", subjects=300), "train", epochs=4, validate_every=None)
 STACKED = changed(SHORT, "model", scan_layers=True, rematerialise=True)
 VOCABULARY = 200
 
