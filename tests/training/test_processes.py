@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from behrt_jax.config import MeshConfig
-from behrt_jax.training.devices import make_mesh, put_rows
-from tests.models.rows import random_batch
-from tests.training.test_step import SGD, SHALLOW, start
+from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
+from behrt_jax.training.state import init_state, set_up
+from behrt_jax.training.step import make_update_step, masked_code_objective
+from tests.models.rows import VOCABULARY, random_batch
+from tests.training.test_step import SGD, SHALLOW
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +31,17 @@ class Losses(NamedTuple):
 def losses(fsdp: int) -> Losses:
     """Losses and gradient norms of some steps on all devices of all processes."""
     mesh = make_mesh(None, MeshConfig(fsdp=fsdp))
-    _, state, step, _ = start(SHALLOW, mesh=mesh, large=128, optimizer=SGD)
+    setup = set_up(SHALLOW, VOCABULARY, mesh)
+    # Made where it stays: no process holds the whole of it.
+    state = init_state(setup, SGD, jax.random.key(0), mesh, large=128)
+    update = make_update_step(
+        masked_code_objective(setup.predictor, SHALLOW.masking),
+        SGD,
+        setup.mask,
+        jax.random.key(1),
+        clip_norm=1.0,
+    )
+    step = jax.jit(update, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
     found = []
     for index in range(3):
         state, totals = step(state, put_rows(random_batch(index, rows=16), mesh))
