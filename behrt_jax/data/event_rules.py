@@ -381,7 +381,7 @@ def matches(names: Sequence[str], patterns: tuple[str, ...], option: str) -> np.
 
 
 def code_prefix(code: str) -> str:
-    """The start of a code up to its first separator, with that: ``//``, else ``/`` or ``|``, else all of it."""
+    """The start of a code up to its first separator, with that: ``//``, else ``/`` or ``|``, else all."""
     found = re.match(r".*?//|.*?[/|]", code, re.DOTALL)
     return found[0] if found else code
 

@@ -52,7 +52,9 @@ COLUMNS_OF_KIND: Mapping[LabelKind, tuple[str, ...]] = {
 }
 
 
-_NO_LABELS = pa.schema([("subject_id", pa.int64()), ("prediction_time", pa.timestamp("us")), *VALUE_COLUMNS.items()])
+_NO_LABELS = pa.schema(
+    [("subject_id", pa.int64()), ("prediction_time", pa.timestamp("us")), *VALUE_COLUMNS.items()]
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,7 +49,8 @@ def hash_splits(
         if not len(splits[name]):
             raise InputError(
                 f"None of the {len(ids)} subjects fell into the {name} split: give more subjects, another "
-                f"{options}seed, {'' if options else 'splits.exact, '}or other values of {options}tuning_fraction and {options}held_out_fraction."
+                f"{options}seed, {'' if options else 'splits.exact, '}or other values of "
+                f"{options}tuning_fraction and {options}held_out_fraction."
             )
     return splits
 

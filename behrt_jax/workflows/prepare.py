@@ -89,7 +89,9 @@ def open_source(config: PrepareConfig) -> Source:
     for option, source in OWN_OPTIONS.items():
         given, default = (attrgetter(option)(one) for one in (config, PrepareConfig()))
         if given != default and source != config.source:
-            raise InputError(f"--{option} is of --source {source} and has no effect on {config.source}: leave it out.")
+            raise InputError(
+                f"--{option} is of --source {source} and has no effect on {config.source}: leave it out."
+            )
     if config.input is None:
         raise InputError("--input is missing: give the folder (or, for a table, the file) to read.")
     path = Path(config.input).expanduser()
@@ -164,12 +166,14 @@ def _report_options(console: Console, manifest: JsonObject) -> None:
         )
     idle = manifest.get("without_effect", {})
     for option, patterns in idle.items():
-        console.log(f"Warning: --{option} {' '.join(patterns)} matches no code of the data, so it has no effect.")
+        console.log(
+            f"Warning: --{option} {' '.join(patterns)} matches no code of the data, so it has no effect."
+        )
     for pattern in set(options.get("value_codes", ())).difference(idle.get("value_codes", ())):
         if not any(re.match(pattern, code) for code in manifest.get("value_edges", ())):
             console.log(
-                f"Warning: --value_codes {pattern} makes no bins: none of its codes has enough numeric values in the "
-                "train split."
+                f"Warning: --value_codes {pattern} makes no bins: none of its codes has enough "
+                "numeric values in the train split."
             )
 
 

@@ -216,9 +216,7 @@ def encode_spills(
             yield partition
             told(done, len(partitions.buckets))
 
-    return Encoding(
-        encoded(), counts, lambda: prefixes, lambda: partitions.names, lambda: splits, rules.bins
-    )
+    return Encoding(encoded(), counts, lambda: prefixes, lambda: partitions.names, lambda: splits, rules.bins)
 
 
 def own_splits(source: Source) -> dict[str, np.ndarray] | None:

@@ -275,9 +275,9 @@ def cast_column(piece: Piece, column: str, kind: Kind) -> pa.Array:
     """Cast a column ``[rows]``, of any type, to `ARROW_TYPES[kind]`.
 
     Integers come through exactly, in text too, and so do whole numbers in floating point (123.0, which pandas
-    makes of a column with gaps) while it is exact, below 2^53. Times with a zone become UTC; what is finer than a microsecond is cut off. Where a
-    text stands for a number or a time, blank and ``NA`` (which R writes) are null; a text that is asked
-    for as text may be ``NA``.
+    makes of a column with gaps) while it is exact, below 2^53. Times with a zone become UTC; what is finer
+    than a microsecond is cut off. Where a text stands for a number or a time, blank and ``NA`` (which R
+    writes) are null; a text that is asked for as text may be ``NA``.
 
     Raises:
         InputError: the type is not fit, or a value is not; the message names file, column and row.

@@ -57,8 +57,8 @@ def refuse_absent(option: str, folder: Path, named: Sequence[str], there: Collec
     absent = [name for name in named if name.lower() not in there]
     if absent:
         raise InputError(
-            f"--{option} names {', '.join(absent)}, which is no table of {folder} that can be left out: correct "
-            "the name."
+            f"--{option} names {', '.join(absent)}, which is no table of {folder} that can be left "
+            "out: correct the name."
         )
 
 
@@ -331,8 +331,11 @@ def open_parquet(file: Path, texts: list[str] | None = None, damage: Damage | No
 def read_part(
     opened: pq.ParquetFile, part: Part, columns: list[str], rows: int, damage: Damage | None = None
 ) -> Iterator[Piece]:
-    """Columns of a part in pieces of at most ``rows`` rows; `InputError` where the file is damaged or a text is
-    not UTF-8."""
+    """Columns of a part in pieces of at most ``rows`` rows.
+
+    Raises:
+        InputError: the file is damaged, or a text is not UTF-8.
+    """
     row, batches = part.first_row, opened.iter_batches(rows, part.row_groups or None, columns)
     while True:
         with readable(part.file, damage and damage(part.file, row)):

@@ -249,7 +249,9 @@ def find_files(path: Path, names: tuple[str, ...]) -> dict[str, Path]:
         if name not in names or not (is_csv(file) or file.is_dir()):
             continue
         if file.is_dir():
-            raise InputError(f"{file} is a folder: put its parts together into one CSV file, as Synthea writes it.")
+            raise InputError(
+                f"{file} is a folder: put its parts together into one CSV file, as Synthea writes it."
+            )
         if name in found:
             raise InputError(f"{path} has both {found[name].name} and {file.name}: keep one of them.")
         found[name] = file
