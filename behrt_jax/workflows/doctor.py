@@ -127,7 +127,7 @@ def audit_data(config: DoctorConfig) -> list[Finding]:
     """
     if config.data is None:
         raise InputError("--data is missing: give the folder that prepare wrote.")
-    data, manifest = read_prepared(config.data), read_manifest(config.data)
+    data, manifest = read_prepared(config.data, verify=True), read_manifest(config.data)
     labels = None if config.labels is None else read_labels(config.labels, as_written=True)
     _check_options(labels, config)
     found = list(check_data(data, manifest, config.death_codes))

@@ -19,6 +19,7 @@ from tests.diagnosis.audited import (
     taken,
 )
 from tests.records.meds_folder import DAY, HOUR, Row, born, by_remainder, history_rows, write_meds
+from tests.records.prepare.test_pipeline import without_digests
 
 
 def two_splits(data):
@@ -107,10 +108,9 @@ def test_an_injected_fault_is_caught(fault, prepared, tmp_path):
     assert findings(tmp_path / "spoilt", tmp_path)[name]["severity"] == severity
 
 
-def test_files_changed_after_preparing(prepared, tmp_path):
+def test_files_changed_after_preparing_by_an_older_version(prepared, tmp_path):
     folder = copied(prepared, tmp_path / "changed")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    without_digests(folder, fingerprint="0" * 64)
     assert list(alarms(findings(folder, tmp_path))) == ["changed-since-prepared"]
 
 
