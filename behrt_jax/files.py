@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, JSON, and digests by which damage is seen."""
+"""Files and folders written whole or not at all, the files of a data set, JSON, and digests that show damage."""
 
 import dataclasses
 import hashlib
@@ -107,6 +107,74 @@ def _plain(value: object) -> JSON:
         if array.dtype.kind in "biufSU":
             return _plain(array.tolist())
     raise TypeError(f"cannot write a {type(value).__name__} as JSON")
+
+
+# The files of a data set that somebody else has written.
+
+
+def data_files(folder: Path, endings: tuple[str, ...] = (".parquet",)) -> list[Path]:
+    """Every file of data below a folder, at any depth, in the order of its path.
+
+    Left out is what lies below a name that begins with ``.`` or ``_``, which is no data (a notebook's
+    checkpoints, what Spark has not finished, marks of success). Links to folders are followed, but never
+    into a folder that holds them.
+
+    Args:
+        folder: the names of itself and of what holds it are its user's own.
+        endings: of the names of files, in lower case; names are taken in any case.
+
+    Raises:
+        InputError: a folder cannot be read, is a table in versions (`refuse_versions`), or a link leads nowhere.
+    """
+    found: list[Path] = []
+
+    def search(folder: Path, above: tuple[Path, ...]) -> None:
+        refuse_versions(folder)
+        try:
+            here, entries = folder.resolve(), sorted(folder.iterdir())
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read ({error.strerror}): mend its permissions.") from error
+        if here in above:
+            return
+        for entry in entries:
+            wanted = entry.name.lower().endswith(endings)
+            if is_hidden(entry):
+                continue
+            if entry.is_dir():
+                search(entry, (*above, here))
+            elif wanted and entry.is_file():
+                found.append(entry)
+            elif entry.is_symlink() and not entry.exists() and (wanted or not entry.suffix):
+                raise InputError(f"{entry} is a link to what is not there: mend or remove it.")
+
+    search(folder, ())
+    return sorted(found)
+
+
+def is_hidden(path: Path) -> bool:
+    """The name begins with ``.`` or ``_``: by the custom of Hadoop and Arrow, no data."""
+    return path.name.startswith((".", "_"))
+
+
+def refuse_versions(folder: Path) -> None:
+    """Refuse a table of Delta Lake, Hudi or Iceberg: its folder holds files of earlier versions too, with rows
+    that were changed or deleted since.
+
+    Raises:
+        InputError: with the export to make.
+    """
+    if (folder / "_delta_log").is_dir():
+        kind, reader = "Delta Lake", "spark.read.format('delta').load(TABLE)"
+    elif (folder / ".hoodie").is_dir():
+        kind, reader = "Hudi", "spark.read.format('hudi').load(TABLE)"
+    elif any((folder / "metadata").glob("*.metadata.json")):
+        kind, reader = "Iceberg", "spark.read.format('iceberg').load(TABLE)"
+    else:
+        return
+    raise InputError(
+        f"{folder} is a table of {kind}, whose files hold earlier versions of its rows too: export the current "
+        f"one as plain Parquet, such as by {reader}.write.parquet(FOLDER), and give that."
+    )
 
 
 def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -28,12 +28,14 @@ def content_options(source: Source, config: PrepareConfig, codes: tuple[str, ...
     names = ["exclude_codes", "static_codes", "min_count", "vocabulary_size", "duplicates", "delays"]
     if config.value_codes:
         names += ["value_codes", "value_bins"]
-    split = [] if source.splits() else ["tuning_fraction", "held_out_fraction", "seed"]
+    by_hash = not source.splits()
+    split = ["tuning_fraction", "held_out_fraction", "seed"] if by_hash else []
     options = {
         "codes": codes,
         **{name: getattr(config, name) for name in names},
         **source.options(),
         **{name: getattr(config, name) for name in split},
+        **({"exact_splits": True} if by_hash and config.splits.exact else {}),
     }
     # Groups of options come last, as they always have.
     ordered = sorted(options.items(), key=lambda option: isinstance(option[1], dict))

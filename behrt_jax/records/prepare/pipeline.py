@@ -100,6 +100,9 @@ def prepare(
     options = content_options(source, config, codes)
     choice = CodeChoice(codes, config.exclude_codes, config.value_codes, config.static_codes)
     choice.read([])  # wrong patterns are told before anything is read
+    # A default that matches nothing is no slip.
+    static = () if config.static_codes == PrepareConfig().static_codes else config.static_codes
+    given = CodeChoice(config.codes, config.exclude_codes, config.value_codes, static)
 
     def reading() -> spill.Reading:
         cuts = spill.choose_boundaries(source) if boundaries is None else boundaries
@@ -121,12 +124,17 @@ def prepare(
             manifest = describe_prepared(
                 source.name, options, input_print.result, fingerprint.result, prepared
             )
+            if idle := given.without_effect(encoding.names()):
+                manifest["without_effect"] = idle
             manifest = sealed(manifest | {"files": digests_of(work / "prepared")})
             write_json(work / "prepared" / MANIFEST, manifest, escaped=False)
             return manifest
 
         manifest = None
-        units = None if config.merge or config.workers > 1 or config.value_codes else ascending_units(source)
+        at_once = not (config.merge or config.workers > 1 or config.value_codes)
+        if config.splits.exact and not source.splits():
+            at_once = False  # all subjects must be known first
+        units = ascending_units(source) if at_once else None
         if units is not None:
             with contextlib.suppress(OutOfOrder):
                 manifest = finished(encode_ascending(source, units, choice, config, partition_events, both))
