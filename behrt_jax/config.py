@@ -157,6 +157,9 @@ class DataConfig:
     """Share of subjects in the held_out split, likewise."""
     seed: int = 0
     """Seed of the generator and of the split."""
+    verify: bool = False
+    """Prepared data: read all files through and compare them with what prepare wrote, however large they
+    are. Off: up to 2 GiB of them, beside the sizes of all."""
 
 
 # A training run: optimizer, first parameters and devices.

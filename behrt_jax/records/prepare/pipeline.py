@@ -32,12 +32,19 @@ from behrt_jax.config import PrepareConfig
 from behrt_jax.data.event_rules import CodeChoice, matches, nothing_left
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.examples import parse_delay
-from behrt_jax.data.prepared import MANIFEST, VOCABULARY, FactWriter, SplitWriter, read_manifest
+from behrt_jax.data.prepared import (
+    MANIFEST,
+    VOCABULARY,
+    FactWriter,
+    SplitWriter,
+    check_prepared,
+    read_manifest,
+)
 from behrt_jax.data.sequences import set_fingerprint
 from behrt_jax.data.splits import check_fractions
 from behrt_jax.data.vocabulary import UNK, Descriptions, fit_vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, work_folder, write_json
+from behrt_jax.files import JsonObject, digests_of, sealed, work_folder, write_json
 from behrt_jax.records.prepare import spill
 from behrt_jax.records.prepare.encode import (
     Encoded,
@@ -119,6 +126,7 @@ def prepare(
             )
             if idle := given.without_effect(encoding.names()):
                 manifest["without_effect"] = idle
+            manifest = sealed(manifest | {"files": digests_of(work / "prepared")})
             write_json(work / "prepared" / MANIFEST, manifest, escaped=False)
             return manifest
 
@@ -179,6 +187,7 @@ def _existing(source: Source, config: PrepareConfig, options: JsonObject) -> Jso
         raise InputError(f"{output} was prepared with other options: give another --output.")
     if manifest.get("input_fingerprint") != input_fingerprint(source, config.input):
         raise InputError(f"{output} was prepared from another input: give another --output.")
+    check_prepared(output, manifest, None)
     return manifest | {"up_to_date": True}
 
 
