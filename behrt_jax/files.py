@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all, the files of a data set, JSON, and digests that show damage."""
+"""Files and folders written whole or not at all, files of data, JSON, and digests that show damage."""
 
 import dataclasses
 import hashlib

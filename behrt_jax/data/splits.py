@@ -55,6 +55,15 @@ def hash_splits(
     return splits
 
 
+def told_split(tuning_fraction: float, held_out_fraction: float, seed: int, exact: bool = False) -> str:
+    """A sentence that says how subjects were dealt out by :func:`hash_splits`."""
+    return (
+        "The source has no splits of its own: its subjects were dealt out by a hash of their ids "
+        f"({'exactly' if exact else 'about'} {tuning_fraction:.0%} tuning, {held_out_fraction:.0%} held_out, "
+        f"seed {seed})."
+    )
+
+
 def check_fractions(tuning_fraction: float, held_out_fraction: float, options: str = "data.") -> None:
     """Refuse shares of subjects that are out of range; ``options`` goes before their names."""
     if not 0 < tuning_fraction < 1:

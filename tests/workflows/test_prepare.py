@@ -172,8 +172,12 @@ def test_a_split_by_hash_is_told_and_can_be_exact(unsplit, tmp_path, capsys):
 
 
 def test_own_splits_are_not_drawn(meds, tmp_path, capsys):
-    assert run(meds, tmp_path / "prepared") == 0
-    assert "hash" not in capsys.readouterr().out
+    assert run(meds, tmp_path / "prepared", "--seed", "3", "--splits.exact") == 0
+    told = capsys.readouterr().out
+    assert "hash" not in told
+    for option in ("seed", "splits.exact"):
+        assert f"Warning: the source has splits of its own, so --{option} has no effect" in told
+    assert told.count("Warning") == 2
 
 
 def test_patterns_without_effect_are_told(unsplit, tmp_path, capsys):

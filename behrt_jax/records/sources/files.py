@@ -96,6 +96,8 @@ def csv_columns(file: Path, separator: Separator = ",") -> list[str]:
         raise InputError(f"{file} has a header that is no CSV: write the file again as CSV.") from error
     if not names:
         raise InputError(f"{file} is empty: give it a header with the names of its columns, or leave it out.")
+    if "\0" in line:
+        raise InputError(f"{file} is no text in UTF-8 (another encoding or format): save it as CSV in UTF-8.")
     if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)):
         named = "tabs" if other == "\t" else other
         raise InputError(

@@ -301,6 +301,7 @@ HEADER = "subject_id,time,code,value\n"
         ),
         ("subject_id,code,value\n", ("no column time", "table.time", "subject_id, code, value")),
         ("subject_id,time,code,code,value\n", ("more than one column code", "table.code")),
+        ("subject_id,\0time,code,value\n", ("no text in UTF-8", "save it as CSV")),
         ("subject_id;time;code;value\n", ("one column, whose name holds ;", "by commas", "decimal point")),
         ("subject_id\ttime\tcode\tvalue\n", ("one column, whose name holds tabs", "by commas")),
         (
