@@ -131,13 +131,10 @@ def data_files(folder: Path, endings: tuple[str, ...] = (".parquet",)) -> list[P
 
     def search(folder: Path, above: tuple[Path, ...]) -> None:
         refuse_versions(folder)
-        try:
-            here, entries = folder.resolve(), sorted(folder.iterdir())
-        except OSError as error:
-            raise InputError(f"{folder} cannot be read ({error.strerror}): mend its permissions.") from error
+        here = folder.resolve()
         if here in above:
             return
-        for entry in entries:
+        for entry in folder.iterdir():
             wanted = entry.name.lower().endswith(endings)
             if is_hidden(entry):
                 continue
@@ -148,7 +145,11 @@ def data_files(folder: Path, endings: tuple[str, ...] = (".parquet",)) -> list[P
             elif entry.is_symlink() and not entry.exists() and (wanted or not entry.suffix):
                 raise InputError(f"{entry} is a link to what is not there: mend or remove it.")
 
-    search(folder, ())
+    try:
+        search(folder, ())
+    except OSError as error:
+        place = error.filename or folder
+        raise InputError(f"{place} cannot be read ({error.strerror}): mend its permissions.") from error
     return sorted(found)
 
 

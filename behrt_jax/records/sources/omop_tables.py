@@ -199,7 +199,8 @@ def find_tables(folder: Path, wanted: Callable[[str], bool]) -> dict[str, list[P
                 files = data_files(entry, _FORMS)
                 if not files:
                     raise InputError(
-                        f"{entry} holds no file of {', '.join(_FORMS)}: add the table, or remove it."
+                        f"{entry} holds no file of {', '.join(_FORMS)}: add the table, remove the folder, or "
+                        f"leave it out by --omop.skip {name}."
                     )
                 for file in files:
                     found.setdefault(name, {}).setdefault(f"{entry.name}/*{_form(file)}", []).append(file)
