@@ -62,6 +62,21 @@ def refuse_absent(option: str, folder: Path, named: Sequence[str], there: Collec
         )
 
 
+_OTHER_FORMS = re.compile(r".*\.(tsv|psv|xlsx?|zip|bz2|xz|zst|7z|parquet|pq|orc|avro|feather|arrow|jsonl?)")
+
+
+def refuse_other_form(file: Path, forms: Sequence[str], skip: str) -> None:
+    """Refuse the file of a table in a form of data that is not read; what is no data (notes, ...) passes.
+
+    ``skip`` is the option that leaves it out.
+    """
+    if _OTHER_FORMS.fullmatch(file.name.lower()):
+        raise InputError(
+            f"{file} is not read: write it as {' or '.join(forms)}, move it away, or leave the table out by "
+            f"--{skip}."
+        )
+
+
 # CSV.
 
 

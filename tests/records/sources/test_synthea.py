@@ -393,6 +393,11 @@ def test_tables_that_are_skipped(tmp_path):
     (folder / "observations.csv").unlink()
     (folder / "observations.csv").mkdir()
     raised(lambda: open_synthea(folder), "observations.csv is a folder", "one CSV file")
+    assert open_synthea(folder, ["observations"]).units() == 3
+    (folder / "observations.csv").rmdir()
+    (folder / "observations.csv.zip").touch()
+    (folder / "devices.txt").touch()  # no data
+    raised(lambda: open_synthea(folder), "observations.csv.zip is not read", "--synthea.skip observations")
 
 
 def test_a_header_that_comes_again_is_named(tmp_path):
