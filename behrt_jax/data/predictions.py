@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from behrt_jax.data.examples import Examples
 from behrt_jax.data.labels import COLUMNS_OF_KIND, VALUE_COLUMNS, LabelKind, Labels
+from behrt_jax.data.parquet import INT96_UNIT, plain_times
 from behrt_jax.data.tasks import KINDS, Kind, Task, TaskKind
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
@@ -159,7 +160,7 @@ def read_predictions(path: Path) -> PredictionFile:
 
 def _read(path: Path) -> pa.Table:
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, coerce_int96_timestamp_unit=INT96_UNIT) as file:
             return file.read()
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: give the file that predict wrote.") from error
@@ -236,7 +237,7 @@ def _column(path: Path, table: pa.Table, name: str, target: pa.DataType) -> np.n
     if column.null_count:
         raise InputError(f"{path} has no {name} in {column.null_count} of {table.num_rows} rows.")
     try:
-        return column.cast(target).to_numpy()
+        return (plain_times(column) if pa.types.is_timestamp(target) else column.cast(target)).to_numpy()
     except pa.ArrowException as error:
         raise InputError(f"{path} has {column.type} in the column {name}: write it as {target}.") from error
 

@@ -115,7 +115,7 @@ class MedsSource(Source):
     def read(self, unit: int, counts: EventCounts) -> Iterator[pa.Table]:
         """Events of one unit; see `source.Source.read`.
 
-        Times become microseconds without a zone (UTC where there was one; finer parts are cut off).
+        Times become microseconds without a zone; see `parquet.plain_times`.
         Dropped: ``null code``. Changed: births and deaths under another name. The codes of a table
         share one dictionary.
 

@@ -22,6 +22,7 @@ from behrt_jax.files import JsonObject
 from behrt_jax.records.sources import files as reading
 from behrt_jax.records.sources.columns import (
     TextIds,
+    cast_column,
     encode_text,
     extremes,
     finite,
@@ -31,7 +32,6 @@ from behrt_jax.records.sources.columns import (
     is_time,
     is_whole,
     parse_numbers,
-    parse_times,
 )
 from behrt_jax.records.sources.source import Source, count, events_table, one_code
 
@@ -151,7 +151,7 @@ class TableSource(Source):
         for piece in self._pieces([name for name in names if name], part.row_groups):
             counts.read += piece.table.num_rows
             subject, code = read_ids(piece, columns.subject, ids), encode_text(read_text(piece, columns.code))
-            time = read_times(piece, columns.time)
+            time = cast_column(piece, columns.time, "time")
             there = pc.and_(subject.is_valid(), code.is_valid())
             counts.drop("null subject", subject.null_count)
             counts.drop("null code", there.false_count - subject.null_count)
@@ -169,7 +169,7 @@ class TableSource(Source):
     def _read_births(self, counts: EventCounts) -> Iterator[pa.Table]:
         columns, ids = self._columns, TextIds(self._path, integer_or_hashed_ids)
         births = (
-            (read_ids(piece, columns.subject, ids), read_times(piece, columns.birth or ""))
+            (read_ids(piece, columns.subject, ids), cast_column(piece, columns.birth or "", "time"))
             for piece in self._pieces([columns.subject, columns.birth or ""], self._groups)
         )
         return birth_events(births, counts)
@@ -254,29 +254,6 @@ def read_ids(piece: reading.Piece, name: str, ids_of: Callable[[pa.Array], np.nd
         raise InputError(
             f"{piece.file} has ids in the column {name} that do not fit into a signed 64-bit integer: "
             "write them as text."
-        ) from error
-
-
-def read_times(piece: reading.Piece, name: str) -> pa.Array:
-    """Times in microseconds (UTC where there is a zone; finer parts cut off).
-
-    Raises:
-        InputError: a text is no time, or a time does not fit.
-    """
-    values = piece.column(name)
-    if is_text(values.type):
-        texts = piece.table.select([name]).cast(pa.schema([pa.field(name, pa.string())]))
-        return parse_times(piece._replace(table=texts), name)
-    try:
-        if pt.is_timestamp(values.type):
-            if values.type.unit == "ns":  # towards the past, also before 1970
-                values = pc.floor_temporal(values, unit="microsecond")
-            values = values.cast(pa.timestamp("us", values.type.tz))
-        return values.cast(pa.timestamp("us"))
-    except pa.ArrowInvalid as error:
-        raise InputError(
-            f"{piece.file} has times in the column {name} that no 64-bit count of microseconds holds: "
-            "mend them."
         ) from error
 
 
