@@ -445,6 +445,18 @@ class PrepareConfig:
     static_codes: tuple[str, ...] = ("GENDER//", "SEX//", "RACE//", "ETHNICITY//")
     """Regular expressions of codes that are kept as facts about the subject (static.parquet) where they have
     no time, for evaluation by group; no token is made of them."""
+    births: Path | None = None
+    """Table (.csv, .csv.gz or .parquet) of births, with the columns subject_id and birth: of its subjects
+    they count in place of those of the records."""
+    birth_codes: tuple[str, ...] = ()
+    """Regular expressions of codes that are births, beside MEDS_BIRTH: at their time, or, where they have
+    none, in the year that is their value or stands at the end of the code (BIRTH_YEAR//1950)."""
+    without_birth: Literal["drop", "first_event", "unknown"] = "drop"
+    """Events of subjects without a birth: drop them, count the age from their first event, or keep them at an
+    unknown age, which has the last row of the age table to itself (but for the oldest)."""
+    implausible_ages: Literal["refuse", "drop", "keep"] = "refuse"
+    """Events at an age above 150 years: refuse the data, drop them, or keep them. Ages of 300 to 330 years,
+    by which MIMIC-III hides those over 89, are always kept."""
     delays: tuple[str, ...] = ()
     """REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit where it is known at
     the end of its visit, as diagnoses that are coded at discharge. Recorded alone: events stay as they are,

@@ -18,8 +18,8 @@ from behrt_jax.errors import InputError
 
 CHUNK_ROWS = 1 << 20
 INT96_UNIT = "us"
-"""Unit in which Spark's timestamps (INT96) are read: nanoseconds, the library's own choice, hold no time after
-2262 and turn 9999-12-31 into another."""
+"""Unit in which Spark's timestamps (INT96) are read: nanoseconds, the library's own choice, hold no time
+after 2262 and turn 9999-12-31 into another."""
 
 TEXT = EVENT_SCHEMA.field("code").type
 

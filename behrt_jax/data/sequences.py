@@ -10,7 +10,7 @@ import numpy as np
 
 from behrt_jax.config import DataConfig
 from behrt_jax.data.event_rules import Selected, select_events
-from behrt_jax.data.events import SPLITS, YEAR, Births, EventCounts, EventSet
+from behrt_jax.data.events import SPLITS, YEAR, EventCounts, EventSet, SubjectTimes
 from behrt_jax.data.sorting import leads, run_offsets
 from behrt_jax.data.splits import check_disjoint, hash_splits, split_index
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK, Vocabulary, fit_vocabulary
@@ -32,7 +32,7 @@ class Sequences:
     codes: np.ndarray
     """int32 ``[tokens]``, vocabulary ids."""
     ages: np.ndarray
-    """float32 ``[tokens]``, years of 365.25 days from birth to the event."""
+    """float32 ``[tokens]``, years of 365.25 days from birth to the event; NaN where no birth is known."""
     visits: np.ndarray
     """int32 ``[tokens]``, visit ordinal from 0 for each subject."""
     times: np.ndarray
@@ -93,7 +93,7 @@ class SequenceSet:
     """SHA-256 of the vocabulary and of every split."""
     subjects_without_events: dict[str, int] = field(default_factory=dict)
     """Split -> its subjects that have no event left, and so no sequence."""
-    births: Mapping[str, Births] = field(default_factory=lambda: dict.fromkeys(SPLITS, Births()))
+    births: Mapping[str, SubjectTimes] = field(default_factory=lambda: dict.fromkeys(SPLITS, SubjectTimes()))
     """Split -> births of those of them that have one, so that they can be predicted from their age; none
     where they were not read."""
 
@@ -183,9 +183,11 @@ def _fit(selected: Selected, train: np.ndarray, event_set: EventSet, data: DataC
 
 
 def ages_in_years(selected: Selected) -> np.ndarray:
-    """Years of 365.25 days from the subject's birth to each event, float32 ``[events]``."""
+    """Years of 365.25 days from the subject's birth to each event, float32 ``[events]``; NaN if unknown."""
     births = np.repeat(selected.births, np.diff(selected.offsets))  # [N]
-    return ((selected.times - births) / YEAR).astype(np.float32)
+    ages = ((selected.times - births) / YEAR).astype(np.float32)
+    ages[births == np.iinfo(np.int64).max] = np.nan
+    return ages
 
 
 def with_separators(sequences: Sequences) -> Sequences:

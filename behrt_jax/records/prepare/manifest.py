@@ -21,6 +21,7 @@ from behrt_jax.records.sources.source import Source
 ROW_LENGTHS = (50, 100, 200, 512)
 """Row lengths for which the padding is computed."""
 TOP_CODES = 20
+LATER_OPTIONS = ("without_birth", "implausible_ages", "birth_codes")
 
 
 def content_options(source: Source, config: PrepareConfig, codes: tuple[str, ...]) -> JsonObject:
@@ -28,6 +29,8 @@ def content_options(source: Source, config: PrepareConfig, codes: tuple[str, ...
     names = ["exclude_codes", "static_codes", "min_count", "vocabulary_size", "duplicates", "delays"]
     if config.value_codes:
         names += ["value_codes", "value_bins"]
+    # Of what came later, only what was asked for: the manifests of before stay equal.
+    names += [name for name in LATER_OPTIONS if getattr(config, name) != getattr(PrepareConfig, name)]
     split = [] if source.splits() else ["tuning_fraction", "held_out_fraction", "seed"]
     options = {
         "codes": codes,

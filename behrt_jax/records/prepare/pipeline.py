@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.event_rules import CodeChoice, matches, nothing_left
+from behrt_jax.data.event_rules import CodeChoice, check_ages, matches, nothing_left
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.prepared import MANIFEST, VOCABULARY, FactWriter, SplitWriter, read_manifest
@@ -46,6 +46,7 @@ from behrt_jax.records.prepare.encode import (
     ascending_units,
     encode_ascending,
     encode_spills,
+    life_rules,
 )
 from behrt_jax.records.prepare.manifest import (
     TOP_CODES,
@@ -215,6 +216,7 @@ def finish(
                 for writer in writers.values():
                     writer.flush()
         spill.add_counts(counts, encoding.counts)
+        check_ages(counts, life_rules(config))
         splits = encoding.splits()
         names, events = list(codes.number), codes.events
         if not any(found.any() for found in events.values()):

@@ -248,7 +248,9 @@ def cast_column(piece: Piece, column: str, kind: Kind) -> pa.Array:
         )
     problem = f"a value that does not fit: write {_MEANT[kind]} or leave it empty."
     if kind == "time":
-        problem = "a value that is no date or time: write dates like 2019-07-08, 20190708 or 2019-07-08T23:38:03Z."
+        problem = (
+            "a value that is no date or time: write dates like 2019-07-08, 20190708 or 2019-07-08T23:38:03Z."
+        )
     return _or_refuse(piece, column, lambda some: _cast(some, kind), values, problem)
 
 

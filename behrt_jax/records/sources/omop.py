@@ -32,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from behrt_jax.data.events import BIRTH_CODE, DAY, EventCounts
 from behrt_jax.errors import InputError
@@ -207,7 +206,6 @@ class Persons:
     """int64 ``[persons + 1]``, microseconds since 1970, `NO_TIME` where unknown; the last is nobody's."""
 
 
-
 @dataclass(frozen=True, eq=False)
 class VisitStarts:
     """Persons and starts of all visits."""
@@ -256,9 +254,9 @@ def births_of(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """Birth of each row (int64, `NO_TIME` where unknown), and by which rule it was changed (bool each).
 
     It is birth_datetime, unless that is more than a day outside of the year of birth, else midnight of year,
-    month and day of birth. A month that is missing (or no month) becomes January, a day that is missing (or not
-    in that month) the 1st; without the month the day is not known either. The rules are that month or day
-    was filled in, and that birth_datetime gave way.
+    month and day of birth. A month that is missing (or no month) becomes January, a day that is missing (or
+    not in that month) the 1st; without the month the day is not known either. The rules are that month or
+    day was filled in, and that birth_datetime gave way.
     """
     exact = _micros(batch, "birth_datetime")
     year, month, day = (cdm.integers(batch, f"{part}_of_birth") for part in ("year", "month", "day"))
@@ -301,11 +299,10 @@ def load_persons(parts: Iterable[Part]) -> Persons:
 
 
 def load_deaths(parts: Iterable[Part], persons: Persons) -> np.ndarray:
-    """Death of each person, the last of several: int64 ``[persons + 1]``, latest number where none is known."""
+    """Last death of each person: int64 ``[persons + 1]``, the largest number where none is known."""
     last = np.full(len(persons.births), NO_TIME)
-    kinds: dict[str, Kind] = {name: kind for name, kind in cdm.DEATHS.kinds().items()}
     for part in parts:
-        for batch in cdm.read_chunks(part, kinds):
+        for batch in cdm.read_chunks(part, cdm.DEATHS.kinds()):
             dead = times_of(batch, cdm.DEATHS.datetime, cdm.DEATHS.date).times
             np.maximum.at(last, find(persons.ids, cdm.integers(batch, "person_id")), dead)
     last[-1] = NO_TIME  # of persons that are not there

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from behrt_jax.config import TableColumns
+from behrt_jax.data.event_rules import birth_ranks, births_of_ranks
 from behrt_jax.data.events import BIRTH_CODE, EventCounts
 from behrt_jax.data.parquet import CHUNK_ROWS
 from behrt_jax.errors import InputError
@@ -126,7 +127,7 @@ class TableSource(Source):
         Each row counts as one event, and each subject with a birth in the births' column as one more.
         Dropped: ``null subject``, ``null code``. Changed: ``unknown visit`` (a null one, where visits
         are given), ``value is not finite``, ``births differ`` (a subject with several in the births'
-        column: the earliest is taken).
+        column: see `birth_events`).
 
         Raises:
             InputError: the file cannot be read, or a value cannot be what its column means; the message
@@ -188,22 +189,22 @@ class TableSource(Source):
 
 
 def birth_events(pieces: Iterable[tuple[pa.Array, pa.Array]], counts: EventCounts) -> Iterator[pa.Table]:
-    """One event for each subject with a birth, at the earliest where there are several.
+    """One event for each subject with a birth, at the one to take where there are several.
 
-    It holds 24 bytes for each subject. Pieces are subject ids (int64) and births (timestamps) of some rows,
+    That is the earliest that is no placeholder, as `event_rules.select_events` has it. It holds 24 bytes for each subject. Pieces are subject ids (int64) and births (timestamps) of some rows,
     either may be null. Counted are the events, and as changed ``births differ``.
     """
     born, first, last = (np.empty(0, np.int64) for _ in range(3))  # [S]
     for subject, birth in pieces:
         there = pc.and_(subject.is_valid(), birth.is_valid())
-        days = birth.filter(there).cast(pa.int64()).to_numpy()
+        days = birth_ranks(birth.filter(there).cast(pa.int64()).to_numpy())
         every = np.concatenate([born, subject.filter(there).to_numpy()])
         born, first, last = extremes(every, np.concatenate([first, days]), np.concatenate([last, days]))
     counts.read += len(born)
     counts.change("births differ", count(first != last))
     for start in range(0, len(born), CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
-        time = pa.array(first[part]).cast(pa.timestamp("us"))
+        time = pa.array(births_of_ranks(first[part])).cast(pa.timestamp("us"))
         yield events_table(born[part], time, one_code(BIRTH_CODE, len(time)))
 
 

@@ -401,7 +401,9 @@ def test_colliding_ids(tmp_path, monkeypatch):
 def test_times_come_back(moments, zone):
     texts = [moment.isoformat(" ") + zone for moment in moments if moment.year >= 1000]
     piece = Piece(Path("f"), 1, pa.table({"t": pa.array(texts, pa.string())}))
-    assert cast_column(piece, "t", "time").to_pylist() == [moment for moment in moments if moment.year >= 1000]
+    assert cast_column(piece, "t", "time").to_pylist() == [
+        moment for moment in moments if moment.year >= 1000
+    ]
 
 
 @given(st.lists(st.floats(width=32) | st.text(max_size=5), max_size=5))

@@ -194,11 +194,13 @@ def test_nulls_are_counted(tmp_path):
 
 
 def test_births_that_differ(tmp_path):
-    lines = "1,2020-01-01,x,1950-01-02\n1,2020-01-01,x,1950-01-01\n2,2020-01-01,x,\n"
+    lines = (
+        "1,2020-01-01,x,1950-01-02\n1,2020-01-01,x,1950-01-01\n2,2020-01-01,x,\n1,2020-01-01,x,1900-01-01\n"
+    )
     file = write(tmp_path / "t.csv", "subject_id,time,code,birth\n" + lines)
     rows, counts = read_all(open_table(file, TableColumns(birth="birth")))
     assert rows[0] == (1, dt.datetime(1950, 1, 1), "MEDS_BIRTH", None, None)
-    assert (len(rows), counts.read, counts.changed) == (4, 4, {"births differ": 1})
+    assert (len(rows), counts.read, counts.changed) == (5, 5, {"births differ": 1})
 
 
 def test_values_that_are_not_finite(tmp_path):
