@@ -520,6 +520,10 @@ class MakeLabelsConfig:
     times: Literal["all", "last", "random"] = "all"
     """all: after each visit. last: one of each subject, the last that leaves room for the horizon before
     follow-up ends (for next_visit, for another visit). random: one of each subject, by seed."""
+    index: Literal["positives"] | Path | None = None
+    """first_occurrence and death: Parquet file of index dates (subject_id, prediction_time), which are
+    labelled in place of ends of visits. positives: one label of each subject, drawn by seed: of those who
+    have it, one of their positive ends of visits; of all others, the last up to a time drawn from these."""
     min_events: int = 1
     """Fewest events that a subject has at the prediction time."""
     follow_up: str | None = None
@@ -528,7 +532,7 @@ class MakeLabelsConfig:
     date in place of that event, such as 2020-12-31. Default: subject, for readmission data. Not of
     next_visit."""
     seed: int = 0
-    """Seed of --times random."""
+    """Seed of --times random and --index positives."""
 
 
 @dataclass(frozen=True)

@@ -507,11 +507,19 @@ def matches(names: Sequence[str], patterns: tuple[str, ...], option: str) -> np.
     return np.array([any(pattern.match(name) for pattern in compiled) for name in names], dtype=bool)
 
 
-def nothing_left(by_code: Mapping[str, int], counts: EventCounts, options: str = "data.") -> InputError:
+BIRTHS_FROM = f"{BIRTH_CODE} events with a time"
+
+
+def nothing_left(
+    by_code: Mapping[str, int],
+    counts: EventCounts,
+    options: str = "data.",
+    births_from: str = BIRTHS_FROM,
+) -> InputError:
     """The error of a data set from which the rules leave nothing.
 
     ``by_code`` is code, or prefix of codes -> events read, markers of birth and death aside; ``options``
-    goes before the names of the options.
+    goes before the names of the options. Where subjects lack a birth, it says where the source has them from.
     """
     by_prefix = Counter()
     for name, count in by_code.items():
@@ -521,7 +529,8 @@ def nothing_left(by_code: Mapping[str, int], counts: EventCounts, options: str =
     return InputError(
         f"No event is left after filtering ({rules}): choose {options}codes and {options}exclude_codes to "
         f"fit the codes of the data set (most frequent prefixes: {prefixes or 'none'}), and see that "
-        f"subjects have a {BIRTH_CODE} event with a time."
+        f"subjects have a birth: {births_from}. Else prepare takes births from a table (--births FILE), or "
+        "does without (--without_birth first_event or unknown)."
     )
 
 

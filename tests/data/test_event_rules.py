@@ -271,7 +271,9 @@ def test_nothing_left_shows_what_codes_there_are():
 
 
 def test_nothing_left_names_the_rule():
-    with pytest.raises(InputError, match=r"\(no birth: 1\).*MEDS_BIRTH event with a time"):
+    with pytest.raises(
+        InputError, match=r"\(no birth: 1\).*MEDS_BIRTH events with a time.*--births FILE.*--without_birth"
+    ):
         select([Row(1, DAY, "A")])
 
 

@@ -220,7 +220,7 @@ def finish(
         splits = encoding.splits()
         names, events = list(codes.number), codes.events
         if not any(found.any() for found in events.values()):
-            raise nothing_left(encoding.prefixes(), counts, options="")
+            raise nothing_left(encoding.prefixes(), counts, options="", births_from=source.births_from)
         for name in ("train", "tuning"):
             if not events[name].any():
                 raise InputError(

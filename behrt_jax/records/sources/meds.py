@@ -97,6 +97,7 @@ class MedsSource(Source):
     subjects_by_split: dict[str, np.ndarray]
     texts: dict[str, str]
     name = "meds"
+    births_from = "events of the code MEDS_BIRTH with a time, or of other codes by --birth_codes"
     default_codes = MEDS_CODES
 
     def files(self) -> list[Path]:

@@ -69,6 +69,7 @@ class OmopSource(Source):
     """An OMOP data set, opened; persons, visits and concepts are read when they are first needed."""
 
     name = "omop"
+    births_from = "year_of_birth or birth_datetime in the table person"
     default_codes = ("CONDITION//", "DRUG//", "PROCEDURE//")
 
     def __init__(self, tables: dict[str, list[Path]], ancestors: bool) -> None:

@@ -86,6 +86,7 @@ class SyntheaSource(Source):
     """
 
     name = "synthea"
+    births_from = "BIRTHDATE in the file of patients"
     default_codes = ("DX//", "RX//", "PX//")
 
     def __init__(self, files: dict[str, "SyntheaFile"], patients: np.ndarray) -> None:
