@@ -310,6 +310,9 @@ class TaskConfig:
     """Most recent events that are read of a history, in tokens; the model's positions where not given."""
     packed: bool = True
     """Several examples share a row. Off: one example a row, padded."""
+    outside_life: Literal["leave_out", "keep"] | None = None
+    """Labels at a time before birth, or on a day after the death: leave them out, counted, or keep them.
+    Default: leave out those after death; one before birth is an error."""
     threshold: Literal["f1", "youden"] | float = "f1"
     """Binary: above which probability a prediction is positive. f1 and youden: the one at which F1, or
     sensitivity + specificity, is largest on the tuning split."""
@@ -558,6 +561,8 @@ class PredictConfig:
     predictions; without labels, one a subject at its last event."""
     pooling: Literal["mean", "max", "last", "cls"] | None = None
     """Of embeddings; the model's own, or mean, where not given."""
+    outside_life: Literal["leave_out", "keep"] | None = None
+    """As task.outside_life of finetune."""
     rows: int = 64
     """Rows that are computed at once."""
     compilation_cache: Literal["off"] | Path | None = None

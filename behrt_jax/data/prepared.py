@@ -100,7 +100,8 @@ def read_prepared(path: Path, sep_token: bool = False) -> SequenceSet:
         splits = {name: with_separators(part) for name, part in splits.items()}
         fingerprint = set_fingerprint(vocabulary, splits)
     births = {name: read_births(path, name) for name in SPLITS}
-    return SequenceSet(vocabulary, splits, counts, fingerprint, without, births)
+    deaths = {name: _subject_times(read_deaths(path, name)) for name in SPLITS}
+    return SequenceSet(vocabulary, splits, counts, fingerprint, without, births, deaths)
 
 
 def read_split(folder: Path) -> Sequences:
@@ -141,7 +142,12 @@ def read_births(folder: Path, split: str) -> SubjectTimes:
     Raises:
         InputError: the file is damaged.
     """
-    table = _read_facts(folder, split, "births.parquet", BIRTHS)
+    return _subject_times(_read_facts(folder, split, "births.parquet", BIRTHS))
+
+
+def _subject_times(table: pa.Table | None) -> SubjectTimes:
+    if table is None:
+        return SubjectTimes()
     return SubjectTimes(table["subject_id"].to_numpy(), table["time"].cast(pa.int64()).to_numpy())
 
 

@@ -96,6 +96,8 @@ class SequenceSet:
     births: Mapping[str, SubjectTimes] = field(default_factory=lambda: dict.fromkeys(SPLITS, SubjectTimes()))
     """Split -> births of those of them that have one, so that they can be predicted from their age; none
     where they were not read."""
+    deaths: Mapping[str, SubjectTimes] = field(default_factory=lambda: dict.fromkeys(SPLITS, SubjectTimes()))
+    """Split -> deaths of its subjects; none where they were not read."""
 
     def subject_ids(self, split: str) -> np.ndarray:
         """Subjects that can be predicted: with a sequence, then those with a birth alone; int64 ``[n]``."""
