@@ -392,7 +392,7 @@ def test_labels_outside_of_a_life_are_left_out_or_kept():
     assert found.rows.tolist() == [0, 1, 2, 3, 4, 5]
     assert found.ages[5] == 0
     assert not found.outside_life
-    with pytest.raises(InputError, match="1 of 6 labels of train .* before .*birth.*outside_life leave_out"):
+    with pytest.raises(InputError, match=r"1 of 6 labels of train .* before .*birth.*outside_life leave_out"):
         find_examples(data, "train", labels, max_tokens=9)
     found = find_examples(data, "train", labels_at(times[:-1]), max_tokens=9)
     assert found.outside_life == {"before_birth": 0, "after_death": 2}
