@@ -60,7 +60,9 @@ class Encoding:
     counts: EventCounts
     """Of the reading; the partitions have those of the rules."""
     prefixes: Callable[[], Mapping[str, int]]
-    """Start of a code, up to the first ``//`` -> events read, markers aside."""
+    """Start of a code, of `event_rules.code_prefix` -> events read, markers aside."""
+    names: Callable[[], Sequence[str]]
+    """All codes read."""
     splits: Callable[[], dict[str, np.ndarray]]
     """Split -> int64 ids of its subjects, ascending, those without events included."""
     bins: event_rules.ValueBins | None = None
@@ -222,7 +224,7 @@ def encode_spills(
             yield partition
             told(done, len(partitions.buckets))
 
-    return Encoding(encoded(), counts, lambda: prefixes, lambda: splits, rules.bins)
+    return Encoding(encoded(), counts, lambda: prefixes, lambda: partitions.names, lambda: splits, rules.bins)
 
 
 def own_splits(source: Source) -> dict[str, np.ndarray] | None:
@@ -240,7 +242,8 @@ def own_splits(source: Source) -> dict[str, np.ndarray] | None:
 
 def split_by_hash(subjects: np.ndarray, config: PrepareConfig) -> dict[str, np.ndarray]:
     """See `splits.hash_splits`."""
-    return hash_splits(subjects, config.tuning_fraction, config.held_out_fraction, config.seed, options="")
+    fractions = config.tuning_fraction, config.held_out_fraction
+    return hash_splits(subjects, *fractions, config.seed, options="", exact=config.splits.exact)
 
 
 # Encoding of input whose subjects ascend from unit to unit: while it is read, without spill files.
@@ -275,7 +278,7 @@ def encode_ascending(
 
     Memory: two chunks of the source, a copy of one, and partitions of ``most`` events as in
     `encode_all`; a subject with more events than that is a partition of its own. The units are all of the
-    source's, as `ascending_units` gives them; ``value_codes`` need spill files.
+    source's, as `ascending_units` gives them; ``value_codes`` and exact splits by hash need spill files.
 
     Raises:
         InputError: splits that share subjects.
@@ -315,7 +318,7 @@ def encode_ascending(
     def all_splits() -> dict[str, np.ndarray]:
         return split_by_hash(seen.all(), config) if splits is None else splits
 
-    return Encoding(encoded(), counts, codes.prefixes, all_splits)
+    return Encoding(encoded(), counts, codes.prefixes, lambda: codes.names, all_splits)
 
 
 def whole_subjects(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[list[pa.RecordBatch]]:

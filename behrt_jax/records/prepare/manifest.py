@@ -33,12 +33,14 @@ def content_options(source: Source, config: PrepareConfig, codes: tuple[str, ...
         names += ["value_codes", "value_bins"]
     # Of what came later, only what was asked for: the manifests of before stay equal.
     names += [name for name in LATER_OPTIONS if getattr(config, name) != getattr(PrepareConfig, name)]
-    split = [] if source.splits() else ["tuning_fraction", "held_out_fraction", "seed"]
+    by_hash = not source.splits()
+    split = ["tuning_fraction", "held_out_fraction", "seed"] if by_hash else []
     options = {
         "codes": codes,
         **{name: getattr(config, name) for name in names},
         **source.options(),
         **{name: getattr(config, name) for name in split},
+        **({"exact_splits": True} if by_hash and config.splits.exact else {}),
     }
     # Groups of options come last, as they always have.
     ordered = sorted(options.items(), key=lambda option: isinstance(option[1], dict))
