@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all, the files of a data set, JSON, and digests that show damage."""
+"""Files and folders written whole or not at all, files of data, JSON, and digests that show damage."""
 
 import dataclasses
 import hashlib
@@ -124,7 +124,8 @@ def data_files(folder: Path, endings: tuple[str, ...] = (".parquet",)) -> list[P
         endings: of the names of files, in lower case; names are taken in any case.
 
     Raises:
-        InputError: a folder cannot be read, is a table in versions (`refuse_versions`), or a link leads nowhere.
+        InputError: a folder cannot be read or is a table in versions (`refuse_versions`); a link leads
+            nowhere.
     """
     found: list[Path] = []
 
@@ -157,8 +158,8 @@ def is_hidden(path: Path) -> bool:
 
 
 def refuse_versions(folder: Path) -> None:
-    """Refuse a table of Delta Lake, Hudi or Iceberg: its folder holds files of earlier versions too, with rows
-    that were changed or deleted since.
+    """Refuse a table of Delta Lake, Hudi or Iceberg: its folder holds files of earlier versions too, with
+    rows that were changed or deleted since.
 
     Raises:
         InputError: with the export to make.
@@ -172,8 +173,8 @@ def refuse_versions(folder: Path) -> None:
     else:
         return
     raise InputError(
-        f"{folder} is a table of {kind}, whose files hold earlier versions of its rows too: export the current "
-        f"one as plain Parquet, such as by {reader}.write.parquet(FOLDER), and give that."
+        f"{folder} is a table of {kind}, whose files hold earlier versions of its rows too: export "
+        f"the current one as plain Parquet, such as by {reader}.write.parquet(FOLDER), and give that."
     )
 
 

@@ -32,8 +32,12 @@ def readable(file: Path, message: str | None = None) -> Iterator[None]:
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        problem = f"{file} is no readable Parquet file (cut short, or another format): write it again."
-        raise InputError(message or problem) from error
+        problem = (
+            message or f"{file} is no readable Parquet file (cut short, or another format): write it again."
+        )
+        if "UTF8" in str(error):  # Arrow looks into dictionaries while it reads
+            problem = f"{file} holds text that is not UTF-8: write it again as UTF-8."
+        raise InputError(problem) from error
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
@@ -94,8 +98,8 @@ def refuse_broken_text(
         texts = values.cast(kind) if pt.is_dictionary(values.type) else values
         row = next((row for row, text in enumerate(texts.cast(pa.binary())) if not _is_utf8(text.as_py())), 0)
         raise InputError(
-            f"{file} has in the column {column}, row {first_row + row} (counted from 1), text that is not UTF-8: "
-            "write the column again as UTF-8."
+            f"{file} has in the column {column}, row {first_row + row} (counted from 1), text that is "
+            "not UTF-8: write the column again as UTF-8."
         ) from error
 
 

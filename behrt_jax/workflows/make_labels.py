@@ -76,6 +76,11 @@ def make_labels(config: MakeLabelsConfig) -> JsonObject:
             "of subjects without events": len(index) - int(np.sum(known)),
         }
     with open_console() as console:
+        for pattern in config.codes:
+            if not matching_codes(data.vocabulary, (pattern,), "--codes").any():
+                console.log(
+                    f"Warning: --codes {pattern} matches no code of the vocabulary, so it has no effect."
+                )
         rows = dict.fromkeys(key for counts in account["splits"].values() for key in counts)
         console.table(
             f"Labels of the task {config.task}",

@@ -181,12 +181,12 @@ def find_tables(folder: Path, wanted: Callable[[str], bool]) -> dict[str, list[P
 
     A table is one file (``person.csv``, ``PERSON.parquet``), files of parts (``person_0001.csv.gz``,
     ``person-part-0.parquet``) or a folder of parts (``person/*.parquet`` or, as Spark names it,
-    ``person.parquet/*.parquet``, at any depth). Parts without rows are left out. ``wanted`` tells whether a table
-    of a lower-case name is to be looked for.
+    ``person.parquet/*.parquet``, at any depth). Parts without rows are left out. ``wanted`` tells whether a
+    table of a lower-case name is to be looked for.
 
     Raises:
-        InputError: not a folder, a table is there twice (in two forms, or whole and in parts), or the folder of
-            one cannot be searched (`files.data_files`) or holds no file.
+        InputError: not a folder, a table is there twice (in two forms, or whole and in parts), or the folder
+            of one cannot be searched (`files.data_files`) or holds no file.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: set input to the folder that holds the tables.")

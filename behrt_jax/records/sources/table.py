@@ -360,7 +360,7 @@ def read_ids(piece: reading.Piece, name: str, ids_of: Callable[[pa.Array], np.nd
     """Ids as int64: whole numbers exactly, distinct texts by ``ids_of``.
 
     Raises:
-        InputError: a number is not whole, has more than 64 bits, or so many digits that a float has lost some.
+        InputError: a number is not whole, has more than 64 bits, or more digits than its float holds.
     """
     values = piece.column(name)
     if is_text(values.type):
