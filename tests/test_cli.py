@@ -226,7 +226,7 @@ def test_overrides_are_typed_and_leave_the_rest():
 def test_data_is_short_for_prepared_data_at_a_path():
     for arguments in (["--data", "prepared/x"], ["--data=prepared/x"]):
         config = parsed(*arguments, "--data.window", "recent")
-        assert (config.data.source, config.data.path) == ("prepared", Path("prepared/x"))
+        assert (config.data.source, config.data.path) == ("prepared", Path.cwd() / "prepared" / "x")
         assert config.data.window == "recent"
     for arguments in (["--data"], ["--data", "--train.epochs", "3"]):
         with pytest.raises(InputError, match="--data needs the folder"):

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from behrt_jax import files as module
+from behrt_jax.errors import InputError
 from behrt_jax.files import work_folder
 
 
@@ -23,17 +24,19 @@ def test_a_folder_is_removed_whatever_happens(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch, dead):
+def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(module.platform, "node", lambda: "host.of[me]")
     names = {
-        f".making-o[u]t.host-of-me-.{dead}.abc": False,
-        f".making-o[u]t.host-of-me-.{module.os.getpid()}.abc": True,  # in use
-        f".making-o[u]t.another.{dead}.abc": True,  # cannot be known
-        f".making-out.host-of-me-.{dead}.abc": True,  # of another output
-        f".making-o[u]t.host-of-me-.{dead}x.abc": True,
+        ".making-o[u]t.host-of-me-.abc": False,
+        ".making-o[u]t.another.abc": True,  # cannot be known
+        ".making-out.host-of-me-.abc": True,  # of another output
     }
     for name in names:
         (tmp_path / name / "prepared").mkdir(parents=True)
-    with work_folder(tmp_path, "making-o[u]t"):
+    with (
+        work_folder(tmp_path, "making-o[u]t"),
+        pytest.raises(InputError, match="another process works there"),
+        work_folder(tmp_path, "making-o[u]t"),
+    ):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {name for name, stays in names.items() if stays}
