@@ -313,6 +313,7 @@ class Checkpoints:
 
     def remove_older(self) -> None:
         """Remove what is neither the latest nor the best, as a process that died in a save may leave it."""
+        self._prepare_folder()
         kept = {self.latest_step(), self.best_step() if self._keep_best else None}
         for step in set(self._manager.all_steps()) - kept:
             self._manager.delete(step)
