@@ -6,13 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from behrt_jax.data.events import EVENT_SCHEMA
 from behrt_jax.errors import InputError
 
+# pyarrow.compute makes its functions on import, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
 CHUNK_ROWS = 1 << 20
+INT96_UNIT = "us"
+"""Unit in which Spark's timestamps (INT96) are read: nanoseconds, the library's own choice, hold no time
+after 2262 and turn 9999-12-31 into another."""
 
 TEXT = EVENT_SCHEMA.field("code").type
 
@@ -42,7 +49,7 @@ def open_parquet(file: Path) -> pq.ParquetFile:
     with readable(file):
         columns = [field.name for field in pq.read_schema(file) if not pt.is_nested(field.type)]
         texts = [name for name in columns if name in ("code", "split", "description")]
-        return pq.ParquetFile(file, read_dictionary=texts)
+        return pq.ParquetFile(file, read_dictionary=texts, coerce_int96_timestamp_unit=INT96_UNIT)
 
 
 def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...]) -> None:
@@ -128,7 +135,10 @@ def whole_numbers(values: pa.Array) -> pa.Array:
 
 
 def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
-    """A column in a type of the events table; InputError where its type or a value does not fit."""
+    """A column in a type of the events table; InputError where its type or a value does not fit.
+
+    Times with a zone become those that clocks there show; see `plain_times`.
+    """
     kind = values.type
     if pt.is_int64(target):
         fits, meant = is_whole_or_float(kind), "integers"
@@ -140,9 +150,26 @@ def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.Dat
         fits, meant = kind == TEXT, "strings"
     if not fits and not pt.is_null(kind):
         raise InputError(f"{file} has {kind} in the column {column}: write it as {meant}.")
-    # Values and nanoseconds may lose their last digits; anything else must come through exactly.
-    safe = not (pt.is_float32(target) or (pt.is_timestamp(kind) and kind.unit == "ns"))
-    return cast_or_refuse(file, column, values, target, safe)
+    # Values may lose their last digits; anything else must come through exactly.
+    return cast_or_refuse(file, column, values, target, safe=not pt.is_float32(target))
+
+
+def plain_times(values: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """Timestamps or dates in microseconds without a zone.
+
+    Of times with a zone those that clocks there show, so that a calendar day is the local one; where clocks
+    are set back, the hour that comes twice is the same both times. Finer parts are cut off.
+
+    Raises:
+        pyarrow.ArrowInvalid: a time that no 64-bit count of microseconds holds.
+    """
+    if pt.is_timestamp(values.type):
+        if values.type.unit == "ns":  # towards the past, also before 1970
+            values = pc.floor_temporal(values, unit="microsecond")
+        if values.type.tz not in (None, "UTC", "Etc/UTC", "Z", "+00:00"):  # for which no table is needed
+            values = pc.local_timestamp(values)
+        values = values.cast(pa.timestamp("us", values.type.tz))
+    return values.cast(pa.timestamp("us"))
 
 
 def cast_or_refuse(
@@ -153,7 +180,7 @@ def cast_or_refuse(
     try:
         if pt.is_int64(target) and not pt.is_null(values.type):
             return pa.chunked_array([whole_numbers(chunk) for chunk in values.chunks], target)
-        return values.cast(target, safe=safe)
+        return plain_times(values) if pt.is_timestamp(target) else values.cast(target, safe=safe)
     except pa.ArrowInvalid as error:
         raise InputError(
             f"{file} has values in the column {column} that do not fit into {target}: mend or drop them."

@@ -17,7 +17,7 @@ from behrt_jax.records.sources.meds import open_meds
 from behrt_jax.records.sources.omop import open_omop
 from behrt_jax.records.sources.source import Source
 from behrt_jax.records.sources.synthea import open_synthea
-from behrt_jax.records.sources.table import open_table
+from behrt_jax.records.sources.table import WithBirths, open_table
 from behrt_jax.tracking.console import Console, open_console
 
 SOURCES: dict[str, Callable[[Path, PrepareConfig], Source]] = {
@@ -103,7 +103,10 @@ def open_source(config: PrepareConfig) -> Source:
     path = Path(config.input).expanduser()
     if not path.exists():
         raise InputError(f"--input: {path} does not exist.")
-    return SOURCES[config.source](path, config)
+    source = SOURCES[config.source](path, config)
+    if config.births is None and not config.birth_codes:
+        return source
+    return WithBirths(source, config.births, config.birth_codes)
 
 
 def report(console: Console, manifest: JsonObject) -> None:
@@ -120,6 +123,18 @@ def report(console: Console, manifest: JsonObject) -> None:
             *((f"changed: {rule}", count) for rule, count in events["changed"].items()),
         ],
     )
+    if times := manifest.get("times"):
+        console.log(f"Events from {times['first']} to {times['last']}, median {times['median']}.")
+        if times["median"][:4] == times["last"][:4] == "1970":
+            console.log(
+                "Warning: the events end in 1970, so that the numbers of the time column are most likely of "
+                "another unit than its type says (seconds or milliseconds); doctor --data tells more."
+            )
+    if unborn := events["dropped"].get("no birth"):
+        console.log(
+            f"{unborn:,} events are of subjects without a birth: --births FILE, --birth_codes or "
+            "--without_birth keep them."
+        )
     for delay, codes in manifest["delayed_codes"].items():
         matched = f"{codes:,} codes" if codes else "no code of the vocabulary, so that it has no effect"
         console.log(f"Delay {delay}: {matched}.")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from behrt_jax.data.parquet import CHUNK_ROWS, readable, refuse_broken_text
+from behrt_jax.data.parquet import CHUNK_ROWS, INT96_UNIT, readable, refuse_broken_text
 from behrt_jax.errors import InputError
 
 BLOCK_BYTES = 1 << 22
@@ -342,7 +342,13 @@ def open_parquet(file: Path, texts: list[str] | None = None, damage: Damage | No
     """
     with readable(file, damage and damage(file, None)):
         # Pages come one by one, so that a file of one huge row group needs little memory.
-        return pq.ParquetFile(file, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False)
+        return pq.ParquetFile(
+            file,
+            read_dictionary=texts,
+            buffer_size=1 << 20,
+            pre_buffer=False,
+            coerce_int96_timestamp_unit=INT96_UNIT,
+        )
 
 
 def read_part(

@@ -109,6 +109,7 @@ class MedsSource(Source):
     subjects_by_split: dict[str, np.ndarray]
     texts: dict[str, str]
     name = "meds"
+    births_from = "events of the code MEDS_BIRTH with a time, or of other codes by --birth_codes"
     default_codes = MEDS_CODES
 
     def files(self) -> list[Path]:
@@ -126,7 +127,7 @@ class MedsSource(Source):
     def read(self, unit: int, counts: EventCounts) -> Iterator[pa.Table]:
         """Events of one unit; see `source.Source.read`.
 
-        Times become microseconds without a zone (UTC where there was one; finer parts are cut off).
+        Times become microseconds without a zone; see `parquet.plain_times`.
         Dropped: ``null code``. Changed: births and deaths under another name. The codes of a table
         share one dictionary.
 

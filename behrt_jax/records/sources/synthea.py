@@ -30,12 +30,12 @@ from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.records.sources.columns import (
     TextIds,
+    cast_column,
     encode_text,
     extremes,
     find,
     hashed_ids,
     parse_numbers,
-    parse_times,
 )
 from behrt_jax.records.sources.files import Piece, csv_columns, read_csv, refuse_absent, refuse_other_form
 from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code, valid
@@ -90,6 +90,7 @@ class SyntheaSource(Source):
     """
 
     name = "synthea"
+    births_from = "BIRTHDATE in the file of patients"
     default_codes = ("DX//", "RX//", "PX//")
 
     def __init__(
@@ -160,7 +161,7 @@ class SyntheaSource(Source):
             for column, code in (("BIRTHDATE", BIRTH_CODE), ("DEATHDATE", DEATH_CODE)):
                 if column not in file.columns:
                     continue
-                times = parse_times(piece, column)
+                times = cast_column(piece, column, "time")
                 there = times.is_valid()
                 known = there.true_count
                 counts.read += known
@@ -186,7 +187,7 @@ class SyntheaSource(Source):
         for piece in file.read(*columns, *more.get(name, ("ENCOUNTER",))):
             subject = encoded_ids(encode_text(piece.column("PATIENT")))
             known = find(self._patients, subject.fill_null(0).to_numpy()) >= 0
-            times, codes = parse_times(piece, file.start), codes_of(name, piece)
+            times, codes = cast_column(piece, file.start, "time"), codes_of(name, piece)
             describe(piece, codes, texts)
             counts.read += len(times)
             rules = {"unknown subject": valid(subject) & known, "null code": valid(codes)}
@@ -319,8 +320,8 @@ def read_encounters(file: SyntheaFile | None) -> Encounters:
     if file is not None:
         for piece in file.read("ID", file.start, "STOP"):
             ids = encoded_ids(encode_text(piece.column("ID")))
-            start = parse_times(piece, file.start)
-            stop = parse_times(piece, "STOP") if "STOP" in piece.table.column_names else start
+            start = cast_column(piece, file.start, "time")
+            stop = cast_column(piece, "STOP", "time") if "STOP" in piece.table.column_names else start
             stop = pc.max_element_wise(start, stop)  # an encounter without a STOP is its first day
             there = pc.and_(ids.is_valid(), start.is_valid())
             days = [times.filter(there).cast(pa.int64()).to_numpy() // DAY for times in (start, stop)]
