@@ -258,19 +258,25 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_read(name, 
     assert line.startswith("error: cannot write") and "Give another --output" in line
 
 
-def test_whatever_ends_a_command_is_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (DivergenceError("Loss nan\nat step 3"), 1),
+        (InputError("/a\nb is not there"), 2),
+        (KeyboardInterrupt(), 130),
+        (OSError(errno.ENOSPC, "No space left on device"), 3),
+        (KeyError("x"), 70),
+    ],
+)
+def test_whatever_ends_a_command_is_one_line(error, status, tmp_path, monkeypatch, capsys):
     def fails(config):
         raise error
 
     monkeypatch.setattr("behrt_jax.workflows.doctor.examine_folder", fails)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for error, status in (
-        (DivergenceError("Loss nan\nat step 3"), 1), (InputError("/a\nb is not there"), 2),
-        (KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device"), 3), (KeyError("x"), 70),
-    ):  # fmt: skip
-        assert main(["doctor"]) == status
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ")
+    assert main(["doctor"]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
 
 
 STREAMS = """
@@ -290,9 +296,12 @@ sys.exit(7)
 def test_a_command_outlives_the_reader_of_its_output():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     with subprocess.Popen(
-        [sys.executable, "-c", STREAMS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", STREAMS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=environment,
-    ) as process:  # fmt: skip
+    ) as process:
         assert process.stdout.readline() == b"? 1\n"
         process.stdout.close()
         process.stdin.write(b"\n")
