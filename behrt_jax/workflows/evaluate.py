@@ -135,7 +135,7 @@ class Records:
 
     folder: Path
     data: SequenceSet
-    find: Callable[[str, Labels], Examples]
+    find: Callable[..., Examples]
     """Finds the histories of a split's labels."""
     evaluated: task_baselines.HistoryCounts
     """Of the predictions' examples, in their order."""
@@ -161,7 +161,7 @@ def open_records(config: EvaluateConfig, file: PredictionFile) -> tuple[Records 
         delays=tuple(read_manifest(folder)["options"].get("delays", ())),
     )
     wanted = Labels(file.subject_ids, file.times, np.zeros(len(file), bool), "boolean")
-    found = [find(name, wanted) for name in _splits(file.metadata)]
+    found = [find(name, wanted, outside_life="keep") for name in _splits(file.metadata)]
     rows = np.concatenate([examples.rows for examples in found])
     if len(rows) != len(file):
         missing = f"{len(file) - len(rows):,} of {len(file):,} examples are not in {folder}"
@@ -190,7 +190,7 @@ def baseline_data(
     parts: dict[str, tuple[task_baselines.HistoryCounts, np.ndarray]] = {}
     counts: dict[str, int] = {}
     for place, split in enumerate(("train", "tuning")):
-        examples = records.find(split, labels)
+        examples = records.find(split, labels, outside_life="leave_out")
         targets, rows = task_baselines.targets_of(file.kind, file.classes, labels, examples.rows)
         if len(rows) > config.max_train_examples:
             rng = np.random.default_rng([config.seed, place])

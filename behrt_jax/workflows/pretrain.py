@@ -201,6 +201,8 @@ def open_pretraining(
     data = load_sequences(config.data, config.model.sep_token)
     description = describe(data)
     announce.data(console, config, description)
+    for note in data.notes:
+        console.log(note)
     if config.resume:
         check_same_run(folder, config, data.fingerprint)
     else:

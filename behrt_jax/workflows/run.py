@@ -236,6 +236,7 @@ FREE = (
     "mesh.data",
     "mesh.fsdp",
     "data.path",
+    "data.verify",
     "data",
     "labels",
     "init",
