@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ def readable(file: Path, message: str | None = None) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         problem = f"{file} is no readable Parquet file (cut short, or another format): write it again."
         raise InputError(message or problem) from error
 
@@ -38,7 +39,30 @@ def open_parquet(file: Path) -> pq.ParquetFile:
     with readable(file):
         columns = [field.name for field in pq.read_schema(file) if not pt.is_nested(field.type)]
         texts = [name for name in columns if name in ("code", "split", "description")]
-        return pq.ParquetFile(file, read_dictionary=texts)
+        return open_whole(file, read_dictionary=texts)
+
+
+def open_whole(file: Path, **options: Any) -> pq.ParquetFile:
+    """Open a file whose footer is whole; checksums of pages, where it has them, are compared on reading.
+
+    Args:
+        file: to be opened within `readable`.
+        options: of ``pyarrow.parquet.ParquetFile``.
+
+    Raises:
+        ValueError: names that are no text, or counts of rows that contradict each other.
+    """
+    opened = pq.ParquetFile(file, page_checksum_verification=True, **options)
+    metadata, flat = opened.metadata, not any(map(pt.is_nested, opened.schema_arrow.types))
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    counts = [group.num_rows for group in groups]
+    chunks = [[group.column(place).num_values for place in range(group.num_columns)] for group in groups]
+    agree = all(set(values) <= {count} for count, values in zip(counts, chunks, strict=True)) or not flat
+    if not (agree and min(counts, default=0) >= 0 and sum(counts) == metadata.num_rows):
+        raise ValueError("counts of rows that differ")
+    if not all(map(str.isprintable, opened.schema_arrow.names)):
+        raise ValueError("names that are no text")
+    return opened
 
 
 def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...]) -> None:
@@ -55,7 +79,7 @@ def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...
 def read_columns(file: Path, opened: pq.ParquetFile, columns: list[str]) -> pa.Table:
     """All rows of some columns, at once; InputError where the file is damaged."""
     with readable(file):
-        return opened.read(columns=columns)
+        return sound(file, opened.read(columns=columns))
 
 
 def read_tables(
@@ -65,10 +89,21 @@ def read_tables(
     rows = sum(opened.metadata.row_group(group).num_rows for group in row_groups)
     with readable(file):
         if rows <= CHUNK_ROWS:
-            yield opened.read_row_groups(list(row_groups), columns=columns)
+            yield sound(file, opened.read_row_groups(list(row_groups), columns=columns))
             return
         for batch in opened.iter_batches(CHUNK_ROWS, row_groups=list(row_groups), columns=columns):
-            yield pa.Table.from_batches([batch])
+            yield sound(file, pa.Table.from_batches([batch]))
+
+
+def sound(file: Path, table: pa.Table) -> pa.Table:
+    """A table as it was read; InputError where what a column holds is not what its type says, such as text."""
+    for name in table.column_names:
+        try:
+            table[name].validate(full=True)
+        except pa.ArrowException as error:
+            what = "text that is not UTF-8" if "UTF8" in str(error) else f"values that are no {table[name].type}"
+            raise InputError(f"{file} has {what} in the column {name}: write this column again.") from error
+    return table
 
 
 def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
@@ -95,7 +130,7 @@ def cast_or_refuse(
     """A column in another type; InputError where a value does not fit."""
     try:
         return values.cast(target, safe=safe)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise InputError(
             f"{file} has values in the column {column} that do not fit into {target}: mend or drop them."
         ) from error

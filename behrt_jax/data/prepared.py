@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.data.events import DEATH_CODE, SPLITS, Births, EventColumns, EventCounts
-from behrt_jax.data.parquet import readable
+from behrt_jax.data.parquet import readable, sound
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
@@ -174,7 +174,7 @@ def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Ta
             raise InputError(f"{file} is missing: {_MEND}")
         return None
     with readable(file, f"{file} is damaged: run prepare again, with another output."):
-        return pq.ParquetFile(file).read().cast(schema)
+        return sound(file, pq.ParquetFile(file).read()).cast(schema)
 
 
 # Arrow files of one record batch, whose columns may be written part by part and are read as views.

@@ -22,9 +22,18 @@ from behrt_jax import __version__
 from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.data.batches import TaskBatches, TrainingBatches
+from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, read_json
-from behrt_jax.run_folder import CONFIG_FILE, METRICS_FILE, truncate_metrics
+from behrt_jax.files import JsonObject, json_text
+from behrt_jax.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    PARAMETERS_FILE,
+    VOCABULARY_FILE,
+    read_document,
+    truncate_metrics,
+    write_files,
+)
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import flat
 from behrt_jax.training.checkpoints import Checkpoints
@@ -241,7 +250,22 @@ def run_record(
         "data": dict(data),
         "facts": dict(facts),
         "baselines": dict(baselines),
+        "recorded": True,  # in files.json, which belongs to the run
     }
+
+
+def write_start(folder: Path, vocabulary: Vocabulary, parameters: JsonObject, record: JsonObject) -> None:
+    """Write what a run folder begins with; config.json comes last, so that where it is all is there.
+
+    Args:
+        folder: of the run.
+        vocabulary: of its model.
+        parameters: of :func:`parameter_report`.
+        record: of :func:`run_record`.
+    """
+    documents = {PARAMETERS_FILE: parameters, CONFIG_FILE: record}
+    texts = {name: json_text(value, 2).encode() for name, value in documents.items()}
+    write_files(folder, {VOCABULARY_FILE: vocabulary.to_bytes(), **texts})
 
 
 def settings(config: Any) -> JsonObject:
@@ -263,7 +287,7 @@ def check_same_run(folder: Path, config: PretrainConfig | FinetuneConfig, finger
     Raises:
         InputError: names the first setting that differs, with both values.
     """
-    record = read_json(folder / CONFIG_FILE)
+    record = read_document(folder, CONFIG_FILE)
     completed = _completed(record["settings"], type(config))
     stored, given = (_comparable(value) for value in (completed, settings(config)))
     for name in sorted(stored.keys() | given.keys()):

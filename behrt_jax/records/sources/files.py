@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from behrt_jax.data.parquet import CHUNK_ROWS, readable
+from behrt_jax.data.parquet import CHUNK_ROWS, open_whole, readable, sound
 from behrt_jax.errors import InputError
 
 BLOCK_BYTES = 1 << 22
@@ -298,7 +298,7 @@ def open_parquet(file: Path, texts: list[str] | None = None, damage: Damage | No
     """
     with readable(file, damage and damage(file, None)):
         # Pages come one by one, so that a file of one huge row group needs little memory.
-        return pq.ParquetFile(file, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False)
+        return open_whole(file, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False)
 
 
 def read_part(
@@ -309,7 +309,8 @@ def read_part(
     while True:
         with readable(part.file, damage and damage(part.file, row)):
             batch = next(batches, None)
-        if batch is None:
-            return
-        yield Piece(part.file, row + 1, pa.Table.from_batches([batch]))
+            if batch is None:
+                return
+            table = sound(part.file, pa.Table.from_batches([batch]))
+        yield Piece(part.file, row + 1, table)
         row += batch.num_rows
