@@ -50,7 +50,7 @@ def open_whole(file: Path, **options: Any) -> pq.ParquetFile:
         options: of ``pyarrow.parquet.ParquetFile``.
 
     Raises:
-        ValueError: names that are no text, or counts of rows that contradict each other.
+        ValueError: counts of rows that contradict each other.
     """
     opened = pq.ParquetFile(file, page_checksum_verification=True, **options)
     metadata, flat = opened.metadata, not any(map(pt.is_nested, opened.schema_arrow.types))
@@ -60,8 +60,6 @@ def open_whole(file: Path, **options: Any) -> pq.ParquetFile:
     agree = all(set(values) <= {count} for count, values in zip(counts, chunks, strict=True)) or not flat
     if not (agree and min(counts, default=0) >= 0 and sum(counts) == metadata.num_rows):
         raise ValueError("counts of rows that differ")
-    if not all(map(str.isprintable, opened.schema_arrow.names)):
-        raise ValueError("names that are no text")
     return opened
 
 
@@ -96,13 +94,13 @@ def read_tables(
 
 
 def sound(file: Path, table: pa.Table) -> pa.Table:
-    """A table as it was read; InputError where what a column holds is not what its type says, such as text."""
+    """A table as it was read; InputError where a column holds what its type cannot be."""
     for name in table.column_names:
         try:
             table[name].validate(full=True)
         except pa.ArrowException as error:
-            what = "text that is not UTF-8" if "UTF8" in str(error) else f"values that are no {table[name].type}"
-            raise InputError(f"{file} has {what} in the column {name}: write this column again.") from error
+            kind = "text that is not UTF-8" if "UTF8" in str(error) else f"damaged {table[name].type}"
+            raise InputError(f"{file} has {kind} in the column {name}: write this column again.") from error
     return table
 
 

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from behrt_jax.data.examples import Examples
 from behrt_jax.data.labels import COLUMNS_OF_KIND, VALUE_COLUMNS, LabelKind, Labels
+from behrt_jax.data.parquet import open_whole, readable, sound
 from behrt_jax.data.tasks import KINDS, Kind, Task, TaskKind
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
@@ -158,13 +159,11 @@ def read_predictions(path: Path) -> PredictionFile:
 
 
 def _read(path: Path) -> pa.Table:
-    try:
-        with pq.ParquetFile(path) as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist: give the file that predict wrote.") from error
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is no readable Parquet file: give the file that predict wrote.") from error
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give the file that predict wrote.")
+    message = f"{path} is no readable Parquet file: give the file that predict wrote."
+    with readable(path, message), open_whole(path) as file:
+        return sound(path, file.read())
 
 
 def _metadata(path: Path, table: pa.Table) -> PredictionMetadata:

@@ -250,7 +250,7 @@ def read_events(
             counts.drop("null code", nulls)
             if nulls:
                 events = events.filter(events["code"].is_valid())
-            yield with_standard_markers(file, events.unify_dictionaries(), counts)
+            yield with_standard_markers(events.unify_dictionaries(), counts)
 
 
 def read_subject_ids(file: Path, row_groups: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -281,7 +281,7 @@ def _convert(file: Path, table: pa.Table, visit_column: str | None) -> pa.Table:
 _OTHER_MARKER = f"^({BIRTH_CODE}//|{DEATH_CODE}//|DO[BD]$)"
 
 
-def with_standard_markers(file: Path, events: pa.Table, counts: EventCounts) -> pa.Table:
+def with_standard_markers(events: pa.Table, counts: EventCounts) -> pa.Table:
     """Call births MEDS_BIRTH and deaths MEDS_DEATH where they have another name, and count them.
 
     Some data sets write DOB and DOD, or add detail after the standard's code (MEDS_BIRTH//...). All
@@ -291,10 +291,6 @@ def with_standard_markers(file: Path, events: pa.Table, counts: EventCounts) -> 
     if not codes.num_chunks:
         return events
     dictionary = codes.chunk(0).dictionary
-    try:
-        dictionary.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{file} has codes that are not UTF-8 text: write the column code again.") from error
     pattern = pc.MatchSubstringOptions(_OTHER_MARKER)
     other = pc.call_function("match_substring_regex", [dictionary], pattern).to_numpy(zero_copy_only=False)
     if not other.any():

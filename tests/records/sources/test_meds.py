@@ -565,7 +565,7 @@ def test_codes_that_are_no_text_are_refused(tmp_path):
     file = folder / "data/1.parquet"
     code = pa.array([b"caf\xe9"]).view(pa.string())
     pq.write_table(pq.ParquetFile(file).read().set_column(2, "code", code), file)
-    with pytest.raises(InputError, match=r"1\.parquet has codes that are not UTF-8 text") as error:
+    with pytest.raises(InputError, match=r"1\.parquet has text that is not UTF-8 in the column c") as error:
         read_meds(folder)
     assert "caf" not in str(error.value)
 
