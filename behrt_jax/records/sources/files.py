@@ -106,12 +106,6 @@ def read_csv(
     for name in columns:
         if header.count(name) != 1:
             raise InputError(f"{file} has {header.count(name)} columns called {name}: it must have one.")
-    ragged: list[pa_csv.InvalidRow] = []
-
-    def refuse(row: pa_csv.InvalidRow) -> str:
-        ragged.append(row)
-        return "error"
-
     quoted = separator == ","
     first_row = 1
     try:
@@ -125,7 +119,6 @@ def read_csv(
                     delimiter=separator,
                     quote_char='"' if quoted else False,
                     newlines_in_values=quoted,
-                    invalid_row_handler=refuse,
                 ),
                 convert_options=pa_csv.ConvertOptions(
                     include_columns=list(columns),
@@ -150,7 +143,7 @@ def read_csv(
     except (pa.ArrowException, EOFError, OSError, zlib.error) as error:
         if "Empty CSV file" in str(error):  # a header without a line end, and nothing after it
             return
-        raise _explained(file, header, ragged, str(error), block_bytes) from error
+        raise _explained(file, header, str(error), block_bytes) from error
 
 
 def _header(file: Path) -> bytes:
@@ -169,15 +162,13 @@ def _open_bytes(file: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(file)) if file.name.lower().endswith(".gz") else file.open("rb")
 
 
-def _explained(
-    file: Path, header: list[str], ragged: list[pa_csv.InvalidRow], message: str, block_bytes: int
-) -> InputError:
+def _explained(file: Path, header: list[str], message: str, block_bytes: int) -> InputError:
     """The parser's error in our words: its own would quote the row."""
-    if ragged:
-        row = ragged[0]
+    if ragged := re.search(r"Row #(\d+): Expected (\d+) columns, got (\d+)", message):
+        row, expected, found = map(int, ragged.groups())
         return InputError(
-            f"{file} has {row.actual_columns} values in data row {(row.number or 0) - 1}, but its header "
-            f"has {row.expected_columns} columns: mend the row (a comma within a value needs quotes)."
+            f"{file} has {found} values in data row {row - 1}, but its header has {expected} columns: mend "
+            "the row (a comma within a value needs quotes)."
         )
     encoding = re.match(r"In CSV column #(\d+): Row #(\d+): .*invalid UTF8", message)
     if encoding:
