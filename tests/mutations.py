@@ -13,7 +13,9 @@ All is read in this process by the functions that the commands use; nothing is t
 
 import argparse
 import hashlib
+import io
 import json
+import logging
 import random
 import shutil
 import sys
@@ -344,7 +346,7 @@ def outcomes(subject: Subject, count: int, seed: int) -> Iterator[tuple[Outcome,
     files = {
         file.relative_to(subject.folder).as_posix(): file.read_bytes()
         for file in sorted(subject.folder.rglob("*"))
-        if file.is_file() and file.parent.name != "plots" and file.suffix not in (".html", ".txt")
+        if file.is_file() and file.parent.name != "plots" and file.name not in ("report.html", "SUMMARY.txt")
     }
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "folder"
@@ -385,10 +387,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     options = parser.parse_args()
+    logging.disable()
     print(f"{'':22}" + "".join(f"{name:>11}" for name in OUTCOMES), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for kind in options.kinds:
-            with redirect_stdout(None), redirect_stderr(None):
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 subjects = SUBJECTS[kind](Path(scratch) / kind)
             for subject in subjects:
                 found = Counter[str]()

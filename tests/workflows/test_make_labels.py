@@ -18,6 +18,7 @@ from behrt_jax.data.prepared import read_deaths, read_manifest, read_prepared
 from behrt_jax.data.sorting import ragged_indices
 from behrt_jax.data.vocabulary import matching_codes
 from tests.diagnosis.audited import OUTCOME, prepare_clinical
+from tests.records.prepare.test_pipeline import without_digests
 
 TASKS = {
     "first_occurrence": ("--codes", OUTCOME),
@@ -188,6 +189,7 @@ def test_data_of_an_older_version_do_not_know_who_died(tmp_path, capsys):
     data = prepare_clinical(tmp_path, 300)
     for file in data.rglob("deaths.parquet"):
         file.unlink()
+    without_digests(data, subject_facts={})
     make("next_visit", data, tmp_path / "next.parquet")
     capsys.readouterr()
     arguments = ["--task", "readmission", "--data", str(data), "--output", str(tmp_path / "a.parquet")]
