@@ -7,13 +7,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from behrt_jax.data.events import EVENT_SCHEMA
 from behrt_jax.errors import InputError
 
+# pyarrow.compute makes its functions on import, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
 CHUNK_ROWS = 1 << 20
+INT96_UNIT = "us"
+"""Unit in which Spark's timestamps (INT96) are read: nanoseconds, the library's own choice, hold no time
+after 2262 and turn 9999-12-31 into another."""
 
 TEXT = EVENT_SCHEMA.field("code").type
 
@@ -26,8 +33,12 @@ def readable(file: Path, message: str | None = None) -> Iterator[None]:
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        problem = f"{file} is no readable Parquet file (cut short, or another format): write it again."
-        raise InputError(message or problem) from error
+        problem = (
+            message or f"{file} is no readable Parquet file (cut short, or another format): write it again."
+        )
+        if "UTF8" in str(error):  # Arrow looks into dictionaries while it reads
+            problem = f"{file} holds text that is not UTF-8: write it again as UTF-8."
+        raise InputError(problem) from error
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
@@ -52,7 +63,9 @@ def open_whole(file: Path, **options: Any) -> pq.ParquetFile:
     Raises:
         ValueError: counts of rows that contradict each other.
     """
-    opened = pq.ParquetFile(file, page_checksum_verification=True, **options)
+    opened = pq.ParquetFile(
+        file, page_checksum_verification=True, coerce_int96_timestamp_unit=INT96_UNIT, **options
+    )
     metadata, flat = opened.metadata, not any(map(pt.is_nested, opened.schema_arrow.types))
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     counts = [group.num_rows for group in groups]
@@ -93,22 +106,80 @@ def read_tables(
             yield sound(file, pa.Table.from_batches([batch]))
 
 
-def sound(file: Path, table: pa.Table) -> pa.Table:
-    """A table as it was read; InputError where a column holds what its type cannot be."""
+def sound(file: Path, table: pa.Table, first_row: int = 1) -> pa.Table:
+    """A table as it was read, once `refuse_broken` has looked at all of its columns."""
     for name in table.column_names:
-        try:
-            table[name].validate(full=True)
-        except pa.ArrowException as error:
-            kind = "text that is not UTF-8" if "UTF8" in str(error) else f"damaged {table[name].type}"
-            raise InputError(f"{file} has {kind} in the column {name}: write this column again.") from error
+        refuse_broken(file, name, table[name], first_row)
     return table
 
 
+def refuse_broken(file: Path, column: str, values: pa.Array | pa.ChunkedArray, first_row: int = 1) -> None:
+    """Refuse what its type cannot hold, such as text that is not UTF-8 (Parquet holds any bytes).
+
+    ``first_row`` is the number of the first value's row in the file.
+    """
+    try:
+        values.validate(full=True)
+    except pa.ArrowException as error:
+        if "UTF8" not in str(error):
+            raise InputError(f"{file} is damaged in the column {column}: write it again.") from error
+        raise InputError(
+            f"{file} has in the column {column}, row {first_row + _first_broken(values)} (counted from 1), "
+            "text that is not UTF-8: write the column again as UTF-8."
+        ) from error
+
+
+def _first_broken(values: pa.Array | pa.ChunkedArray) -> int:
+    """Place of the first text that is not UTF-8."""
+    row = 0
+    for chunk in values.chunks if isinstance(values, pa.ChunkedArray) else [values]:
+        coded = pt.is_dictionary(chunk.type)
+        texts = (chunk.dictionary if coded else chunk).cast(pa.binary())
+        broken = [place for place, text in enumerate(texts) if not _is_utf8(text.as_py())]
+        if coded:  # whose indices may be damaged too
+            indices = chunk.indices.to_numpy(zero_copy_only=False)
+            broken = np.flatnonzero(np.isin(indices, broken)).tolist()
+        if broken:
+            return row + broken[0]
+        row += len(chunk)
+    return 0
+
+
+def _is_utf8(text: bytes | None) -> bool:
+    try:
+        return text is None or bool(text.decode()) or True
+    except UnicodeDecodeError:
+        return False
+
+
+def is_whole_or_float(kind: pa.DataType) -> bool:
+    """A type that may hold whole numbers; where it has gaps, pandas makes floating point of them."""
+    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind)
+
+
+def whole_numbers(values: pa.Array) -> pa.Array:
+    """Whole numbers in any type as int64, exactly; NaN, which stands for a missing one, becomes null.
+
+    Raises:
+        pyarrow.ArrowInvalid: a number that is not whole, has more than 64 bits, or is so large that numbers
+            of floating point have lost its last digits (from 2^53 on in 64 bits).
+    """
+    if pt.is_floating(values.type):
+        numbers = values.to_numpy(zero_copy_only=False)  # null becomes NaN
+        if (np.abs(numbers) >= 2.0 ** (np.finfo(numbers.dtype).nmant + 1)).any():
+            raise pa.ArrowInvalid(f"numbers so large are not exact in {values.type}")
+        values = pa.array(numbers.astype(np.float64), mask=np.isnan(numbers))
+    return values.cast(pa.int64())
+
+
 def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
-    """A column in a type of the events table; InputError where its type or a value does not fit."""
+    """A column in a type of the events table; InputError where its type or a value does not fit.
+
+    Times with a zone become those that clocks there show; see `plain_times`.
+    """
     kind = values.type
     if pt.is_int64(target):
-        fits, meant = pt.is_integer(kind), "integers"
+        fits, meant = is_whole_or_float(kind), "integers"
     elif pt.is_timestamp(target):
         fits, meant = pt.is_timestamp(kind) or pt.is_date(kind), "timestamps or dates"
     elif pt.is_float32(target):
@@ -117,17 +188,37 @@ def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.Dat
         fits, meant = kind == TEXT, "strings"
     if not fits and not pt.is_null(kind):
         raise InputError(f"{file} has {kind} in the column {column}: write it as {meant}.")
-    # Values and nanoseconds may lose their last digits; anything else must come through exactly.
-    safe = not (pt.is_float32(target) or (pt.is_timestamp(kind) and kind.unit == "ns"))
-    return cast_or_refuse(file, column, values, target, safe)
+    # Values may lose their last digits; anything else must come through exactly.
+    return cast_or_refuse(file, column, values, target, safe=not pt.is_float32(target))
+
+
+def plain_times(values: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """Timestamps or dates in microseconds without a zone.
+
+    Of times with a zone those that clocks there show, so that a calendar day is the local one; where clocks
+    are set back, the hour that comes twice is the same both times. Finer parts are cut off.
+
+    Raises:
+        pyarrow.ArrowInvalid: a time that no 64-bit count of microseconds holds.
+    """
+    if pt.is_timestamp(values.type):
+        if values.type.unit == "ns":  # towards the past, also before 1970
+            values = pc.floor_temporal(values, unit="microsecond")
+        if values.type.tz not in (None, "UTC", "Etc/UTC", "Z", "+00:00"):  # for which no table is needed
+            values = pc.local_timestamp(values)
+        values = values.cast(pa.timestamp("us", values.type.tz))
+    return values.cast(pa.timestamp("us"))
 
 
 def cast_or_refuse(
     file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType, safe: bool = True
 ) -> pa.ChunkedArray:
-    """A column in another type; InputError where a value does not fit."""
+    """A column in another type; InputError where a value does not fit, or text is not UTF-8."""
+    refuse_broken(file, column, values)
     try:
-        return values.cast(target, safe=safe)
+        if pt.is_int64(target) and not pt.is_null(values.type):
+            return pa.chunked_array([whole_numbers(chunk) for chunk in values.chunks], target)
+        return plain_times(values) if pt.is_timestamp(target) else values.cast(target, safe=safe)
     except pa.ArrowException as error:
         raise InputError(
             f"{file} has values in the column {column} that do not fit into {target}: mend or drop them."

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from behrt_jax.data.event_rules import REPEATS, matches
 from behrt_jax.data.parquet import readable, sound
 from behrt_jax.errors import InputError
+from behrt_jax.files import write_bytes
 
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[UNK]", "[CLS]", "[SEP]")
 PAD, MASK, UNK, CLS, SEP = range(len(SPECIAL_TOKENS))
@@ -68,7 +69,7 @@ class Vocabulary:
 
     def write(self, path: Path) -> None:
         """Write a Parquet table with the columns code, id, count and description."""
-        path.write_bytes(self.to_bytes())
+        write_bytes(path, self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """Content of the file that :meth:`write` writes."""

@@ -10,9 +10,9 @@ import numpy as np
 
 from behrt_jax.data.event_rules import REPEATS
 from behrt_jax.data.events import DAY, SPLITS, YEAR
-from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint
+from behrt_jax.data.sequences import Sequences, SequenceSet, day_text, events_by_day, set_fingerprint
 from behrt_jax.data.sorting import leads, place_in
-from behrt_jax.data.vocabulary import SPECIAL_TOKENS, matching_codes
+from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, matching_codes
 from behrt_jax.diagnosis.finding import Finding
 from behrt_jax.files import JsonObject
 
@@ -28,6 +28,9 @@ def check_data(data: SequenceSet, manifest: JsonObject, death_codes: tuple[str, 
     yield from check_splits(data)
     yield from check_vocabulary(data, manifest)
     yield from check_quantiles(data, manifest)
+    yield from check_times(data)
+    yield from check_unknown_codes(data)
+    yield from check_unknown_visits(data)
     yield from check_ages(data)
     yield from check_deaths(data, death_codes)
     yield from check_visit_ends(data)
@@ -110,7 +113,7 @@ def check_quantiles(data: SequenceSet, manifest: JsonObject) -> Iterator[Finding
     Bins fitted on the train split divide its events evenly but for rounding, and the events of more splits
     only about so; bins fitted on more the other way round. The distance from an even division is
     Pearson's chi-square. Where values are tied, drawn (see `event_rules.SAMPLE`) or dropped as duplicates,
-    no division is even, and nothing can be told.
+    no division is even, nothing can be told, and nothing is said.
     """
     edges: Mapping[str, list[float]] = manifest.get("value_edges", {})
     if not edges:
@@ -151,14 +154,6 @@ def check_quantiles(data: SequenceSet, manifest: JsonObject) -> Iterator[Finding
             "Values of tuning and held_out subjects decided what the codes mean.",
             "Fit the quantiles on the train split alone: run prepare again.",
         )
-    elif not judged or distances[0] > rounding:
-        yield Finding.info(
-            "quantiles-not-recounted",
-            f"Where the bins of {len(edges):,} codes were fitted cannot be told: tied or repeated values, "
-            "samples or too few events leave them uneven in every split.",
-            "Bins must be fitted on the train split alone.",
-            "None needed where prepare wrote the data.",
-        )
 
 
 def code_counts(data: SequenceSet) -> dict[str, np.ndarray]:
@@ -167,12 +162,90 @@ def code_counts(data: SequenceSet) -> dict[str, np.ndarray]:
     return {name: np.bincount(part.codes, minlength=rows) for name, part in data.splits.items()}
 
 
+# What preparing left of codes and visits.
+
+_NOTED, _MOST_LOST = 0.1, 0.5
+"""Shares of the events from which on what was lost is a warning, and an error."""
+
+
+def check_unknown_codes(data: SequenceSet) -> Iterator[Finding]:
+    """Events that are kept, but whose code is too rare for a row of the vocabulary: all read as [UNK]."""
+    shares = {
+        name: float(np.mean(part.codes == UNK)) for name, part in data.splits.items() if len(part.codes)
+    }
+    most = max(shares.values(), default=0.0)
+    if most > _NOTED:
+        listed = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
+        yield Finding(
+            "unknown-codes",
+            "error" if most > _MOST_LOST else "warning",
+            f"Of the events, [UNK] are {listed}.",
+            "To a model all these codes are the same one: it can learn nothing from them, and their number "
+            "makes it seem better at predicting codes than it is.",
+            "Lower prepare's --min_count (or --vocabulary_size's limit), map codes to a coarser level, "
+            "prepare "
+            "more subjects; where train has few and another split many, the splits know different codes.",
+        )
+
+
+def check_unknown_visits(data: SequenceSet) -> Iterator[Finding]:
+    """Events that name no visit, or one that the source does not have; counted when they were prepared."""
+    lost = data.counts.changed.get("unknown visit", 0)
+    share = lost / max(data.counts.read, 1)
+    if share > _NOTED:
+        yield Finding.warning(
+            "unknown-visits",
+            f"{lost:,} of {data.counts.read:,} events that were read name no visit, or one that is unknown.",
+            "Their visit is the calendar day: visits fall apart, and what is known at the end of a visit "
+            "(delays with =visit) is taken for known on the day.",
+            "See that the table of visits is there, of the same export, and has the ids that the events "
+            "name.",
+        )
+
+
 # Times: order, ages, life and death.
 
 OLDEST = 120.0
 """Ages above, in years, are taken for mistakes."""
 _MUCH = 0.01
 """Share of the events above which those outside of a life are a warning."""
+
+
+_DAYS_OF_1970 = 100
+"""Days around 1970-01-01 in which data lie whose times are of a larger unit than they are taken for."""
+_NEARLY_ALL = 0.9
+_LONE = 0.01
+"""Share of the events at most that may be taken for mistakes of their times."""
+_YEARS_APART = 20
+
+
+def check_times(data: SequenceSet) -> Iterator[Finding]:
+    """Data that lie in January 1970 as a whole, and a few events decades from all others."""
+    days, events = events_by_day(data.splits)
+    if not len(days):
+        return
+    total = int(events.sum())
+    near = int(events[np.abs(days) <= _DAYS_OF_1970].sum())
+    if near >= _NEARLY_ALL * total:
+        yield Finding.error(
+            "times-of-1970",
+            f"{near / total:.1%} of the {total:,} events lie within {_DAYS_OF_1970} days of 1970-01-01.",
+            "The numbers of the time column are of another unit than its type says, so that years of visits "
+            "fall into a few days, and ages are wrong.",
+            "Write the times again, as timestamps in the unit that the numbers have, and run prepare again.",
+        )
+    gaps = np.diff(days) > _YEARS_APART * 365
+    before = np.cumsum(events)[:-1]  # events up to each gap
+    few = [int(before[gaps & (before <= _LONE * total)].max(initial=0))]
+    few.append(int((total - before)[gaps & (total - before <= _LONE * total)].max(initial=0)))
+    if sum(few):
+        yield Finding.warning(
+            "times-far-apart",
+            f"{sum(few):,} of {total:,} events lie more than {_YEARS_APART} years from all others (first "
+            f"{day_text(days[0])}, last {day_text(days[-1])}).",
+            "Such dates are often placeholders or slips of typing; they stretch histories and follow-up.",
+            "Mend or leave out such events in the source, and run prepare again.",
+        )
 
 
 def check_ages(data: SequenceSet) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from behrt_jax.run_folder import (
     SUMMARY_FILE,
     VOCABULARY_FILE,
     checked,
-    read_document,
+    read_config,
 )
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import replicated_shapes, shardings_of
@@ -121,7 +121,7 @@ def check_finished(run: Path, option: str, files: Sequence[str] = (CONFIG_FILE, 
 
 def stored_settings(run: Path) -> JsonObject:
     """Settings that a run was made with, as its version of behrt_jax wrote them."""
-    return read_document(run, CONFIG_FILE)["settings"]
+    return read_config(run)["settings"]
 
 
 def _adapter_shapes(params: Tree, config: LoRAConfig) -> Tree:
@@ -154,7 +154,11 @@ def check_source(init: InitConfig, model: ModelConfig) -> None:
     if not init.groups:
         raise InputError("init.groups is empty: name what to take from init.run (embedding, head, base).")
     check_finished(init.run, "init.run")
-    stored, given = stored_settings(init.run)["model"], asdict(model)
+    stored, given = stored_settings(init.run).get("model"), asdict(model)
+    if not isinstance(stored, dict):
+        raise InputError(
+            f"init.run: {init.run} is no run of pretraining: give the folder that pretrain.py wrote."
+        )
     for field in fields(ModelConfig):
         # A run made before there was such a setting had what is now the default.
         theirs, ours = stored.get(field.name, field.default), given[field.name]

@@ -50,6 +50,13 @@ def doctor(data, labels, tmp, *options):
     return {finding["id"]: finding for finding in json.loads(found.read_text())["findings"]}
 
 
+def test_patterns_without_effect_are_told(data, tmp_path, capsys):
+    make("first_occurrence", data, tmp_path / "l.parquet", "--codes", OUTCOME, "NONE//")
+    told = capsys.readouterr().out
+    assert "Warning: --codes NONE// matches no code of the vocabulary" in told
+    assert told.count("Warning") == 1
+
+
 @pytest.mark.parametrize(
     ("task", "survival"),
     [(task, s) for task in TASKS for s in (False, True) if not (s and task == "next_visit")],
@@ -101,7 +108,7 @@ def test_the_leakage_doctor_finds_no_error(task, times, data, tmp_path):
 def test_labels_that_do_not_state_their_follow_up_are_judged_by_what_is_seen(data, tmp_path):
     table = make("readmission", data, tmp_path / "labels.parquet")
     found = doctor(data, tmp_path / "labels.parquet", tmp_path)["negative-without-follow-up"]
-    assert found["severity"] == "warning"
+    assert found["severity"] == "info"
     assert "by the labels, follow-up goes on to the last event of the data" in found["seen"]
     pq.write_table(table.replace_schema_metadata(None), tmp_path / "labels.parquet")
     found = doctor(data, tmp_path / "labels.parquet", tmp_path)["negative-without-follow-up"]
