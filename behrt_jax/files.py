@@ -1,4 +1,4 @@
-"""Files and folders written whole, by one process at a time; files of data; JSON; digests that tell damage."""
+"""Files and folders: written whole, by one process at a time; found as data; JSON; digests of files."""
 
 import dataclasses
 import errno

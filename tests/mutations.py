@@ -208,9 +208,8 @@ def inputs(folder: Path) -> list[Subject]:
     subjects = []
     for name in ("meds", "checksums", "omop csv", "omop parquet", "synthea", "table"):
         kind: Any = "meds" if name == "checksums" else name.split()[0]
-        options = PrepareConfig(
-            source=kind, codes=(".",), min_count=1, table=TableColumns(birth="born"), tuning_fraction=0.4
-        )
+        columns = TableColumns(birth="born" if kind == "table" else None)
+        options = PrepareConfig(source=kind, codes=(".",), min_count=1, table=columns, tuning_fraction=0.4)
         subjects.append(Subject(name, folder / name, _preparing(options), ours=False))
     for kind in ("binary", "multiclass", "multilabel", "survival"):
         evaluated = Evaluated(folder / "evaluated" / kind, kind, subjects=30)
