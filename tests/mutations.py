@@ -329,7 +329,20 @@ def prepared(folder: Path) -> list[Subject]:
     write_meds(folder / "meds", rows, by_remainder(rows))
     config = PrepareConfig(input=folder / "meds", output=folder / "prepared", codes=("DIAG",), min_count=1)
     prepare(open_source(config), config)
-    return [Subject("prepared data", folder / "prepared", read_data)]
+
+    def merge(place: Path) -> object:
+        with tempfile.TemporaryDirectory() as scratch:
+            output = Path(scratch) / "out"
+            shutil.copytree(place, output.with_name("out.shards"))
+            prepare(open_source(config), replace(config, output=output, merge=True))
+            return read_data(output)
+
+    for shard in ("0/2", "1/2"):
+        prepare(open_source(config), replace(config, output=folder / "parts", shard=shard))
+    return [
+        Subject("prepared data", folder / "prepared", read_data),
+        Subject("shards to merge", folder / "parts.shards", merge),
+    ]
 
 
 SUBJECTS: dict[str, Callable[[Path], list[Subject]]] = {"prepared": prepared, "runs": runs, "inputs": inputs}

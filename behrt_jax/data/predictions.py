@@ -384,7 +384,7 @@ class PredictionWriter:
         self.path = Path(path)
         self.schema, self._metadata = schema, metadata
         self._file = new_file(self.path)
-        self._writer = pq.ParquetWriter(self._file.__enter__(), self.schema)
+        self._writer = pq.ParquetWriter(self._file.__enter__(), self.schema, write_page_checksum=True)
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
         """Append rows; their columns must be those of the schema, in its order and types."""
