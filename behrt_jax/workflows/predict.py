@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import CONFIG_FILE as ADAPTER_FILE
-from behrt_jax.adapters.files import load_adapter
+from behrt_jax.adapters.files import load_adapter, read_config
 from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, PredictConfig, from_stored
 from behrt_jax.data.batches import RowShape, TaskBatch, TaskBatches, task_batches
 from behrt_jax.data.events import SPLITS
@@ -35,7 +35,7 @@ from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import mean_predictions
 from behrt_jax.files import JsonObject, read_json
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER, VOCABULARY_FILE, checked, read_document
 from behrt_jax.tracking.console import open_console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh, replicated, replicated_shapes
@@ -173,7 +173,7 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
     elif is_adapter:
         setup, members, vocabulary = _from_adapters([folder], base, mesh)
     else:
-        vocabulary = Vocabulary.read(folder / "vocabulary.parquet")
+        vocabulary = Vocabulary.read(checked(folder, VOCABULARY_FILE))
         setup = _set_up(record, len(vocabulary) - record["new_codes"], mesh)
         members = [_restored(folder, setup, mesh)]
     freezing = from_stored(FreezingConfig, record["freezing"])
@@ -195,7 +195,10 @@ def _record(folder: Path) -> JsonObject:
             f"--model: {folder} holds no fine-tuned model ({TASK_FILE} is not there): give a finished run of "
             "finetune.py, or the adapter in it."
         )
-    return read_json(folder / TASK_FILE)
+    if (folder / ADAPTER_FILE).is_file():
+        read_config(folder)  # which checks what lies beside it
+        return read_json(folder / TASK_FILE)
+    return read_document(folder, TASK_FILE)
 
 
 def _set_up(record: JsonObject, vocabulary_size: int, mesh: Mesh) -> Setup:
@@ -229,6 +232,7 @@ def _from_adapters(
 def _restored(folder: Path, setup: Setup, mesh: Mesh) -> Variables:
     shapes = replicated_shapes(setup.shapes, mesh)
     with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
+        checkpoints.refuse_damaged()
         step = checkpoints.best_step()
         if step is None:
             raise InputError(f"--model: {folder} has no checkpoint with a validation: train it further.")

@@ -37,7 +37,7 @@ def test_each_regime_learns_more_than_the_base_rate_and_leaves_the_whole_folder(
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "parameters.json", "metrics.jsonl", "summary.json", "SUMMARY.txt", "checkpoints",
-        "vocabulary.parquet", "plots", "task.json", *(["adapter"] if name == "lora" else []),
+        "vocabulary.parquet", "plots", "task.json", "files.json", *(["adapter"] if name == "lora" else []),
     }  # fmt: skip
     summary, validation = read(folder, "summary.json"), records(folder, "tuning")
     base_rate = summary["baselines"]["base rate"]["loss"]
