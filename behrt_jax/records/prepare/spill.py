@@ -475,7 +475,7 @@ def load_shards(source: Source, config: PrepareConfig, reading: Reading, options
 def _identity(source: Source, config: PrepareConfig, reading: Reading, options: JsonObject) -> JsonObject:
     """All that must be the same for all shards."""
     boundaries = reading.boundaries.tolist()
-    return {"options": options, "files": input_files(source, config.input), "boundaries": boundaries}
+    return {"options": options, "input": input_files(source, config.input), "boundaries": boundaries}
 
 
 # Spill files read back in partitions: runs of neighbouring buckets, chosen when their sizes are known.
