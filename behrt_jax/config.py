@@ -428,8 +428,8 @@ class SplitOptions:
     """NAME=SPLIT, for a MEDS data set whose splits have other names, as folders or in its split file:
     test=held_out validation=tuning."""
     exact: bool = False
-    """Where the source has no splits: shares exact to the subject, and no split empty where there are three
-    subjects. Without it each subject is dealt out by itself, so that it stays where it is when others join."""
+    """Where the source has no splits: shares exact to the subject, and no split empty where there are three.
+    Without it each subject is dealt out by itself, so that it stays where it is when others join."""
 
 
 @dataclass(frozen=True)

@@ -486,6 +486,14 @@ class CodeChoice:
         return {option: patterns for option, patterns in idle.items() if patterns}
 
 
+def told_without_effect(idle: Mapping[str, Sequence[str]], options: str) -> list[str]:
+    """A warning for each option of :meth:`CodeChoice.without_effect`; ``options`` goes before its name."""
+    return [
+        f"Warning: {options}{option} {' '.join(patterns)} matches no code of the data, so it has no effect."
+        for option, patterns in idle.items()
+    ]
+
+
 def selects(
     names: Sequence[str], codes: tuple[str, ...], exclude_codes: tuple[str, ...], options: str = "data."
 ) -> np.ndarray:
@@ -519,7 +527,7 @@ def matches(names: Sequence[str], patterns: tuple[str, ...], option: str) -> np.
 
 
 def code_prefix(code: str) -> str:
-    """The start of a code up to its first separator, with that: ``//``, else ``/`` or ``|``, else all of it."""
+    """The start of a code up to its first separator, with that: ``//``, else ``/`` or ``|``, else all."""
     found = re.match(r".*?//|.*?[/|]", code, re.DOTALL)
     return found[0] if found else code
 

@@ -32,8 +32,12 @@ def readable(file: Path, message: str | None = None) -> Iterator[None]:
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        problem = f"{file} is no readable Parquet file (cut short, or another format): write it again."
-        raise InputError(message or problem) from error
+        problem = (
+            message or f"{file} is no readable Parquet file (cut short, or another format): write it again."
+        )
+        if "UTF8" in str(error):  # Arrow looks into dictionaries while it reads
+            problem = f"{file} holds text that is not UTF-8: write it again as UTF-8."
+        raise InputError(problem) from error
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
@@ -85,23 +89,27 @@ def refuse_broken_text(
 
     ``first_row`` is the number of the first value's row in the file.
     """
-    kind = values.type.value_type if pt.is_dictionary(values.type) else values.type
+    nested = pt.is_dictionary(values.type) or pt.is_list(values.type) or pt.is_large_list(values.type)
+    kind = values.type.value_type if nested else values.type
     if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)):
         return
     try:
         values.validate(full=True)
     except pa.ArrowInvalid as error:
+        raw = pa.binary() if kind == values.type or pt.is_dictionary(values.type) else pa.list_(pa.binary())
         texts = values.cast(kind) if pt.is_dictionary(values.type) else values
-        row = next((row for row, text in enumerate(texts.cast(pa.binary())) if not _is_utf8(text.as_py())), 0)
+        row = next((row for row, text in enumerate(texts.cast(raw)) if not _is_utf8(text.as_py())), 0)
         raise InputError(
-            f"{file} has in the column {column}, row {first_row + row} (counted from 1), text that is not UTF-8: "
-            "write the column again as UTF-8."
+            f"{file} has in the column {column}, row {first_row + row} (counted from 1), text that is "
+            "not UTF-8: write the column again as UTF-8."
         ) from error
 
 
-def _is_utf8(text: bytes | None) -> bool:
+def _is_utf8(text: bytes | list[bytes | None] | None) -> bool:
     try:
-        return text is None or bool(text.decode()) or True
+        return all(
+            isinstance((one or b"").decode(), str) for one in (text if isinstance(text, list) else [text])
+        )
     except UnicodeDecodeError:
         return False
 
@@ -137,7 +145,7 @@ def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.Dat
     elif pt.is_timestamp(target):
         fits, meant = pt.is_timestamp(kind) or pt.is_date(kind), "timestamps or dates"
     elif pt.is_float32(target):
-        fits, meant = pt.is_floating(kind) or pt.is_integer(kind), "numbers"
+        fits, meant = is_whole_or_float(kind), "numbers"
     else:
         fits, meant = kind == TEXT, "strings"
     if not fits and not pt.is_null(kind):

@@ -17,10 +17,10 @@ model, data, labels ...) is JSON in the file's metadata.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Required, TypedDict
 
 import numpy as np
@@ -34,7 +34,7 @@ from behrt_jax.data.parquet import INT96_UNIT, plain_times, refuse_broken_text
 from behrt_jax.data.tasks import KINDS, Kind, Task, TaskKind
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, new_file
 
 METADATA_KEY = b"behrt_jax"
 _KEYS = (("subject_id", pa.int64()), ("prediction_time", pa.timestamp("us")))
@@ -382,17 +382,14 @@ class PredictionWriter:
             meanwhile; ``kind`` at least, with ``classes`` or ``edges_days`` where it has them.
 
     Raises:
-        InputError: there is such a file already.
+        InputError: there is such a file already, or another process writes it.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, metadata: Mapping[str, object]):
         self.path = Path(path)
-        if self.path.exists():
-            raise InputError(f"{self.path} is there already: give another --output, or remove it.")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.schema, self._metadata = schema, metadata
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._writer = pq.ParquetWriter(self._temporary, self.schema)
+        self._file = new_file(self.path)
+        self._writer = pq.ParquetWriter(self._file.__enter__(), self.schema)
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
         """Append rows; their columns must be those of the schema, in its order and types."""
@@ -401,13 +398,15 @@ class PredictionWriter:
     def __enter__(self) -> "PredictionWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 text = json.dumps(self._metadata, allow_nan=False)
                 self._writer.add_key_value_metadata({METADATA_KEY: text.encode()})
             self._writer.close()
-            if kind is None:
-                self._temporary.replace(self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        except BaseException as failed:
+            self._file.__exit__(type(failed), failed, failed.__traceback__)
+            raise
+        self._file.__exit__(kind, error, trace)

@@ -2,17 +2,17 @@
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from behrt_jax.config import DataConfig
-from behrt_jax.data.event_rules import Selected, select_events
+from behrt_jax.data.event_rules import CodeChoice, Selected, select_events, told_without_effect
 from behrt_jax.data.events import DAY, SPLITS, YEAR, EventCounts, EventSet, SubjectTimes
 from behrt_jax.data.sorting import leads, run_offsets
-from behrt_jax.data.splits import check_disjoint, hash_splits, split_index
+from behrt_jax.data.splits import check_disjoint, hash_splits, split_index, told_split
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK, Vocabulary, fit_vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
@@ -98,6 +98,8 @@ class SequenceSet:
     where they were not read."""
     deaths: Mapping[str, SubjectTimes] = field(default_factory=lambda: dict.fromkeys(SPLITS, SubjectTimes()))
     """Split -> deaths of its subjects; none where they were not read."""
+    notes: Sequence[str] = ()
+    """To be told of how it was made: a split by hash, options without effect."""
 
     def subject_ids(self, split: str) -> np.ndarray:
         """Subjects that can be predicted: with a sequence, then those with a birth alone; int64 ``[n]``."""
@@ -123,12 +125,8 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
     """
     event_set = replace(event_set, counts=copy.deepcopy(event_set.counts))
     counts = event_set.counts
-    splits = event_set.splits or hash_splits(
-        event_set.events["subject_id"].unique().to_numpy(),
-        data.tuning_fraction,
-        data.held_out_fraction,
-        data.seed,
-    )
+    by_hash = data.tuning_fraction, data.held_out_fraction, data.seed
+    splits = event_set.splits or hash_splits(event_set.events["subject_id"].unique().to_numpy(), *by_hash)
     check_disjoint(splits, f"The {event_set.source} source")
     patterns = data.codes or (MEDS_CODES if data.source == "meds" else ())
     duplicates = data.duplicates or ("keep" if data.source == "latent" else "drop")
@@ -143,6 +141,8 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
                 "select more codes with data.codes."
             )
 
+    idle = CodeChoice(data.codes, data.exclude_codes).without_effect(selected.names)
+    notes = [] if event_set.splits else [told_split(*by_hash)]
     vocabulary = _fit(selected, event_split == SPLITS.index("train"), event_set, data)
     ids = vocabulary.encode(selected.names)[selected.codes]  # [N]
     unknown = (ids == UNK) & (event_split >= 0)
@@ -160,6 +160,7 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
         subjects_without_events={
             name: len(np.unique(splits.get(name, ()))) - len(by_split[name]) for name in SPLITS
         },
+        notes=[*notes, *told_without_effect(idle, "--data.")],
     )
 
 

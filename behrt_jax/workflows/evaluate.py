@@ -72,9 +72,13 @@ def _checked(config: EvaluateConfig) -> Path:
             "--no_baselines."
         )
     output = config.output.expanduser().absolute()
+    _check_new(output)
+    return output
+
+
+def _check_new(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} holds other files: give an --output that is new or empty.")
-    return output
 
 
 def _judge(config: EvaluateConfig, file: PredictionFile, console: Console) -> EvaluationRecord:
@@ -110,6 +114,7 @@ def _judge(config: EvaluateConfig, file: PredictionFile, console: Console) -> Ev
 def _write(output: Path, title: str, record: EvaluationRecord) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(output.parent, f"evaluating-{output.name}") as work:
+        _check_new(output)
         folder = work / "evaluation"
         folder.mkdir()
         write_json(folder / FIGURES_FILE, record)

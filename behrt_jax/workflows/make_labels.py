@@ -18,7 +18,7 @@ from behrt_jax.data.sequences import SequenceSet, day_text
 from behrt_jax.data.sorting import find_ids
 from behrt_jax.data.vocabulary import matching_codes
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, written_whole
+from behrt_jax.files import JsonObject, new_file
 from behrt_jax.records import label_makers
 from behrt_jax.tracking.console import open_console
 
@@ -76,6 +76,11 @@ def make_labels(config: MakeLabelsConfig) -> JsonObject:
             "of subjects without events": len(index) - int(np.sum(known)),
         }
     with open_console() as console:
+        for pattern in config.codes:
+            if not matching_codes(data.vocabulary, (pattern,), "--codes").any():
+                console.log(
+                    f"Warning: --codes {pattern} matches no code of the vocabulary, so it has no effect."
+                )
         rows = dict.fromkeys(key for counts in account["splits"].values() for key in counts)
         console.table(
             f"Labels of the task {config.task}",
@@ -117,8 +122,7 @@ def _write(
     table = pa.concat_tables(parts).sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")])
     table = table.replace_schema_metadata({"behrt_jax": json.dumps(account)})
     assert config.output is not None
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(config.output) as temporary:
+    with new_file(config.output) as temporary:
         pq.write_table(table, temporary)
 
 

@@ -7,6 +7,8 @@ from operator import attrgetter
 from pathlib import Path
 
 from behrt_jax.config import PrepareConfig
+from behrt_jax.data.event_rules import told_without_effect
+from behrt_jax.data.splits import told_split
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.records.meds_export import export_meds
@@ -54,6 +56,10 @@ def prepare_records(config: PrepareConfig) -> JsonObject:
     source = open_source(config)
     with open_console() as console:
         console.log(f"Reading {source.name} data: {len(source.files())} files in {source.units()} parts.")
+        if source.splits():
+            for option in ("tuning_fraction", "held_out_fraction", "seed", "splits.exact"):
+                if attrgetter(option)(config) != attrgetter(option)(PrepareConfig()):
+                    console.log(f"Warning: the source has splits of its own, so --{option} has no effect.")
 
         shown = time.monotonic()
 
@@ -173,22 +179,16 @@ def _report_options(console: Console, manifest: JsonObject) -> None:
     """How subjects were dealt out, and options that had no effect."""
     options = manifest["options"]
     if "tuning_fraction" in options:
-        shares = f"{options['tuning_fraction']:.0%} tuning, {options['held_out_fraction']:.0%} held_out"
-        how = "exactly" if options.get("exact_splits") else "about"
-        console.log(
-            f"The source has no splits of its own: its subjects were dealt out by a hash of their ids ({how} "
-            f"{shares}, seed {options['seed']})."
-        )
+        fractions = (options[name] for name in ("tuning_fraction", "held_out_fraction", "seed"))
+        console.log(told_split(*fractions, exact="exact_splits" in options))
     idle = manifest.get("without_effect", {})
-    for option, patterns in idle.items():
-        console.log(
-            f"Warning: --{option} {' '.join(patterns)} matches no code of the data, so it has no effect."
-        )
+    for warning in told_without_effect(idle, "--"):
+        console.log(warning)
     for pattern in set(options.get("value_codes", ())).difference(idle.get("value_codes", ())):
         if not any(re.match(pattern, code) for code in manifest.get("value_edges", ())):
             console.log(
-                f"Warning: --value_codes {pattern} makes no bins: none of its codes has enough numeric values in the "
-                "train split."
+                f"Warning: --value_codes {pattern} makes no bins: none of its codes has enough "
+                "numeric values in the train split."
             )
 
 

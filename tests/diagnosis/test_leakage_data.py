@@ -287,7 +287,7 @@ def test_codes_stamped_at_discharge(at_end, expected, tmp_path):
     found = alarms(findings(prepare(meds, tmp_path / "p", "--visit_column", "hadm_id"), tmp_path))
     assert list(found) == expected
     if at_end:
-        assert "DIAGNOSIS codes come all at once at the end of 120 of 120 visits" in found[expected[0]]
+        assert "DIAGNOSIS// codes come all at once at the end of 120 of 120 visits" in found[expected[0]]
 
 
 def test_the_share_of_repeats(tmp_path):

@@ -50,6 +50,13 @@ def doctor(data, labels, tmp, *options):
     return {finding["id"]: finding for finding in json.loads(found.read_text())["findings"]}
 
 
+def test_patterns_without_effect_are_told(data, tmp_path, capsys):
+    make("first_occurrence", data, tmp_path / "l.parquet", "--codes", OUTCOME, "NONE//")
+    told = capsys.readouterr().out
+    assert "Warning: --codes NONE// matches no code of the vocabulary" in told
+    assert told.count("Warning") == 1
+
+
 @pytest.mark.parametrize(
     ("task", "survival"),
     [(task, s) for task in TASKS for s in (False, True) if not (s and task == "next_visit")],

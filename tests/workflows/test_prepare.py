@@ -147,7 +147,82 @@ def test_a_table_of_events(tmp_path, capsys):
     assert prepared.splits["train"].ages.min() >= 10 - 0.01
 
 
+@pytest.fixture(scope="module")
+def unsplit(tmp_path_factory):
+    """A data set without splits, whose codes have values."""
+    rows = history_rows(subjects=12, days=6)
+    return write_meds(tmp_path_factory.mktemp("unsplit") / "meds", rows)
+
+
+def test_a_split_by_hash_is_told_and_can_be_exact(unsplit, tmp_path, capsys):
+    options = ("--seed", "1", "--tuning_fraction", "0.25", "--held_out_fraction", "0.01")
+    assert run(unsplit, tmp_path / "about", *options) == 0
+    told = capsys.readouterr().out
+    assert "dealt out by a hash of their ids (about 25% tuning, 1% held_out, seed 1)" in told
+    assert "Warning: the held_out split has no subject" in told
+    exact = (*options, "--splits.exact")
+    assert run(unsplit, tmp_path / "exact", *exact) == 0
+    told = capsys.readouterr().out
+    assert "(exactly 25% tuning, 1% held_out, seed 1)" in told
+    assert "Warning" not in told
+    sizes = {name: len(part) for name, part in read_prepared(tmp_path / "exact").splits.items()}
+    assert sizes == {"train": 8, "tuning": 3, "held_out": 1}
+    for shard in ("0/2", "1/2"):
+        assert run(unsplit, tmp_path / "parts", *exact, "--shard", shard) == 0
+    assert run(unsplit, tmp_path / "parts", *exact, "--merge") == 0
+    assert content(tmp_path / "parts") == content(tmp_path / "exact")
+
+
+def test_own_splits_are_not_drawn(meds, tmp_path, capsys):
+    assert run(meds, tmp_path / "prepared", "--seed", "3", "--splits.exact") == 0
+    told = capsys.readouterr().out
+    assert "hash" not in told
+    for option in ("seed", "splits.exact"):
+        assert f"Warning: the source has splits of its own, so --{option} has no effect" in told
+    assert told.count("Warning") == 2
+
+
+def test_patterns_without_effect_are_told(unsplit, tmp_path, capsys):
+    options = ["--codes", "DIAGNOSIS//", "DIAGNOSES//", "--exclude_codes", "DIAGNOSIS//9",
+               "--value_codes", "LAB//", "--static_codes", "SEX//", "--splits.exact"]  # fmt: skip
+    assert run(unsplit, tmp_path / "whole", *options) == 0
+    told = capsys.readouterr().out
+    for pattern in (
+        "codes DIAGNOSES//",
+        "exclude_codes DIAGNOSIS//9",
+        "value_codes LAB//",
+        "static_codes SEX//",
+    ):
+        assert f"Warning: --{pattern} matches no code of the data" in told
+    assert told.count("Warning") == 4
+    assert run(unsplit, tmp_path / "whole", *options) == 0
+    assert capsys.readouterr().out.count("Warning") == 4  # left as it was, and told again
+    for shard in ("0/2", "1/2"):
+        assert run(unsplit, tmp_path / "parts", *options, "--shard", shard) == 0
+    assert run(unsplit, tmp_path / "parts", *options, "--merge") == 0
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_codes_without_values_are_told(unsplit, tmp_path, capsys):
+    options = ["--value_codes", "DIAGNOSIS//", "--min_count", "1", "--splits.exact"]
+    assert run(unsplit, tmp_path / "values", *options) == 0
+    assert "Warning" not in capsys.readouterr().out
+    bare = shutil.copytree(unsplit, tmp_path / "bare")
+    for shard in (bare / "data").glob("*.parquet"):
+        pq.write_table(pq.read_table(shard).drop_columns(["numeric_value"]), shard)
+    assert run(bare, tmp_path / "none", *options) == 0
+    assert "Warning: --value_codes DIAGNOSIS// makes no bins" in capsys.readouterr().out
+
+
 MISTAKES = {
+    "option of OMOP": (
+        ["--input", "{meds}", "--output", "{tmp}/out", "--omop.skip", "death"],
+        "--source omop",
+    ),
+    "option of tables": (
+        ["--input", "{meds}", "--output", "{tmp}/out", "--table.code", "x"],
+        "--source table",
+    ),
     "no input": (["--output", "{tmp}/out"], "--input is missing"),
     "no output": (["--input", "{meds}"], "--output is missing"),
     "input that is not there": (["--input", "{tmp}/nowhere", "--output", "{tmp}/out"], "does not exist"),

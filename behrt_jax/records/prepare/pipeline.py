@@ -19,6 +19,7 @@ in the resident size, but it takes them back when memory is short.
 import contextlib
 import functools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -111,10 +112,9 @@ def prepare(
 
     if config.shard is not None:
         return spill.read_shard(source, config, reading(), options, functools.partial(progress, "read"))
-    if not config.dry_run and (existing := _existing(source, config, options)) is not None:
-        return existing
-
     with _work_folder(config) as work, ThreadPoolExecutor(2) as background:
+        if not config.dry_run and (existing := _existing(source, config, options)) is not None:
+            return existing
         input_print = background.submit(input_fingerprint, source, config.input)
         read, encode, both, write = (
             functools.partial(progress, stage) for stage in ("read", "encode", "read and encode", "write")
@@ -158,7 +158,7 @@ def prepare(
 def _work_folder(config: PrepareConfig) -> AbstractContextManager[Path]:
     """Beside the output, so that the data set can be renamed into its place."""
     if config.dry_run or config.output is None:
-        return work_folder(Path(tempfile.gettempdir()), "preparing")
+        return work_folder(Path(tempfile.gettempdir()), f"preparing-{os.getpid()}")
     config.output.parent.mkdir(parents=True, exist_ok=True)
     return work_folder(config.output.parent, f"preparing-{config.output.name}")
 

@@ -375,6 +375,38 @@ def test_folders_that_are_none(tmp_path):
     raised(lambda: open_synthea(tmp_path), "conditions.csv", "CONDITIONS.csv.gz", "keep one")
 
 
+def test_tables_that_are_skipped(tmp_path):
+    tables = {"patients": PATIENTS, "encounters": VISITS, "conditions": [condition()], "observations": []}
+    folder = write_synthea(tmp_path, tables, "2023")
+    (folder / "observations.csv").write_text("no table\n")
+    raised(lambda: open_synthea(folder), "observations.csv has no column PATIENT")
+    source = open_synthea(folder, skip=["Observations", "encounters"])
+    assert source.options() == {"skip": ["encounters", "observations"]}
+    events, counts = read_all(source)
+    assert [code for code in events["code"].to_pylist() if "//38822007" in code] == ["DX//38822007"]
+    assert counts.changed == {"unknown visit": 1}
+    for wrong in ("patients", "claims"):
+        raised(
+            lambda wrong=wrong: open_synthea(folder, [wrong]),
+            f"--synthea.skip names {wrong}, which is no table",
+        )
+    (folder / "observations.csv").unlink()
+    (folder / "observations.csv").mkdir()
+    raised(lambda: open_synthea(folder), "observations.csv is a folder", "one CSV file")
+    assert open_synthea(folder, ["observations"]).units() == 3
+    (folder / "observations.csv").rmdir()
+    (folder / "observations.csv.zip").touch()
+    (folder / "devices.txt").touch()  # no data
+    raised(lambda: open_synthea(folder), "observations.csv.zip is not read", "--synthea.skip observations")
+
+
+def test_a_header_that_comes_again_is_named(tmp_path):
+    folder = write_synthea(tmp_path, {"patients": PATIENTS, "conditions": [condition()]}, "2023")
+    text = (folder / "conditions.csv").read_text()
+    (folder / "conditions.csv").write_text(text + text.splitlines()[0] + "\n")
+    raised(lambda: read_all(open_synthea(folder)), "conditions.csv", "data row 2", "header comes again")
+
+
 def test_colliding_ids(tmp_path, monkeypatch):
     def lengths(texts):
         return np.array([len(text) for text in texts.to_pylist()], dtype=np.int64)

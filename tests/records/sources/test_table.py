@@ -173,6 +173,8 @@ def test_text_ids(tmp_path):
         "0",
         "-0",
         "1.0",
+        "1.5",
+        "123456789012345.00",
         "9" * 18,
         "9" * 19,
     ]
@@ -180,8 +182,8 @@ def test_text_ids(tmp_path):
     rows, _ = read_all(
         open_table(write(tmp_path / "t.csv", "subject_id,time,code\n" + lines), TableColumns())
     )
-    hashed = {text: hashed_id(text) for text in ("007", "+7", "a b", str(2**63), "-0", "1.0", "9" * 19)}
-    assert [row[0] for row in rows] == [hashed[t] if t in hashed else int(t) for t in texts]
+    hashed = {text: hashed_id(text) for text in ("007", "+7", "a b", str(2**63), "-0", "1.5", "9" * 19)}
+    assert [row[0] for row in rows] == [hashed[t] if t in hashed else int(t.split(".")[0]) for t in texts]
 
 
 def test_nulls_are_counted(tmp_path):
@@ -302,6 +304,13 @@ HEADER = "subject_id,time,code,value\n"
         ),
         ("subject_id,code,value\n", ("no column time", "table.time", "subject_id, code, value")),
         ("subject_id,time,code,code,value\n", ("more than one column code", "table.code")),
+        ("subject_id,\0time,code,value\n", ("no text in UTF-8", "save it as CSV")),
+        ("subject_id;time;code;value\n", ("one column, whose name holds ;", "by commas", "decimal point")),
+        ("subject_id\ttime\tcode\tvalue\n", ("one column, whose name holds tabs", "by commas")),
+        (
+            "subject_id,time,code,value\nsubject_id,time,code,value\n",
+            ("column time, data row 1", "header comes again"),
+        ),
     ],
 )
 def test_broken_csv(tmp_path, text, says):
@@ -312,7 +321,8 @@ def test_broken_csv(tmp_path, text, says):
 @pytest.mark.parametrize(
     ("column", "values", "says"),
     [
-        ("subject_id", [1.0, 2.0], ("double in the column subject_id", "table.subject", "integers or text")),
+        ("subject_id", [True, False], ("bool in the column subject_id", "table.subject", "integers or text")),
+        ("subject_id", [1.0, 2.5], ("column subject_id", "signed 64-bit", "double")),
         ("subject_id", [2**63, 1], ("column subject_id", "signed 64-bit")),
         ("time", [1, 2], ("int64 in the column time", "table.time", "timestamps")),
         ("time", ["2020-01-01", "2020-13-01"], ("column time, data row 2", "like 2019-07-08")),
