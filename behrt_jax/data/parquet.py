@@ -90,7 +90,9 @@ def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...
 def read_columns(file: Path, opened: pq.ParquetFile, columns: list[str]) -> pa.Table:
     """All rows of some columns, at once; InputError where the file is damaged."""
     with readable(file):
-        return sound(file, opened.read(columns=columns))
+        table = sound(file, opened.read(columns=columns))
+        check_rows(table.num_rows, opened.metadata.num_rows)
+        return table
 
 
 def read_tables(
@@ -100,10 +102,21 @@ def read_tables(
     rows = sum(opened.metadata.row_group(group).num_rows for group in row_groups)
     with readable(file):
         if rows <= CHUNK_ROWS:
-            yield sound(file, opened.read_row_groups(list(row_groups), columns=columns))
+            table = sound(file, opened.read_row_groups(list(row_groups), columns=columns))
+            check_rows(table.num_rows, rows)
+            yield table
             return
+        read = 0
         for batch in opened.iter_batches(CHUNK_ROWS, row_groups=list(row_groups), columns=columns):
             yield sound(file, pa.Table.from_batches([batch]))
+            read += batch.num_rows
+        check_rows(read, rows)
+
+
+def check_rows(read: int, rows: int) -> None:
+    """Raise ValueError where pages gave other rows than the footer has: a page's own count may be damaged."""
+    if read != rows:
+        raise ValueError(f"{read} rows in place of {rows}")
 
 
 def sound(file: Path, table: pa.Table, first_row: int = 1) -> pa.Table:

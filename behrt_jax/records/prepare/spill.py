@@ -423,7 +423,7 @@ def read_shard(
         work = temporary / "shard"
         units = range(source.units())[index::shards]
         spills = spill_in_parallel(source, units, reading, work, config.workers, told)
-        record = _identity(source, config, reading, options) | {"files": digests_of(work)}
+        record = _identity(source, config, reading, options) | {"digests": digests_of(work)}
         write_json(work / "reading.json", sealed(record))
         work.replace(place)
     counts = [describe_counts(spill.counts) for spill in spills]
@@ -458,16 +458,14 @@ def load_shards(source: Source, config: PrepareConfig, reading: Reading, options
     spills = []
     for index in range(shards):
         place = folder / f"{index}-of-{shards}"
-        record = read_json(place / "reading.json")
+        record, mend = read_json(place / "reading.json"), f"remove {place} and read this shard again."
         if not (isinstance(record, dict) and is_sealed(record)):
-            raise InputError(
-                f"{place / 'reading.json'} is damaged: remove {place} and read this shard again."
-            )
+            raise InputError(f"{place / 'reading.json'} is damaged: {mend}")
         if {name: record.get(name) for name in identity} != identity:
             raise InputError(
                 f"{place} was read with other options or of another input: remove it and read it again."
             )
-        check_files(place, record["files"], f"remove {place} and read this shard again.", at_most=None)
+        check_files(place, record["digests"], mend, at_most=None)
         spills += [Spill.load(part) for part in sorted(place.iterdir()) if part.is_dir()]
     return spills
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from behrt_jax.data.parquet import CHUNK_ROWS, open_whole, readable, sound
+from behrt_jax.data.parquet import CHUNK_ROWS, check_rows, open_whole, readable, sound
 from behrt_jax.errors import InputError
 
 BLOCK_BYTES = 1 << 22
@@ -349,6 +349,9 @@ def read_part(
         with readable(part.file, damage and damage(part.file, row)):
             batch = next(batches, None)
             if batch is None:
+                groups = part.row_groups or range(opened.metadata.num_row_groups)
+                counts = row_counts(opened.metadata)
+                check_rows(row - part.first_row, sum(counts[group] for group in groups))
                 return
             table = sound(part.file, pa.Table.from_batches([batch]), row + 1)
         yield Piece(part.file, row + 1, table)
