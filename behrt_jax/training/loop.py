@@ -28,6 +28,10 @@ IN_FLIGHT = 4
 """Calls that the host may be ahead of the devices: enough that they never wait for it."""
 
 
+USUAL_EPOCHS, LEAST_STEPS = 20, 800
+"""Of a fine-tuning run whose epochs are not given: few labels take more, and early stopping ends it."""
+
+
 class DivergenceError(RuntimeError):
     """The training loss or gradient is no longer finite."""
 
@@ -75,7 +79,8 @@ class Schedule:
     @classmethod
     def of(cls, config: TrainConfig | TaskTrainConfig, steps_per_epoch: int) -> "Schedule":
         """The schedule of a run whose epochs have so many steps."""
-        total = config.epochs * steps_per_epoch
+        epochs = config.epochs or max(USUAL_EPOCHS, -(-LEAST_STEPS // steps_per_epoch))
+        total = epochs * steps_per_epoch
         return cls(
             min(total, config.max_steps or total),
             steps_per_epoch,

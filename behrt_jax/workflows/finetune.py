@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import jax
@@ -11,6 +11,7 @@ import jax
 from behrt_jax.config import FinetuneConfig
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.diagnosis import finding
 from behrt_jax.files import JsonObject, write_json, write_text
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -23,6 +24,7 @@ from behrt_jax.run_folder import (
 )
 from behrt_jax.tracking.console import Console, format_duration, open_console
 from behrt_jax.tracking.plots import plot_curves
+from behrt_jax.tracking.summary import Summary
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices
 from behrt_jax.training.feeding import from_host, one_step
@@ -32,15 +34,17 @@ from behrt_jax.training.state import with_encoder
 from behrt_jax.training.step import TrainState, Variables
 from behrt_jax.training.validation import make_output_step, score, task_metrics
 from behrt_jax.workflows.checks import check_finetune, has_members
+from behrt_jax.workflows.doctor import examine
 from behrt_jax.workflows.finetune_run import (
     TASK_FILE,
-    Calibration,
     Finetuning,
-    calibrate,
+    Judged,
+    judge,
     loss_of_base_rate,
     open_finetuning,
     task_record,
     try_write_adapter,
+    write_blend,
 )
 from behrt_jax.workflows.labelled_data import read_labelled
 from behrt_jax.workflows.run import RunResult, begin, best_variables, compile_beside, exit_status, save
@@ -77,6 +81,7 @@ def finetune_on(
     started = time.perf_counter()
     with open_console() as console, catching_signals() as interruption, ThreadPoolExecutor(1) as beside:
         run = open_finetuning(config, data, labels, delays, devices, console)
+        config = run.config
         assembly, labelled, schedule, mesh = run.assembly, run.labelled, run.schedule, run.assembly.mesh
         program = one_step(assembly, assembly.step(run.micro_batches))
         output_step = jax.jit(make_output_step(assembly.setup.predictor))
@@ -121,8 +126,7 @@ def finetune_on(
             if best_step is not None and not divergence:
                 variables = best_variables(checkpoints, best_step, state)
                 outputs = score(output_step, variables, run.tuning, mesh)
-                fitted = calibrate(config.task, labelled.task.kind, outputs[None], labelled.tuning_targets)
-                best = variables, fitted
+                best = variables, judge(config, labelled, outputs[None])
         stop_reason, status = exit_status(stop_reason, interruption)
         seconds = time.perf_counter() - begun.clock
         summary = _summary(run, best, best_step, stop_reason, seconds)
@@ -148,7 +152,7 @@ def _start(
 
 def _summary(
     run: Finetuning,
-    best: tuple[Variables, Calibration] | None,
+    best: tuple[Variables, Judged] | None,
     best_step: int | None,
     stop_reason: str,
     seconds: float,
@@ -166,7 +170,8 @@ def _summary(
         "stop_reason": stop_reason,
         "wall_seconds": seconds,
         "baselines": {"base rate": {"loss": loss_of_base_rate(run.labelled)}},
-        "calibration": None if best is None else asdict(best[1]),
+        **({} if best is None else best[1].said),
+        "calibration": None if best is None else asdict(best[1].calibration),
         "data": run.labelled.counts,
         "parameters": {key: value for key, value in run.parameters.items() if key != "adapters"},
     }
@@ -176,7 +181,7 @@ def write_results(
     console: Console,
     config: FinetuneConfig,
     run: Finetuning,
-    best: tuple[Variables, Calibration] | None,
+    best: tuple[Variables, Judged] | None,
     summary: JsonObject,
 ) -> None:
     """Write task.json, the adapter, summary.json, SUMMARY.txt and plots; `best` are the variables of the best
@@ -184,16 +189,29 @@ def write_results(
     """
     folder = run.folder
     if best is not None:
-        record = task_record(config, run, best[1])
+        blend = best[1].blend
+        record = task_record(config, run, best[1].calibration, blend and blend[1])
         write_json(folder / TASK_FILE, record)
+        write_blend(folder, best[1])
         if config.lora is not None:
             try_write_adapter(console, folder / "adapter", run, best[0], record)
-    write_json(folder / SUMMARY_FILE, dict(summary))
-    write_text(folder / SUMMARY_TEXT_FILE, _text(config, summary))
+            write_blend(folder / "adapter", best[1])
+    found = _examined(run, summary)
+    for one in found:
+        console.log(finding.one_line(one))
+    summary = {**summary, "findings": finding.to_json(found)}
+    write_json(folder / SUMMARY_FILE, summary)
+    write_text(folder / SUMMARY_TEXT_FILE, _text(config, summary, found))
     plot_curves(read_metrics(folder / METRICS_FILE), {}, folder / PLOTS_FOLDER)
     console.log(f"Stopped: {summary['stop_reason']}.")
     console.log(_verdict(summary))
     console.log(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def _examined(run: Finetuning, summary: JsonObject) -> list[finding.Finding]:
+    """The doctor's findings, errors first."""
+    record = finding.read_run(run.folder)
+    return examine(replace(record, summary=Summary(**summary), baselines=summary["baselines"]))
 
 
 def _verdict(summary: JsonObject) -> str:
@@ -211,7 +229,7 @@ def _verdict(summary: JsonObject) -> str:
     )
 
 
-def _text(config: FinetuneConfig, summary: JsonObject) -> str:
+def _text(config: FinetuneConfig, summary: JsonObject, found: Sequence[finding.Finding]) -> str:
     title = f"Fine-tuning run: {config.name} ({summary['task']})"
     best, parameters = summary["best"], summary["parameters"]
     took = format_duration(summary["wall_seconds"])
@@ -227,6 +245,9 @@ def _text(config: FinetuneConfig, summary: JsonObject) -> str:
     if calibration := summary["calibration"]:
         fitted = [f"{name} {value:.4g}" for name, value in calibration.items() if value is not None]
         lines.append(f"Fitted on tuning: {', '.join(fitted)}.")
+    if blend := summary.get("blend"):
+        lines.append(f"Blended: {blend['share']:.0%} of the count model. On tuning: {_figures(blend)}.")
+    lines += [finding.one_line(one) for one in found]
     return "\n\n".join(lines).encode("ascii", "replace").decode("ascii") + "\n"
 
 

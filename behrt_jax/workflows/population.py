@@ -3,22 +3,25 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from behrt_jax.config import FinetuneConfig, LoRAConfig
+from behrt_jax.config import FinetuneConfig, LoRAConfig, ModelConfig, PopulationConfig
 from behrt_jax.data.batches import TaskBatch, TaskBatches, reading_ahead
 from behrt_jax.data.labels import read_label_tables
 from behrt_jax.files import JsonObject, write_json, write_text
+from behrt_jax.models.behrt import EACH, Pooling
 from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import Devices, put_rows, replicated
 from behrt_jax.training.feeding import AHEAD
 from behrt_jax.training.freezing import part, whole
-from behrt_jax.training.loop import DivergenceError
+from behrt_jax.training.loop import DivergenceError, Schedule
 from behrt_jax.training.population import (
     Members,
     PopulationState,
@@ -29,8 +32,8 @@ from behrt_jax.training.population import (
     member,
     population_predict,
 )
-from behrt_jax.training.pretrained import read_encoder
-from behrt_jax.training.state import init_state, run_keys, with_encoder
+from behrt_jax.training.pretrained import Pretrained, read_encoder
+from behrt_jax.training.state import assemble, init_state, run_keys, with_encoder
 from behrt_jax.training.step import task_objective
 from behrt_jax.training.validation import make_output_step, score, task_metrics
 from behrt_jax.workflows.finetune_run import (
@@ -38,12 +41,21 @@ from behrt_jax.workflows.finetune_run import (
     TASK_FILE,
     Finetuning,
     calibrate,
+    judge,
     loss_of_base_rate,
     open_finetuning,
     task_record,
+    task_setup,
     try_write_adapter,
+    write_blend,
 )
-from behrt_jax.workflows.labelled_data import LabelledData, read_data, read_labelled
+from behrt_jax.workflows.labelled_data import (
+    LabelledData,
+    batch_size,
+    read_data,
+    read_labelled,
+    split_batches,
+)
 from behrt_jax.workflows.run import RunResult, settings
 
 SEARCHES = ("learning_rate", "rank")
@@ -74,6 +86,7 @@ def finetune_population(config: FinetuneConfig, devices: Devices | None = None) 
         data, labels, delays = read_labelled(config.data, config.labels)
     with open_console() as console:
         run = open_finetuning(config, data, labels, delays, devices, console)
+        config = run.config
         variation = vary(config, run.labelled)
         found = train_population(console, config, run, variation, make_population(config, run, variation))
         summary = write_population(console, config, run, variation, found, time.perf_counter() - started)
@@ -93,6 +106,8 @@ class Variation:
     """Each member's own examples."""
     tuning: list[np.ndarray]
     """The tuning examples of all that are its own, bool ``[examples]``."""
+    poolings: Sequence[Pooling] | None = None
+    """Where the model computes each pooling: the member's own."""
     weights: np.ndarray | None = None
     """Where members learn from other examples: which of the train examples of all, bool
     ``[members, examples]``."""
@@ -201,6 +216,9 @@ def make_population(config: FinetuneConfig, run: Finetuning, variation: Variatio
     head = state.trained["params"]["task_head"]["dense"]
     if head["bias"] is not None:  # it trains: each member begins with the base rate of its own train examples
         head["bias"] = jnp.stack([jnp.asarray(one.base_outputs()) for one in variation.labelled])
+    if variation.poolings is not None:
+        chosen = [[float(how == own) for how in EACH] for own in variation.poolings]  # [K, P]
+        state.trained["params"]["pooling_head"]["choice"] = jnp.asarray(chosen, jnp.float32)
     state, members = jax.device_put((state, members), replicated(mesh))
     step = make_population_step(
         task_objective(predictor, run.labelled.task.of.loss),
@@ -237,9 +255,16 @@ class Best:
 
 
 def train_population(
-    console: Console, config: FinetuneConfig, run: Finetuning, variation: Variation, population: Population
+    console: Console,
+    config: FinetuneConfig,
+    run: Finetuning,
+    variation: Variation,
+    population: Population,
+    keep: bool = True,
 ) -> list[Best]:
     """Train all members on the same batches and validate them every epoch. The first state is used up.
+
+    Metrics and variables are only kept with `keep`.
 
     Raises:
         DivergenceError: the loss of a member was never finite; of a search, that of all members.
@@ -273,27 +298,32 @@ def train_population(
                 best.waited += 1
                 if metrics[k]["loss"] < best.loss:
                     best.loss, best.step, best.waited, best.outputs = metrics[k]["loss"], number, 0, mine
+                    if not keep:
+                        continue
                     alone = member(state, k, variation.adapters[k])
                     # The frozen leaves go on with the state, which the next step uses up.
                     best.variables = jax.tree.map(np.asarray, part(alone, mask, trains=True))
                     if on_train is not None and variation.weights is not None:
                         best.of_unseen = on_train[k, ~variation.weights[k]]
-            train_losses = np.asarray(totals["loss"] / jnp.maximum(totals["targets"], 1.0))
-            append_metrics(
-                run.folder / METRICS_FILE,
-                {
-                    **run.schedule.line(number, "tuning"),
-                    "loss": float(np.mean([one["loss"] for one in metrics])),
-                    "members": [{"loss": one["loss"], "auroc": one.get("auroc")} for one in metrics],
-                    "train_losses": train_losses.tolist(),
-                },
-            )
-            shown = "  ".join(f"{one['loss']:.4f}" for one in metrics)
-            console.log(f"epoch {number / batches.steps_per_epoch:.1f}  validation losses {shown}")
+            if keep:
+                train_losses = np.asarray(totals["loss"] / jnp.maximum(totals["targets"], 1.0))
+                append_metrics(
+                    run.folder / METRICS_FILE,
+                    {
+                        **run.schedule.line(number, "tuning"),
+                        "loss": float(np.mean([one["loss"] for one in metrics])),
+                        "members": [{"loss": one["loss"], "auroc": one.get("auroc")} for one in metrics],
+                        "train_losses": train_losses.tolist(),
+                    },
+                )
+                shown = "  ".join(f"{one['loss']:.4f}" for one in metrics)
+                console.log(f"epoch {number / batches.steps_per_epoch:.1f}  validation losses {shown}")
             patience = config.train.patience
             if patience is not None and all(best.waited >= patience for best in found):
                 break
     console.close()
+    if not keep:
+        return found
     diverged = [name for name, best in zip(variation.names, found, strict=True) if best.outputs is None]
     if len(diverged) > (len(found) - 1 if config.population.vary in SEARCHES else 0):
         raise DivergenceError(
@@ -303,6 +333,85 @@ def train_population(
     for best in found:
         best.variables = whole(best.variables, last)
     return found
+
+
+SEARCH_STEPS, SEARCH_BATCH = 400, 64
+"""Most steps and examples a step of a search: it only has to tell its members apart."""
+LEVELS = ((1.0, 1.0), (0.3, 0.25), (3.0, 1.0), (1.0, 0.25))
+"""Factors on learning rate and rank in a search."""
+
+
+def search(
+    console: Console,
+    config: FinetuneConfig,
+    model: ModelConfig,
+    labelled: LabelledData,
+    pretrained: Pretrained,
+    mesh: Mesh,
+) -> JsonObject:
+    """Train a few members for a short while, in one program, and take the settings of the best on tuning.
+
+    Args:
+        console: told what was tried.
+        config: of the run.
+        model: of the run.
+        labelled: of one task.
+        pretrained: the base.
+        mesh: the devices.
+
+    Returns:
+        ``pooling``, ``learning_rate`` and ``rank``, see `finetune_run.with_choice`; and ``tried``, the same
+        of each member with its least loss on tuning.
+    """
+    free, size = config.task.pooling == "auto", config.search.size
+    poolings: tuple[Pooling, ...] = EACH if free else (config.task.pooling,)  # pyright: ignore[reportAssignmentType]
+    levels = [LEVELS[k // len(poolings) % len(LEVELS)] for k in range(size)]
+    own = [poolings[k % len(poolings)] for k in range(size)]
+    some = labelled.drawn(config.search.labels, config.train.seed)
+    given = config.lora
+    adapters = [given and replace(given, rank=max(1, round(given.rank * rank))) for _, rank in levels]
+    short = replace(
+        config,
+        population=PopulationConfig(size=size),
+        train=replace(
+            config.train,
+            max_steps=min(config.train.max_steps or SEARCH_STEPS, SEARCH_STEPS),
+            batch_size=min(SEARCH_BATCH, batch_size(config, len(some.train))),
+        ),
+    )
+    setup = task_setup(config, model, labelled, pretrained, mesh, "each" if free else own[0])
+    batches, tuning, parts = split_batches(short, model, some, mesh)
+    schedule = Schedule.of(short.train, batches.steps_per_epoch)
+    objective = task_objective(setup.predictor, some.task.of.loss)
+    assembly = assemble(short, setup, objective, schedule.total_steps, mesh)
+    run = Finetuning(
+        Path(), assembly, batches, schedule, parts, {}, np.zeros(0), short, some, tuning, pretrained
+    )
+    variation = replace(
+        vary(short, some),
+        names=own,
+        seeds=[config.train.seed] * size,
+        rates=[rate for rate, _ in levels],
+        adapters=adapters,
+        poolings=own if free else None,
+    )
+    console.log(
+        f"Searching: {size} members on {len(some.train):,} train and {len(some.tuning):,} tuning labels."
+    )
+    found = train_population(console, short, run, variation, make_population(short, run, variation), False)
+    tried = [
+        {
+            "pooling": how,
+            "learning_rate": config.optimizer.learning_rate * rate,
+            "rank": one and one.rank,
+            "loss": best.loss,
+            "step": best.step,
+        }
+        for how, rate, one, best in zip(own, variation.rates, adapters, found, strict=True)
+    ]
+    console.table("Search", tuple(tried[0]), [tuple(map(str, row.values())) for row in tried])
+    chosen = min(tried, key=lambda row: row["loss"])
+    return {**{name: chosen[name] for name in ("pooling", "learning_rate", "rank")}, "tried": tried}
 
 
 def own_fields(batch: TaskBatch, variation: Variation) -> dict[str, np.ndarray]:
@@ -398,12 +507,14 @@ def _predict_together(
     searched = config.population.vary in SEARCHES
     chosen = [int(np.argmin([best.loss for best in found]))] if searched else list(range(variation.size))
     outputs = np.array([found[k].outputs for k in chosen])  # [K, N, O]
-    calibration = calibrate(config.task, kind, outputs, labelled.tuning_targets)
-    write_json(run.folder / TASK_FILE, {**task_record(config, run, calibration), "members": chosen})
+    judged = judge(config, labelled, outputs)
+    record = task_record(config, run, judged.calibration, judged.blend and judged.blend[1])
+    write_json(run.folder / TASK_FILE, {**record, "members": chosen})
+    write_blend(run.folder, judged)
     together: JsonObject = {
         "predicting_members": chosen,
-        "baselines": {"base rate": {"loss": loss_of_base_rate(labelled)}},
-        "calibration": asdict(calibration),
+        **judged.said,
+        "calibration": asdict(judged.calibration),
     }
     lines = [f"Predicts: {', '.join(variation.names[k] for k in chosen)}."]
     if variation.weights is not None:  # each train example by the one member that did not learn from it

@@ -79,14 +79,14 @@ def prepared_records(folder: Path, subjects: int = SUBJECTS) -> Path:
 
 def base_run(folder: Path, data: Path) -> Path:
     """A small pretrained model of these records."""
-    output = folder / "base"
+    output = folder / "tiny"
     if not (output / SUMMARY_FILE).is_file():
         pretrain(
             PretrainConfig(
                 name="few_labels_base",
-                model=replace(SMALL, hidden_size=64, embedding_size=64, positions=64),
+                model=replace(SMALL, hidden_size=32, embedding_size=32, layers=1, heads=4, positions=64),
                 data=DataConfig(source="prepared", path=data),
-                optimizer=OptimizerConfig(learning_rate=3e-3),
+                optimizer=OptimizerConfig(learning_rate=5e-3),
                 train=TrainConfig(epochs=EPOCHS, batch_size=128, log_every=50),
                 output=output,
             )

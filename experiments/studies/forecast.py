@@ -21,6 +21,8 @@ from behrt_jax.config import (
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
+    SearchConfig,
+    TaskConfig,
     TaskTrainConfig,
     TrainConfig,
 )
@@ -81,6 +83,8 @@ class ForecastStudyConfig:
     """Folder of all runs; what is there already is not made again."""
 
 
+_FIXED = {"task": TaskConfig(pooling="mean"), "search": SearchConfig(size=0)}
+"""The study compares ways of training: nothing is chosen beside them."""
 _FEW = {"batch_size": 256, "patience": 8, "log_every": 50}
 FORECAST_BASE = replace(
     PRETRAIN["small_latent"],
@@ -100,16 +104,18 @@ FORECAST_BASE = replace(
 FORECASTS = (
     replace(
         FINETUNE["full"],
+        **_FIXED,
         optimizer=OptimizerConfig(learning_rate=3e-4),
         train=TaskTrainConfig(epochs=5, **_FEW),
     ),
     replace(
         FINETUNE["lora"],
+        **_FIXED,
         lora=LoRAConfig(rank=2, targets=("query", "key", "value", "out", "intermediate", "output")),
         optimizer=OptimizerConfig(learning_rate=3e-3),
         train=TaskTrainConfig(epochs=5, **_FEW),
     ),
-    replace(FINETUNE["scratch"], train=TaskTrainConfig(epochs=8, **_FEW)),
+    replace(FINETUNE["scratch"], **_FIXED, train=TaskTrainConfig(epochs=8, **_FEW)),
 )
 """Study of forecasts: a base for generated records, and ways of fine-tuning it."""
 
