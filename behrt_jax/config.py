@@ -365,7 +365,8 @@ class PopulationConfig:
 class SearchConfig:
     """What is tried before a fine-tuning run: members on one frozen base, in one program, of which the one
     with the least loss on tuning says how the run is trained. They vary in task.pooling where that is auto,
-    and about the given optimizer.learning_rate and lora.rank. Not with regimes that train the base.
+    and about the given optimizer.learning_rate and lora.rank; with adapters, some train the embeddings too.
+    Not with regimes that train the base; of a population, in the pooling alone.
     """
 
     size: int = 8

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
+from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, ModelConfig, TaskConfig
 from behrt_jax.data.batches import TaskBatches
 from behrt_jax.data.labels import Labels, LabelTables
@@ -34,7 +35,7 @@ from behrt_jax.training.state import Setup, assemble, set_up_task
 from behrt_jax.training.step import Variables, task_objective
 from behrt_jax.training.validation import task_metrics
 from behrt_jax.workflows import announce
-from behrt_jax.workflows.checks import check_finetune, model_of
+from behrt_jax.workflows.checks import check_finetune, has_members, model_of
 from behrt_jax.workflows.labelled_data import (
     LabelledData,
     announce_labels,
@@ -168,6 +169,8 @@ def task_setup(
 
 CHOSEN = "chosen"
 """Among the facts in config.json: what was chosen before training."""
+CHOICE = ("pooling", "learning_rate", "rank", "embeddings")
+"""What that is."""
 
 
 def _choice_before(config: FinetuneConfig) -> JsonObject | None:
@@ -177,7 +180,10 @@ def _choice_before(config: FinetuneConfig) -> JsonObject | None:
 
 
 def with_choice(config: FinetuneConfig, choice: JsonObject) -> FinetuneConfig:
-    """The settings with ``pooling``, ``learning_rate`` and ``rank`` (where there are adapters) as chosen."""
+    """The settings as chosen: ``pooling``, ``learning_rate``, ``rank`` (where there are adapters), and
+    whether ``embeddings`` train.
+    """
+    config = with_embeddings(config) if choice["embeddings"] else config
     lora = config.lora and replace(config.lora, rank=choice["rank"])
     return replace(
         config,
@@ -185,6 +191,13 @@ def with_choice(config: FinetuneConfig, choice: JsonObject) -> FinetuneConfig:
         optimizer=replace(config.optimizer, learning_rate=choice["learning_rate"]),
         lora=lora,
     )
+
+
+def with_embeddings(config: FinetuneConfig) -> FinetuneConfig:
+    """The settings with embeddings that train beside what trains already."""
+    trained = regime(config.freezing).groups | {"embedding"}
+    groups = tuple(group for group in GROUPS if group in trained)
+    return replace(config, freezing=replace(config.freezing, groups=groups))
 
 
 def choose(
@@ -200,13 +213,14 @@ def choose(
     Arguments as of the functions here; returns what :func:`with_choice` takes.
     """
     trained = regime(config.freezing).groups
-    if config.search.size and not labelled.tasks and not trained & {"base", "embedding"}:
+    varies = config.task.pooling == "auto" or not has_members(config)
+    if varies and config.search.size and not labelled.tasks and not trained & {"base", "embedding"}:
         from behrt_jax.workflows.population import search  # which opens runs as well
 
         return search(console, config, model, labelled, pretrained, mesh)
     pooling = "attention" if config.task.pooling == "auto" else config.task.pooling
     rank = None if config.lora is None else config.lora.rank
-    return {"pooling": pooling, "learning_rate": config.optimizer.learning_rate, "rank": rank}
+    return dict(zip(CHOICE, (pooling, config.optimizer.learning_rate, rank, False), strict=True))
 
 
 def _fingerprint(data: SequenceSet, labelled: LabelledData) -> str:

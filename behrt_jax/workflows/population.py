@@ -20,7 +20,7 @@ from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, 
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import Devices, put_rows, replicated
 from behrt_jax.training.feeding import AHEAD
-from behrt_jax.training.freezing import part, whole
+from behrt_jax.training.freezing import part, regime, whole
 from behrt_jax.training.loop import DivergenceError, Schedule
 from behrt_jax.training.population import (
     Members,
@@ -36,7 +36,9 @@ from behrt_jax.training.pretrained import Pretrained, read_encoder
 from behrt_jax.training.state import assemble, init_state, run_keys, with_encoder
 from behrt_jax.training.step import task_objective
 from behrt_jax.training.validation import make_output_step, score, task_metrics
+from behrt_jax.workflows.checks import has_members
 from behrt_jax.workflows.finetune_run import (
+    CHOICE,
     MEMBERS_FOLDER,
     TASK_FILE,
     Finetuning,
@@ -47,6 +49,7 @@ from behrt_jax.workflows.finetune_run import (
     task_record,
     task_setup,
     try_write_adapter,
+    with_embeddings,
     write_blend,
 )
 from behrt_jax.workflows.labelled_data import (
@@ -106,6 +109,8 @@ class Variation:
     """Each member's own examples."""
     tuning: list[np.ndarray]
     """The tuning examples of all that are its own, bool ``[examples]``."""
+    embedding: Sequence[float] | None = None
+    """Factors on the learning rate of the embeddings, where they train: 0 where a member leaves them."""
     poolings: Sequence[Pooling] | None = None
     """Where the model computes each pooling: the member's own."""
     weights: np.ndarray | None = None
@@ -195,12 +200,18 @@ def make_population(config: FinetuneConfig, run: Finetuning, variation: Variatio
     if not config.from_scratch:
         encoder = read_encoder(run.pretrained, mesh)
         first = with_encoder(first, encoder.params, run.labelled.first_rows(encoder.params))
-    given = first.variables["params"].get("new_codes")
+    # What comes from the base, where it trains, is not drawn anew.
+    rows = first.variables["params"].get("new_codes")
+    embeddings = None
+    if "embedding" in regime(config.freezing).groups:
+        embeddings = first.variables["params"]["behrt"]["embeddings"]
 
     def init(key: jax.Array, adapters: LoRAConfig | None) -> Any:
         variables = setup.init_with(key, adapters)
-        if given is not None:  # what the rows begin with comes from the base
-            variables["params"]["new_codes"] = given
+        if rows is not None:
+            variables["params"]["new_codes"] = rows
+        if embeddings is not None:
+            variables["params"]["behrt"]["embeddings"] = embeddings
         return variables
 
     configs = variation.adapters
@@ -210,7 +221,7 @@ def make_population(config: FinetuneConfig, run: Finetuning, variation: Variatio
         predictor = predictor._replace(lora=largest(with_adapters))
     alike = len(set(variation.seeds)) == 1
     step_keys = keys[0].step if alike else jnp.stack([key.step for key in keys])
-    members = make_members(step_keys, variation.rates, with_adapters or None)
+    members = make_members(step_keys, variation.rates, with_adapters or None, variation.embedding)
     first_keys = jnp.stack([jax.random.clone(key.init) for key in keys])
     state = init_population(init, first_keys, configs, first.variables, setup.mask, optimizer)
     head = state.trained["params"]["task_head"]["dense"]
@@ -337,8 +348,11 @@ def train_population(
 
 SEARCH_STEPS, SEARCH_BATCH = 400, 64
 """Most steps and examples a step of a search: it only has to tell its members apart."""
-LEVELS = ((1.0, 1.0), (0.3, 0.25), (3.0, 1.0), (1.0, 0.25))
-"""Factors on learning rate and rank in a search."""
+LEVELS = ((3.0, 1.0, True), (1.0, 1.0, False), (1.0, 1.0, True), (3.0, 0.25, False))
+"""In a search: factors on learning rate and rank, and whether embeddings train. A base may not tell codes
+apart whose difference it has never needed, such as the bins of a value that nothing else depends on."""
+MOST_EMBEDDINGS = 32_000_000
+"""Parameters of all members' embeddings, with which they train; of larger ones they stay."""
 
 
 def search(
@@ -360,18 +374,22 @@ def search(
         mesh: the devices.
 
     Returns:
-        ``pooling``, ``learning_rate`` and ``rank``, see `finetune_run.with_choice`; and ``tried``, the same
-        of each member with its least loss on tuning.
+        What `finetune_run.with_choice` takes; and ``tried``, the same of each member with its least loss on
+        tuning.
     """
-    free, size = config.task.pooling == "auto", config.search.size
+    free, alone = config.task.pooling == "auto", not has_members(config)
+    size = config.search.size if alone else min(config.search.size, len(EACH))
     poolings: tuple[Pooling, ...] = EACH if free else (config.task.pooling,)  # pyright: ignore[reportAssignmentType]
-    levels = [LEVELS[k // len(poolings) % len(LEVELS)] for k in range(size)]
+    # A population varies in the rest by itself.
+    levels = [LEVELS[k // len(poolings) % len(LEVELS)] if alone else (1.0, 1.0, False) for k in range(size)]
     own = [poolings[k % len(poolings)] for k in range(size)]
     some = labelled.drawn(config.search.labels, config.train.seed)
     given = config.lora
-    adapters = [given and replace(given, rank=max(1, round(given.rank * rank))) for _, rank in levels]
+    adapters = [given and replace(given, rank=max(1, round(given.rank * rank))) for _, rank, _ in levels]
+    rows = len(labelled.vocabulary) * model.embedding_size
+    free_rows = [wide and size * rows <= MOST_EMBEDDINGS and given is not None for _, _, wide in levels]
     short = replace(
-        config,
+        with_embeddings(config) if any(free_rows) else config,
         population=PopulationConfig(size=size),
         train=replace(
             config.train,
@@ -379,7 +397,7 @@ def search(
             batch_size=min(SEARCH_BATCH, batch_size(config, len(some.train))),
         ),
     )
-    setup = task_setup(config, model, labelled, pretrained, mesh, "each" if free else own[0])
+    setup = task_setup(short, model, labelled, pretrained, mesh, "each" if free else own[0])
     batches, tuning, parts = split_batches(short, model, some, mesh)
     schedule = Schedule.of(short.train, batches.steps_per_epoch)
     objective = task_objective(setup.predictor, some.task.of.loss)
@@ -391,8 +409,9 @@ def search(
         vary(short, some),
         names=own,
         seeds=[config.train.seed] * size,
-        rates=[rate for rate, _ in levels],
+        rates=[rate for rate, _, _ in levels],
         adapters=adapters,
+        embedding=[float(wide) for wide in free_rows],
         poolings=own if free else None,
     )
     console.log(
@@ -404,14 +423,15 @@ def search(
             "pooling": how,
             "learning_rate": config.optimizer.learning_rate * rate,
             "rank": one and one.rank,
+            "embeddings": wide,
             "loss": best.loss,
             "step": best.step,
         }
-        for how, rate, one, best in zip(own, variation.rates, adapters, found, strict=True)
+        for how, rate, one, wide, best in zip(own, variation.rates, adapters, free_rows, found, strict=True)
     ]
     console.table("Search", tuple(tried[0]), [tuple(map(str, row.values())) for row in tried])
     chosen = min(tried, key=lambda row: row["loss"])
-    return {**{name: chosen[name] for name in ("pooling", "learning_rate", "rank")}, "tried": tried}
+    return {**{name: chosen[name] for name in CHOICE}, "tried": tried}
 
 
 def own_fields(batch: TaskBatch, variation: Variation) -> dict[str, np.ndarray]:

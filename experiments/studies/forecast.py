@@ -305,7 +305,7 @@ def forecast_study(
         held_out = np.flatnonzero(np.isin(labels.subject_ids, data.splits["held_out"].subject_ids))
         truth = labels.values[held_out]
         draws = subject_draws(labels.subject_ids[held_out], DRAWS, seed=0)
-        best = _figures(truth, oracle[held_out], draws)
+        best = figures_of(truth, oracle[held_out], draws)
         console.log(
             f"Onset of condition {condition} within {config.horizon_days} days: {int(truth.sum()):,} of "
             f"{len(truth):,} held_out subjects; best possible AUROC {best.values['auroc']:.4f}."
@@ -322,11 +322,11 @@ def forecast_study(
                     made = replace(finetune, task=task, train=train, init=pretrained, output=run)
                     finetune_on(made, data, labels)
                 outputs, trained = _held_out_outputs(run, data, labels.take(held_out))
-                compared[finetune.name] = _figures(truth, outputs, draws)
+                compared[finetune.name] = figures_of(truth, outputs, draws)
                 rows.append(_row(finetune.name, fraction, compared[finetune.name], best, trained))
-            baselines = _baselines(base.model, data, labels, held_out, fraction)
+            baselines = fitted_baselines(base.model, data, labels, held_out, fraction)
             for name, predicted in baselines.items():
-                compared[name] = _figures(truth, predicted, draws)
+                compared[name] = figures_of(truth, predicted, draws)
                 rows.append(_row(name, fraction, compared[name], best, None))
             _compare(rows, fraction, compared)
         _show(console, rows)
@@ -409,9 +409,10 @@ def _held_out_outputs(run: Any, data: SequenceSet, labels: Labels) -> tuple[np.n
     return model.task.of.predictions(outputs, model.calibration.temperature)[:, 0], model.trained
 
 
-def _baselines(
+def fitted_baselines(
     model: ModelConfig, data: SequenceSet, labels: Labels, held_out: np.ndarray, fraction: float
 ) -> dict[str, np.ndarray]:
+    """Probabilities of the labels at some rows, by logistic regression and gradient boosting."""
     task = Task("binary")
     parts = {name: examples_of(data, name, labels, model, None, ()) for name in ("train", "tuning")}
     parts["train"] = parts["train"].of_some_subjects(fraction, 0)
@@ -435,7 +436,8 @@ def _baselines(
     return {baseline.name: baseline.predictions for baseline in found if baseline.predictions is not None}
 
 
-def _figures(labels: np.ndarray, probabilities: np.ndarray, draws: SubjectDraws) -> Figures:
+def figures_of(labels: np.ndarray, probabilities: np.ndarray, draws: SubjectDraws) -> Figures:
+    """Figures of some probabilities, and of draws of their subjects."""
     return bootstrap(binary_scorer(labels, probabilities, line=False), draws)
 
 

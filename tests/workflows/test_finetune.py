@@ -18,6 +18,7 @@ from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.loop import Schedule
 from behrt_jax.workflows import population
 from behrt_jax.workflows.finetune import finetune
+from behrt_jax.workflows.finetune_run import CHOICE
 from behrt_jax.workflows.labelled_data import batch_size
 from behrt_jax.workflows.predict import open_finetuned
 from tests.records.meds_folder import DAY
@@ -278,11 +279,12 @@ def test_a_search_chooses_on_tuning_and_a_resumed_run_keeps_to_it(case, tmp_path
     chosen = read(tmp_path / "run", "config.json")["facts"]["chosen"]
     tried = chosen["tried"]
     assert [one["pooling"] for one in tried] == ["mean", "max", "last", "attention", "mean"]
-    assert [one["rank"] for one in tried] == [2, 2, 2, 2, 1]
+    assert [one["rank"] for one in tried] == [2, 2, 2, 2, 2]
+    assert [one["embeddings"] for one in tried] == [True] * 4 + [False]
     best = min(tried, key=lambda one: one["loss"])
-    assert {name: best[name] for name in ("pooling", "learning_rate", "rank")} == {
-        name: chosen[name] for name in ("pooling", "learning_rate", "rank")
-    }
+    assert {name: best[name] for name in CHOICE} == {name: chosen[name] for name in CHOICE}
+    trained = read(tmp_path / "run", "parameters.json")["embedding"]["trainable"]
+    assert (trained > 0) == chosen["embeddings"]
     task = read(tmp_path / "run", "task.json")
     assert (task["pooling"], task["lora"]["rank"]) == (chosen["pooling"], chosen["rank"])
     assert read(tmp_path / "run", "config.json")["settings"]["task"]["pooling"] == "auto"
