@@ -157,6 +157,9 @@ class DataConfig:
     """Share of subjects in the held_out split, likewise."""
     seed: int = 0
     """Seed of the generator and of the split."""
+    verify: bool = False
+    """Prepared data: read all files through and compare them with what prepare wrote, however large they
+    are. Off: up to 2 GiB of them, beside the sizes of all."""
 
 
 # A training run: optimizer, first parameters and devices.
@@ -314,6 +317,9 @@ class TaskConfig:
     """Most recent events that are read of a history, in tokens; the model's positions where not given."""
     packed: bool = True
     """Several examples share a row. Off: one example a row, padded."""
+    outside_life: Literal["leave_out", "keep"] | None = None
+    """Labels at a time before birth, or on a day after the death: leave them out, counted, or keep them.
+    Default: leave out those after death; one before birth is an error."""
     threshold: Literal["f1", "youden"] | float = "f1"
     """Binary: above which probability a prediction is positive. f1 and youden: the one at which F1, or
     sensitivity + specificity, is largest on the tuning split."""
@@ -325,7 +331,7 @@ class TaskTrainConfig:
 
     epochs: int | None = None
     """Passes over the train examples, at most. Where not given, 20, and more of few labels: as many as make
-    800 steps."""
+    800 steps, with 40 steps or more between validations."""
     max_steps: int | None = None
     """Stop after this many steps in all, if that comes first."""
     batch_size: int | None = None
@@ -436,6 +442,26 @@ class TableColumns:
 
 
 @dataclass(frozen=True)
+class SplitOptions:
+    """Splits of the subjects."""
+
+    names: tuple[str, ...] = ()
+    """NAME=SPLIT, for a MEDS data set whose splits have other names, as folders or in its split file:
+    test=held_out validation=tuning."""
+    exact: bool = False
+    """Where the source has no splits: shares exact to the subject, and no split empty where there are three.
+    Without it each subject is dealt out by itself, so that it stays where it is when others join."""
+
+
+@dataclass(frozen=True)
+class SkippedTables:
+    """Tables of a source that are not read."""
+
+    skip: tuple[str, ...] = ()
+    """Names of tables to pass over, not wanted or broken, such as observation."""
+
+
+@dataclass(frozen=True)
 class PrepareConfig:
     """Turn records of any source into a prepared data set, once."""
 
@@ -466,16 +492,31 @@ class PrepareConfig:
     static_codes: tuple[str, ...] = ("GENDER//", "SEX//", "RACE//", "ETHNICITY//")
     """Regular expressions of codes that are kept as facts about the subject (static.parquet) where they have
     no time, for evaluation by group; no token is made of them."""
+    births: Path | None = None
+    """Table (.csv, .csv.gz or .parquet) of births, with the columns subject_id and birth: of its subjects
+    they count in place of those of the records."""
+    birth_codes: tuple[str, ...] = ()
+    """Regular expressions of codes that are births, beside MEDS_BIRTH: at their time, or, where they have
+    none, in the year that is their value or stands at the end of the code (BIRTH_YEAR//1950)."""
+    without_birth: Literal["drop", "first_event", "unknown"] = "drop"
+    """Events of subjects without a birth: drop them, count the age from their first event, or keep them at an
+    unknown age, which has the last row of the age table to itself (but for the oldest)."""
+    implausible_ages: Literal["refuse", "drop", "keep"] = "refuse"
+    """Events at an age above 150 years: refuse the data, drop them, or keep them. Ages of 300 to 330 years,
+    by which MIMIC-III hides those over 89, are always kept."""
     delays: tuple[str, ...] = ()
     """REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit where it is known at
     the end of its visit, as diagnoses that are coded at discharge. Recorded alone: events stay as they are,
     and fine-tuning, prediction and the doctor keep them from predictions until they are known."""
     visit_column: str | None = None
-    """meds: column of visit ids, such as hadm_id; without one a visit is a calendar day."""
+    """meds: column of visit ids, such as hadm_id, integers or text; without one a visit is a calendar day."""
     table: TableColumns = field(default_factory=TableColumns)
     ancestors: bool = False
     """omop: replace each concept by its most general ancestor in concept_ancestor that is in the same
     domain, at most two levels up."""
+    omop: SkippedTables = field(default_factory=SkippedTables)
+    synthea: SkippedTables = field(default_factory=SkippedTables)
+    splits: SplitOptions = field(default_factory=SplitOptions)
     tuning_fraction: float = 0.1
     """Share of subjects in the tuning split where the source has no splits."""
     held_out_fraction: float = 0.1
@@ -529,6 +570,10 @@ class MakeLabelsConfig:
     times: Literal["all", "last", "random"] = "all"
     """all: after each visit. last: one of each subject, the last that leaves room for the horizon before
     follow-up ends (for next_visit, for another visit). random: one of each subject, by seed."""
+    index: Literal["positives"] | Path | None = None
+    """first_occurrence and death: Parquet file of index dates (subject_id, prediction_time), which are
+    labelled in place of ends of visits. positives: one label of each subject, drawn by seed: of those who
+    have it, one of their positive ends of visits; of all others, the last up to a time drawn from these."""
     min_events: int = 1
     """Fewest events that a subject has at the prediction time."""
     follow_up: str | None = None
@@ -537,7 +582,7 @@ class MakeLabelsConfig:
     date in place of that event, such as 2020-12-31. Default: subject, for readmission data. Not of
     next_visit."""
     seed: int = 0
-    """Seed of --times random."""
+    """Seed of --times random and --index positives."""
 
 
 @dataclass(frozen=True)
@@ -563,6 +608,8 @@ class PredictConfig:
     predictions; without labels, one a subject at its last event."""
     pooling: Literal["mean", "max", "last", "cls"] | None = None
     """Of embeddings; the model's own, or mean, where not given."""
+    outside_life: Literal["leave_out", "keep"] | None = None
+    """As task.outside_life of finetune."""
     rows: int = 64
     """Rows that are computed at once."""
     compilation_cache: Literal["off"] | Path | None = None

@@ -3,7 +3,8 @@
 A folder holds ``vocabulary.parquet``, ``manifest.json`` and, for each split, ``subjects.arrow`` (columns
 subject_id and start, the place of the subject's first event) and ``events.arrow`` (columns code, age,
 visit and time: one record batch, so that each column is one array on disk). Beside them lies what is known of
-the subjects themselves: ``static.parquet``, ``deaths.parquet`` and ``births.parquet``.
+the subjects themselves: ``static.parquet``, ``deaths.parquet`` and ``births.parquet``. The manifest has size
+and SHA-256 of each file, and of itself; what a reader opens is checked against them.
 """
 
 import json
@@ -18,12 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.data.events import DEATH_CODE, SPLITS, Births, EventColumns, EventCounts
+from behrt_jax.data.event_rules import Selected
+from behrt_jax.data.events import SPLITS, EventColumns, EventCounts, SubjectTimes
 from behrt_jax.data.parquet import readable
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
+from behrt_jax.data.sorting import find_ids
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import READ_THROUGH, SEAL, JsonObject, check_files, is_sealed, say_unrecorded
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -33,13 +36,14 @@ SUBJECTS = pa.schema([("subject_id", pa.int64()), ("start", pa.int64())])
 STATIC = pa.schema([("subject_id", pa.int64()), ("code", pa.string())])
 DEATHS = pa.schema([("subject_id", pa.int64()), ("time", pa.timestamp("us"))])
 BIRTHS = DEATHS
+_MEND = "run prepare again, with another output."
 
 
 def read_manifest(path: Path) -> JsonObject:
     """Read the manifest of a prepared data set.
 
     Raises:
-        InputError: the folder is none, or is of another version.
+        InputError: the folder is none, or is of another version; the manifest is damaged.
     """
     path = Path(path)
     file = path / MANIFEST
@@ -58,24 +62,41 @@ def read_manifest(path: Path) -> JsonObject:
             f"{path} was prepared in format {version}, but this version reads {FORMAT_VERSION}: run prepare "
             "again, with another output."
         )
+    if SEAL in manifest or "files" in manifest:
+        if not (is_sealed(manifest) and "files" in manifest):
+            raise InputError(f"{file} is damaged (it is not what prepare wrote): {_MEND}")
+    else:
+        say_unrecorded(path)
     return manifest
 
 
-def read_prepared(path: Path, sep_token: bool = False) -> SequenceSet:
+def check_prepared(path: Path, manifest: JsonObject, at_most: int | None = READ_THROUGH) -> None:
+    """Check the files of a prepared data set against its manifest, see `files.check_files`.
+
+    Raises:
+        InputError: one is missing or damaged.
+    """
+    check_files(Path(path), manifest.get("files", {}), _MEND, at_most)
+
+
+def read_prepared(path: Path, sep_token: bool = False, verify: bool = False) -> SequenceSet:
     """Open a prepared data set.
 
-    The arrays are views of memory-mapped files, so that opening reads almost nothing, and several
-    processes share them; with ``sep_token`` they are new arrays in memory.
+    The arrays are views of memory-mapped files, which several processes share; with ``sep_token`` they are
+    new arrays in memory. Sizes of all files are checked, and contents as far as `files.READ_THROUGH` goes,
+    once in a process.
 
     Args:
         path: the folder that ``prepare`` wrote.
         sep_token: put a [SEP] after each run of events of one visit.
+        verify: check the contents of all files, however large.
 
     Raises:
-        InputError: the folder is no prepared data set, or one of another version, or incomplete.
+        InputError: the folder is no prepared data set, or one of another version, incomplete or damaged.
     """
     path = Path(path)
     manifest = read_manifest(path)
+    check_prepared(path, manifest, None if verify else READ_THROUGH)
     vocabulary = Vocabulary.read(path / VOCABULARY)
     splits = {name: read_split(path / name) for name in SPLITS}
     try:
@@ -98,7 +119,8 @@ def read_prepared(path: Path, sep_token: bool = False) -> SequenceSet:
         splits = {name: with_separators(part) for name, part in splits.items()}
         fingerprint = set_fingerprint(vocabulary, splits)
     births = {name: read_births(path, name) for name in SPLITS}
-    return SequenceSet(vocabulary, splits, counts, fingerprint, without, births)
+    deaths = {name: _subject_times(read_deaths(path, name)) for name in SPLITS}
+    return SequenceSet(vocabulary, splits, counts, fingerprint, without, births, deaths)
 
 
 def read_split(folder: Path) -> Sequences:
@@ -114,9 +136,9 @@ def read_static(folder: Path, split: str) -> pa.Table:
     None where the folder was prepared by an older version.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or is missing in a folder that had one.
     """
-    return _read_facts(folder, split, "static.parquet", STATIC)
+    return _read_facts(folder, split, "static.parquet", STATIC) or STATIC.empty_table()
 
 
 def read_deaths(folder: Path, split: str) -> pa.Table | None:
@@ -126,27 +148,39 @@ def read_deaths(folder: Path, split: str) -> pa.Table | None:
     version, so that it is not known who died.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or is missing in a folder that had one.
     """
-    if not (Path(folder) / split / "deaths.parquet").is_file():
-        return None
     return _read_facts(folder, split, "deaths.parquet", DEATHS)
 
 
-def read_births(folder: Path, split: str) -> Births:
+def read_births(folder: Path, split: str) -> SubjectTimes:
     """Births of a split's subjects without any event left; none where an older version prepared the folder.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or is missing in a folder that had one.
     """
-    table = _read_facts(folder, split, "births.parquet", BIRTHS)
-    return Births(table["subject_id"].to_numpy(), table["time"].cast(pa.int64()).to_numpy())
+    return _subject_times(_read_facts(folder, split, "births.parquet", BIRTHS))
 
 
-def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Table:
-    file = Path(folder) / split / name
+def _subject_times(table: pa.Table | None) -> SubjectTimes:
+    if table is None:
+        return SubjectTimes()
+    return SubjectTimes(table["subject_id"].to_numpy(), table["time"].cast(pa.int64()).to_numpy())
+
+
+_COUNTED = {"static.parquet": "facts", "deaths.parquet": "deaths", "births.parquet": "births_without_events"}
+"""File -> its count in the manifest, by which an older folder that never had the file is told."""
+
+
+def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Table | None:
+    folder = Path(folder)
+    manifest, file = read_manifest(folder), folder / split / name
+    records = manifest.get("files", {})
+    check_files(folder, {key: record for key, record in records.items() if key == f"{split}/{name}"}, _MEND)
     if not file.is_file():
-        return schema.empty_table()
+        if _COUNTED[name] in manifest.get("subject_facts", {}).get(split, {}):
+            raise InputError(f"{file} is missing: {_MEND}")
+        return None
     with readable(file, f"{file} is damaged: run prepare again, with another output."):
         return pq.ParquetFile(file).read().cast(schema)
 
@@ -248,42 +282,40 @@ class SubjectFacts:
     """int64 ``[facts]``, subject ids."""
     static_codes: np.ndarray
     """object ``[facts]``, strings."""
-    death_ids: np.ndarray
-    """int64 ``[deaths]``, subject ids, distinct."""
-    deaths: np.ndarray
-    """int64 ``[deaths]``, microseconds since 1970."""
-    births: Births
+    deaths: SubjectTimes
+    births: SubjectTimes
     """Of those without any event left."""
 
 
 def subject_facts(
-    events: EventColumns, static: np.ndarray, births: Births, split_of: Callable[[np.ndarray], np.ndarray]
+    events: EventColumns, static: np.ndarray, selected: Selected, split_of: Callable[[np.ndarray], np.ndarray]
 ) -> dict[str, SubjectFacts]:
     """Split -> the facts of its subjects.
 
     Args:
         events: all events of whole subjects.
-        static: bool ``[names]``, codes that are static facts where they have no time.
-        births: of those without any event left.
+        static: bool ``[names]``, codes that are static facts where they have no time, or that of birth.
+        selected: what the rules made of them.
         split_of: from subject ids, ascending, to the places of their splits in `events.SPLITS`.
     """
     names = np.array(events.names, object)
-    timed = np.ones(len(events.codes), bool) if events.timed is None else events.timed
-    rows = np.flatnonzero(~timed & static[events.codes])
+    rows = np.flatnonzero(static[events.codes])
+    without = np.zeros(len(rows), bool) if events.timed is None else ~events.timed[rows]
+    at_birth = np.zeros(len(rows), bool)
+    for ids, times in ((selected.subject_ids, selected.births), vars(selected.without_events).values()):
+        place = find_ids(ids, events.subject_ids[rows])
+        known = place >= 0
+        at_birth[known] = events.times[rows[known]] == times[place[known]]
+    rows = rows[without | at_birth]
     facts = np.unique(np.stack([events.subject_ids[rows], events.codes[rows]]), axis=1)  # [2, facts]
-    died = events.of_code(DEATH_CODE) & timed
-    ids, times = events.subject_ids[died], events.times[died]
-    order = np.lexsort([times, ids])
-    dead, first = np.unique(ids[order], return_index=True)
-    times = times[order][first]
-    split, split_of_dead, split_of_births = map(split_of, (facts[0], dead, births.subject_ids))
+    births, deaths = selected.without_events, selected.deaths
+    split, split_of_dead, split_of_births = map(split_of, (facts[0], deaths.subject_ids, births.subject_ids))
     return {
         name: SubjectFacts(
             facts[0][split == index],
             names[facts[1][split == index]],
-            dead[split_of_dead == index],
-            times[split_of_dead == index],
-            Births(births.subject_ids[split_of_births == index], births.times[split_of_births == index]),
+            deaths.of(split_of_dead == index),
+            births.of(split_of_births == index),
         )
         for index, name in enumerate(SPLITS)
     }
@@ -304,7 +336,7 @@ class FactWriter:
         self.subjects += len(np.unique(facts.static_ids))
         columns = [
             (facts.static_ids, facts.static_codes),
-            (facts.death_ids, facts.deaths.astype("datetime64[us]")),
+            (facts.deaths.subject_ids, facts.deaths.times.astype("datetime64[us]")),
             (facts.births.subject_ids, facts.births.times.astype("datetime64[us]")),
         ]
         for rows, (ids, values) in zip(self._tables, columns, strict=True):

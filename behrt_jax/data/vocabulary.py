@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from behrt_jax.data.event_rules import REPEATS, matches
 from behrt_jax.data.parquet import readable
 from behrt_jax.errors import InputError
+from behrt_jax.files import written_whole
 
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[UNK]", "[CLS]", "[SEP]")
 PAD, MASK, UNK, CLS, SEP = range(len(SPECIAL_TOKENS))
@@ -69,7 +70,8 @@ class Vocabulary:
         """Write a Parquet table with the columns code, id, count and description."""
         columns = [self.codes, np.arange(len(self), dtype=np.int32), self.counts, self.descriptions]
         arrays = [pa.array(column, type=field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-        pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), path)
+        with written_whole(path) as temporary:
+            pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), temporary)
 
     @classmethod
     def read(cls, path: Path) -> "Vocabulary":

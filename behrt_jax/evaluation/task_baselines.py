@@ -268,16 +268,22 @@ def boosting_baseline(data: BaselineData, numbers: bool = False) -> Baseline:
     return Baseline(name, predicted, _note(data, note))
 
 
+def _mean_age(ages: np.ndarray) -> tuple[float, float]:
+    """Mean and deviation of the ages that are known."""
+    known = ages[~np.isnan(ages)]
+    return (float(known.mean()), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)
+
+
 def _all_features(parts: Sequence[HistoryCounts]) -> "Iterator[csr_array]":
     """Of each part log1p counts, and the age less the mean of the first, train, over its deviation,
     ``[n, V + 1]``.
     """
     from scipy.sparse import csr_array, hstack
 
-    ages = parts[0].ages
-    spread = float(ages.std()) or 1.0
+    mean, spread = _mean_age(parts[0].ages)
     for part in parts:
-        age = ((part.ages - ages.mean()) / spread).astype(np.float64)[:, None]
+        known = np.where(np.isnan(part.ages), mean, part.ages)  # an unknown age is that of the mean
+        age = ((known - mean) / spread).astype(np.float64)[:, None]
         counts = part.counts
         logs = np.log1p(counts.data, dtype=np.float64)
         logs = csr_array((logs, counts.indices, counts.indptr), counts.shape)
@@ -326,7 +332,8 @@ class CountModel:
         """Log odds of yes, float32 ``[n, 1]``."""
         logs = histories.counts.copy()
         logs.data = np.log1p(logs.data, dtype=np.float64)
-        ages = (histories.ages - self.mean_age) / self.spread
+        known = np.where(np.isnan(histories.ages), self.mean_age, histories.ages)
+        ages = (known - self.mean_age) / self.spread
         return (logs @ self.coefficients + self.of_age * ages + self.intercept).astype(np.float32)[:, None]
 
     def to_json(self) -> JsonObject:
@@ -347,14 +354,8 @@ def fit_count_model(
     """
     features = list(_all_features((train, tuning)))
     model, _ = _chosen(features[0], targets, features[1], on_tuning)
-    ages, weights = train.ages, model.coef_[0]
-    return CountModel(
-        weights[:-1],
-        float(weights[-1]),
-        float(model.intercept_[0]),
-        float(ages.mean()),
-        float(ages.std()) or 1.0,
-    )
+    weights = model.coef_[0]
+    return CountModel(weights[:-1], float(weights[-1]), float(model.intercept_[0]), *_mean_age(train.ages))
 
 
 def _loss(model: Model, features: "csr_array", targets: np.ndarray) -> float:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from behrt_jax.config import TaskTrainConfig, TrainConfig
+from behrt_jax.errors import DivergenceError
 from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics
 from behrt_jax.training.step import Totals, TrainState
@@ -28,12 +29,9 @@ IN_FLIGHT = 4
 """Calls that the host may be ahead of the devices: enough that they never wait for it."""
 
 
-USUAL_EPOCHS, LEAST_STEPS = 20, 800
-"""Of a fine-tuning run whose epochs are not given: few labels take more, and early stopping ends it."""
-
-
-class DivergenceError(RuntimeError):
-    """The training loss or gradient is no longer finite."""
+USUAL_EPOCHS, LEAST_STEPS, LEAST_BETWEEN = 20, 800, 40
+"""Of a fine-tuning run whose epochs are not given: few labels take more of them, with validations that are no
+less than so many steps apart, lest early stopping ends the run at the first rise of a few labels' loss."""
 
 
 @dataclass
@@ -81,10 +79,11 @@ class Schedule:
         """The schedule of a run whose epochs have so many steps."""
         epochs = config.epochs or max(USUAL_EPOCHS, -(-LEAST_STEPS // steps_per_epoch))
         total = epochs * steps_per_epoch
+        apart = steps_per_epoch if config.epochs else max(steps_per_epoch, LEAST_BETWEEN)
         return cls(
             min(total, config.max_steps or total),
             steps_per_epoch,
-            config.validate_every or steps_per_epoch,
+            config.validate_every or apart,
             config.log_every,
             config.patience,
         )
@@ -291,6 +290,12 @@ class Steps:
         self._seconds = self._data_seconds = self._device_seconds = 0.0
 
 
+STOPS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]
+"""Signals that ask a run to stop: of a user, a scheduler, a terminal that is closed, a batch system."""
+
+
 class Interruption:
     """A stop that the user or a scheduler asked for by a signal; read between two steps."""
 
@@ -308,9 +313,10 @@ class Interruption:
 
 @contextmanager
 def catching_signals() -> Iterator[Interruption]:
-    """Turn the first SIGINT or SIGTERM into a flag; a second SIGINT interrupts at once.
+    """Turn the first signal of :data:`STOPS` into a flag; a second SIGINT interrupts at once.
 
-    Outside the main thread, where Python allows no handlers, the flag is never set.
+    A hangup that the caller ignores, as under nohup, stays ignored. Outside the main thread, where Python
+    allows no handlers, the flag is never set.
     """
     interruption = Interruption()
 
@@ -321,7 +327,9 @@ def catching_signals() -> Iterator[Interruption]:
 
     previous = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
+            if number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             previous[number] = signal.signal(number, remember)
     except ValueError:
         pass

@@ -226,7 +226,7 @@ def _at_rate(
         updates, state = optimizer.update(updates, state, params)
         return jax.tree.map(
             lambda group, leaf: rate * (embedding if group == "embedding" else 1.0) * leaf,
-            lora.labels(updates),
+            lora.labels(updates),  # pyright: ignore[reportArgumentType]
             updates,
         ), state
 

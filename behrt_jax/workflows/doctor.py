@@ -43,6 +43,8 @@ def examine_folder(config: DoctorConfig) -> list[Finding]:
         raise InputError("Give either --run RUN or --data DIR.")
     if config.labels is not None and config.data is None:
         raise InputError("--labels are audited with the data that they belong to: add --data DIR.")
+    if config.output is not None and config.output.is_dir():
+        raise InputError(f"--output: {config.output} is a folder: give a file.")
     return audit_data(config) if config.run is None else examine_run(config)
 
 
@@ -132,7 +134,7 @@ def audit_data(config: DoctorConfig) -> list[Finding]:
     """
     if config.data is None:
         raise InputError("--data is missing: give the folder that prepare wrote.")
-    data, manifest = read_prepared(config.data), read_manifest(config.data)
+    data, manifest = read_prepared(config.data, verify=True), read_manifest(config.data)
     labels = None if config.labels is None else read_labels(config.labels, as_written=True)
     _check_options(labels, config)
     found = list(check_data(data, manifest, config.death_codes))

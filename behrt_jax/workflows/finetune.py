@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 
 import jax
@@ -12,6 +12,7 @@ from behrt_jax.config import FinetuneConfig
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.diagnosis import finding
+from behrt_jax.errors import DivergenceError
 from behrt_jax.files import JsonObject, write_json, write_text
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -21,24 +22,25 @@ from behrt_jax.run_folder import (
     SUMMARY_TEXT_FILE,
     append_metrics,
     read_metrics,
+    shown_files,
 )
 from behrt_jax.tracking.console import Console, format_duration, open_console
 from behrt_jax.tracking.plots import plot_curves
-from behrt_jax.tracking.summary import Summary
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices
 from behrt_jax.training.feeding import from_host, one_step
-from behrt_jax.training.loop import DivergenceError, Steps, catching_signals
+from behrt_jax.training.loop import Steps, catching_signals
 from behrt_jax.training.pretrained import EncoderParameters, read_encoder
 from behrt_jax.training.state import with_encoder
 from behrt_jax.training.step import TrainState, Variables
 from behrt_jax.training.validation import make_output_step, score, task_metrics
 from behrt_jax.workflows.checks import check_finetune, has_members
-from behrt_jax.workflows.doctor import examine
 from behrt_jax.workflows.finetune_run import (
     TASK_FILE,
     Finetuning,
     Judged,
+    check_readable,
+    examined,
     judge,
     loss_of_base_rate,
     open_finetuning,
@@ -47,7 +49,15 @@ from behrt_jax.workflows.finetune_run import (
     write_blend,
 )
 from behrt_jax.workflows.labelled_data import read_labelled
-from behrt_jax.workflows.run import RunResult, begin, best_variables, compile_beside, exit_status, save
+from behrt_jax.workflows.run import (
+    RunResult,
+    begin,
+    best_variables,
+    compile_beside,
+    exit_status,
+    open_folder,
+    save,
+)
 
 
 def finetune(config: FinetuneConfig, devices: Devices | None = None) -> RunResult:
@@ -62,6 +72,7 @@ def finetune(config: FinetuneConfig, devices: Devices | None = None) -> RunResul
         DivergenceError: the loss is not finite any more; the last good checkpoint is in the folder.
     """
     check_finetune(config)
+    check_readable(config)
     if has_members(config):
         from behrt_jax.workflows.population import finetune_population
 
@@ -79,8 +90,13 @@ def finetune_on(
 ) -> RunResult:
     """As :func:`finetune`, a single model with data (opened without separators) and labels in memory."""
     started = time.perf_counter()
-    with open_console() as console, catching_signals() as interruption, ThreadPoolExecutor(1) as beside:
-        run = open_finetuning(config, data, labels, delays, devices, console)
+    with (
+        open_console() as console,
+        catching_signals() as interruption,
+        open_folder(config) as (folder, config),
+        ThreadPoolExecutor(1) as beside,
+    ):
+        run = open_finetuning(config, folder, data, labels, delays, devices, console)
         config = run.config
         assembly, labelled, schedule, mesh = run.assembly, run.labelled, run.schedule, run.assembly.mesh
         program = one_step(assembly, assembly.step(run.micro_batches))
@@ -196,22 +212,14 @@ def write_results(
         if config.lora is not None:
             try_write_adapter(console, folder / "adapter", run, best[0], record)
             write_blend(folder / "adapter", best[1])
-    found = _examined(run, summary)
-    for one in found:
-        console.log(finding.one_line(one))
+    found = examined(console, run, summary)
     summary = {**summary, "findings": finding.to_json(found)}
     write_json(folder / SUMMARY_FILE, summary)
     write_text(folder / SUMMARY_TEXT_FILE, _text(config, summary, found))
     plot_curves(read_metrics(folder / METRICS_FILE), {}, folder / PLOTS_FOLDER)
     console.log(f"Stopped: {summary['stop_reason']}.")
     console.log(_verdict(summary))
-    console.log(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-
-
-def _examined(run: Finetuning, summary: JsonObject) -> list[finding.Finding]:
-    """The doctor's findings, errors first."""
-    record = finding.read_run(run.folder)
-    return examine(replace(record, summary=Summary(**summary), baselines=summary["baselines"]))
+    console.log(f"Written to {folder}: {', '.join(shown_files(folder))}")
 
 
 def _verdict(summary: JsonObject) -> str:

@@ -17,6 +17,7 @@ from behrt_jax.data.batches import TaskBatches
 from behrt_jax.data.labels import Labels, LabelTables
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.tasks import KINDS, TaskKind
+from behrt_jax.diagnosis.finding import Finding, one_line, read_run
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold, mean_predictions
 from behrt_jax.evaluation.masked_codes import mean_interval
@@ -24,8 +25,10 @@ from behrt_jax.evaluation.task_baselines import CountModel, count_codes, fit_cou
 from behrt_jax.files import JsonObject, read_json, write_json
 from behrt_jax.models.behrt import BEHRTForTask, Pooling
 from behrt_jax.models.losses import task_losses
-from behrt_jax.run_folder import CONFIG_FILE, PARAMETERS_FILE, prepare_run_folder
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PARAMETERS_FILE
 from behrt_jax.tracking.console import Console
+from behrt_jax.tracking.summary import Summary
+from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh
 from behrt_jax.training.freezing import regime
 from behrt_jax.training.loop import Schedule
@@ -36,6 +39,7 @@ from behrt_jax.training.step import Variables, task_objective
 from behrt_jax.training.validation import task_metrics
 from behrt_jax.workflows import announce
 from behrt_jax.workflows.checks import check_finetune, has_members, model_of
+from behrt_jax.workflows.doctor import examine
 from behrt_jax.workflows.labelled_data import (
     LabelledData,
     announce_labels,
@@ -46,7 +50,6 @@ from behrt_jax.workflows.labelled_data import (
 from behrt_jax.workflows.run import (
     Run,
     check_same_run,
-    default_folder,
     parameter_report,
     run_record,
     settings,
@@ -54,6 +57,19 @@ from behrt_jax.workflows.run import (
 
 TASK_FILE = "task.json"
 MEMBERS_FOLDER = "members"
+
+
+def check_readable(config: FinetuneConfig) -> None:
+    """Check that there is a model to start from, before data and labels are read.
+
+    Raises:
+        InputError: no finished run of pretraining, or none with a checkpoint that is whole.
+    """
+    assert config.init is not None
+    run = open_pretrained(config.init).run
+    with open_checkpoints(run / CHECKPOINTS_FOLDER) as checkpoints:
+        if not config.from_scratch and checkpoints.latest_step() is None:
+            raise InputError(f"--init: {run} has no checkpoint to start from: give another run.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +86,14 @@ class Finetuning(Run):
 
 def open_finetuning(
     config: FinetuneConfig,
+    folder: Path,
     data: SequenceSet,
     labels: Labels | LabelTables,
     delays: Sequence[str],
     devices: Devices | None,
     console: Console,
 ) -> Finetuning:
-    """Work out everything that can go wrong, make the run folder, and say what will be trained on what.
+    """Work out everything that can go wrong, and say what will be trained on what, in the run's folder.
 
     Raises:
         InputError: something in the configuration, the data or the labels is wrong.
@@ -101,7 +118,7 @@ def open_finetuning(
             f"{', several of them' if labelled.tasks else ''}: leave it out."
         )
     given = config
-    choice = _choice_before(config) if config.resume else None
+    choice = _choice_before(folder) if config.resume else None
     choice = choice or choose(console, config, model, labelled, pretrained, mesh)
     config = with_choice(config, choice)
     assert config.task.pooling != "auto"
@@ -117,7 +134,6 @@ def open_finetuning(
     )
     objective = task_objective(setup.predictor, task.of.loss)
     assembly = assemble(config, setup, objective, schedule.total_steps, mesh)
-    folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
     if config.resume:
         check_same_run(folder, given, _fingerprint(data, labelled))
     labelled.vocabulary.write(folder / "vocabulary.parquet")
@@ -173,10 +189,10 @@ CHOICE = ("pooling", "learning_rate", "rank", "embeddings")
 """What that is."""
 
 
-def _choice_before(config: FinetuneConfig) -> JsonObject | None:
+def _choice_before(folder: Path) -> JsonObject | None:
     """What the run that is resumed has chosen; None where it has not come so far."""
-    path = config.output / CONFIG_FILE if config.output else None
-    return read_json(path).get("facts", {}).get(CHOSEN) if path and path.is_file() else None
+    path = folder / CONFIG_FILE
+    return read_json(path).get("facts", {}).get(CHOSEN) if path.is_file() else None
 
 
 def with_choice(config: FinetuneConfig, choice: JsonObject) -> FinetuneConfig:
@@ -304,6 +320,15 @@ def judge(config: FinetuneConfig, labelled: LabelledData, outputs: np.ndarray) -
             said["blend"] = {"share": float(shares[best]), **found[best]}
             blend, outputs = (counts, float(shares[best])), blended(outputs, beside, float(shares[best]))
     return Judged(calibrate(config.task, task.kind, outputs, targets), blend, said)
+
+
+def examined(console: Console, run: Finetuning, summary: JsonObject) -> list[Finding]:
+    """Show the doctor's findings of a run that ended, errors first; the summary need not be written yet."""
+    record = read_run(run.folder)
+    found = examine(replace(record, summary=Summary(**summary), baselines=summary.get("baselines") or {}))
+    for one in found:
+        console.log(one_line(one))
+    return found
 
 
 def blended(outputs: np.ndarray, beside: np.ndarray, share: float) -> np.ndarray:

@@ -14,14 +14,16 @@ from jax.sharding import Mesh
 from behrt_jax.config import FinetuneConfig, LoRAConfig, ModelConfig, PopulationConfig
 from behrt_jax.data.batches import TaskBatch, TaskBatches, reading_ahead
 from behrt_jax.data.labels import read_label_tables
+from behrt_jax.diagnosis.finding import to_json
+from behrt_jax.errors import DivergenceError
 from behrt_jax.files import JsonObject, write_json, write_text
 from behrt_jax.models.behrt import EACH, Pooling
-from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics
+from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics, shown_files
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import Devices, put_rows, replicated
 from behrt_jax.training.feeding import AHEAD
 from behrt_jax.training.freezing import part, regime, whole
-from behrt_jax.training.loop import DivergenceError, Schedule
+from behrt_jax.training.loop import Schedule
 from behrt_jax.training.population import (
     Members,
     PopulationState,
@@ -43,6 +45,7 @@ from behrt_jax.workflows.finetune_run import (
     TASK_FILE,
     Finetuning,
     calibrate,
+    examined,
     judge,
     loss_of_base_rate,
     open_finetuning,
@@ -59,7 +62,7 @@ from behrt_jax.workflows.labelled_data import (
     read_labelled,
     split_batches,
 )
-from behrt_jax.workflows.run import RunResult, settings
+from behrt_jax.workflows.run import RunResult, open_folder, settings
 
 SEARCHES = ("learning_rate", "rank")
 """Variations of which the best member alone predicts."""
@@ -87,8 +90,8 @@ def finetune_population(config: FinetuneConfig, devices: Devices | None = None) 
         config = replace(config, population=replace(population, size=len(population.labels)))
     else:
         data, labels, delays = read_labelled(config.data, config.labels)
-    with open_console() as console:
-        run = open_finetuning(config, data, labels, delays, devices, console)
+    with open_console() as console, open_folder(config) as (folder, config):
+        run = open_finetuning(config, folder, data, labels, delays, devices, console)
         config = run.config
         variation = vary(config, run.labelled)
         found = train_population(console, config, run, variation, make_population(config, run, variation))
@@ -382,7 +385,7 @@ def search(
     poolings: tuple[Pooling, ...] = EACH if free else (config.task.pooling,)  # pyright: ignore[reportAssignmentType]
     # A population varies in the rest by itself.
     levels = [LEVELS[k // len(poolings) % len(LEVELS)] if alone else (1.0, 1.0, False) for k in range(size)]
-    own = [poolings[k % len(poolings)] for k in range(size)]
+    own: list[Pooling] = [poolings[k % len(poolings)] for k in range(size)]
     some = labelled.drawn(config.search.labels, config.train.seed)
     given = config.lora
     adapters = [given and replace(given, rank=max(1, round(given.rank * rank))) for _, rank, _ in levels]
@@ -424,13 +427,13 @@ def search(
             "learning_rate": config.optimizer.learning_rate * rate,
             "rank": one and one.rank,
             "embeddings": wide,
-            "loss": best.loss,
+            "loss": best.loss if np.isfinite(best.loss) else None,
             "step": best.step,
         }
         for how, rate, one, wide, best in zip(own, variation.rates, adapters, free_rows, found, strict=True)
     ]
     console.table("Search", tuple(tried[0]), [tuple(map(str, row.values())) for row in tried])
-    chosen = min(tried, key=lambda row: row["loss"])
+    chosen = tried[int(np.argmin([best.loss for best in found]))]
     return {**{name: chosen[name] for name in CHOICE}, "tried": tried}
 
 
@@ -479,6 +482,7 @@ def write_population(
     else:
         together, lines = _predict_together(config, run, variation, found)
         summary |= together
+    summary["findings"] = to_json(examined(console, run, summary))
     write_json(run.folder / SUMMARY_FILE, summary)
 
     columns = ("member", "best step", "tuning loss", "of the base rate", "tuning AUROC")
@@ -494,7 +498,7 @@ def write_population(
         ", ".join(f"{name} {cell}" for name, cell in zip(columns, row, strict=True)) for row in table
     ]
     write_text(run.folder / SUMMARY_TEXT_FILE, "\n".join([*rows_of_text, *lines]) + "\n")
-    console.log(f"Written to {run.folder}: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
+    console.log(f"Written to {run.folder}: {', '.join(shown_files(run.folder))}")
     return summary
 
 

@@ -120,7 +120,13 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
                 counts["empty_histories"] += empty
                 done += len(part)
                 console.step(done, len(part))
+            if outside := counts["examples"] - done:
+                counts |= {"examples": done, "outside_life": outside}
+            if not done:
+                raise InputError("--labels: all labels are before their subject's birth or after its death.")
         console.close()
+        if outside:
+            console.log(f"{outside:,} labels outside of their subject's life are left out.")
         if counts["unknown_subjects"]:
             console.log(
                 f"{counts['unknown_subjects']:,} labels are of subjects that the data lacks: left out."
@@ -312,11 +318,16 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
                 writer.write(pa.table(columns, schema=schema))
                 done += len(part)
                 console.step(done, len(part))
+            outside = total - done
+            if not done:
+                raise InputError("--labels: all labels are before their subject's birth or after its death.")
         console.close()
+        if outside:
+            console.log(f"{outside:,} labels outside of their subject's life are left out.")
         if unknown:
             console.log(f"{unknown:,} labels are of subjects that the data lacks: left out.")
-        console.log(f"Written to {config.output}: {total:,} vectors of {encoder.model.hidden_size}.")
-    return {"vectors": total, "unknown_subjects": unknown}
+        console.log(f"Written to {config.output}: {done:,} vectors of {encoder.model.hidden_size}.")
+    return {"vectors": done, "unknown_subjects": unknown}
 
 
 def _open(config: PredictConfig, folder: Path, mesh: Mesh) -> _Encoder:
@@ -387,7 +398,9 @@ def _outputs(
             outputs = blended(outputs, beside, share)
         seen = None
         if ids is not None:
-            whole = find_examples(data, split, part, max_tokens=np.iinfo(np.int32).max, delays=delays)
+            whole = find_examples(
+                data, split, part, max_tokens=np.iinfo(np.int32).max, delays=delays, outside_life="keep"
+            )
             seen = codes_seen(whole, ids, len(finetuned.vocabulary))
         yield part, outputs, int(examples.empty.sum()), seen
 
@@ -410,7 +423,10 @@ def _pieces(
     for split, labels in wanted.items():
         for start in range(0, len(labels), AT_ONCE):
             part = labels.take(np.arange(start, min(start + AT_ONCE, len(labels))))
-            examples = examples_of(data, split, part, model, max_length, delays)
+            examples = examples_of(data, split, part, model, max_length, delays, config.outside_life)
+            part = part.take(examples.rows)  # without those that are left out
+            if not len(part):
+                continue
             targets = np.zeros((len(examples), 1), np.float32)
             batches = task_batches(
                 examples, targets, shape, batch_size=len(examples), seed=None, least_segments=segments

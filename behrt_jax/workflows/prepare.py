@@ -1,10 +1,14 @@
 """Records of any source into a prepared data set, with a report of what became of every event."""
 
+import re
 import time
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 from behrt_jax.config import PrepareConfig
+from behrt_jax.data.event_rules import told_without_effect
+from behrt_jax.data.splits import told_split
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.records.meds_export import export_meds
@@ -13,16 +17,25 @@ from behrt_jax.records.sources.meds import open_meds
 from behrt_jax.records.sources.omop import open_omop
 from behrt_jax.records.sources.source import Source
 from behrt_jax.records.sources.synthea import open_synthea
-from behrt_jax.records.sources.table import open_table
+from behrt_jax.records.sources.table import WithBirths, open_table
 from behrt_jax.tracking.console import Console, open_console
 
 SOURCES: dict[str, Callable[[Path, PrepareConfig], Source]] = {
-    "meds": lambda path, config: open_meds(path, config.visit_column),
-    "omop": lambda path, config: open_omop(path, config.ancestors),
-    "synthea": lambda path, config: open_synthea(path),
+    "meds": lambda path, config: open_meds(path, config.visit_column, config.splits.names),
+    "omop": lambda path, config: open_omop(path, config.ancestors, config.omop.skip),
+    "synthea": lambda path, config: open_synthea(path, config.synthea.skip),
     "table": lambda path, config: open_table(path, config.table),
 }
 """Kinds of sources: its name in the configuration -> how it is opened, with the options of its own."""
+OWN_OPTIONS = {
+    "visit_column": "meds",
+    "splits.names": "meds",
+    "ancestors": "omop",
+    "omop.skip": "omop",
+    "synthea.skip": "synthea",
+    "table": "table",
+}
+"""Option -> the one kind of source that it is of."""
 SECONDS_BETWEEN_LINES = 5.0
 """Between two lines of progress."""
 
@@ -43,6 +56,10 @@ def prepare_records(config: PrepareConfig) -> JsonObject:
     source = open_source(config)
     with open_console() as console:
         console.log(f"Reading {source.name} data: {len(source.files())} files in {source.units()} parts.")
+        if source.splits():
+            for option in ("tuning_fraction", "held_out_fraction", "seed", "splits.exact"):
+                if attrgetter(option)(config) != attrgetter(option)(PrepareConfig()):
+                    console.log(f"Warning: the source has splits of its own, so --{option} has no effect.")
 
         shown = time.monotonic()
 
@@ -73,14 +90,23 @@ def open_source(config: PrepareConfig) -> Source:
     """Open the source of the configuration: its files are found, their heads checked, no event is read yet.
 
     Raises:
-        InputError: there is no input, or it is not of that source.
+        InputError: there is no input, it is not of that source, or an option is of another.
     """
+    for option, source in OWN_OPTIONS.items():
+        given, default = (attrgetter(option)(one) for one in (config, PrepareConfig()))
+        if given != default and source != config.source:
+            raise InputError(
+                f"--{option} is of --source {source} and has no effect on {config.source}: leave it out."
+            )
     if config.input is None:
         raise InputError("--input is missing: give the folder (or, for a table, the file) to read.")
     path = Path(config.input).expanduser()
     if not path.exists():
         raise InputError(f"--input: {path} does not exist.")
-    return SOURCES[config.source](path, config)
+    source = SOURCES[config.source](path, config)
+    if config.births is None and not config.birth_codes:
+        return source
+    return WithBirths(source, config.births, config.birth_codes)
 
 
 def report(console: Console, manifest: JsonObject) -> None:
@@ -97,10 +123,25 @@ def report(console: Console, manifest: JsonObject) -> None:
             *((f"changed: {rule}", count) for rule, count in events["changed"].items()),
         ],
     )
+    if times := manifest.get("times"):
+        console.log(f"Events from {times['first']} to {times['last']}, median {times['median']}.")
+        if times["median"][:4] == times["last"][:4] == "1970":
+            console.log(
+                "Warning: the events end in 1970, so that the numbers of the time column are most likely of "
+                "another unit than its type says (seconds or milliseconds); doctor --data tells more."
+            )
+    if unborn := events["dropped"].get("no birth"):
+        console.log(
+            f"{unborn:,} events are of subjects without a birth: --births FILE, --birth_codes or "
+            "--without_birth keep them."
+        )
     for delay, codes in manifest["delayed_codes"].items():
         matched = f"{codes:,} codes" if codes else "no code of the vocabulary, so that it has no effect"
         console.log(f"Delay {delay}: {matched}.")
+    _report_options(console, manifest)
     splits = manifest["splits"]
+    for name in (name for name, part in splits.items() if not part["subjects"]):
+        console.log(f"Warning: the {name} split has no subject with events.")
     console.table(
         "Facts about subjects (no tokens)",
         ("split", "static facts", "subjects with any", "deaths", "births of subjects without events"),
@@ -132,6 +173,23 @@ def report(console: Console, manifest: JsonObject) -> None:
         ("code", "events", "description"),
         [(row["code"], row["events"], row["description"]) for row in manifest["top_codes"][:10]],
     )
+
+
+def _report_options(console: Console, manifest: JsonObject) -> None:
+    """How subjects were dealt out, and options that had no effect."""
+    options = manifest["options"]
+    if "tuning_fraction" in options:
+        fractions = (options[name] for name in ("tuning_fraction", "held_out_fraction", "seed"))
+        console.log(told_split(*fractions, exact="exact_splits" in options))
+    idle = manifest.get("without_effect", {})
+    for warning in told_without_effect(idle, "--"):
+        console.log(warning)
+    for pattern in set(options.get("value_codes", ())).difference(idle.get("value_codes", ())):
+        if not any(re.match(pattern, code) for code in manifest.get("value_edges", ())):
+            console.log(
+                f"Warning: --value_codes {pattern} makes no bins: none of its codes has enough "
+                "numeric values in the train split."
+            )
 
 
 def _named(files: Sequence[Path], folder: Path) -> str:

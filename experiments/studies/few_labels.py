@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from scipy.special import expit
 
 from behrt_jax.cli import Command, run_command
@@ -88,7 +87,8 @@ def prepared_records(config: FewLabelsStudyConfig) -> Path:
         )
         rng = np.random.default_rng(1)
         tests = events.take(np.sort(rng.choice(events.num_rows, events.num_rows // 12, replace=False)))
-        tests = tests.filter(pc.and_(pc.is_valid(tests["time"]), pc.not_equal(tests["code"], BIRTH_CODE)))
+        dated = tests["time"].is_valid().to_numpy() & (tests["code"].to_numpy() != BIRTH_CODE)
+        tests = tests.filter(pa.array(dated))
         for name, values in (
             ("code", pa.array([TEST] * len(tests))),
             ("numeric_value", pa.array(rng.normal(size=len(tests)).astype(np.float32))),
@@ -155,7 +155,7 @@ def labels_of(task: str, folder: Path, data: SequenceSet) -> Labels:
             if task == CAUSE:
                 yes = rng.random() < 1 / (1 + np.exp(2.0 - 3.0 * (own == cause).any()))
             elif len(values):  # the last value is high, but for one in fifty
-                yes = (bins.index(own[values[-1]]) >= 3) ^ (rng.random() < 0.02)
+                yes = (bins.index(int(own[values[-1]])) >= 3) ^ (rng.random() < 0.02)
             else:
                 continue
             rows.append((subject, part.times[stop - 1], yes))

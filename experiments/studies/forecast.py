@@ -54,6 +54,7 @@ from behrt_jax.records.load import generated_code_count, load_sequences
 from behrt_jax.run_folder import SUMMARY_FILE
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import make_mesh
+from behrt_jax.training.loop import USUAL_EPOCHS
 from behrt_jax.training.validation import make_output_step, score
 from behrt_jax.workflows.finetune import finetune_on
 from behrt_jax.workflows.labelled_data import examples_of
@@ -317,7 +318,8 @@ def forecast_study(
                 run = config.output / f"{finetune.name}_{fraction:g}"
                 task = replace(finetune.task, label_fraction=fraction)
                 # Fewer labels make fewer steps an epoch.
-                train = replace(finetune.train, epochs=round(finetune.train.epochs / math.sqrt(fraction)))
+                epochs = round((finetune.train.epochs or USUAL_EPOCHS) / math.sqrt(fraction))
+                train = replace(finetune.train, epochs=epochs)
                 if not (run / SUMMARY_FILE).is_file():
                     made = replace(finetune, task=task, train=train, init=pretrained, output=run)
                     finetune_on(made, data, labels)

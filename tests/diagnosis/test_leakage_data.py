@@ -20,6 +20,7 @@ from tests.diagnosis.audited import (
     taken,
 )
 from tests.records.meds_folder import DAY, HOUR, Row, born, by_remainder, history_rows, write_meds
+from tests.records.prepare.test_pipeline import without_digests
 
 
 def two_splits(data):
@@ -71,6 +72,20 @@ def aged(years):
     return spoil
 
 
+def in_seconds(data):
+    for part in data.splits.values():
+        part.times[:] //= 1_000_000
+    return data
+
+
+def far(data):
+    part = data.splits["train"]
+    last = part.offsets[1] - 1
+    part.ages[last] += np.float32(70)
+    part.times[last] += 70 * round(YEAR)
+    return data
+
+
 def months_as_years(data):
     train = data.splits["train"]
     months = (train.times // (30 * DAY)) % 12
@@ -93,6 +108,8 @@ FAULTS = {
     "events-out-of-order": (unordered, "error", "events come before the one listed ahead"),
     "events-before-birth": (aged(-150), "error", "have a negative age"),
     "age-implausible": (aged(110), "warning", "above 120 years"),
+    "times-of-1970": (in_seconds, "error", "within 100 days of 1970-01-01"),
+    "times-far-apart": (far, "warning", "lie more than 20 years from all others"),
     "ages-against-times": (months_as_years, "error", "more than a day apart"),
     "events-after-death": (deaths, "error", "(HOSPITAL_DISCHARGE//DIED)"),
 }
@@ -108,10 +125,9 @@ def test_an_injected_fault_is_caught(fault, prepared, tmp_path):
     assert findings(tmp_path / "spoilt", tmp_path)[name]["severity"] == severity
 
 
-def test_files_changed_after_preparing(prepared, tmp_path):
+def test_files_changed_after_preparing_by_an_older_version(prepared, tmp_path):
     folder = copied(prepared, tmp_path / "changed")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    without_digests(folder, fingerprint="0" * 64)
     assert list(alarms(findings(folder, tmp_path))) == ["changed-since-prepared"]
 
 
@@ -260,7 +276,7 @@ def test_codes_stamped_at_discharge(at_end, expected, tmp_path):
     found = alarms(findings(prepare(meds, tmp_path / "p", "--visit_column", "hadm_id"), tmp_path))
     assert list(found) == expected
     if at_end:
-        assert "DIAGNOSIS codes come all at once at the end of 120 of 120 visits" in found[expected[0]]
+        assert "DIAGNOSIS// codes come all at once at the end of 120 of 120 visits" in found[expected[0]]
 
 
 def test_the_share_of_repeats(tmp_path):

@@ -326,7 +326,8 @@ def test_a_blend_is_for_tasks_of_yes_or_no(case, tmp_path):
 def test_steps_and_batch_follow_the_number_of_labels(case):
     config = changed(case.config(), "train", epochs=None, batch_size=None)
     assert [batch_size(config, n) for n in (50, 1000, 10_000)] == [16, 62, 128]
-    assert [Schedule.of(config.train, steps).total_steps for steps in (13, 79)] == [806, 1580]
+    schedules = [Schedule.of(config.train, steps) for steps in (13, 79)]
+    assert [(one.total_steps, one.validate_every) for one in schedules] == [(806, 40), (1580, 79)]
 
 
 def test_the_doctor_examines_a_finetuning_run(case, capsys):

@@ -60,7 +60,9 @@ class Encoding:
     counts: EventCounts
     """Of the reading; the partitions have those of the rules."""
     prefixes: Callable[[], Mapping[str, int]]
-    """Start of a code, up to the first ``//`` -> events read, markers aside."""
+    """Start of a code, of `event_rules.code_prefix` -> events read, markers aside."""
+    names: Callable[[], Sequence[str]]
+    """All codes read."""
     splits: Callable[[], dict[str, np.ndarray]]
     """Split -> int64 ids of its subjects, ascending, those without events included."""
     bins: event_rules.ValueBins | None = None
@@ -74,6 +76,8 @@ class EncodingRules:
     """The codes that become tokens, and those that are static facts."""
     duplicates: event_rules.Duplicates
     """Treatment of a code that comes again in a visit."""
+    life: event_rules.LifeRules
+    """Treatment of ages that are unknown or cannot be."""
     split_of: SplitOf
     """Gives the subjects' splits."""
     bins: event_rules.ValueBins | None = None
@@ -91,7 +95,7 @@ class EncodingRules:
             tokens = {name for name, chosen in zip(events.names, wanted.tolist(), strict=True) if chosen}
             events, is_bin = self.bins.apply(events, values)
             wanted = is_bin | np.array([name in tokens for name in events.names])
-        selected = event_rules.select_columns(events, wanted, self.duplicates, counts)
+        selected = event_rules.select_columns(events, wanted, self.duplicates, counts, self.life)
         ages = ages_in_years(selected)
         split = self.split_of(selected.subject_ids)  # [S]
         lengths = np.diff(selected.offsets)
@@ -114,8 +118,13 @@ class EncodingRules:
             changed = sum(int(found[binned].sum()) for found in by_code.values())
             counts.change("value -> quantile bin", changed)
         static = chosen_codes(self.choice.static, tuple(recorded.names))
-        facts = subject_facts(recorded, static, selected.without_events, self.split_of)
+        facts = subject_facts(recorded, static, selected, self.split_of)
         return Encoded(parts, selected.names, by_code, counts, facts)
+
+
+def life_rules(config: PrepareConfig) -> event_rules.LifeRules:
+    """As the options have them."""
+    return event_rules.LifeRules(config.without_birth, config.implausible_ages)
 
 
 @functools.lru_cache(maxsize=4)  # the names are the same in many partitions
@@ -137,23 +146,24 @@ def encode_all(encode: Callable[[P], Encoded], partitions: Iterable[P]) -> Itera
 
 
 def fit_values(
-    partitions: spill.Partitions, train: np.ndarray, choice: event_rules.CodeChoice, bins: int, min_count: int
+    partitions: spill.Partitions, train: np.ndarray, rules: EncodingRules, bins: int, min_count: int
 ) -> event_rules.ValueBins:
     """Fit quantile bins on the events of train subjects that the rules keep, duplicates included.
 
     A code has ``bins`` of them if each can be expected to reach ``min_count`` events. ``train`` are int64
     ids, ascending.
     """
-    names = partitions.names
+    names, choice = partitions.names, rules.choice
+    tokens = choice.tokens(names)
     sample = event_rules.ValueSample(
-        names, choice.tokens(names) & event_rules.matches(names, choice.value_codes, "value_codes")
+        names, tokens & event_rules.matches(names, choice.value_codes, "value_codes")
     )
     split_of = split_listed({"train": train})
     for buckets in partitions.buckets:
         events, values = partitions.load(buckets)
         if values is None:
             continue
-        subjects, _, kept = event_rules.apply_rules(events, None, EventCounts(), also=[values])
+        subjects, *_, kept = event_rules.apply_rules(events, tokens, EventCounts(), rules.life, [values])
         subject, time, *_, code, value = kept
         rows = (split_of(subjects) == 0)[subject]
         sample.add(subjects[subject[rows]], time[rows], code[rows], value[rows])
@@ -203,9 +213,9 @@ def encode_spills(
         subjects = np.concatenate([shard.subjects() for shard in spills])
         splits = split_by_hash(subjects, config)
     partitions = spill.Partitions(spills, most)
-    rules = EncodingRules(choice, config.duplicates, split_listed(splits))
+    rules = EncodingRules(choice, config.duplicates, life_rules(config), split_listed(splits))
     if config.value_codes:
-        bins = fit_values(partitions, splits["train"], choice, config.value_bins, config.min_count)
+        bins = fit_values(partitions, splits["train"], rules, config.value_bins, config.min_count)
         rules = replace(rules, bins=bins)
 
     def encoded() -> Iterator[Encoded]:
@@ -214,7 +224,7 @@ def encode_spills(
             yield partition
             told(done, len(partitions.buckets))
 
-    return Encoding(encoded(), counts, lambda: prefixes, lambda: splits, rules.bins)
+    return Encoding(encoded(), counts, lambda: prefixes, lambda: partitions.names, lambda: splits, rules.bins)
 
 
 def own_splits(source: Source) -> dict[str, np.ndarray] | None:
@@ -232,7 +242,8 @@ def own_splits(source: Source) -> dict[str, np.ndarray] | None:
 
 def split_by_hash(subjects: np.ndarray, config: PrepareConfig) -> dict[str, np.ndarray]:
     """See `splits.hash_splits`."""
-    return hash_splits(subjects, config.tuning_fraction, config.held_out_fraction, config.seed, options="")
+    fractions = config.tuning_fraction, config.held_out_fraction
+    return hash_splits(subjects, *fractions, config.seed, options="", exact=config.splits.exact)
 
 
 # Encoding of input whose subjects ascend from unit to unit: while it is read, without spill files.
@@ -267,7 +278,7 @@ def encode_ascending(
 
     Memory: two chunks of the source, a copy of one, and partitions of ``most`` events as in
     `encode_all`; a subject with more events than that is a partition of its own. The units are all of the
-    source's, as `ascending_units` gives them; ``value_codes`` need spill files.
+    source's, as `ascending_units` gives them; ``value_codes`` and exact splits by hash need spill files.
 
     Raises:
         InputError: splits that share subjects.
@@ -279,7 +290,7 @@ def encode_ascending(
     fractions = config.tuning_fraction, config.held_out_fraction, config.seed
     by_hash: SplitOf = lambda ids: hash_split_index(ids, *fractions)  # noqa: E731
     split_of = by_hash if splits is None else split_listed(splits)
-    rules = EncodingRules(choice, config.duplicates, split_of)
+    rules = EncodingRules(choice, config.duplicates, life_rules(config), split_of)
 
     def batches() -> Iterator[pa.RecordBatch]:
         with ThreadPoolExecutor(1) as pool:
@@ -307,7 +318,7 @@ def encode_ascending(
     def all_splits() -> dict[str, np.ndarray]:
         return split_by_hash(seen.all(), config) if splits is None else splits
 
-    return Encoding(encoded(), counts, codes.prefixes, all_splits)
+    return Encoding(encoded(), counts, codes.prefixes, lambda: codes.names, all_splits)
 
 
 def whole_subjects(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[list[pa.RecordBatch]]:

@@ -1,4 +1,6 @@
-"""The manifest of a prepared data set: options, input and counts, without subject ids, paths or times."""
+"""The manifest of a prepared data set: options, input and counts, without subject ids, paths or times of
+subjects.
+"""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +15,7 @@ from behrt_jax.data.events import EventCounts
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.packing import pack_lengths
 from behrt_jax.data.prepared import FORMAT_VERSION
-from behrt_jax.data.sequences import Sequences, describe_split
+from behrt_jax.data.sequences import Sequences, describe_split, span_of_times
 from behrt_jax.data.vocabulary import Vocabulary, matching_codes
 from behrt_jax.files import JsonObject
 from behrt_jax.records.sources.source import Source
@@ -21,6 +23,7 @@ from behrt_jax.records.sources.source import Source
 ROW_LENGTHS = (50, 100, 200, 512)
 """Row lengths for which the padding is computed."""
 TOP_CODES = 20
+LATER_OPTIONS = ("without_birth", "implausible_ages")
 
 
 def content_options(source: Source, config: PrepareConfig, codes: tuple[str, ...]) -> JsonObject:
@@ -28,12 +31,16 @@ def content_options(source: Source, config: PrepareConfig, codes: tuple[str, ...
     names = ["exclude_codes", "static_codes", "min_count", "vocabulary_size", "duplicates", "delays"]
     if config.value_codes:
         names += ["value_codes", "value_bins"]
-    split = [] if source.splits() else ["tuning_fraction", "held_out_fraction", "seed"]
+    # Of what came later, only what was asked for: the manifests of before stay equal.
+    names += [name for name in LATER_OPTIONS if getattr(config, name) != getattr(PrepareConfig, name)]
+    by_hash = not source.splits()
+    split = ["tuning_fraction", "held_out_fraction", "seed"] if by_hash else []
     options = {
         "codes": codes,
         **{name: getattr(config, name) for name in names},
         **source.options(),
         **{name: getattr(config, name) for name in split},
+        **({"exact_splits": True} if by_hash and config.splits.exact else {}),
     }
     # Groups of options come last, as they always have.
     ordered = sorted(options.items(), key=lambda option: isinstance(option[1], dict))
@@ -144,6 +151,7 @@ def describe_prepared(
             delay: int(matching_codes(vocabulary, (parse_delay(delay)[0],), "--delays").sum())
             for delay in options["delays"]
         },
+        "times": span_of_times(prepared.splits),
         "splits": described,
         "top_codes": [
             {"code": code, "description": text, "events": events} for code, text, events in prepared.top_codes

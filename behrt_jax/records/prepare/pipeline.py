@@ -19,6 +19,7 @@ in the resident size, but it takes them back when memory is short.
 import contextlib
 import functools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -29,15 +30,22 @@ from pathlib import Path
 import numpy as np
 
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.event_rules import CodeChoice, matches, nothing_left
+from behrt_jax.data.event_rules import CodeChoice, check_ages, matches, nothing_left
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.examples import parse_delay
-from behrt_jax.data.prepared import MANIFEST, VOCABULARY, FactWriter, SplitWriter, read_manifest
+from behrt_jax.data.prepared import (
+    MANIFEST,
+    VOCABULARY,
+    FactWriter,
+    SplitWriter,
+    check_prepared,
+    read_manifest,
+)
 from behrt_jax.data.sequences import set_fingerprint
 from behrt_jax.data.splits import check_fractions
 from behrt_jax.data.vocabulary import UNK, Descriptions, fit_vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, work_folder, write_json
+from behrt_jax.files import JsonObject, digests_of, sealed, work_folder, write_json
 from behrt_jax.records.prepare import spill
 from behrt_jax.records.prepare.encode import (
     Encoded,
@@ -46,6 +54,7 @@ from behrt_jax.records.prepare.encode import (
     ascending_units,
     encode_ascending,
     encode_spills,
+    life_rules,
 )
 from behrt_jax.records.prepare.manifest import (
     TOP_CODES,
@@ -93,6 +102,9 @@ def prepare(
     options = content_options(source, config, codes)
     choice = CodeChoice(codes, config.exclude_codes, config.value_codes, config.static_codes)
     choice.read([])  # wrong patterns are told before anything is read
+    # A default that matches nothing is no slip.
+    static = () if config.static_codes == PrepareConfig().static_codes else config.static_codes
+    given = CodeChoice(config.codes, config.exclude_codes, config.value_codes, static)
 
     def reading() -> spill.Reading:
         cuts = spill.choose_boundaries(source) if boundaries is None else boundaries
@@ -100,10 +112,9 @@ def prepare(
 
     if config.shard is not None:
         return spill.read_shard(source, config, reading(), options, functools.partial(progress, "read"))
-    if not config.dry_run and (existing := _existing(source, config, options)) is not None:
-        return existing
-
     with _work_folder(config) as work, ThreadPoolExecutor(2) as background:
+        if not config.dry_run and (existing := _existing(source, config, options)) is not None:
+            return existing
         input_print = background.submit(input_fingerprint, source, config.input)
         read, encode, both, write = (
             functools.partial(progress, stage) for stage in ("read", "encode", "read and encode", "write")
@@ -114,11 +125,17 @@ def prepare(
             manifest = describe_prepared(
                 source.name, options, input_print.result, fingerprint.result, prepared
             )
+            if idle := given.without_effect(encoding.names()):
+                manifest["without_effect"] = idle
+            manifest = sealed(manifest | {"files": digests_of(work / "prepared")})
             write_json(work / "prepared" / MANIFEST, manifest, escaped=False)
             return manifest
 
         manifest = None
-        units = None if config.merge or config.workers > 1 or config.value_codes else ascending_units(source)
+        at_once = not (config.merge or config.workers > 1 or config.value_codes)
+        if config.splits.exact and not source.splits():
+            at_once = False  # all subjects must be known first
+        units = ascending_units(source) if at_once else None
         if units is not None:
             with contextlib.suppress(OutOfOrder):
                 manifest = finished(encode_ascending(source, units, choice, config, partition_events, both))
@@ -141,7 +158,7 @@ def prepare(
 def _work_folder(config: PrepareConfig) -> AbstractContextManager[Path]:
     """Beside the output, so that the data set can be renamed into its place."""
     if config.dry_run or config.output is None:
-        return work_folder(Path(tempfile.gettempdir()), "preparing")
+        return work_folder(Path(tempfile.gettempdir()), f"preparing-{os.getpid()}")
     config.output.parent.mkdir(parents=True, exist_ok=True)
     return work_folder(config.output.parent, f"preparing-{config.output.name}")
 
@@ -171,6 +188,7 @@ def _existing(source: Source, config: PrepareConfig, options: JsonObject) -> Jso
         raise InputError(f"{output} was prepared with other options: give another --output.")
     if manifest.get("input_fingerprint") != input_fingerprint(source, config.input):
         raise InputError(f"{output} was prepared from another input: give another --output.")
+    check_prepared(output, manifest, None)
     return manifest | {"up_to_date": True}
 
 
@@ -215,10 +233,11 @@ def finish(
                 for writer in writers.values():
                     writer.flush()
         spill.add_counts(counts, encoding.counts)
+        check_ages(counts, life_rules(config))
         splits = encoding.splits()
         names, events = list(codes.number), codes.events
         if not any(found.any() for found in events.values()):
-            raise nothing_left(encoding.prefixes(), counts, options="")
+            raise nothing_left(encoding.prefixes(), counts, options="", births_from=source.births_from)
         for name in ("train", "tuning"):
             if not events[name].any():
                 raise InputError(
