@@ -13,7 +13,7 @@ from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.diagnosis import finding
 from behrt_jax.errors import DivergenceError
-from behrt_jax.files import JsonObject, write_json, write_text
+from behrt_jax.files import JsonObject, json_text, write_text
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
     METRICS_FILE,
@@ -22,7 +22,9 @@ from behrt_jax.run_folder import (
     SUMMARY_TEXT_FILE,
     append_metrics,
     read_metrics,
+    record_metrics,
     shown_files,
+    write_files,
 )
 from behrt_jax.tracking.console import Console, format_duration, open_console
 from behrt_jax.tracking.plots import plot_curves
@@ -46,7 +48,6 @@ from behrt_jax.workflows.finetune_run import (
     open_finetuning,
     task_record,
     try_write_adapter,
-    write_blend,
 )
 from behrt_jax.workflows.labelled_data import read_labelled
 from behrt_jax.workflows.run import (
@@ -205,16 +206,14 @@ def write_results(
     """
     folder = run.folder
     if best is not None:
-        blend = best[1].blend
-        record = task_record(config, run, best[1].calibration, blend and blend[1])
-        write_json(folder / TASK_FILE, record)
-        write_blend(folder, best[1])
+        record = task_record(config, run, best[1].calibration, best[1].blend)
+        write_files(folder, {TASK_FILE: json_text(record, 2).encode()})
         if config.lora is not None:
             try_write_adapter(console, folder / "adapter", run, best[0], record)
-            write_blend(folder / "adapter", best[1])
+    record_metrics(folder)
     found = examined(console, run, summary)
     summary = {**summary, "findings": finding.to_json(found)}
-    write_json(folder / SUMMARY_FILE, summary)
+    write_files(folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
     write_text(folder / SUMMARY_TEXT_FILE, _text(config, summary, found))
     plot_curves(read_metrics(folder / METRICS_FILE), {}, folder / PLOTS_FOLDER)
     console.log(f"Stopped: {summary['stop_reason']}.")

@@ -22,10 +22,10 @@ from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold, mean_predictions
 from behrt_jax.evaluation.masked_codes import mean_interval
 from behrt_jax.evaluation.task_baselines import CountModel, count_codes, fit_count_model
-from behrt_jax.files import JsonObject, read_json, write_json
+from behrt_jax.files import JsonObject, json_text
 from behrt_jax.models.behrt import BEHRTForTask, Pooling
 from behrt_jax.models.losses import task_losses
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PARAMETERS_FILE
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, read_config
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import Summary
 from behrt_jax.training.checkpoints import open_checkpoints
@@ -53,6 +53,7 @@ from behrt_jax.workflows.run import (
     parameter_report,
     run_record,
     settings,
+    write_start,
 )
 
 TASK_FILE = "task.json"
@@ -136,8 +137,6 @@ def open_finetuning(
     assembly = assemble(config, setup, objective, schedule.total_steps, mesh)
     if config.resume:
         check_same_run(folder, given, _fingerprint(data, labelled))
-    labelled.vocabulary.write(folder / "vocabulary.parquet")
-    write_json(folder / PARAMETERS_FILE, parameters)
     facts = {
         "task": task.to_json(),
         "model": settings(model),
@@ -146,7 +145,7 @@ def open_finetuning(
         CHOSEN: choice,
     }
     description = {"fingerprint": _fingerprint(data, labelled), **labelled.counts}
-    write_json(folder / CONFIG_FILE, run_record(given, description, facts, {}))
+    write_start(folder, labelled.vocabulary, parameters, run_record(given, description, facts, {}))
     counts = labelled.vocabulary.counts
     return Finetuning(
         folder,
@@ -191,8 +190,9 @@ CHOICE = ("pooling", "learning_rate", "rank", "embeddings")
 
 def _choice_before(folder: Path) -> JsonObject | None:
     """What the run that is resumed has chosen; None where it has not come so far."""
-    path = folder / CONFIG_FILE
-    return read_json(path).get("facts", {}).get(CHOSEN) if path.is_file() else None
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    return read_config(folder).get("facts", {}).get(CHOSEN)
 
 
 def with_choice(config: FinetuneConfig, choice: JsonObject) -> FinetuneConfig:
@@ -279,16 +279,14 @@ def calibrate(config: TaskConfig, kind: TaskKind, outputs: np.ndarray, targets: 
 
 MOST_COUNTED = 20_000
 """Train examples that a count model is fitted on."""
-COUNT_MODEL_FILE = "count_model.json"
-"""Beside task.json, where predictions are blended with it."""
 
 
 class Judged(NamedTuple):
     """What the tuning split says of a trained model, and what is fitted there."""
 
     calibration: Calibration
-    blend: tuple[CountModel, float] | None
-    """What predictions are blended with, and its share."""
+    blend: JsonObject | None
+    """What predictions are blended with: ``count_model``, and its ``share``."""
     said: JsonObject
     """For the summary: ``baselines``, ``gaps`` (model's loss less count model's, in nats), ``blend``."""
 
@@ -318,7 +316,8 @@ def judge(config: FinetuneConfig, labelled: LabelledData, outputs: np.ndarray) -
             found = [task_metrics(task.kind, one, targets) for one in mixed]
             best = int(np.argmin([one["loss"] for one in found]))
             said["blend"] = {"share": float(shares[best]), **found[best]}
-            blend, outputs = (counts, float(shares[best])), blended(outputs, beside, float(shares[best]))
+            blend = {"share": float(shares[best]), "count_model": counts.to_json()}
+            outputs = blended(outputs, beside, float(shares[best]))
     return Judged(calibrate(config.task, task.kind, outputs, targets), blend, said)
 
 
@@ -347,18 +346,10 @@ def _count_model(config: FinetuneConfig, labelled: LabelledData) -> CountModel |
     return fit_count_model(histories[0], targets[0], histories[1], targets[1])
 
 
-def write_blend(folder: Path, judged: Judged) -> None:
-    """Write the count model that predictions are blended with beside task.json, or remove that of before."""
-    if judged.blend is None:
-        (folder / COUNT_MODEL_FILE).unlink(missing_ok=True)
-    elif folder.is_dir():
-        write_json(folder / COUNT_MODEL_FILE, judged.blend[0].to_json())
-
-
 def task_record(
-    config: FinetuneConfig, run: Finetuning, calibration: Calibration, share: float | None = None
+    config: FinetuneConfig, run: Finetuning, calibration: Calibration, blend: JsonObject | None = None
 ) -> JsonObject:
-    """All that prediction needs beside the parameters, ready for JSON; the share is that of a count model."""
+    """All that prediction needs beside the parameters, ready for JSON; `blend` is that of :class:`Judged`."""
     new = len(run.labelled.vocabulary) - len(run.labelled.base_codes)
     return {
         "task": run.labelled.task.to_json(),
@@ -369,7 +360,7 @@ def task_record(
         "freezing": settings(config.freezing),
         "parameters": {name: run.parameters[name] for name in ("total", "trainable")},
         "calibration": asdict(calibration),
-        "blend": share,
+        "blend": blend,
         "new_codes": new,
         "base": str(config.init),
     }
@@ -380,7 +371,7 @@ def try_write_adapter(
 ) -> None:
     """Write an adapter folder; where safetensors is not installed, say so and go on."""
     codes = run.labelled.vocabulary.codes[len(run.labelled.base_codes) :]
-    (folder / TASK_FILE).unlink(missing_ok=True)  # of the run before it was resumed
+    task = json_text({**record, "base": str(run.pretrained.run.resolve())}, 2).encode()
     try:
         adapter = AdapterConfig(
             lora=record["lora"],
@@ -389,11 +380,9 @@ def try_write_adapter(
             new_codes=codes,
         )
         trained = run.assembly.setup.mask["params"]
-        save_adapter(folder, variables["params"], variables["lora"], trained, adapter)
+        save_adapter(folder, variables["params"], variables["lora"], trained, adapter, {TASK_FILE: task})
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
-        return
-    write_json(folder / TASK_FILE, {**record, "base": str(run.pretrained.run.resolve())})
 
 
 def loss_of_base_rate(labelled: LabelledData) -> float:

@@ -16,9 +16,17 @@ from behrt_jax.data.batches import TaskBatch, TaskBatches, reading_ahead
 from behrt_jax.data.labels import read_label_tables
 from behrt_jax.diagnosis.finding import to_json
 from behrt_jax.errors import DivergenceError
-from behrt_jax.files import JsonObject, write_json, write_text
+from behrt_jax.files import JsonObject, json_text, write_text
 from behrt_jax.models.behrt import EACH, Pooling
-from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics, shown_files
+from behrt_jax.run_folder import (
+    METRICS_FILE,
+    SUMMARY_FILE,
+    SUMMARY_TEXT_FILE,
+    append_metrics,
+    record_metrics,
+    shown_files,
+    write_files,
+)
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import Devices, put_rows, replicated
 from behrt_jax.training.feeding import AHEAD
@@ -53,7 +61,6 @@ from behrt_jax.workflows.finetune_run import (
     task_setup,
     try_write_adapter,
     with_embeddings,
-    write_blend,
 )
 from behrt_jax.workflows.labelled_data import (
     LabelledData,
@@ -477,13 +484,14 @@ def write_population(
         "wall_seconds": seconds,
     }
     if run.labelled.tasks:
-        write_json(run.folder / TASK_FILE, {"tasks": variation.names})
+        write_files(run.folder, {TASK_FILE: json_text({"tasks": variation.names}, 2).encode()})
         lines = [f"Each predicts its own task: predict.py --model {run.folder / MEMBERS_FOLDER / 'K'}."]
     else:
         together, lines = _predict_together(config, run, variation, found)
         summary |= together
+    record_metrics(run.folder)
     summary["findings"] = to_json(examined(console, run, summary))
-    write_json(run.folder / SUMMARY_FILE, summary)
+    write_files(run.folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
 
     columns = ("member", "best step", "tuning loss", "of the base rate", "tuning AUROC")
     table = [
@@ -532,9 +540,8 @@ def _predict_together(
     chosen = [int(np.argmin([best.loss for best in found]))] if searched else list(range(variation.size))
     outputs = np.array([found[k].outputs for k in chosen])  # [K, N, O]
     judged = judge(config, labelled, outputs)
-    record = task_record(config, run, judged.calibration, judged.blend and judged.blend[1])
-    write_json(run.folder / TASK_FILE, {**record, "members": chosen})
-    write_blend(run.folder, judged)
+    record = {**task_record(config, run, judged.calibration, judged.blend), "members": chosen}
+    write_files(run.folder, {TASK_FILE: json_text(record, 2).encode()})
     together: JsonObject = {
         "predicting_members": chosen,
         **judged.said,

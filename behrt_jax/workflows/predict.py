@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import CONFIG_FILE as ADAPTER_FILE
-from behrt_jax.adapters.files import load_adapter
+from behrt_jax.adapters.files import load_adapter, read_config
 from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, PredictConfig, from_stored
 from behrt_jax.data.batches import RowShape, TaskBatch, TaskBatches, task_batches
 from behrt_jax.data.events import SPLITS
@@ -36,7 +36,7 @@ from behrt_jax.evaluation.calibration import mean_predictions
 from behrt_jax.evaluation.task_baselines import CountModel, count_codes
 from behrt_jax.files import JsonObject, read_json
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER, VOCABULARY_FILE, checked, read_document
 from behrt_jax.tracking.console import open_console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh, replicated, replicated_shapes
@@ -46,7 +46,6 @@ from behrt_jax.training.state import Setup, set_up_task
 from behrt_jax.training.step import Variables, with_new_rows
 from behrt_jax.training.validation import make_output_step, score
 from behrt_jax.workflows.finetune_run import (
-    COUNT_MODEL_FILE,
     MEMBERS_FOLDER,
     TASK_FILE,
     Calibration,
@@ -182,10 +181,10 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
     elif is_adapter:
         setup, members, vocabulary = _from_adapters([folder], base, mesh)
     else:
-        vocabulary = Vocabulary.read(folder / "vocabulary.parquet")
+        vocabulary = Vocabulary.read(checked(folder, VOCABULARY_FILE))
         setup = _set_up(record, len(vocabulary) - record["new_codes"], mesh)
         members = [_restored(folder, setup, mesh)]
-    freezing = from_stored(FreezingConfig, record["freezing"])
+    freezing, blend = from_stored(FreezingConfig, record["freezing"]), record.get("blend")
     return Finetuned(
         Task.from_json(record["task"]),
         setup,
@@ -194,20 +193,9 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         setup.predictor.model.config,
         record["max_length"],
         Calibration(**record["calibration"]),
-        _blend(folder, record),
+        None if blend is None else (CountModel.from_json(blend["count_model"]), blend["share"]),
         {"regime": "+".join(freezing.groups) or freezing.regime, **record["parameters"]},
     )
-
-
-def _blend(folder: Path, record: JsonObject) -> tuple[CountModel, float] | None:
-    if record.get("blend") is None:
-        return None
-    if not (folder / COUNT_MODEL_FILE).is_file():
-        raise InputError(
-            f"--model: {folder} is blended with a count model, but {COUNT_MODEL_FILE} is not there: copy it "
-            "from the run, or train again."
-        )
-    return CountModel.from_json(read_json(folder / COUNT_MODEL_FILE)), record["blend"]
 
 
 def _record(folder: Path) -> JsonObject:
@@ -216,7 +204,10 @@ def _record(folder: Path) -> JsonObject:
             f"--model: {folder} holds no fine-tuned model ({TASK_FILE} is not there): give a finished run of "
             "finetune.py, or the adapter in it."
         )
-    return read_json(folder / TASK_FILE)
+    if (folder / ADAPTER_FILE).is_file():
+        read_config(folder)  # which checks what lies beside it
+        return read_json(folder / TASK_FILE)
+    return read_document(folder, TASK_FILE)
 
 
 def _set_up(record: JsonObject, vocabulary_size: int, mesh: Mesh) -> Setup:
@@ -251,6 +242,7 @@ def _from_adapters(
 def _restored(folder: Path, setup: Setup, mesh: Mesh) -> Variables:
     shapes = replicated_shapes(setup.shapes, mesh)
     with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
+        checkpoints.refuse_damaged()
         step = checkpoints.best_step()
         if step is None:
             raise InputError(f"--model: {folder} has no checkpoint with a validation: train it further.")

@@ -43,7 +43,7 @@ def test_each_regime_learns_more_than_the_base_rate_and_leaves_the_whole_folder(
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "parameters.json", "metrics.jsonl", "summary.json", "SUMMARY.txt", "checkpoints",
-        "vocabulary.parquet", "plots", "task.json", *(["adapter"] if name == "lora" else []),
+        "vocabulary.parquet", "plots", "task.json", "files.json", *(["adapter"] if name == "lora" else []),
     }  # fmt: skip
     summary, validation = read(folder, "summary.json"), records(folder, "tuning")
     base_rate = summary["baselines"]["base rate"]["loss"]
@@ -211,15 +211,21 @@ def test_wrong_labels_are_one_clear_error_before_anything_is_written(case, tmp_p
     assert not output.exists()
 
 
-def test_some_unknown_subjects_and_repeated_labels_are_counted(case, tmp_path):
+def test_some_unknown_subjects_repeated_labels_and_those_before_birth_are_counted(case, tmp_path):
     def change(table):
         strangers = replaced(table.slice(0, 7), "subject_id", pa.array(np.arange(7)))
-        return pa.concat_tables([table, strangers, table.slice(0, 4)])
+        times = pa.array([TIME - 200 * 365 * DAY] * 2, pa.timestamp("us"))
+        train = of_splits(case, "train")(table).slice(0, 1)
+        tuning = of_splits(case, "tuning")(table).slice(0, 1)
+        early = replaced(pa.concat_tables([train, tuning]), "prediction_time", times)
+        return pa.concat_tables([table, strangers, table.slice(0, 4), early])
 
     labels = labels_with(case, tmp_path / "labels.parquet", change)
     config = changed(replace(case.config(), labels=labels, output=tmp_path / "run"), "train", max_steps=1)
+    config = changed(config, "task", outside_life="leave_out")
     counts = finetune(config, ONE).summary["data"]
-    assert (counts["labels"], counts["duplicate_labels"], counts["labels_of_unknown_subjects"]) == (307, 4, 7)
+    assert (counts["labels"], counts["duplicate_labels"], counts["labels_of_unknown_subjects"]) == (309, 4, 7)
+    assert (counts["labels_before_birth"], counts["labels_after_death"]) == (2, 0)
 
 
 @pytest.mark.slow
@@ -299,7 +305,7 @@ def test_predictions_are_blended_with_a_count_model(case, tmp_path):
     finetune(replace(config, output=tmp_path / "run"), ONE)
     summary, task = read(tmp_path / "run", "summary.json"), read(tmp_path / "run", "task.json")
     counts, blend = summary["baselines"]["count model"], summary["blend"]
-    assert 0 < task["blend"] == blend["share"] <= 1  # an encoder that has hardly been trained
+    assert 0 < task["blend"]["share"] == blend["share"] <= 1  # an encoder that has hardly been trained
     assert blend["loss"] <= min(counts["loss"], summary["best"]["loss"])
     assert summary["gaps"]["count model"]["nats"] == pytest.approx(summary["best"]["loss"] - counts["loss"])
     whole = case.predicted(tmp_path / "a.parquet", model=tmp_path / "run", split="tuning")
@@ -311,9 +317,6 @@ def test_predictions_are_blended_with_a_count_model(case, tmp_path):
     odds = np.log(probabilities / (1 - probabilities)) * temperature
     loss = np.mean(np.logaddexp(0, np.where(yes, -odds, odds)))
     assert loss == pytest.approx(blend["loss"], rel=1e-4)
-    (tmp_path / "run" / "count_model.json").unlink()
-    with pytest.raises(InputError, match="blended with a count model, but"):
-        case.predicted(tmp_path / "c.parquet", model=tmp_path / "run")
 
 
 def test_a_blend_is_for_tasks_of_yes_or_no(case, tmp_path):
