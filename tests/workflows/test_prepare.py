@@ -171,6 +171,11 @@ def test_a_split_by_hash_is_told_and_can_be_exact(unsplit, tmp_path, capsys):
         assert run(unsplit, tmp_path / "parts", *exact, "--shard", shard) == 0
     assert run(unsplit, tmp_path / "parts", *exact, "--merge") == 0
     assert content(tmp_path / "parts") == content(tmp_path / "exact")
+    # Subjects that ascend are read and encoded at once, but for this.
+    ascending = write_meds(tmp_path / "ascending", history_rows(subjects=12, days=6), layout="deep")
+    assert run(ascending, tmp_path / "again", *exact) == 0
+    found = read_prepared(tmp_path / "again")
+    assert found.fingerprint == read_prepared(tmp_path / "exact").fingerprint
 
 
 def test_own_splits_are_not_drawn(meds, tmp_path, capsys):
