@@ -1,4 +1,4 @@
-"""Files and folders written whole, by one process at a time; files of data; JSON; digests of files."""
+"""Files and folders: written whole, by one process at a time; found as data; JSON; digests of files."""
 
 import dataclasses
 import errno
@@ -46,8 +46,13 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all, and have it on the disk."""
-    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and have it on the disk."""
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -132,13 +137,10 @@ def data_files(folder: Path, endings: tuple[str, ...] = (".parquet",)) -> list[P
 
     def search(folder: Path, above: tuple[Path, ...]) -> None:
         refuse_versions(folder)
-        try:
-            here, entries = folder.resolve(), sorted(folder.iterdir())
-        except OSError as error:
-            raise InputError(f"{folder} cannot be read ({error.strerror}): mend its permissions.") from error
+        here = folder.resolve()
         if here in above:
             return
-        for entry in entries:
+        for entry in folder.iterdir():
             wanted = entry.name.lower().endswith(endings)
             if is_hidden(entry):
                 continue
@@ -149,7 +151,11 @@ def data_files(folder: Path, endings: tuple[str, ...] = (".parquet",)) -> list[P
             elif entry.is_symlink() and not entry.exists() and (wanted or not entry.suffix):
                 raise InputError(f"{entry} is a link to what is not there: mend or remove it.")
 
-    search(folder, ())
+    try:
+        search(folder, ())
+    except OSError as error:
+        place = error.filename or folder
+        raise InputError(f"{place} cannot be read ({error.strerror}): mend its permissions.") from error
     return sorted(found)
 
 
@@ -498,7 +504,11 @@ def _sha256(file: Path) -> str:
         raise InputError(f"cannot read {file} ({error.strerror}).") from error
 
 
-@cache
 def say_unrecorded(folder: Path) -> None:
     """Log, once for each folder, that an older version wrote it without records of its files."""
+    _say_unrecorded(folder.absolute())
+
+
+@cache
+def _say_unrecorded(folder: Path) -> None:
     _logger.warning("%s was written without digests of its files: damage to them is not noticed.", folder)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from behrt_jax.data.event_rules import Selected
 from behrt_jax.data.events import SPLITS, EventColumns, EventCounts, SubjectTimes
-from behrt_jax.data.parquet import readable
+from behrt_jax.data.parquet import readable, sound
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
 from behrt_jax.data.sorting import find_ids
 from behrt_jax.data.vocabulary import Vocabulary
@@ -182,7 +182,7 @@ def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Ta
             raise InputError(f"{file} is missing: {_MEND}")
         return None
     with readable(file, f"{file} is damaged: run prepare again, with another output."):
-        return pq.ParquetFile(file).read().cast(schema)
+        return sound(file, pq.ParquetFile(file).read()).cast(schema)
 
 
 # Arrow files of one record batch, whose columns may be written part by part and are read as views.

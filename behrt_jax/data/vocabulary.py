@@ -1,6 +1,7 @@
 """The vocabulary: which codes have a row in the embedding table, fitted on the train split alone."""
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.data.event_rules import REPEATS, matches
-from behrt_jax.data.parquet import readable
+from behrt_jax.data.parquet import readable, sound
 from behrt_jax.errors import InputError
-from behrt_jax.files import written_whole
+from behrt_jax.files import write_bytes
 
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[UNK]", "[CLS]", "[SEP]")
 PAD, MASK, UNK, CLS, SEP = range(len(SPECIAL_TOKENS))
@@ -68,10 +69,15 @@ class Vocabulary:
 
     def write(self, path: Path) -> None:
         """Write a Parquet table with the columns code, id, count and description."""
+        write_bytes(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Content of the file that :meth:`write` writes."""
         columns = [self.codes, np.arange(len(self), dtype=np.int32), self.counts, self.descriptions]
         arrays = [pa.array(column, type=field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-        with written_whole(path) as temporary:
-            pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), temporary)
+        with io.BytesIO() as file:
+            pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), file)
+            return file.getvalue()
 
     @classmethod
     def read(cls, path: Path) -> "Vocabulary":
@@ -85,7 +91,7 @@ class Vocabulary:
             "give the vocabulary.parquet of a run or of prepared data."
         )
         with readable(path, problem), pq.ParquetFile(path) as file:
-            table = file.read(columns=_SCHEMA.names).cast(_SCHEMA)
+            table = sound(path, file.read(columns=_SCHEMA.names)).cast(_SCHEMA)
         codes = tuple(table["code"].to_pylist())
         in_order = np.array_equal(table["id"].to_numpy(), np.arange(len(codes)))
         if not in_order or codes[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:

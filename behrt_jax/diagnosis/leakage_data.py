@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from behrt_jax.data.event_rules import REPEATS
+from behrt_jax.data.event_rules import PLACEHOLDER_BIRTH, REPEATS, code_prefix
 from behrt_jax.data.events import DAY, SPLITS, YEAR
 from behrt_jax.data.sequences import Sequences, SequenceSet, day_text, events_by_day, set_fingerprint
 from behrt_jax.data.sorting import leads, place_in
@@ -286,6 +286,13 @@ def check_ages(data: SequenceSet) -> Iterator[Finding]:
             "A placeholder for an unknown birth is likely, and the age embedding learns it.",
             "Mend the births in the source, or leave such subjects out.",
         )
+    if placeholders := data.counts.changed.get(PLACEHOLDER_BIRTH):
+        yield Finding.warning(
+            "placeholder-births",
+            f"{placeholders:,} subjects are born on a day such as 1900-01-01, and have no other birth.",
+            "Such a day often stands for an unknown birth, and ages are then wrong by decades.",
+            "Leave the births out where they are unknown, and see --births and --without_birth of prepare.",
+        )
     if off:
         yield Finding.error(
             "ages-against-times",
@@ -344,13 +351,13 @@ _MOST = 0.9  # of the visits of a family, and of the other events of a visit
 
 
 def check_visit_ends(data: SequenceSet) -> Iterator[Finding]:
-    """Families of codes (what stands before the first //) that close their visits, as billing codes do.
+    """Families of codes (by `event_rules.code_prefix`) that close their visits, as billing codes do.
 
     A family closes a visit if all its events have one time, by which most others of the visit are past.
     Only stays of a day and more count, so visits need ids: what is done last in a consultation is no sign.
     """
     families, family_of = np.unique(
-        [code.split("//")[0] for code in data.vocabulary.codes], return_inverse=True
+        [code_prefix(code) for code in data.vocabulary.codes], return_inverse=True
     )
     visits = np.zeros(len(families), np.int64)  # stays in which it is among others
     closed = visits.copy()

@@ -30,6 +30,8 @@ def data(console: Console, config: PretrainConfig, description: JsonObject) -> N
             for name, part in splits.items()
         ],
     )  # fmt: skip
+    for name in (name for name, part in splits.items() if not part["subjects"]):
+        console.log(f"Warning: the {name} split has no subject with events.")
     changed = [(f"changed: {rule}", events) for rule, events in description["events_changed"].items()]
     console.table(
         "Events",

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import CONFIG_FILE as ADAPTER_FILE
-from behrt_jax.adapters.files import load_adapter
+from behrt_jax.adapters.files import load_adapter, read_config
 from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, PredictConfig, from_stored
 from behrt_jax.data.batches import RowShape, TaskBatch, TaskBatches, task_batches
 from behrt_jax.data.events import SPLITS
@@ -33,9 +33,10 @@ from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import mean_predictions
+from behrt_jax.evaluation.task_baselines import CountModel, count_codes
 from behrt_jax.files import JsonObject, read_json
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER, VOCABULARY_FILE, checked, read_document
 from behrt_jax.tracking.console import open_console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh, replicated, replicated_shapes
@@ -44,7 +45,12 @@ from behrt_jax.training.runtime import use_compilation_cache
 from behrt_jax.training.state import Setup, set_up_task
 from behrt_jax.training.step import Variables, with_new_rows
 from behrt_jax.training.validation import make_output_step, score
-from behrt_jax.workflows.finetune_run import MEMBERS_FOLDER, TASK_FILE, Calibration
+from behrt_jax.workflows.finetune_run import (
+    MEMBERS_FOLDER,
+    TASK_FILE,
+    Calibration,
+    blended,
+)
 from behrt_jax.workflows.labelled_data import examples_of, in_vocabulary, read_labelled
 
 AT_ONCE = 8192
@@ -145,6 +151,8 @@ class Finetuned(NamedTuple):
     model: ModelConfig
     max_length: int | None
     calibration: Calibration
+    blend: tuple[CountModel, float] | None
+    """What predictions are blended with, and its share."""
     trained: JsonObject
     """Regime, and counts of parameters, for the record of predictions."""
 
@@ -175,10 +183,10 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
     elif is_adapter:
         setup, members, vocabulary = _from_adapters([folder], base, mesh)
     else:
-        vocabulary = Vocabulary.read(folder / "vocabulary.parquet")
+        vocabulary = Vocabulary.read(checked(folder, VOCABULARY_FILE))
         setup = _set_up(record, len(vocabulary) - record["new_codes"], mesh)
         members = [_restored(folder, setup, mesh)]
-    freezing = from_stored(FreezingConfig, record["freezing"])
+    freezing, blend = from_stored(FreezingConfig, record["freezing"]), record.get("blend")
     return Finetuned(
         Task.from_json(record["task"]),
         setup,
@@ -187,6 +195,7 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         setup.predictor.model.config,
         record["max_length"],
         Calibration(**record["calibration"]),
+        None if blend is None else (CountModel.from_json(blend["count_model"]), blend["share"]),
         {"regime": "+".join(freezing.groups) or freezing.regime, **record["parameters"]},
     )
 
@@ -197,7 +206,10 @@ def _record(folder: Path) -> JsonObject:
             f"--model: {folder} holds no fine-tuned model ({TASK_FILE} is not there): give a finished run of "
             "finetune.py, or the adapter in it."
         )
-    return read_json(folder / TASK_FILE)
+    if (folder / ADAPTER_FILE).is_file():
+        read_config(folder)  # which checks what lies beside it
+        return read_json(folder / TASK_FILE)
+    return read_document(folder, TASK_FILE)
 
 
 def _set_up(record: JsonObject, vocabulary_size: int, mesh: Mesh) -> Setup:
@@ -218,8 +230,9 @@ def _from_adapters(
     record = _record(folders[0])
     pretrained = open_pretrained(base or Path(record["base"]))
     setup = _set_up(record, len(pretrained.vocabulary), mesh)
-    head = setup.init(jax.random.key(0))["params"]["task_head"]
-    params = {"behrt": read_encoder(pretrained, mesh).params, "task_head": head}
+    first = setup.init(jax.random.key(0))["params"]
+    heads = {name: head for name, head in first.items() if name.endswith("_head")}
+    params = {"behrt": read_encoder(pretrained, mesh).params, **heads}
     members, new_codes = [], ()
     for folder in folders:
         found, lora, config = load_adapter(folder, params, pretrained.vocabulary.fingerprint())
@@ -231,6 +244,7 @@ def _from_adapters(
 def _restored(folder: Path, setup: Setup, mesh: Mesh) -> Variables:
     shapes = replicated_shapes(setup.shapes, mesh)
     with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
+        checkpoints.refuse_damaged()
         step = checkpoints.best_step()
         if step is None:
             raise InputError(f"--model: {folder} has no checkpoint with a validation: train it further.")
@@ -320,10 +334,11 @@ def _open(config: PredictConfig, folder: Path, mesh: Mesh) -> _Encoder:
         if predictor.lora is not None:
             params = lora.merge(params, variables["lora"], predictor.lora)
         pooling = config.pooling or predictor.model.pooling
-        opened = _Encoder(found.model, found.vocabulary, params["behrt"], pooling, found.max_length)
+        parts = {name: params[name] for name in ("behrt", "pooling_head") if name in params}
+        opened = _Encoder(found.model, found.vocabulary, parts, pooling, found.max_length)
     else:
         pretrained = open_pretrained(folder)
-        params = read_encoder(pretrained, mesh).params
+        params = {"behrt": read_encoder(pretrained, mesh).params}
         opened = _Encoder(pretrained.model, pretrained.vocabulary, params, config.pooling or "mean", None)
     if opened.pooling == "cls" and not opened.model.cls_token:
         raise InputError("pooling is cls, but the model reads no [CLS] token: give mean, max or last.")
@@ -348,7 +363,7 @@ def _vectors(
     network = PatientEmbedding(encoder.model, len(encoder.vocabulary), encoder.pooling)
 
     def embed_step(params: Any, batch: TaskBatch) -> jax.Array:
-        return network.apply({"params": {"behrt": params}}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
+        return network.apply({"params": params}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
 
     step = jax.jit(embed_step)
     for _, part, _, batches in _pieces(config, encoder.model, encoder.max_length, data, wanted, delays, mesh):
@@ -371,6 +386,10 @@ def _outputs(
         config, model, finetuned.max_length, data, chosen, delays, mesh
     ):
         outputs = np.stack([score(output_step, one, batches, mesh) for one in finetuned.members])
+        if finetuned.blend is not None:
+            counts, share = finetuned.blend
+            beside = counts.outputs(count_codes(examples, len(finetuned.vocabulary)))
+            outputs = blended(outputs, beside, share)
         seen = None
         if ids is not None:
             whole = find_examples(

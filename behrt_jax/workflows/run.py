@@ -23,15 +23,19 @@ from behrt_jax import __version__
 from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.data.batches import TaskBatches, TrainingBatches
+from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, resolved
+from behrt_jax.files import JsonObject, json_text, resolved
 from behrt_jax.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
+    PARAMETERS_FILE,
+    VOCABULARY_FILE,
     open_run_folder,
     read_config,
     read_metrics,
     truncate_metrics,
+    write_files,
 )
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import flat
@@ -288,7 +292,22 @@ def run_record(
         "data": dict(data),
         "facts": dict(facts),
         "baselines": dict(baselines),
+        "recorded": True,  # in files.json, which belongs to the run
     }
+
+
+def write_start(folder: Path, vocabulary: Vocabulary, parameters: JsonObject, record: JsonObject) -> None:
+    """Write what a run folder begins with; config.json comes last, so that where it is all is there.
+
+    Args:
+        folder: of the run.
+        vocabulary: of its model.
+        parameters: of :func:`parameter_report`.
+        record: of :func:`run_record`.
+    """
+    documents = {PARAMETERS_FILE: parameters, CONFIG_FILE: record}
+    texts = {name: json_text(value, 2).encode() for name, value in documents.items()}
+    write_files(folder, {VOCABULARY_FILE: vocabulary.to_bytes(), **texts})
 
 
 def settings(config: Any) -> JsonObject:

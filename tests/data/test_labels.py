@@ -199,6 +199,15 @@ MISTAKES = {
         "values in the column subject_id that do not",
     ),
     "ids as text": (labels(subject_id=pa.array(["1", "2", "3"])), "has string in the column subject_id"),
+    "broken codes": (
+        WITHOUT
+        | {
+            "categorical_values": pa.ListArray.from_arrays(
+                [0, 1, 2, 4], pa.array([b"a", b"caf\xe9", b"b", None]).view(pa.string())
+            )
+        },
+        "column categorical_values, row 2 .* not UTF-8",
+    ),
     "broken text": (
         WITHOUT | {"categorical_value": pa.array([b"a", b"caf\xe9", b"b"]).view(pa.string())},
         "column categorical_value, row 2 .* not UTF-8",

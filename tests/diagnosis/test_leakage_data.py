@@ -4,7 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from behrt_jax.data.prepared import read_prepared
+from behrt_jax.data import events
+from behrt_jax.data.event_rules import PLACEHOLDER_BIRTH
+from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.vocabulary import UNK
 from tests.diagnosis.audited import (
     OUTCOME,
@@ -72,6 +74,22 @@ def aged(years):
     return spoil
 
 
+def in_seconds(data):
+    for part in data.splits.values():
+        part.times[:] //= 1_000_000
+        part.ages[:] = (part.times + DAY) / events.YEAR
+    return data
+
+
+def far(data):
+    part = data.splits["train"]
+    ends = part.offsets[1:] - 1
+    last = ends[np.argmin(part.ages[ends])]  # of a subject who is young enough
+    part.ages[last] += np.float32(70)
+    part.times[last] += round(70 * events.YEAR)
+    return data
+
+
 def months_as_years(data):
     train = data.splits["train"]
     months = (train.times // (30 * DAY)) % 12
@@ -94,6 +112,8 @@ FAULTS = {
     "events-out-of-order": (unordered, "error", "events come before the one listed ahead"),
     "events-before-birth": (aged(-150), "error", "have a negative age"),
     "age-implausible": (aged(110), "warning", "above 120 years"),
+    "times-of-1970": (in_seconds, "error", "within 100 days of 1970-01-01"),
+    "times-far-apart": (far, "warning", "lie more than 20 years from all others"),
     "ages-against-times": (months_as_years, "error", "more than a day apart"),
     "events-after-death": (deaths, "error", "(HOSPITAL_DISCHARGE//DIED)"),
 }
@@ -107,6 +127,13 @@ def test_an_injected_fault_is_caught(fault, prepared, tmp_path):
     assert list(found) == [name]
     assert seen in found[name]
     assert findings(tmp_path / "spoilt", tmp_path)[name]["severity"] == severity
+
+
+def test_births_on_the_day_of_a_placeholder(prepared, tmp_path):
+    counts = read_manifest(prepared)["events"] | {"changed": {PLACEHOLDER_BIRTH: 3}}
+    found = findings(rewrite(prepared, tmp_path / "spoilt", lambda data: data, events=counts), tmp_path)
+    assert alarms(found).keys() == {"placeholder-births"}
+    assert found["placeholder-births"]["seen"].startswith("3 subjects are born on a day such as 1900-01-01")
 
 
 def test_files_changed_after_preparing_by_an_older_version(prepared, tmp_path):
@@ -260,7 +287,7 @@ def test_codes_stamped_at_discharge(at_end, expected, tmp_path):
     found = alarms(findings(prepare(meds, tmp_path / "p", "--visit_column", "hadm_id"), tmp_path))
     assert list(found) == expected
     if at_end:
-        assert "DIAGNOSIS codes come all at once at the end of 120 of 120 visits" in found[expected[0]]
+        assert "DIAGNOSIS// codes come all at once at the end of 120 of 120 visits" in found[expected[0]]
 
 
 def test_the_share_of_repeats(tmp_path):

@@ -91,6 +91,24 @@ def test_the_two_keys_are_enough_to_predict(case, tmp_path, kind):
     assert not (tmp_path / "evaluation").exists() and not (tmp_path / "run").exists()
 
 
+def test_labels_before_birth_are_left_out_of_predictions_or_kept(case, tmp_path):
+    labelled, known = case.labelled("binary"), case.predicted(tmp_path / "known.parquet")
+    table, file = pq.read_table(labelled.labels), tmp_path / "labels.parquet"
+    held_out = table.filter(pa.array(np.isin(table["subject_id"].to_numpy(), labelled.splits["held_out"])))
+    times = pa.array([-(10**16)] * 3, pa.timestamp("us"))
+    early = held_out.slice(0, 3).set_column(1, "prediction_time", times)
+    assert table.column_names[1] == "prediction_time"
+    pq.write_table(pa.concat_tables([early, table]), file)
+    with pytest.raises(InputError, match=r"3 of .* labels of held_out .* before the subject's birth"):
+        case.predicted(tmp_path / "refused.parquet", labels=file)
+    assert not (tmp_path / "refused.parquet").exists()
+    assert case.predicted(tmp_path / "out.parquet", labels=file, outside_life="leave_out").equals(known)
+    counts = read_predictions(tmp_path / "out.parquet").metadata["counts"]
+    assert (counts["examples"], counts["outside_life"]) == (len(known), 3)
+    kept = case.predicted(tmp_path / "kept.parquet", labels=file, outside_life="keep")
+    assert len(kept) == len(known) + 3
+
+
 def test_the_adapter_on_its_base_predicts_what_the_run_predicts(case, tmp_path):
     whole = case.predicted(tmp_path / "run.parquet")
     adapter = shutil.copytree(case.run() / "adapter", tmp_path / "adapter")

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import main
+from behrt_jax.data.events import DAY
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.sequences import describe
 from behrt_jax.records.sources.meds import read_meds
@@ -169,6 +171,11 @@ def test_a_split_by_hash_is_told_and_can_be_exact(unsplit, tmp_path, capsys):
         assert run(unsplit, tmp_path / "parts", *exact, "--shard", shard) == 0
     assert run(unsplit, tmp_path / "parts", *exact, "--merge") == 0
     assert content(tmp_path / "parts") == content(tmp_path / "exact")
+    # Subjects that ascend are read and encoded at once, but for this.
+    ascending = write_meds(tmp_path / "ascending", history_rows(subjects=12, days=6), layout="deep")
+    assert run(ascending, tmp_path / "again", *exact) == 0
+    found = read_prepared(tmp_path / "again")
+    assert found.fingerprint == read_prepared(tmp_path / "exact").fingerprint
 
 
 def test_own_splits_are_not_drawn(meds, tmp_path, capsys):
@@ -262,3 +269,82 @@ def test_training_options_on_prepared_data(meds, tmp_path):
     data = replace(SMALL_RUN.data, source="prepared", path=tmp_path / "prepared", subjects=5000)
     with pytest.raises(InputError, match=r"data\.vocabulary_size has no effect on prepared data"):
         pretrain(replace(SMALL_RUN, data=data, output=tmp_path / "run"))
+
+
+def test_the_span_of_times_is_told(meds, tmp_path, capsys):
+    assert run(meds, tmp_path / "prepared") == 0
+    manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
+    parts = read_prepared(tmp_path / "prepared").splits.values()
+    days = (
+        np.sort(np.concatenate([part.times for part in parts]))
+        .astype("datetime64[us]")
+        .astype("datetime64[D]")
+    )
+    first, median, last = str(days[0]), str(days[(len(days) - 1) // 2]), str(days[-1])
+    assert manifest["times"] == {"first": first, "median": median, "last": last}
+    out = capsys.readouterr().out
+    assert f"Events from {first} to {last}, median {median}." in out
+    assert "another unit" not in out
+
+
+@pytest.mark.parametrize("factor", [1000, 1_000_000])
+def test_times_of_another_unit_are_told(meds, tmp_path, capsys, factor):
+    shutil.copytree(meds, tmp_path / "meds")
+    for file in (tmp_path / "meds" / "data").rglob("*.parquet"):
+        table = pq.read_table(file)
+        later = pc.add(table["time"].cast(pa.int64()), 40 * 365 * DAY)
+        pq.write_table(table.set_column(1, "time", pc.divide(later, factor).cast(pa.timestamp("us"))), file)
+    assert run(tmp_path / "meds", tmp_path / "prepared") == 0
+    assert "1970, so that the numbers of the time column are most likely of another unit" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def unborn(meds, folder):
+    shutil.copytree(meds, folder)
+    ids = set()
+    for file in (folder / "data").rglob("*.parquet"):
+        table = pq.read_table(file)
+        ids.update(table["subject_id"].to_pylist())
+        pq.write_table(table.filter(pc.not_equal(table["code"], "MEDS_BIRTH")), file)
+    return sorted(ids)
+
+
+def test_subjects_without_births(meds, tmp_path, capsys):
+    assert run(meds, tmp_path / "whole") == 0
+    ids = unborn(meds, tmp_path / "meds")
+    assert run(tmp_path / "meds", tmp_path / "none") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "MEDS_BIRTH" in error and "--birth_codes" in error and "--births FILE" in error
+    births = pa.table({"subject_id": ids[:-1], "birth": pa.array([0] * (len(ids) - 1), pa.timestamp("us"))})
+    pq.write_table(births, tmp_path / "births.parquet")
+    assert run(tmp_path / "meds", tmp_path / "births", "--births", str(tmp_path / "births.parquet")) == 0
+    assert "of subjects without a birth: --births FILE" in " ".join(capsys.readouterr().out.split())
+    whole, found = read_prepared(tmp_path / "whole"), read_prepared(tmp_path / "births")
+    for name, part in found.splits.items():
+        own = np.isin(whole.splits[name].subject_ids, ids[:-1])
+        assert part.subject_ids.tolist() == whole.splits[name].subject_ids[own].tolist()
+        assert np.allclose(part.births(np.arange(len(part))), 0, atol=60 * 60 * 1e6)
+    for choice in ("first_event", "unknown"):
+        assert run(tmp_path / "meds", tmp_path / choice, "--without_birth", choice) == 0
+        for name, part in read_prepared(tmp_path / choice).splits.items():
+            assert len(part.codes) == len(whole.splits[name].codes)
+            assert np.isnan(part.ages).all() if choice == "unknown" else part.ages.min() == 0
+    assert run(tmp_path / "meds", tmp_path / "unknown") == 2  # other options
+
+
+def test_ages_that_cannot_be_are_refused_or_dropped(meds, tmp_path, capsys):
+    shutil.copytree(meds, tmp_path / "meds")
+    file = next((tmp_path / "meds" / "data").rglob("*.parquet"))
+    table = pq.read_table(file)
+    subject = int(np.asarray(table["subject_id"])[0])
+    row = {"subject_id": subject, "time": np.datetime64("9000-01-01", "us").item(), "code": "DIAGNOSIS//1"}
+    pq.write_table(pa.concat_tables([table, pa.Table.from_pylist([row], table.schema)]), file)
+    assert run(tmp_path / "meds", tmp_path / "refused") == 2
+    assert "1 events are at an age above 150 years" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "refused").exists()
+    for choice in ("drop", "keep"):
+        assert run(tmp_path / "meds", tmp_path / choice, "--implausible_ages", choice) == 0
+        manifest = json.loads((tmp_path / choice / "manifest.json").read_text())
+        assert manifest["options"]["implausible_ages"] == choice
+        assert manifest["events"]["dropped"].get("age above 150 years") == (1 if choice == "drop" else None)

@@ -213,7 +213,9 @@ def find_shards(path: Path, data: Path, metadata: Path) -> list[Path]:
         InputError: no such folder, no shard in it, or shards neither in ``data/`` nor in folders of splits.
     """
     refuse_versions(path)
-    files = [file for file in data_files(data) if metadata not in file.parents] if data.is_dir() else []
+    endings = (".parquet", ".pq", ".csv", ".csv.gz") if data != path else (".parquet",)
+    files = data_files(data, endings) if data.is_dir() else []
+    files = [file for file in files if metadata not in file.parents]
     # Without data/ shards lie here or in folders of splits: not anywhere below what may be another folder.
     here = any(file.parent == data or _like_split(_names_of(data, file)[0]) for file in files)
     if data == path and not here and not (files and metadata.is_dir()):
@@ -225,6 +227,10 @@ def find_shards(path: Path, data: Path, metadata: Path) -> list[Path]:
         )
     if not files:
         raise InputError(f"{data} holds no .parquet file: put the data set's shards there.")
+    if other := next((file for file in files if not file.name.lower().endswith(".parquet")), None):
+        raise InputError(
+            f"{other} is among the shards, but is not called .parquet: write it so, or move it away."
+        )
     return files
 
 
@@ -270,7 +276,7 @@ def _convert(file: Path, table: pa.Table, visit_column: str | None) -> pa.Table:
         wanted[VISIT_FIELD.name] = (visit_column, VISIT_FIELD.type)
         if visit_column in table.column_names and is_text(table[visit_column].type):
             texts = table[visit_column].combine_chunks()
-            parquet.refuse_broken_text(file, visit_column, texts)
+            parquet.refuse_broken(file, visit_column, texts)
             place = table.column_names.index(visit_column)
             table = table.set_column(place, visit_column, pa.chunked_array([text_ids(texts)]))
     return pa.table(
@@ -374,7 +380,8 @@ def _like_split(name: str) -> str | None:
 def _names_of(data: Path, shard: Path) -> list[str]:
     """Its folders', and its own without its number (train-00000-of-00004 is train)."""
     inside = shard.relative_to(data)
-    return [*inside.parts[:-1], _NUMBERED.sub("", inside.stem) or inside.stem]
+    folders = [re.sub(r"\.parquet$", "", name, flags=re.IGNORECASE) for name in inside.parts[:-1]]
+    return [*folders, _NUMBERED.sub("", inside.stem) or inside.stem]
 
 
 def splits_of_folders(
@@ -386,17 +393,19 @@ def splits_of_folders(
         InputError: some shards are in folders of splits, or in what looks like one, and others not; a
             subject is in two splits; no train split; an option names what is not there.
     """
-    own = {shard: [name for name in _names_of(data, shard) if name in names] for shard in shards}
-    _refuse_unused(names, {name for found in own.values() for name in found}, f"{data} has no folder")
-    like = [
-        {name: split for name in _names_of(data, shard) if (split := _like_split(name))} for shard in shards
-    ]
-    if not any(own.values()) and not any(like):
+    called = {shard: _names_of(data, shard) for shard in shards}
+    own = {shard: {names[name] for name in called[shard] if name in names} for shard in shards}
+    _refuse_unused(names, {name for found in called.values() for name in found}, f"{data} has no folder")
+    like = {
+        shard: {name: split for name in called[shard] if name not in names and (split := _like_split(name))}
+        for shard in shards
+    }
+    if not any(own.values()) and not any(like.values()):
         return {}
     stray = {}  # name of a folder, or of a shard beside such -> the split it may be
-    for shard, looks in zip(shards, like, strict=True):
-        if len({names[name] for name in own[shard]}) != 1:
-            stray |= looks or {_names_of(data, shard)[0]: "SPLIT"}
+    for shard in shards:
+        if len(own[shard]) != 1 or own[shard] != own[shard].union(like[shard].values()):
+            stray |= like[shard] or {called[shard][0]: "SPLIT"}
     if stray:
         raise InputError(
             f"{data} holds {', '.join(sorted(stray))}, which is no split, beside or in place of "
@@ -406,7 +415,7 @@ def splits_of_folders(
         )
     splits = {}
     for split in SPLITS:
-        chosen = [part for part in parts if names[own[part.file][0]] == split]
+        chosen = [part for part in parts if split in own[part.file]]
         ids = (ids for part in chosen for ids in read_subject_ids(part.file, part.row_groups))
         splits[split] = np.unique(np.concatenate([np.empty(0, np.int64), *(np.unique(part) for part in ids)]))
     return check_splits(splits, data)

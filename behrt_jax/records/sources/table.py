@@ -21,7 +21,7 @@ from behrt_jax.data.event_rules import birth_ranks, births_of_ranks, matches
 from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, EventCounts
 from behrt_jax.data.parquet import CHUNK_ROWS, whole_numbers
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, refuse_versions
 from behrt_jax.records.sources import files as reading
 from behrt_jax.records.sources.columns import (
     TextIds,
@@ -56,6 +56,7 @@ def open_table(path: Path, columns: TableColumns) -> "TableSource":
             given, or one of a type that cannot be meant.
     """
     path = Path(path)
+    refuse_versions(path.parent)
     if not path.is_file():
         raise InputError(f"{path} is no file: give one .csv, .csv.gz or .parquet file.")
     parts, ranges = [reading.Part(path)], []

@@ -202,6 +202,7 @@ def renamed(folder: Path, names: dict[str, str]) -> Path:
         ),
         ({name: f"split={name}" for name in SPLITS}, "split=held_out, split=train, split=tuning, "),
         ({"held_out": ".x", "tuning/0.parquet": "0.parquet", "tuning": ".y"}, "0, which is no split"),
+        ({"held_out": "train/test"}, "test, .*--splits.names test=held_out"),
         ({"train": "a", "held_out": "test_1", "tuning": "b"}, "a, b, test_1, which is no split"),
     ],
 )
@@ -236,6 +237,9 @@ def test_files_and_deeper_folders_name_splits_too(tmp_path):
         (folder / "data" / name / "0.parquet").rename(folder / "data" / f"{name}-00000-of-00001.parquet")
     assert as_lists(read_meds(folder).splits) == SPLITS
     folder = write_meds(tmp_path / "b", ROWS, SPLITS, layout="nested", split_file=False)
+    renamed(folder, {name: f"{name}.parquet" for name in SPLITS})
+    assert as_lists(read_meds(folder).splits) == SPLITS
+    folder = write_meds(tmp_path / "c", ROWS, SPLITS, layout="nested", split_file=False)
     (folder / "data" / "cohort").mkdir()
     renamed(folder, {name: f"cohort/{name}" for name in SPLITS})
     assert as_lists(read_meds(folder).splits) == SPLITS
@@ -352,8 +356,10 @@ def test_folder_mistakes(tmp_path):
         read_meds(tmp_path)
     (tmp_path / "data" / "directory.parquet").mkdir(parents=True)
     (tmp_path / "data" / ".hidden.parquet").write_text("")
-    (tmp_path / "data" / "0.csv").write_text("subject_id,time,code")
     with pytest.raises(InputError, match=r"data holds no \.parquet file"):
+        read_meds(tmp_path)
+    (tmp_path / "data" / "0.csv").write_text("subject_id,time,code")
+    with pytest.raises(InputError, match=r"0\.csv is among the shards, but is not called \.parquet"):
         read_meds(tmp_path)
 
 
@@ -747,3 +753,13 @@ def test_the_mimic_iv_demo_in_pieces(monkeypatch):
     assert [len(tables) for tables in read] == [1, 9, 1]
     assert as_rows(pa.concat_tables([table for tables in read for table in tables])) == whole
     assert (counts.read, counts.dropped, counts.changed) == (916_166, {}, {})
+
+
+def test_times_of_spark_keep_their_century(tmp_path):
+    far = pa.array([253_402_300_799_000_000, -11_676_096_000_000_000, None], pa.timestamp("us"))  # 9999, 1600
+    folder = write_meds(tmp_path, [Row(1, DAY, "A"), Row(1, DAY, "B"), Row(1, DAY, "C")], {"train": [1]})
+    file = next((folder / "data").rglob("*.parquet"))
+    table = pq.ParquetFile(file).read()
+    pq.write_table(table.set_column(1, "time", far), file, use_deprecated_int96_timestamps=True)
+    assert pq.ParquetFile(file).schema.column(1).physical_type == "INT96"
+    assert read_meds(folder).events["time"].combine_chunks().equals(far)

@@ -128,6 +128,12 @@ def test_a_table_that_is_broken_or_not_wanted_is_skipped(tmp_path):
     rest = [row for row in rows_of(plain, "") if not row[2].startswith("DRUG//")]
     assert rows_of(read_all(source)[0], "") == rest
     assert tmp_path / "drug_exposure.csv" not in source.files()
+    (tmp_path / "drug_exposure.csv").rename(tmp_path / "drug_exposure.csv.bz2")
+    (tmp_path / "device_exposure.sql").touch()  # no data
+    with pytest.raises(InputError, match=r"drug_exposure\.csv\.bz2 is not read.*--omop\.skip drug_exposure"):
+        open_omop(tmp_path)
+    assert rows_of(read_all(open_omop(tmp_path, skip=["drug_exposure"]))[0], "") == rest
+    (tmp_path / "drug_exposure.csv.bz2").unlink()
     for wrong in ("drug", "person"):
         with pytest.raises(InputError, match=rf"--omop\.skip names {wrong}, which is no table of"):
             open_omop(tmp_path, skip=[wrong])

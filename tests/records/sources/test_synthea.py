@@ -291,6 +291,7 @@ ROW = f"2009-01-08,,{ANN},e1,1,x\n"
     ("text", "says"),
     [
         (HEADER + ROW + f"2009-01-08,,{ANN},e1,1\n", ("5 values in data row 2", "6 columns", "mend")),
+        ((HEADER + ROW).encode() + b"caf\xe9,1\n", ("2 values in data row 2", "6 columns")),
         (HEADER + ROW * 2 + ROW.strip() + ",y\n", ("7 values in data row 3", "quotes")),
         (
             (HEADER + ROW).encode() + "2009-01-08,,p,e1,1,Ménière\n".encode("latin-1"),
@@ -393,6 +394,11 @@ def test_tables_that_are_skipped(tmp_path):
     (folder / "observations.csv").unlink()
     (folder / "observations.csv").mkdir()
     raised(lambda: open_synthea(folder), "observations.csv is a folder", "one CSV file")
+    assert open_synthea(folder, ["observations"]).units() == 3
+    (folder / "observations.csv").rmdir()
+    (folder / "observations.csv.zip").touch()
+    (folder / "devices.txt").touch()  # no data
+    raised(lambda: open_synthea(folder), "observations.csv.zip is not read", "--synthea.skip observations")
 
 
 def test_a_header_that_comes_again_is_named(tmp_path):
