@@ -128,9 +128,8 @@ def find_examples(
     if outside_life != "keep":
         late = _after_death(data.deaths[split], labels.subject_ids[rows], times)
         left_out = {"before_birth": int(early.sum()), "after_death": int(late.sum())}
-        rows, subjects, times, births = (
-            column[~(early | late)] for column in (rows, subjects, times, births)
-        )
+        kept = ~(early | late)
+        rows, subjects, times, births = rows[kept], subjects[kept], times[kept], births[kept]
 
     starts, stops = part.offsets[subjects], part.offsets[subjects + 1]
     up_to = place_in(part.times, starts, stops, times, inclusive=True)

@@ -275,7 +275,7 @@ def span_of_times(splits: Mapping[str, Sequences]) -> dict[str, str]:
     days, events = events_by_day(splits)
     if not len(days):
         return {}
-    median = days[np.searchsorted(np.cumsum(events), events.sum() / 2)]
+    median = days[int(np.searchsorted(np.cumsum(events), events.sum() / 2))]
     return {"first": day_text(days[0]), "median": day_text(median), "last": day_text(days[-1])}
 
 
