@@ -1,13 +1,14 @@
 """An adapter on disk: what was trained, without the frozen base it belongs to.
 
-A folder with two files. ``adapter.safetensors`` holds every LoRA leaf and every trained leaf of the
-parameters (head, embeddings, ...) as float32, under keys such as
-``lora/behrt/encoder/layer_0/attention/query/a`` and ``params/mlm_head/dense/kernel``.
+A folder. ``adapter.safetensors`` holds every LoRA leaf and every trained leaf of the parameters (head,
+embeddings, ...) as float32, under keys such as ``lora/behrt/encoder/layer_0/attention/query/a`` and
+``params/mlm_head/dense/kernel``.
 ``adapter_config.json`` holds the configuration, the table of tensors and the fingerprints of the
 vocabulary, of the frozen base and of the tensor file, and the codes that the adapter added to the vocabulary
-(`new_codes`), in the order of their rows ``params/new_codes/rows``. On disk a model is always layer by
-layer, so that an adapter fits its base whether or not the layers are stacked in memory
-(`models.stacked_layers`).
+(`new_codes`), in the order of their rows ``params/new_codes/rows``. Beside them lie the vocabulary and the
+rules that `data.prepared.rule_files` gives, so that other subjects can be prepared as those of the run were.
+On disk a model is always layer by layer, so that an adapter fits its base whether or not the layers are
+stacked in memory (`models.stacked_layers`).
 
 Source of the tensor format: https://github.com/huggingface/safetensors.
 """
@@ -17,7 +18,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from flax.traverse_util import unflatten_dict
 import behrt_jax
 from behrt_jax.adapters.lora import label, leaves_by_path
 from behrt_jax.config import from_stored
+from behrt_jax.data.prepared import PREPARATION, VOCABULARY
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, replace_folder
 from behrt_jax.models.stacked_layers import Tree, count_stacked_layers, stack_layers, unstack_layers
@@ -61,8 +63,15 @@ class AdapterConfig:
     """Shape of each tensor."""
 
 
-def save_adapter(folder: Path, params: Tree, lora: Tree, trained: Tree, config: AdapterConfig) -> list[Path]:
-    """Write an adapter folder in one go, in place of an older one, and return its two files.
+def save_adapter(
+    folder: Path,
+    params: Tree,
+    lora: Tree,
+    trained: Tree,
+    config: AdapterConfig,
+    rules: Mapping[str, bytes] = MappingProxyType({}),
+) -> list[Path]:
+    """Write an adapter folder in one go, in place of an older one, and return its two files of its own.
 
     Args:
         folder: new, or that of an adapter.
@@ -71,6 +80,7 @@ def save_adapter(folder: Path, params: Tree, lora: Tree, trained: Tree, config: 
         trained: mirrors ``params`` with a bool for each leaf: the True ones are written, the others are the
             base.
         config: its settings must be ready for JSON.
+        rules: `data.prepared.rule_files` of the run, where they are to lie beside it.
 
     Raises:
         InputError: ``folder`` holds files that are no adapter's, or safetensors is not installed.
@@ -99,7 +109,7 @@ def save_adapter(folder: Path, params: Tree, lora: Tree, trained: Tree, config: 
         tensors={key: list(values.shape) for key, values in tensors.items()},
     )
     text = json.dumps(asdict(whole), indent=2) + "\n"
-    replace_folder(folder, {CONFIG_FILE: text.encode(), TENSOR_FILE: data})
+    replace_folder(folder, {CONFIG_FILE: text.encode(), TENSOR_FILE: data, **rules})
     return [folder / CONFIG_FILE, folder / TENSOR_FILE]
 
 
@@ -187,7 +197,8 @@ def _refuse_other_files(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder for the adapter")
-    other = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG_FILE, TENSOR_FILE))
+    own = (CONFIG_FILE, TENSOR_FILE, VOCABULARY, PREPARATION)
+    other = sorted(path.name for path in folder.iterdir() if path.name not in own)
     if other:
         raise InputError(f"{folder} holds {other[0]}, which is no adapter's; give a folder of its own")
 

@@ -11,6 +11,7 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,15 +19,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import DEATH_CODE, SPLITS, Births, EventColumns, EventCounts
 from behrt_jax.data.parquet import readable
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, json_text, read_json, written_whole
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PREPARATION = "preparation.json"
+"""Of runs and adapters, beside their vocabulary: the part of the manifest that `read_rules` needs."""
 VOCABULARY = "vocabulary.parquet"
 EVENTS = pa.schema([("code", pa.int32()), ("age", pa.float32()), ("visit", pa.int32()), ("time", pa.int64())])
 SUBJECTS = pa.schema([("subject_id", pa.int64()), ("start", pa.int64())])
@@ -61,6 +65,52 @@ def read_manifest(path: Path) -> JsonObject:
     return manifest
 
 
+def read_rules(folder: Path, option: str) -> tuple[Vocabulary, Preparation]:
+    """What events of other subjects need to become the tokens of prepared data, of a run or of an adapter.
+
+    Args:
+        folder: of any of them.
+        option: that names it, for messages.
+
+    Raises:
+        InputError: it is none of them, or a run or adapter that does not keep its rules (an older version
+            made it, or its data were made in memory).
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        preparation = Preparation.from_json(read_manifest(folder), folder / MANIFEST)
+    elif (preparation := read_preparation(folder)) is None:
+        raise InputError(
+            f"{option}: {folder} does not tell how its data were prepared (neither {MANIFEST} nor "
+            f"{PREPARATION} is there; runs of older versions have none): give the folder of the prepared "
+            "data that it was trained on."
+        )
+    return Vocabulary.read(folder / VOCABULARY), preparation
+
+
+def read_preparation(folder: Path) -> Preparation | None:
+    """The rules that a run or an adapter keeps; None where it has none."""
+    file = folder / PREPARATION
+    return Preparation.from_json(read_json(file), file) if file.is_file() else None
+
+
+def rule_files(vocabulary: Vocabulary, preparation: Preparation | None) -> dict[str, bytes]:
+    """Name -> content of the files that :func:`read_rules` reads; of the vocabulary alone where there is no
+    more to tell.
+    """
+    table = BytesIO()
+    vocabulary.write(table)
+    rules = {} if preparation is None else {PREPARATION: json_text(preparation.to_json(), 2).encode()}
+    return {VOCABULARY: table.getvalue(), **rules}
+
+
+def write_rules(folder: Path, vocabulary: Vocabulary, preparation: Preparation | None) -> None:
+    """Write the :func:`rule_files` of a run into its folder."""
+    for name, content in rule_files(vocabulary, preparation).items():
+        with written_whole(folder / name) as temporary:
+            temporary.write_bytes(content)
+
+
 def read_prepared(path: Path, sep_token: bool = False) -> SequenceSet:
     """Open a prepared data set.
 
@@ -87,6 +137,7 @@ def read_prepared(path: Path, sep_token: bool = False) -> SequenceSet:
         counts = EventCounts(**manifest["events"])
         fingerprint = manifest["fingerprint"]
         without = manifest["subjects_without_events"]
+        unknown = {row["code"]: row["events"] for row in manifest.get("unknown_codes", ())}
     except (KeyError, TypeError) as error:
         raise InputError(f"{path / MANIFEST} is damaged: run prepare again, with another output.") from error
     if not matches:
@@ -98,7 +149,8 @@ def read_prepared(path: Path, sep_token: bool = False) -> SequenceSet:
         splits = {name: with_separators(part) for name, part in splits.items()}
         fingerprint = set_fingerprint(vocabulary, splits)
     births = {name: read_births(path, name) for name in SPLITS}
-    return SequenceSet(vocabulary, splits, counts, fingerprint, without, births)
+    preparation = Preparation.from_json(manifest, path / MANIFEST)
+    return SequenceSet(vocabulary, splits, counts, fingerprint, without, births, preparation, unknown)
 
 
 def read_split(folder: Path) -> Sequences:

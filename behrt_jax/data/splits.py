@@ -18,6 +18,7 @@ def hash_splits(
     held_out_fraction: float,
     seed: int,
     options: str = "data.",
+    may_be_empty: bool = False,
 ) -> dict[str, np.ndarray]:
     """Deal subjects out to train, tuning and held_out by a seeded hash of their ids.
 
@@ -27,6 +28,7 @@ def hash_splits(
         held_out_fraction: share of subjects for held_out, from 0 to below 1.
         seed: any integer.
         options: goes before the names of options in messages.
+        may_be_empty: any split may be; the shares are taken as they are, up to 0 and 1.
 
     Returns:
         Split name -> ascending int64 ids, for all three names; held_out may be empty.
@@ -34,12 +36,13 @@ def hash_splits(
     Raises:
         InputError: a fraction out of range, or a train or tuning split that no subject fell into.
     """
-    check_fractions(tuning_fraction, held_out_fraction, options)
+    if not may_be_empty:
+        check_fractions(tuning_fraction, held_out_fraction, options)
     ids = distinct(np.asarray(subject_ids, dtype=np.int64))  # [S]
     split = hash_split_index(ids, tuning_fraction, held_out_fraction, seed)  # [S]
     splits = {name: ids[split == index] for index, name in enumerate(SPLITS)}
     for name in ("train", "tuning"):
-        if not len(splits[name]):
+        if not len(splits[name]) and not may_be_empty:
             raise InputError(
                 f"None of the {len(ids)} subjects fell into the {name} split: give more subjects, another "
                 f"{options}seed, or other values of {options}tuning_fraction and {options}held_out_fraction."

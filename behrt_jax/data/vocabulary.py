@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -61,11 +62,18 @@ class Vocabulary:
             (*self.codes, *codes), np.concatenate([self.counts, counts]), (*self.descriptions, *texts)
         )
 
+    def counted(self, counts: Mapping[str, int]) -> "Vocabulary":
+        """The same rows with the counts of other events: code -> events."""
+        rows = np.array([counts.get(code, 0) for code in self.codes], np.int64)
+        rows[: len(SPECIAL_TOKENS)] = 0
+        rows[UNK] = sum(counts.values()) - rows.sum()
+        return Vocabulary(self.codes, rows, self.descriptions)
+
     def fingerprint(self) -> str:
         """SHA-256 of the codes in order: vocabularies with the same fingerprint encode alike."""
         return hashlib.sha256(json.dumps(self.codes).encode()).hexdigest()
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path | BinaryIO) -> None:
         """Write a Parquet table with the columns code, id, count and description."""
         columns = [self.codes, np.arange(len(self), dtype=np.int32), self.counts, self.descriptions]
         arrays = [pa.array(column, type=field.type) for column, field in zip(columns, _SCHEMA, strict=True)]

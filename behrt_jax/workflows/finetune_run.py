@@ -10,7 +10,9 @@ import numpy as np
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.config import FinetuneConfig, TaskConfig
 from behrt_jax.data.batches import TaskBatches
+from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.labels import Labels, LabelTables
+from behrt_jax.data.prepared import rule_files, write_rules
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.errors import InputError
@@ -29,8 +31,11 @@ from behrt_jax.training.validation import task_metrics
 from behrt_jax.workflows import announce
 from behrt_jax.workflows.checks import check_finetune, model_of
 from behrt_jax.workflows.labelled_data import (
+    TRAINS,
     LabelledData,
+    announce_codes,
     announce_labels,
+    check_codes,
     label_data,
     label_tasks,
     split_batches,
@@ -56,6 +61,8 @@ class Finetuning(Run):
     labelled: LabelledData
     tuning: TaskBatches
     pretrained: Pretrained
+    preparation: Preparation | None
+    """Rules by which the data were prepared, where they are known."""
 
 
 def open_finetuning(
@@ -85,6 +92,11 @@ def open_finetuning(
         labelled = label_data(config, model, pretrained.vocabulary, data, labels, delays)
     task = labelled.task
     announce_labels(console, task.kind, labelled.counts)
+    codes = check_codes(
+        data, TRAINS, labelled.vocabulary, pretrained.preparation, config.max_unknown, config.init
+    )
+    announce_codes(console, codes)
+    labelled.counts["codes"] = codes
     network = BEHRTForTask(model, len(pretrained.vocabulary), task.outputs, config.task.pooling)
     setup = set_up_task(
         network,
@@ -109,7 +121,7 @@ def open_finetuning(
     folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
     if config.resume:
         check_same_run(folder, config, _fingerprint(data, labelled))
-    labelled.vocabulary.write(folder / "vocabulary.parquet")
+    write_rules(folder, labelled.vocabulary, data.preparation)
     write_json(folder / PARAMETERS_FILE, parameters)
     facts = {
         "task": task.to_json(),
@@ -121,7 +133,17 @@ def open_finetuning(
     write_json(folder / CONFIG_FILE, run_record(config, description, facts, {}))
     counts = labelled.vocabulary.counts
     return Finetuning(
-        folder, assembly, batches, schedule, micro_batches, parameters, counts, labelled, tuning, pretrained
+        folder,
+        assembly,
+        batches,
+        schedule,
+        micro_batches,
+        parameters,
+        counts,
+        labelled,
+        tuning,
+        pretrained,
+        data.preparation,
     )
 
 
@@ -177,6 +199,8 @@ def task_record(config: FinetuneConfig, run: Finetuning, calibration: Calibratio
         "calibration": asdict(calibration),
         "new_codes": new,
         "base": str(config.init),
+        "data": None if config.data is None else str(config.data.resolve()),
+        "labels": None if config.labels is None else str(config.labels.resolve()),
     }
 
 
@@ -194,7 +218,8 @@ def try_write_adapter(
             new_codes=codes,
         )
         trained = run.assembly.setup.mask["params"]
-        save_adapter(folder, variables["params"], variables["lora"], trained, adapter)
+        rules = rule_files(run.labelled.vocabulary, run.preparation)
+        save_adapter(folder, variables["params"], variables["lora"], trained, adapter, rules)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
         return

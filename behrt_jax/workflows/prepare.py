@@ -8,6 +8,7 @@ from behrt_jax.config import PrepareConfig
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.records.meds_export import export_meds
+from behrt_jax.records.prepare.manifest import read_like
 from behrt_jax.records.prepare.pipeline import prepare
 from behrt_jax.records.sources.meds import open_meds
 from behrt_jax.records.sources.omop import open_omop
@@ -40,8 +41,16 @@ def prepare_records(config: PrepareConfig) -> JsonObject:
         raise InputError("--output is missing: give a folder to write, or add --dry_run.")
     if config.to_meds is not None and (config.shard is not None or config.merge):
         raise InputError("--to_meds reads the source whole: give it without --shard and --merge.")
+    config, like = read_like(config)
     source = open_source(config)
     with open_console() as console:
+        if like is not None:
+            console.log(f"Preparing like {config.like}: its {len(like.vocabulary):,} codes, bins and rules.")
+            if like.preparation.options.get("ancestors") and config.source != "omop":
+                console.log(
+                    "There concepts were replaced by their ancestors, which only an OMOP source can do: the "
+                    "codes must be those ancestors already."
+                )
         console.log(f"Reading {source.name} data: {len(source.files())} files in {source.units()} parts.")
 
         shown = time.monotonic()
@@ -119,19 +128,26 @@ def report(console: Console, manifest: JsonObject) -> None:
             for name, part in splits.items()
         ],
     )  # fmt: skip
-    console.table(
-        "Padding of the train split",
-        ("row length", "a sequence a row", "packed"),
-        [
-            (length, f"{shares['padded']:.1%}", f"{shares['packed']:.1%}")
-            for length, shares in splits["train"]["padding"].items()
-        ],
-    )
+    if padding := splits["train"]["padding"]:
+        console.table(
+            "Padding of the train split",
+            ("row length", "a sequence a row", "packed"),
+            [
+                (length, f"{shares['padded']:.1%}", f"{shares['packed']:.1%}")
+                for length, shares in padding.items()
+            ],
+        )
     console.table(
         "Most frequent codes",
         ("code", "events", "description"),
         [(row["code"], row["events"], row["description"]) for row in manifest["top_codes"][:10]],
     )
+    if "like" in manifest["options"] and (unknown := manifest["unknown_codes"]):
+        console.table(
+            f"Codes that the vocabulary does not know, [UNK] ({manifest['distinct_unknown_codes']:,})",
+            ("code", "events"),
+            [(row["code"], row["events"]) for row in unknown[:20]],
+        )
 
 
 def _named(files: Sequence[Path], folder: Path) -> str:

@@ -17,6 +17,7 @@ from behrt_jax.data.batches import (
     training_batches,
     validation_batches,
 )
+from behrt_jax.data.prepared import rule_files, write_rules
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import InputError
@@ -271,7 +272,7 @@ def examine_before(
     record = RunRecord(settings(config), run.parameters, facts, baselines)
     examination = Examination(console, record, run.folder / METRICS_FILE)
     examination.before()
-    run.data.vocabulary.write(run.folder / "vocabulary.parquet")
+    write_rules(run.folder, run.data.vocabulary, run.data.preparation)
     write_json(run.folder / PARAMETERS_FILE, run.parameters)
     write_json(run.folder / CONFIG_FILE, run_record(config, run.description, asdict(facts), baselines))
     return examination
@@ -288,7 +289,8 @@ def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, va
             lora=values["lora"], model=values["model"], vocabulary_fingerprint=fingerprint
         )
         trained = run.assembly.setup.mask["params"]
-        save_adapter(run.folder / "adapter", variables["params"], variables["lora"], trained, adapter)
+        rules = rule_files(run.data.vocabulary, run.data.preparation)
+        save_adapter(run.folder / "adapter", variables["params"], variables["lora"], trained, adapter, rules)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 

@@ -209,6 +209,7 @@ FREE = (
     "data",
     "labels",
     "init",
+    "max_unknown",
     "compilation_cache",
 )
 

@@ -125,8 +125,7 @@ def test_wrong_input_is_one_clear_error_before_anything_is_written(case, tmp_pat
         "--model is missing": replace(config, model=None),
         "--model: .* holds no fine-tuned model": replace(config, model=case.base),
         "--output is missing": replace(config, output=None),
-        "--data is missing": replace(config, data=None),
-        "--labels is missing": replace(config, labels=None),
+        "--data and --input are both given": replace(config, input=case.data),
         "rows is 0": replace(config, rows=0),
         "none of the 300 labels is of a subject of the split held_out .*300 are of": replace(
             config, labels=strangers

@@ -1,0 +1,162 @@
+"""One patient's events, in memory, to a prediction: no folders are read or written but the model's."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pyarrow as pa
+
+from behrt_jax.data.event_rules import Preparation
+from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, SPLITS, VISIT_FIELD, EventCounts, event_columns
+from behrt_jax.data.labels import Labels
+from behrt_jax.data.prepared import read_rules
+from behrt_jax.data.sequences import Sequences, SequenceSet
+from behrt_jax.data.sorting import run_offsets
+from behrt_jax.data.vocabulary import UNK, Vocabulary
+from behrt_jax.errors import InputError
+from behrt_jax.evaluation.calibration import mean_predictions
+from behrt_jax.files import JsonObject
+from behrt_jax.records.prepare.encode import EncodingRules
+from behrt_jax.training.devices import Devices, make_mesh
+from behrt_jax.training.runtime import use_compilation_cache
+from behrt_jax.training.validation import make_output_step
+from behrt_jax.workflows.labelled_data import check_codes
+from behrt_jax.workflows.predict import last_events, open_finetuned, outputs_of
+
+
+class PatientPrediction(NamedTuple):
+    """The prediction for one patient."""
+
+    predicted: np.ndarray
+    """float64 ``[outputs]``: binary, the probability of a positive label, alone; else as in files of
+    predictions, such as the probability of each class."""
+    time: int
+    """Prediction time, microseconds since 1970."""
+    codes: JsonObject
+    """What `labelled_data.check_codes` found: the share of events that the model does not know, ..."""
+    events: EventCounts
+    """Events given, and those that each rule of the preparation dropped or changed."""
+
+
+class PatientModel:
+    """A fine-tuned model in memory, which predicts for one patient at a time.
+
+    The first prediction compiles; the others take the time of one row.
+    """
+
+    def __init__(self, folder: Path, base: Path | None = None, devices: Devices | None = None):
+        """Read a model; arguments and errors of :func:`open_finetuned`, and a run without its rules."""
+        use_compilation_cache(None)
+        self._folder, self._mesh = Path(folder), make_mesh(devices)
+        self.model = open_finetuned(self._folder, base, self._mesh)
+        self._rules = self.model.preparation or read_rules(self._folder, "folder")[1]
+        self._step = jax.jit(make_output_step(self.model.setup.predictor))
+
+    def predict(
+        self,
+        events: pa.Table | Sequence[Mapping[str, object]],
+        time: datetime | None = None,
+        max_unknown: float | None = None,
+    ) -> PatientPrediction:
+        """Predict from the events of one patient, which are prepared as the model's own data were.
+
+        Args:
+            events: in any order: ``code``, ``time`` (a datetime; None where static) and, where there are any,
+                ``numeric_value`` and ``visit_id``. The birth is an event of the code MEDS_BIRTH.
+            time: of the prediction, inclusive; that of the last event that is kept where not given.
+            max_unknown: as in `config.PredictConfig`.
+
+        Raises:
+            InputError: columns that are missing or of other types, no birth, no event to predict at, or more
+                unknown codes than allowed.
+        """
+        model = self.model
+        data = encode_events(event_rows(events), model.vocabulary, self._rules)
+        split = "held_out"
+        codes = check_codes(data, [split], model.vocabulary, self._rules, max_unknown, self._folder)
+        labels = last_events(data, [split])
+        if time is not None and len(known := data.subject_ids(split)):
+            at = pa.scalar(time, pa.timestamp("us")).cast(pa.int64()).as_py()
+            labels = Labels(known, np.array([at], np.int64), np.full(1, None), "none")
+        if not len(labels):
+            rules = ", ".join(f"{rule}: {count}" for rule, count in data.counts.dropped.items())
+            raise InputError(
+                f"events: none of {data.counts.read} is left to predict from ({rules or 'none was given'}): "
+                f"give a {BIRTH_CODE} with a time, and an event with a code of the model or a time."
+            )
+        chosen = {split: labels}
+        found = outputs_of(self._step, 1, model, data, chosen, self._rules.delays, self._mesh)
+        _, outputs, _, _ = next(found)
+        predicted = mean_predictions(model.task.kind, outputs, model.calibration.temperature)
+        return PatientPrediction(predicted[0], int(labels.times[0]), codes, data.counts)
+
+
+def event_rows(events: pa.Table | Sequence[Mapping[str, object]]) -> pa.Table:
+    """The events of one patient as a table by `data.events`, whose subject is 0 where it is not named.
+
+    Raises:
+        InputError: a column is missing, of another type, or null where it must not be, or there are several
+            subjects.
+    """
+    try:
+        rows = [] if isinstance(events, pa.Table) else [dict(row) for row in events]
+        table: pa.Table = events if isinstance(events, pa.Table) else pa.Table.from_pylist(rows)  # pyright: ignore[reportAssignmentType]
+        columns = {}
+        for field in (*EVENT_SCHEMA, VISIT_FIELD):
+            if field.name in table.column_names:
+                given = table[field.name].combine_chunks()
+                kind = pa.string() if field.name == "code" else field.type
+                columns[field.name] = given.cast(kind)
+            elif field.name in ("time", "code") and table.num_rows:
+                raise InputError(f"events: the column {field.name} is missing.")
+            elif field.name == "subject_id":
+                columns[field.name] = pa.array(np.zeros(table.num_rows, np.int64))
+            else:
+                columns[field.name] = pa.nulls(table.num_rows, field.type)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise InputError(
+            f"events: not a table of code, time, numeric_value and visit_id ({error})."
+        ) from error
+    if columns["code"].null_count or len(columns["subject_id"].unique()) > 1:
+        raise InputError("events: a code is null, or there are several subjects: give the events of one.")
+    columns["code"] = columns["code"].cast(pa.string()).dictionary_encode()
+    return pa.table(columns, schema=pa.schema([*EVENT_SCHEMA, VISIT_FIELD]))
+
+
+def encode_events(events: pa.Table, vocabulary: Vocabulary, preparation: Preparation) -> SequenceSet:
+    """Events of a few subjects as the tokens of a model, by the rules of its own data; all are held_out.
+
+    Args:
+        events: as in `data.events`, with visit ids.
+        vocabulary: of the model.
+        preparation: rules of the data that it was trained on.
+    """
+    place = SPLITS.index("held_out")
+    rules = EncodingRules(
+        preparation.choice,
+        preparation.options["duplicates"],
+        lambda ids: np.full(len(ids), place, np.int8),
+        preparation.bins,
+    )
+    encoded = rules.encode(event_columns(events), events["numeric_value"].to_numpy())
+    encoded.counts.read = events.num_rows
+    ids = vocabulary.encode(encoded.names)
+    splits = {
+        name: Sequences(subjects, run_offsets(lengths), ids[codes], *columns)
+        for name, (subjects, lengths, codes, *columns) in encoded.parts.items()
+    }
+    found = encoded.events["held_out"]
+    rows = np.flatnonzero((ids == UNK) & (found > 0))
+    rows = rows[np.argsort(-found[rows], kind="stable")]
+    return SequenceSet(
+        vocabulary,
+        splits,
+        encoded.counts,
+        fingerprint="",
+        births={name: facts.births for name, facts in encoded.facts.items()},
+        preparation=preparation,
+        unknown_codes={encoded.names[row]: int(found[row]) for row in rows},
+    )
