@@ -8,10 +8,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pyarrow as pa
+import pyarrow.types as pt
 
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, SPLITS, VISIT_FIELD, EventCounts, event_columns
 from behrt_jax.data.labels import Labels
+from behrt_jax.data.parquet import cast_column, refuse_nulls
 from behrt_jax.data.prepared import read_rules
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.sorting import run_offsets
@@ -25,6 +27,9 @@ from behrt_jax.training.runtime import use_compilation_cache
 from behrt_jax.training.validation import make_output_step
 from behrt_jax.workflows.labelled_data import check_codes
 from behrt_jax.workflows.predict import last_events, open_finetuned, outputs_of
+
+FIELDS = (*EVENT_SCHEMA, VISIT_FIELD)
+_MEANT = "give each a code (text) and a time (datetime or None), and where known numeric_value and visit_id"
 
 
 class PatientPrediction(NamedTuple):
@@ -98,32 +103,42 @@ def event_rows(events: pa.Table | Sequence[Mapping[str, object]]) -> pa.Table:
     """The events of one patient as a table by `data.events`, whose subject is 0 where it is not named.
 
     Raises:
-        InputError: a column is missing, of another type, or null where it must not be, or there are several
-            subjects.
+        InputError: a column is missing, unknown, of another type, or null where it must not be, or there are
+            several subjects.
     """
+    given = Path("events")  # in place of a file, for messages
+    if isinstance(events, Sequence):
+        names = sorted({name for row in events for name in row})
+        if unknown := [name for name in names if name not in {field.name for field in FIELDS}]:
+            raise InputError(f"{given} have {', '.join(unknown)}: {_MEANT}.")
+        columns = {name: pa.chunked_array([_column(name, events)]) for name in names}
+    else:
+        columns = dict(zip(events.column_names, events.columns, strict=True))
+    rows = len(next(iter(columns.values()), ()))
+    if rows and (missing := {"time", "code"} - columns.keys()):
+        raise InputError(f"{given} have no {' and no '.join(sorted(missing))}: {_MEANT}.")
+    empty = {"subject_id": pa.array(np.zeros(rows, np.int64))}
+    found = {}
+    for field in FIELDS:
+        values = columns.get(field.name, empty.get(field.name))
+        if values is None:
+            values = pa.nulls(rows, field.type)
+        values = pa.chunked_array([values]) if isinstance(values, pa.Array) else values
+        if pt.is_string(values.type) or pt.is_large_string(values.type):
+            values = values.cast(pa.string()).dictionary_encode()
+        found[field.name] = cast_column(given, field.name, values, field.type)
+    for name in ("subject_id", "code"):
+        refuse_nulls(given, name, found[name])
+    if len(found["subject_id"].unique()) > 1:
+        raise InputError(f"{given} are of several subjects: give those of one.")
+    return pa.table(found, schema=pa.schema(FIELDS)).combine_chunks()
+
+
+def _column(name: str, events: Sequence[Mapping[str, object]]) -> pa.Array:
     try:
-        rows = [] if isinstance(events, pa.Table) else [dict(row) for row in events]
-        table: pa.Table = events if isinstance(events, pa.Table) else pa.Table.from_pylist(rows)  # pyright: ignore[reportAssignmentType]
-        columns = {}
-        for field in (*EVENT_SCHEMA, VISIT_FIELD):
-            if field.name in table.column_names:
-                given = table[field.name].combine_chunks()
-                kind = pa.string() if field.name == "code" else field.type
-                columns[field.name] = given.cast(kind)
-            elif field.name in ("time", "code") and table.num_rows:
-                raise InputError(f"events: the column {field.name} is missing.")
-            elif field.name == "subject_id":
-                columns[field.name] = pa.array(np.zeros(table.num_rows, np.int64))
-            else:
-                columns[field.name] = pa.nulls(table.num_rows, field.type)
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise InputError(
-            f"events: not a table of code, time, numeric_value and visit_id ({error})."
-        ) from error
-    if columns["code"].null_count or len(columns["subject_id"].unique()) > 1:
-        raise InputError("events: a code is null, or there are several subjects: give the events of one.")
-    columns["code"] = columns["code"].cast(pa.string()).dictionary_encode()
-    return pa.table(columns, schema=pa.schema([*EVENT_SCHEMA, VISIT_FIELD]))
+        return pa.array([row.get(name) for row in events])
+    except (pa.ArrowException, TypeError, ValueError) as error:  # the message would show values
+        raise InputError(f"events have a {name} of mixed or unknown types: {_MEANT}.") from error
 
 
 def encode_events(events: pa.Table, vocabulary: Vocabulary, preparation: Preparation) -> SequenceSet:

@@ -30,6 +30,7 @@ from tests.records.meds_folder import (
     event_set,
     events_table,
     history_rows,
+    tokens,
 )
 from tests.records.memory_source import MemorySource
 
@@ -477,18 +478,6 @@ LIKE_ROWS = [
     row._replace(value=None if row.code == "DIAGNOSIS//7" else row.value)
     for row in history_rows(subjects=40, days=5, seed=3)
 ]
-
-
-def tokens(folder):
-    """Subject -> its codes by name, ages, visits and times, of all splits."""
-    data, found = read_prepared(folder), {}
-    for part in data.splits.values():
-        for place, subject in enumerate(part.subject_ids.tolist()):
-            of = slice(part.offsets[place], part.offsets[place + 1])
-            codes = [data.vocabulary.codes[code] for code in part.codes[of]]
-            columns = (column[of].tolist() for column in (part.ages, part.visits, part.times))
-            found[subject] = codes, *columns
-    return found
 
 
 @settings(max_examples=6)
