@@ -157,6 +157,9 @@ class DataConfig:
     """Share of subjects in the held_out split, likewise."""
     seed: int = 0
     """Seed of the generator and of the split."""
+    verify: bool = False
+    """Prepared data: read all files through and compare them with what prepare wrote, however large they
+    are. Off: up to 2 GiB of them, beside the sizes of all."""
 
 
 # A training run: optimizer, first parameters and devices.
@@ -419,6 +422,26 @@ class TableColumns:
 
 
 @dataclass(frozen=True)
+class SplitOptions:
+    """Splits of the subjects."""
+
+    names: tuple[str, ...] = ()
+    """NAME=SPLIT, for a MEDS data set whose splits have other names, as folders or in its split file:
+    test=held_out validation=tuning."""
+    exact: bool = False
+    """Where the source has no splits: shares exact to the subject, and no split empty where there are three
+    subjects. Without it each subject is dealt out by itself, so that it stays where it is when others join."""
+
+
+@dataclass(frozen=True)
+class SkippedTables:
+    """Tables of a source that are not read."""
+
+    skip: tuple[str, ...] = ()
+    """Names of tables to pass over, not wanted or broken, such as observation."""
+
+
+@dataclass(frozen=True)
 class PrepareConfig:
     """Turn records of any source into a prepared data set, once."""
 
@@ -457,11 +480,14 @@ class PrepareConfig:
     the end of its visit, as diagnoses that are coded at discharge. Recorded alone: events stay as they are,
     and fine-tuning, prediction and the doctor keep them from predictions until they are known."""
     visit_column: str | None = None
-    """meds: column of visit ids, such as hadm_id; without one a visit is a calendar day."""
+    """meds: column of visit ids, such as hadm_id, integers or text; without one a visit is a calendar day."""
     table: TableColumns = field(default_factory=TableColumns)
     ancestors: bool = False
     """omop: replace each concept by its most general ancestor in concept_ancestor that is in the same
     domain, at most two levels up."""
+    omop: SkippedTables = field(default_factory=SkippedTables)
+    synthea: SkippedTables = field(default_factory=SkippedTables)
+    splits: SplitOptions = field(default_factory=SplitOptions)
     tuning_fraction: float | None = None
     """Share of subjects in the tuning split where the source has no splits. Default: 0.1; with --like, where
     neither share is given, all subjects are held_out."""

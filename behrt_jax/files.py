@@ -1,7 +1,9 @@
-"""Files and folders that are written whole or not at all, and JSON."""
+"""Files and folders written whole or not at all, the files of a data set, JSON, and digests that show damage."""
 
 import dataclasses
+import hashlib
 import json
+import logging
 import math
 import numbers
 import os
@@ -9,8 +11,11 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -104,6 +109,74 @@ def _plain(value: object) -> JSON:
     raise TypeError(f"cannot write a {type(value).__name__} as JSON")
 
 
+# The files of a data set that somebody else has written.
+
+
+def data_files(folder: Path, endings: tuple[str, ...] = (".parquet",)) -> list[Path]:
+    """Every file of data below a folder, at any depth, in the order of its path.
+
+    Left out is what lies below a name that begins with ``.`` or ``_``, which is no data (a notebook's
+    checkpoints, what Spark has not finished, marks of success). Links to folders are followed, but never
+    into a folder that holds them.
+
+    Args:
+        folder: the names of itself and of what holds it are its user's own.
+        endings: of the names of files, in lower case; names are taken in any case.
+
+    Raises:
+        InputError: a folder cannot be read, is a table in versions (`refuse_versions`), or a link leads nowhere.
+    """
+    found: list[Path] = []
+
+    def search(folder: Path, above: tuple[Path, ...]) -> None:
+        refuse_versions(folder)
+        try:
+            here, entries = folder.resolve(), sorted(folder.iterdir())
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read ({error.strerror}): mend its permissions.") from error
+        if here in above:
+            return
+        for entry in entries:
+            wanted = entry.name.lower().endswith(endings)
+            if is_hidden(entry):
+                continue
+            if entry.is_dir():
+                search(entry, (*above, here))
+            elif wanted and entry.is_file():
+                found.append(entry)
+            elif entry.is_symlink() and not entry.exists() and (wanted or not entry.suffix):
+                raise InputError(f"{entry} is a link to what is not there: mend or remove it.")
+
+    search(folder, ())
+    return sorted(found)
+
+
+def is_hidden(path: Path) -> bool:
+    """The name begins with ``.`` or ``_``: by the custom of Hadoop and Arrow, no data."""
+    return path.name.startswith((".", "_"))
+
+
+def refuse_versions(folder: Path) -> None:
+    """Refuse a table of Delta Lake, Hudi or Iceberg: its folder holds files of earlier versions too, with rows
+    that were changed or deleted since.
+
+    Raises:
+        InputError: with the export to make.
+    """
+    if (folder / "_delta_log").is_dir():
+        kind, reader = "Delta Lake", "spark.read.format('delta').load(TABLE)"
+    elif (folder / ".hoodie").is_dir():
+        kind, reader = "Hudi", "spark.read.format('hudi').load(TABLE)"
+    elif any((folder / "metadata").glob("*.metadata.json")):
+        kind, reader = "Iceberg", "spark.read.format('iceberg').load(TABLE)"
+    else:
+        return
+    raise InputError(
+        f"{folder} is a table of {kind}, whose files hold earlier versions of its rows too: export the current "
+        f"one as plain Parquet, such as by {reader}.write.parquet(FOLDER), and give that."
+    )
+
+
 def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write files to a folder beside ``folder``, then let it take that one's place."""
     folder = folder.absolute()
@@ -159,3 +232,104 @@ def _alive(process: int) -> bool:
     except OSError:  # another user's
         return True
     return True
+
+
+# Sizes and SHA-256 of files, so that a damaged one is told from what was written.
+
+SEAL = "sha256"
+"""Entry of a sealed JSON object that holds the SHA-256 of its other entries."""
+READ_THROUGH = 2 << 30
+"""Bytes of files that are read through without being asked, some seconds' worth; of more, sizes tell."""
+
+_logger = logging.getLogger(__name__)
+_read_through: dict[Path, tuple[Any, ...]] = {}
+"""File -> its state on disk when it was read through in this process, and the SHA-256 that it had."""
+
+
+def sealed(value: JsonObject) -> JsonObject:
+    """A JSON object with the SHA-256 of itself in it; arguments and errors of :func:`json_text`."""
+    plain = json.loads(json_text(value))
+    return plain | {SEAL: _seal(plain)}
+
+
+def is_sealed(value: JsonObject) -> bool:
+    """Tell whether an object, as it was read, is what :func:`sealed` made."""
+    return value.get(SEAL) == _seal(value)
+
+
+def _seal(value: JsonObject) -> str:
+    rest = {name: entry for name, entry in value.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(content: bytes) -> JsonObject:
+    """The record of a file with this content: its ``bytes`` and ``sha256``."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def digests_of(folder: Path) -> dict[str, JsonObject]:
+    """Name below ``folder``, with slashes, -> record of each file in it, at any depth."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        found = pool.map(lambda file: {"bytes": file.stat().st_size, "sha256": _sha256(file)}, files)
+        return {
+            file.relative_to(folder).as_posix(): record for file, record in zip(files, found, strict=True)
+        }
+
+
+def check_files(
+    folder: Path, records: Mapping[str, JsonObject], mend: str, at_most: int | None = READ_THROUGH
+) -> None:
+    """Check that files are those of their records: sizes at once, contents by threads, once in a process.
+
+    Args:
+        folder: that they are below.
+        records: of :func:`digests_of`, all or some.
+        mend: what to do where they are not, after a colon.
+        at_most: bytes to read; where the files hold more, the largest are not read. None: read all.
+
+    Raises:
+        InputError: a file is missing, or is another than was written.
+    """
+    chosen = []
+    for name, record in sorted(records.items(), key=lambda item: item[1]["bytes"]):
+        file = folder / name
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise InputError(f"{file} is missing or cannot be read ({error.strerror}): {mend}") from error
+        if found.st_size != record["bytes"]:
+            raise InputError(
+                f"{file} is damaged, it has {found.st_size:,} bytes where {record['bytes']:,} were written: "
+                f"{mend}"
+            )
+        state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, record["sha256"])
+        if _read_through.get(file.absolute()) != state:
+            chosen.append((file, state))
+    if at_most is not None:
+        held = np.cumsum([state[0] for _, state in chosen])
+        chosen = chosen[: int(np.searchsorted(held, at_most, "right"))]
+
+    def check(one: tuple[Path, tuple[Any, ...]]) -> None:
+        file, state = one
+        if _sha256(file) != state[-1]:
+            raise InputError(f"{file} is damaged, its SHA-256 is not that of what was written: {mend}")
+        if time.time_ns() - max(state[1:3]) > 1_000_000_000:  # or a change may have the same time
+            _read_through[file.absolute()] = state
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, chosen))
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {file} ({error.strerror}).") from error
+
+
+@cache
+def say_unrecorded(folder: Path) -> None:
+    """Log, once for each folder, that an older version wrote it without records of its files."""
+    _logger.warning("%s was written without digests of its files: damage to them is not noticed.", folder)

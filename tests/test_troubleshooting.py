@@ -30,7 +30,10 @@ def test_every_option_on_the_page_exists(option):
     from behrt_jax import config
     from experiments.studies.freezing import FreezingStudyConfig
 
-    commands = config.PretrainConfig, config.PrepareConfig, config.DoctorConfig, FreezingStudyConfig
+    commands = (
+        config.PretrainConfig, config.FinetuneConfig, config.PrepareConfig, config.DoctorConfig,
+        FreezingStudyConfig,
+    )  # fmt: skip
 
     def has(kind, path):
         field = getattr(kind, "__dataclass_fields__", {}).get(path[0])

@@ -341,6 +341,14 @@ class CodeChoice:
         """Bool ``[names]``: one or the other."""
         return self.tokens(names) | self.static(names)
 
+    def without_effect(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Option -> its patterns that match none of these codes, all of those there are."""
+        idle = {
+            option: [pattern for pattern in patterns if not matches(names, (pattern,), option).any()]
+            for option, patterns in vars(self).items()
+        }
+        return {option: patterns for option, patterns in idle.items() if patterns}
+
 
 def selects(
     names: Sequence[str], codes: tuple[str, ...], exclude_codes: tuple[str, ...], options: str = "data."
@@ -374,6 +382,12 @@ def matches(names: Sequence[str], patterns: tuple[str, ...], option: str) -> np.
     return np.array([any(pattern.match(name) for pattern in compiled) for name in names], dtype=bool)
 
 
+def code_prefix(code: str) -> str:
+    """The start of a code up to its first separator, with that: ``//``, else ``/`` or ``|``, else all of it."""
+    found = re.match(r".*?//|.*?[/|]", code, re.DOTALL)
+    return found[0] if found else code
+
+
 def nothing_left(
     by_code: Mapping[str, int], counts: EventCounts, options: str | None = "data."
 ) -> InputError:
@@ -384,8 +398,8 @@ def nothing_left(
     """
     by_prefix = Counter()
     for name, count in by_code.items():
-        by_prefix[name.split("//")[0]] += count
-    prefixes = ", ".join(prefix for prefix, count in by_prefix.most_common(10) if count)
+        by_prefix[code_prefix(name)] += count
+    prefixes = ", ".join(re.escape(prefix) for prefix, count in by_prefix.most_common(10) if count)
     rules = ", ".join(f"{rule}: {count}" for rule, count in counts.dropped.items())
     mend = f"choose {options}codes and {options}exclude_codes to fit the codes of the data set"
     if options is None:

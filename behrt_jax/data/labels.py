@@ -20,9 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from behrt_jax.data.parquet import cast_column, cast_or_refuse, open_parquet, read_columns, require_columns
+from behrt_jax.data.parquet import (
+    cast_column,
+    cast_or_refuse,
+    is_whole_or_float,
+    open_parquet,
+    read_columns,
+    require_columns,
+)
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, data_files
 
 LabelKind = Literal["boolean", "integer", "float", "categorical", "codes", "survival", "none"]
 """``none``: subjects and prediction times alone, whose outcome nobody knows yet."""
@@ -43,6 +50,11 @@ COLUMNS_OF_KIND: Mapping[LabelKind, tuple[str, ...]] = {
     "codes": ("categorical_values",),
     "survival": ("boolean_value", "float_value"),
 }
+
+
+_NO_LABELS = pa.schema(
+    [("subject_id", pa.int64()), ("prediction_time", pa.timestamp("us")), *VALUE_COLUMNS.items()]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +110,9 @@ class Labels:
 
 
 def read_labels(path: Path, *, as_written: bool = False, without_values: bool = False) -> Labels:
-    """Read a Parquet file of labels, or all ``.parquet`` files in a folder, at any depth, together.
+    """Read a Parquet file of labels, or all those in a folder (`files.data_files`) together.
+
+    Files without rows add nothing, whatever their columns.
 
     Args:
         path: the file or folder.
@@ -138,10 +152,10 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path} does not exist: give a Parquet file of labels, or a folder of such files.")
-    files = [file for file in path.rglob("*.parquet") if file.is_file() and file.name[0] != "."]
+    files = data_files(path)
     if not files:
         raise InputError(f"{path} holds no .parquet file: give the folder with the label table.")
-    return sorted(files)
+    return files
 
 
 def _account(file: Path) -> JsonObject:
@@ -175,6 +189,8 @@ def _distinct(path: Path, labels: Labels) -> Labels:
 def _read_label_file(file: Path) -> pa.Table:
     """The columns of the schema, in its types; null where the file has none of that name."""
     with open_parquet(file) as opened:
+        if not opened.metadata.num_rows:
+            return _NO_LABELS.empty_table()
         require_columns(file, opened, KEYS)
         present = [name for name in (*KEYS, *VALUE_COLUMNS) if name in opened.schema_arrow.names]
         table = read_columns(file, opened, present)
@@ -274,7 +290,7 @@ def _fits(kind: pa.DataType, target: pa.DataType) -> bool:
         return is_list and (_fits(kind.value_type, target.value_type) or pt.is_null(kind.value_type))
     return {
         pa.bool_(): pt.is_boolean(kind),
-        pa.int64(): pt.is_integer(kind),
+        pa.int64(): is_whole_or_float(kind),
         pa.float64(): pt.is_floating(kind),
         pa.string(): pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind),
     }[target]

@@ -71,11 +71,59 @@ def read_tables(
             yield pa.Table.from_batches([batch])
 
 
+def refuse_broken_text(
+    file: Path, column: str, values: pa.Array | pa.ChunkedArray, first_row: int = 1
+) -> None:
+    """Refuse text that is not UTF-8 (Parquet holds any bytes), naming the row; other columns pass.
+
+    ``first_row`` is the number of the first value's row in the file.
+    """
+    kind = values.type.value_type if pt.is_dictionary(values.type) else values.type
+    if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)):
+        return
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid as error:
+        texts = values.cast(kind) if pt.is_dictionary(values.type) else values
+        row = next((row for row, text in enumerate(texts.cast(pa.binary())) if not _is_utf8(text.as_py())), 0)
+        raise InputError(
+            f"{file} has in the column {column}, row {first_row + row} (counted from 1), text that is not UTF-8: "
+            "write the column again as UTF-8."
+        ) from error
+
+
+def _is_utf8(text: bytes | None) -> bool:
+    try:
+        return text is None or bool(text.decode()) or True
+    except UnicodeDecodeError:
+        return False
+
+
+def is_whole_or_float(kind: pa.DataType) -> bool:
+    """A type that may hold whole numbers; where it has gaps, pandas makes floating point of them."""
+    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind)
+
+
+def whole_numbers(values: pa.Array) -> pa.Array:
+    """Whole numbers in any type as int64, exactly; NaN, which stands for a missing one, becomes null.
+
+    Raises:
+        pyarrow.ArrowInvalid: a number that is not whole, has more than 64 bits, or is so large that numbers
+            of floating point have lost its last digits (from 2^53 on in 64 bits).
+    """
+    if pt.is_floating(values.type):
+        numbers = values.to_numpy(zero_copy_only=False)  # null becomes NaN
+        if (np.abs(numbers) >= 2.0 ** (np.finfo(numbers.dtype).nmant + 1)).any():
+            raise pa.ArrowInvalid(f"numbers so large are not exact in {values.type}")
+        values = pa.array(numbers.astype(np.float64), mask=np.isnan(numbers))
+    return values.cast(pa.int64())
+
+
 def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
     """A column in a type of the events table; InputError where its type or a value does not fit."""
     kind = values.type
     if pt.is_int64(target):
-        fits, meant = pt.is_integer(kind), "integers"
+        fits, meant = is_whole_or_float(kind), "integers"
     elif pt.is_timestamp(target):
         fits, meant = pt.is_timestamp(kind) or pt.is_date(kind), "timestamps or dates"
     elif pt.is_float32(target):
@@ -92,8 +140,11 @@ def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.Dat
 def cast_or_refuse(
     file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType, safe: bool = True
 ) -> pa.ChunkedArray:
-    """A column in another type; InputError where a value does not fit."""
+    """A column in another type; InputError where a value does not fit, or text is not UTF-8."""
+    refuse_broken_text(file, column, values)
     try:
+        if pt.is_int64(target) and not pt.is_null(values.type):
+            return pa.chunked_array([whole_numbers(chunk) for chunk in values.chunks], target)
         return values.cast(target, safe=safe)
     except pa.ArrowInvalid as error:
         raise InputError(

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from behrt_jax.data.examples import Examples
 from behrt_jax.data.labels import COLUMNS_OF_KIND, VALUE_COLUMNS, LabelKind, Labels
+from behrt_jax.data.parquet import refuse_broken_text
 from behrt_jax.data.tasks import KINDS, Kind, Task, TaskKind
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
@@ -142,7 +143,9 @@ def read_predictions(path: Path) -> PredictionFile:
         raise InputError(f"{path} names no classes in its metadata: predict again.")
     classes = kind.with_classes_of(labels, known)
     truths, _ = kind.truths(labels, np.arange(len(labels)), classes)
+    # Other tools leave the decisions null throughout: such a column is none.
     decided = kind.thresholded and "predicted_boolean_value" in there
+    decided = decided and table["predicted_boolean_value"].null_count < table.num_rows
     return PredictionFile(
         kind.name,
         metadata,
@@ -160,9 +163,14 @@ def read_predictions(path: Path) -> PredictionFile:
 
 
 def _read(path: Path) -> pa.Table:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give one file of predictions.")
     try:
         with pq.ParquetFile(path) as file:
-            return file.read()
+            table = file.read()
+        for name in table.column_names:
+            refuse_broken_text(path, name, table[name])
+        return table
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: give the file that predict wrote.") from error
     except (pa.ArrowException, OSError) as error:

@@ -3,7 +3,8 @@
 A folder holds ``vocabulary.parquet``, ``manifest.json`` and, for each split, ``subjects.arrow`` (columns
 subject_id and start, the place of the subject's first event) and ``events.arrow`` (columns code, age,
 visit and time: one record batch, so that each column is one array on disk). Beside them lies what is known of
-the subjects themselves: ``static.parquet``, ``deaths.parquet`` and ``births.parquet``.
+the subjects themselves: ``static.parquet``, ``deaths.parquet`` and ``births.parquet``. The manifest has size
+and SHA-256 of each file, and of itself; what a reader opens is checked against them.
 """
 
 import json
@@ -25,7 +26,19 @@ from behrt_jax.data.parquet import readable
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, json_text, read_json, written_whole
+from behrt_jax.files import (
+    READ_THROUGH,
+    SEAL,
+    JsonObject,
+    check_files,
+    digest_of,
+    is_sealed,
+    json_text,
+    read_json,
+    say_unrecorded,
+    sealed,
+    written_whole,
+)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -37,13 +50,14 @@ SUBJECTS = pa.schema([("subject_id", pa.int64()), ("start", pa.int64())])
 STATIC = pa.schema([("subject_id", pa.int64()), ("code", pa.string())])
 DEATHS = pa.schema([("subject_id", pa.int64()), ("time", pa.timestamp("us"))])
 BIRTHS = DEATHS
+_MEND = "run prepare again, with another output."
 
 
 def read_manifest(path: Path) -> JsonObject:
     """Read the manifest of a prepared data set.
 
     Raises:
-        InputError: the folder is none, or is of another version.
+        InputError: the folder is none, or is of another version; the manifest is damaged.
     """
     path = Path(path)
     file = path / MANIFEST
@@ -62,6 +76,11 @@ def read_manifest(path: Path) -> JsonObject:
             f"{path} was prepared in format {version}, but this version reads {FORMAT_VERSION}: run prepare "
             "again, with another output."
         )
+    if SEAL in manifest or "files" in manifest:
+        if not (is_sealed(manifest) and "files" in manifest):
+            raise InputError(f"{file} is damaged (it is not what prepare wrote): {_MEND}")
+    else:
+        say_unrecorded(path)
     return manifest
 
 
@@ -78,7 +97,10 @@ def read_rules(folder: Path, option: str) -> tuple[Vocabulary, Preparation]:
     """
     folder = Path(folder)
     if (folder / MANIFEST).is_file():
-        preparation = Preparation.from_json(read_manifest(folder), folder / MANIFEST)
+        manifest = read_manifest(folder)
+        preparation = Preparation.from_json(manifest, folder / MANIFEST)
+        if VOCABULARY in (records := manifest.get("files", {})):
+            check_files(folder, {VOCABULARY: records[VOCABULARY]}, _MEND)
     elif (preparation := read_preparation(folder)) is None:
         raise InputError(
             f"{option}: {folder} does not tell how its data were prepared (neither {MANIFEST} nor "
@@ -89,19 +111,32 @@ def read_rules(folder: Path, option: str) -> tuple[Vocabulary, Preparation]:
 
 
 def read_preparation(folder: Path) -> Preparation | None:
-    """The rules that a run or an adapter keeps; None where it has none."""
+    """The rules that a run or an adapter keeps; None where it has none.
+
+    Raises:
+        InputError: the file, or the vocabulary beside it, is damaged.
+    """
     file = folder / PREPARATION
-    return Preparation.from_json(read_json(file), file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    stored = read_json(file)
+    if not isinstance(stored, dict) or not is_sealed(stored) or VOCABULARY not in stored:
+        raise InputError(f"{file} is damaged (it is not what the run wrote): copy it from the run again.")
+    check_files(folder, {VOCABULARY: stored[VOCABULARY]}, "copy it from the run again.")
+    return Preparation.from_json(stored, file)
 
 
 def rule_files(vocabulary: Vocabulary, preparation: Preparation | None) -> dict[str, bytes]:
     """Name -> content of the files that :func:`read_rules` reads; of the vocabulary alone where there is no
     more to tell.
     """
-    table = BytesIO()
-    vocabulary.write(table)
-    rules = {} if preparation is None else {PREPARATION: json_text(preparation.to_json(), 2).encode()}
-    return {VOCABULARY: table.getvalue(), **rules}
+    buffer = BytesIO()
+    vocabulary.write(buffer)
+    files = {VOCABULARY: buffer.getvalue()}
+    if preparation is not None:
+        rules = sealed({**preparation.to_json(), VOCABULARY: digest_of(files[VOCABULARY])})
+        files[PREPARATION] = json_text(rules, 2).encode()
+    return files
 
 
 def write_rules(folder: Path, vocabulary: Vocabulary, preparation: Preparation | None) -> None:
@@ -111,21 +146,33 @@ def write_rules(folder: Path, vocabulary: Vocabulary, preparation: Preparation |
             temporary.write_bytes(content)
 
 
-def read_prepared(path: Path, sep_token: bool = False) -> SequenceSet:
+def check_prepared(path: Path, manifest: JsonObject, at_most: int | None = READ_THROUGH) -> None:
+    """Check the files of a prepared data set against its manifest, see `files.check_files`.
+
+    Raises:
+        InputError: one is missing or damaged.
+    """
+    check_files(Path(path), manifest.get("files", {}), _MEND, at_most)
+
+
+def read_prepared(path: Path, sep_token: bool = False, verify: bool = False) -> SequenceSet:
     """Open a prepared data set.
 
-    The arrays are views of memory-mapped files, so that opening reads almost nothing, and several
-    processes share them; with ``sep_token`` they are new arrays in memory.
+    The arrays are views of memory-mapped files, which several processes share; with ``sep_token`` they are
+    new arrays in memory. Sizes of all files are checked, and contents as far as `files.READ_THROUGH` goes,
+    once in a process.
 
     Args:
         path: the folder that ``prepare`` wrote.
         sep_token: put a [SEP] after each run of events of one visit.
+        verify: check the contents of all files, however large.
 
     Raises:
-        InputError: the folder is no prepared data set, or one of another version, or incomplete.
+        InputError: the folder is no prepared data set, or one of another version, incomplete or damaged.
     """
     path = Path(path)
     manifest = read_manifest(path)
+    check_prepared(path, manifest, None if verify else READ_THROUGH)
     vocabulary = Vocabulary.read(path / VOCABULARY)
     splits = {name: read_split(path / name) for name in SPLITS}
     try:
@@ -166,9 +213,9 @@ def read_static(folder: Path, split: str) -> pa.Table:
     None where the folder was prepared by an older version.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or is missing in a folder that had one.
     """
-    return _read_facts(folder, split, "static.parquet", STATIC)
+    return _read_facts(folder, split, "static.parquet", STATIC) or STATIC.empty_table()
 
 
 def read_deaths(folder: Path, split: str) -> pa.Table | None:
@@ -178,10 +225,8 @@ def read_deaths(folder: Path, split: str) -> pa.Table | None:
     version, so that it is not known who died.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or is missing in a folder that had one.
     """
-    if not (Path(folder) / split / "deaths.parquet").is_file():
-        return None
     return _read_facts(folder, split, "deaths.parquet", DEATHS)
 
 
@@ -189,16 +234,25 @@ def read_births(folder: Path, split: str) -> Births:
     """Births of a split's subjects without any event left; none where an older version prepared the folder.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or is missing in a folder that had one.
     """
-    table = _read_facts(folder, split, "births.parquet", BIRTHS)
+    table = _read_facts(folder, split, "births.parquet", BIRTHS) or BIRTHS.empty_table()
     return Births(table["subject_id"].to_numpy(), table["time"].cast(pa.int64()).to_numpy())
 
 
-def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Table:
-    file = Path(folder) / split / name
+_COUNTED = {"static.parquet": "facts", "deaths.parquet": "deaths", "births.parquet": "births_without_events"}
+"""File -> its count in the manifest, by which an older folder that never had the file is told."""
+
+
+def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Table | None:
+    folder = Path(folder)
+    manifest, file = read_manifest(folder), folder / split / name
+    records = manifest.get("files", {})
+    check_files(folder, {key: record for key, record in records.items() if key == f"{split}/{name}"}, _MEND)
     if not file.is_file():
-        return schema.empty_table()
+        if _COUNTED[name] in manifest.get("subject_facts", {}).get(split, {}):
+            raise InputError(f"{file} is missing: {_MEND}")
+        return None
     with readable(file, f"{file} is damaged: run prepare again, with another output."):
         return pq.ParquetFile(file).read().cast(schema)
 

@@ -19,6 +19,7 @@ def hash_splits(
     seed: int,
     options: str = "data.",
     may_be_empty: bool = False,
+    exact: bool = False,
 ) -> dict[str, np.ndarray]:
     """Deal subjects out to train, tuning and held_out by a seeded hash of their ids.
 
@@ -29,6 +30,9 @@ def hash_splits(
         seed: any integer.
         options: goes before the names of options in messages.
         may_be_empty: any split may be; the shares are taken as they are, up to 0 and 1.
+        exact: the shares to the subject, rounded, in the order of the hash, and at least one subject for each
+            split with a share where there are three; who joins may then move others. Else each subject by
+            itself, so that shares are met about.
 
     Returns:
         Split name -> ascending int64 ids, for all three names; held_out may be empty.
@@ -39,13 +43,16 @@ def hash_splits(
     if not may_be_empty:
         check_fractions(tuning_fraction, held_out_fraction, options)
     ids = distinct(np.asarray(subject_ids, dtype=np.int64))  # [S]
-    split = hash_split_index(ids, tuning_fraction, held_out_fraction, seed)  # [S]
+    if exact:
+        split = _exact_split_index(ids, tuning_fraction, held_out_fraction, seed)  # [S]
+    else:
+        split = hash_split_index(ids, tuning_fraction, held_out_fraction, seed)
     splits = {name: ids[split == index] for index, name in enumerate(SPLITS)}
     for name in ("train", "tuning"):
         if not len(splits[name]) and not may_be_empty:
             raise InputError(
                 f"None of the {len(ids)} subjects fell into the {name} split: give more subjects, another "
-                f"{options}seed, or other values of {options}tuning_fraction and {options}held_out_fraction."
+                f"{options}seed, {'' if options else 'splits.exact, '}or other values of {options}tuning_fraction and {options}held_out_fraction."
             )
     return splits
 
@@ -74,13 +81,35 @@ def hash_split_index(
     other subjects join the data set. The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014,
     doi 10.1145/2714064.2660195). Of ids int64 ``[n]`` come int8 ``[n]``; fractions are shares of subjects.
     """
-    key = _mix(np.array([(seed + _GOLDEN) & _WORD], dtype=np.uint64))  # [1]
-    mixed = _mix(hash_words(ids) + key)  # [n]
-    share = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in [0, 1)
+    share = _hash_shares(ids, seed)
     split = np.full(len(ids), SPLITS.index("train"), np.int8)
     split[share < held_out_fraction + tuning_fraction] = SPLITS.index("tuning")
     split[share < held_out_fraction] = SPLITS.index("held_out")
     return split
+
+
+def _exact_split_index(
+    ids: np.ndarray, tuning_fraction: float, held_out_fraction: float, seed: int
+) -> np.ndarray:
+    """As :func:`hash_split_index`, of all subjects together, with the shares met to the subject."""
+    shares = {"held_out": held_out_fraction, "tuning": tuning_fraction}
+    sizes = {name: int(len(ids) * share + 0.5) for name, share in shares.items()}
+    if len(ids) >= len(SPLITS):
+        sizes = {name: max(size, int(shares[name] > 0)) for name, size in sizes.items()}
+        while sum(sizes.values()) >= len(ids):  # one at least is left to train on
+            sizes[max(sizes, key=lambda name: sizes[name])] -= 1
+    split = np.repeat(np.array([SPLITS.index(name) for name in sizes], np.int8), list(sizes.values()))
+    split = np.append(split, np.full(len(ids) - len(split), SPLITS.index("train"), np.int8))
+    placed = np.empty(len(ids), np.int8)
+    placed[np.argsort(_hash_shares(ids, seed), kind="stable")] = split
+    return placed
+
+
+def _hash_shares(ids: np.ndarray, seed: int) -> np.ndarray:
+    """A hash of each int64 id ``[n]`` as a float64 in [0, 1)."""
+    key = _mix(np.array([(seed + _GOLDEN) & _WORD], dtype=np.uint64))  # [1]
+    mixed = _mix(hash_words(ids) + key)  # [n]
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def hash_words(numbers: np.ndarray) -> np.ndarray:

@@ -26,8 +26,9 @@ def check_after(run: RunRecord) -> Iterator[Finding]:
     """Every check of a run that ended."""
     yield from below_oracle(run)
     yield from best_without_record(run)
-    # A run of a few steps is a trial: how good it is says nothing.
+    # A run of a few steps is a trial: how good it is says nothing, but that pairs are not beaten yet does.
     if (run.summary.get("steps") or 0) < MIN_STEPS:
+        yield from gain_over_pairs(run)
         return
     yield from gain_over_baselines(run)
     yield from common_codes_alone(run)
@@ -46,7 +47,7 @@ def below_oracle(run: RunRecord) -> Iterator[Finding]:
             "allows.",
             "What is masked reaches the model some other way: there is leakage.",
             "Look for targets in the input (masks, segment ids, subjects in two splits), and audit the "
-            "data with experiments/doctor.py --data.",
+            "data with behrt-jax doctor --data.",
         )
 
 
@@ -66,25 +67,49 @@ def gain_over_baselines(run: RunRecord) -> Iterator[Finding]:
     """A model no better than code frequencies, or than counting which codes go together."""
     if run.setting("data", "source") == "uniform":
         return
-    gain, loss = run.summary.get("gain_over_unigram"), (run.summary.get("best") or {}).get("loss")
-    pairs = run.baseline("co-occurrence", "loss")
-    mend = "Train longer, try another learning rate, see that embeddings and head train."
-    if is_number(gain) and gain < SMALL_GAIN:
-        yield Finding(
-            "no-gain-over-unigram",
-            "error" if gain <= 0 else "warning",
-            f"The best validation loss is {abs(gain):.4f} nats {'above' if gain <= 0 else 'below'} that "
-            "of predicting by code frequency.",
-            "The model is of no use yet." if gain <= 0 else "Another seed could turn that around.",
-            mend,
-        )
-    elif is_number(loss) and is_number(pairs) and loss >= pairs:
-        yield Finding.warning(
+    gain = run.summary.get("gain_over_unigram")
+    if not is_number(gain) or gain >= SMALL_GAIN:
+        yield from gain_over_pairs(run)
+        return
+    yield Finding(
+        "no-gain-over-unigram",
+        "error" if gain <= 0 else "warning",
+        f"The best validation loss is {abs(gain):.4f} nats {'above' if gain <= 0 else 'below'} that "
+        "of predicting by code frequency.",
+        "The model is of no use yet." if gain <= 0 else "Another seed could turn that around.",
+        LONGER,
+    )
+
+
+LONGER = "Train longer, try another learning rate, see that embeddings and head train."
+
+
+def gain_over_pairs(run: RunRecord) -> Iterator[Finding]:
+    """A model no better than counting which codes go together, by more than chance where that is known."""
+    loss, pairs = (run.summary.get("best") or {}).get("loss"), run.baseline("co-occurrence", "loss")
+    if run.setting("data", "source") == "uniform" or not (is_number(loss) and is_number(pairs)):
+        return
+    gap = (run.summary.get("gaps") or {}).get("co-occurrence") or {}
+    low, high = gap.get("low"), gap.get("high")
+    known = is_number(low) and is_number(high)
+    if known and low <= 0 <= high:
+        yield Finding.info(
             "no-gain-over-co-occurrence",
+            f"The best validation loss, {loss:.4f}, and the {pairs:.4f} nats of counting which codes occur "
+            f"together are not told apart (difference {low:+.4f} to {high:+.4f}, paired code by code).",
+            "A table of pairs may do as well as the model.",
+            "Train longer, or validate on more subjects, to tell.",
+        )
+    elif loss >= pairs:
+        short = run.setting("train", "max_steps") is not None and (run.summary.get("steps") or 0) < MIN_STEPS
+        interval = f" (difference {low:+.4f} to {high:+.4f}, paired code by code)" if known else ""
+        yield Finding(
+            "no-gain-over-co-occurrence",
+            "info" if short else "warning",  # cut short on purpose
             f"The best validation loss, {loss:.4f}, is not below the {pairs:.4f} nats of counting which "
-            "codes occur together.",
+            f"codes occur together{interval}.",
             "A table of pairs does as well as the model.",
-            mend,
+            LONGER,
         )
 
 
@@ -107,7 +132,8 @@ def common_codes_alone(run: RunRecord) -> Iterator[Finding]:
             "Only the most frequent codes are predicted better than by frequency (accuracy by rank of the "
             f"code: {listed}).",
             "The overall accuracy hides that nothing was learnt about the other codes.",
-            "Train longer or on more subjects, map rare codes to a coarser level, or raise --data.min_count.",
+            "Train longer or on more subjects, map rare codes to a coarser level, or raise "
+            f"{run.option('data.min_count')}.",
         )
 
 

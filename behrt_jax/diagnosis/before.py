@@ -34,6 +34,9 @@ MOST_TRAINABLE = 50.0
 def frozen_at_random(run: RunRecord) -> Iterator[Finding]:
     """Groups that neither train nor were loaded from a run."""
     loaded = set(run.setting("init", "groups") or ()) if run.setting("init", "run") else set()
+    if run.finetunes and not run.settings.get("from_scratch"):
+        loaded = {"embedding", "base"}
+    adapted = run.settings.get("lora") is not None
     frozen = {
         group: run.parameters[group]["total"]
         for group in ("embedding", "head", "base")
@@ -49,10 +52,11 @@ def frozen_at_random(run: RunRecord) -> Iterator[Finding]:
             f"Parameters frozen at random values: {listed}.",
             "Adapters cannot make up for random embeddings or a random head: the loss stays near "
             "ln(vocabulary).",
-            "From scratch use --freezing.regime lora; or give a pretrained run with --init.run.",
+            f"From scratch use --freezing.regime {'lora' if adapted else 'full'}; or give a pretrained run "
+            "with "
+            f"{run.option('init.run')}.",
         )
     if base is not None:
-        adapted = run.settings.get("lora") is not None
         yield Finding(
             "base-at-random",
             "info" if adapted else "warning",
@@ -61,7 +65,7 @@ def frozen_at_random(run: RunRecord) -> Iterator[Finding]:
             if adapted
             else "A random encoder without adapters can learn little of order and context.",
             "For the best result pretrain with --freezing.regime full first and give that run with "
-            "--init.run.",
+            f"{run.option('init.run')}.",
         )
 
 
@@ -80,7 +84,9 @@ def trainable_share(run: RunRecord) -> Iterator[Finding]:
             f"although LoRA is on, {trainable['base']:,} of them in the base.",
             "Adapters are meant to replace the training of the base: hardly anything is saved over "
             "full training.",
-            "Use --freezing.regime lora, or a configuration without adapters.",
+            f"Use --freezing.regime {'lora_pretrained' if run.finetunes else 'lora'}, or a configuration "
+            "without "
+            "adapters.",
         )
     elif percent > MOST_TRAINABLE:
         large = ", ".join(f"{group} {count:,}" for group, count in trainable.items() if count)
@@ -154,7 +160,9 @@ def validation_size(run: RunRecord) -> Iterator[Finding]:
         f"Validation is on {targets:,} masked codes{of}; {known or 'its interval cannot be told'}.",
         "Differences between runs on other data that are smaller than this say nothing, and the best "
         "epoch is chosen partly by chance.",
-        "Put more subjects into the tuning split (--data.tuning_fraction), or compare runs on the same one.",
+        f"Put more subjects into the tuning split ({run.option('data.tuning_fraction')}), or compare runs on "
+        "the "
+        "same one.",
     )
 
 
@@ -168,7 +176,8 @@ def unseen_codes(run: RunRecord) -> Iterator[Finding]:
             "it.",
             "They are read as [UNK] or through a row that was never trained; the validation is easier or "
             "harder than the data is.",
-            "Lower --data.min_count, split by subject at random, or map codes to a coarser level.",
+            f"Lower {run.option('data.min_count')}, split by subject at random, or map codes to a coarser "
+            "level.",
         )
 
 
@@ -179,17 +188,17 @@ def beyond_tables(run: RunRecord) -> Iterator[Finding]:
         "ages": (
             "are older than the age table reaches "
             f"({model.get('age_rows', 0) * model.get('age_bin_years', 0):g} years)",
-            "raise --model.age_rows",
+            f"raise {run.option('model.age_rows')}",
         ),
         "before_birth": ("come before the subject's birth", "see that births and times are right"),
         "visits": (
             f"are in later visits than the visit table has rows ({model.get('visit_rows')})",
-            "raise --model.visit_rows",
+            f"raise {run.option('model.visit_rows')}",
         ),
         "positions": (
             f"are in later visits than there are positions ({model.get('positions')}), which here count "
             "visits",
-            "raise --model.positions",
+            f"raise {run.option('model.positions')}",
         ),
     }
     for name, share in run.facts.beyond_tables.items():
@@ -209,14 +218,14 @@ def cut_histories(run: RunRecord) -> Iterator[Finding]:
     share, length = run.facts.cut_share or 0.0, run.facts.row_length
     if share <= MUCH_CUT:
         return
-    window = (run.settings.get("data") or {}).get("window", "all")
+    window = run.setting("data", "window") or "all"
     if window == "all":
         yield Finding.info(
             "cut-histories",
             f"{share:.1%} of the train events are past the first {length} tokens of their history; such "
             "histories are read in several windows.",
             "Nothing is lost, but a window does not see what the others hold.",
-            "For longer context raise --model.positions.",
+            f"For longer context raise {run.option('model.positions')}.",
         )
     else:
         left_out = "unread in each epoch" if window == "random" else "never read"
@@ -225,7 +234,7 @@ def cut_histories(run: RunRecord) -> Iterator[Finding]:
             f"With data.window {window} {share:.1%} of the train events are {left_out}: histories are cut "
             f"to {length} tokens.",
             "The model learns nothing from what it does not read.",
-            "Raise --model.positions, or read histories whole with --data.window all.",
+            f"Raise {run.option('model.positions')}, or read histories whole with --data.window all.",
         )
 
 
@@ -252,6 +261,8 @@ def steps_for_schedule(run: RunRecord) -> Iterator[Finding]:
     total, per_epoch = run.facts.total_steps, run.facts.steps_per_epoch
     if not total or not per_epoch:
         return
+    # Tokens, where they are given, take the place of subjects.
+    batch = "--train.batch_tokens" if run.setting("train", "batch_tokens") else "--train.batch_size"
     # A run that is cut short on purpose is no mistake.
     severity = "warning" if run.setting("train", "max_steps") is None else "info"
     if total < FEW_STEPS:
@@ -260,7 +271,7 @@ def steps_for_schedule(run: RunRecord) -> Iterator[Finding]:
             severity,
             f"The whole run has {total:,} steps.",
             "From scratch a model hardly gets beyond code frequencies in so few.",
-            "Raise --train.epochs, or lower --train.batch_size or --train.batch_tokens.",
+            f"Raise --train.epochs, or lower {batch}.",
         )
     warmup = run.warmup_steps(total)
     if total >= FEW_STEPS and 0 < warmup < FEW_WARMUP_STEPS:
@@ -278,7 +289,7 @@ def steps_for_schedule(run: RunRecord) -> Iterator[Finding]:
             severity,
             f"An epoch has {per_epoch} steps.",
             "A batch holds most of the train split, and validations come after very few steps.",
-            "Lower --train.batch_size or --train.batch_tokens.",
+            f"Lower {batch}.",
         )
 
 

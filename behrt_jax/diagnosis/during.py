@@ -52,7 +52,7 @@ def diverged(run: RunRecord) -> Iterator[Finding]:
         seen,
         "Everything after that step is lost; the last good checkpoint is kept.",
         "Lower --optimizer.learning_rate or --optimizer.clip_norm, raise --optimizer.warmup_fraction; "
-        "where frozen parameters are named, see what --init.run loaded.",
+        f"where frozen parameters are named, see what {run.option('init.run')} loaded.",
     )
 
 
@@ -113,8 +113,8 @@ def overfitting(run: RunRecord) -> Iterator[Finding]:
         f"From epoch {best['epoch']:.1f} (step {best['step']:,}) on the validation loss rose by "
         f"{rise:.3f} nats while the training loss fell by {fall:.3f}.",
         "The model memorises the train split from there on." + (harmless if stops else ""),
-        "Use the best checkpoint, set --train.patience, raise --model.dropout, train fewer parameters "
-        "or use more subjects.",
+        f"Use the best checkpoint, set --train.patience, raise {run.option('model.dropout')}, train fewer "
+        "parameters or use more subjects.",
     )
 
 
@@ -254,6 +254,6 @@ def input_stalls(run: RunRecord) -> Iterator[Finding]:
             f"{data:.0%} of the time went into waiting for batches, {device:.0%} into waiting for the "
             "devices.",
             "The devices are idle while batches are made.",
-            "Prepare the data once (experiments/prepare.py) and put it on a local disk, or give larger "
-            "batches to fewer steps.",
+            "Prepare the data once (behrt-jax prepare) and put it on a local disk, or give larger batches to "
+            "fewer steps.",
         )

@@ -129,10 +129,29 @@ class RunRecord:
     metrics: run_folder.Records = ()
     summary: Summary = field(default_factory=Summary)
     """Empty while the run goes on."""
+    data: JsonObject = field(default_factory=dict)
+    """What is in the splits: ``data`` in config.json."""
 
     def setting(self, section: str, name: str) -> Any:
         """A setting of a section; None where it is not known."""
-        return (self.settings.get(section) or {}).get(name)
+        found = self.settings.get(section)  # in a fine-tuning run, data and init are paths
+        return found.get(name) if isinstance(found, Mapping) else None
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether this is a fine-tuning run."""
+        return "task" in self.settings
+
+    def option(self, name: str) -> str:
+        """How to give a setting (of a pretraining run) where it has an effect in this run."""
+        section, _, field_name = name.partition(".")
+        if section == "data" and self.setting("data", "source") == "prepared":
+            return f"prepare's --{field_name}"
+        if self.finetunes and section in ("init", "model"):
+            return "--init" if section == "init" else f"--{field_name}"
+        if section == "model" and field_name != "dropout" and self.setting("init", "run"):
+            return f"--{name} (and pretrain the run of --init.run with it)"
+        return f"--{name}"
 
     def baseline(self, name: str, figure: str) -> Any:
         """A figure of a baseline; None where it is not known."""
@@ -175,4 +194,5 @@ def read_run(folder: Path) -> RunRecord:
         summary.get("baselines") or config.get("baselines") or {},
         run_folder.read_metrics(folder / run_folder.METRICS_FILE),
         Summary(**summary),
+        config.get("data") or {},
     )

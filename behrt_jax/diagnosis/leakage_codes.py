@@ -10,6 +10,7 @@ import numpy as np
 
 from behrt_jax.config import DoctorConfig
 from behrt_jax.data.events import DAY
+from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.sorting import ragged_indices, runs
 from behrt_jax.data.vocabulary import Vocabulary, matching_codes
 from behrt_jax.diagnosis.finding import Finding
@@ -18,23 +19,43 @@ from behrt_jax.diagnosis.leakage_labels import PlacedLabels
 
 
 def check_codes(
-    placed: Mapping[str, PlacedLabels], vocabulary: Vocabulary, config: DoctorConfig
+    placed: Mapping[str, PlacedLabels],
+    vocabulary: Vocabulary,
+    config: DoctorConfig,
+    delays: Sequence[str] = (),
 ) -> Iterator[Finding]:
     """Every check of codes before and after the prediction times of binary labels.
 
     Raises:
         InputError: one of the outcome codes is no regular expression.
     """
-    yield from check_telling_codes(list(placed.values()), vocabulary)
+    yield from check_telling_codes(
+        list(placed.values()), vocabulary, revealed_later(vocabulary, config, delays)
+    )
     yield from check_outcome(placed, vocabulary, config.outcome_codes, config.horizon_days)
 
 
+def revealed_later(vocabulary: Vocabulary, config: DoctorConfig, delays: Sequence[str]) -> np.ndarray:
+    """Codes that are not known before the outcome, by what the user says of them: those of the outcome, those
+    of death, and those that are known after a delay; bool ``[V]``.
+
+    Raises:
+        InputError: one of the patterns is no regular expression.
+    """
+    patterns = (*config.outcome_codes, *config.death_codes, *(parse_delay(delay)[0] for delay in delays))
+    return matching_codes(vocabulary, patterns, "--outcome_codes")
+
+
 TELLING = {
-    "input": Finding.error(
+    "input": Finding.warning(
         "outcome-code-in-input",
         "The presence of one of {} codes in the input alone predicts a positive label: {}.",
-        "It is the outcome under another name, or only written once the outcome is known.",
-        "Leave these codes out with exclude_codes, or predict only for subjects without them.",
+        "Is it a cause or a sign that is known before the outcome, as a laboratory value may be, or the "
+        "outcome "
+        "under another name, or only written once the outcome is known?",
+        "See what these codes mean and when they are written. Where that is after the prediction, say so "
+        "with "
+        "delays, or leave them out with exclude_codes; else nothing is to be done.",
     ),
     "prediction time": Finding.error(
         "label-revealed-at-prediction-time",
@@ -65,8 +86,14 @@ TELLING = {
 """By window of tokens; how many codes and which is filled in."""
 
 
-def check_telling_codes(parts: Sequence[PlacedLabels], vocabulary: Vocabulary) -> Iterator[Finding]:
-    """Single codes that tell the label: anywhere in the input, at its very end, and just after it."""
+def check_telling_codes(
+    parts: Sequence[PlacedLabels], vocabulary: Vocabulary, late: np.ndarray
+) -> Iterator[Finding]:
+    """Single codes that tell the label: anywhere in the input, at its very end, and just after it.
+
+    Anywhere in the input that is a question, and an error where the code is revealed at the prediction time
+    or later: ``late`` are codes of which that is known, bool ``[V]``.
+    """
     inputs = [labels.up_to() for labels in parts]
     before = [labels.up_to(inclusive=False) for labels in parts]
     windows = {
@@ -79,10 +106,22 @@ def check_telling_codes(parts: Sequence[PlacedLabels], vocabulary: Vocabulary) -
     codes = {name: revealing_codes(counted) for name, counted in counts.items()}
     counts["input of few"] = counts["input"]
     codes["input of few"] = suspected_codes(counts["input"]) & ~codes["input"]
+    revealed = codes["input"] & (late | codes["prediction time"])
     for window, finding in TELLING.items():
-        if codes[window].any():
-            listed = _named(codes[window], counts[window], vocabulary.codes)
-            yield replace(finding, seen=finding.seen.format(f"{codes[window].sum():,}", listed))
+        if not codes[window].any():
+            continue
+        listed = _named(codes[window], counts[window], vocabulary.codes)
+        seen = finding.seen.format(f"{codes[window].sum():,}", listed)
+        if window == "input" and revealed.any():
+            names = _named(revealed, counts[window], vocabulary.codes)
+            seen += f" Revealed at the prediction time or later: {names}."
+            finding = replace(
+                finding,
+                severity="error",
+                why="The outcome is in the input under another name, or as it was written afterwards.",
+                mend="Leave these codes out with exclude_codes, or predict only for subjects without them.",
+            )
+        yield replace(finding, seen=seen)
 
 
 # By how many subjects a code was seen, in windows of tokens that each label has.

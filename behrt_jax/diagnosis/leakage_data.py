@@ -12,7 +12,7 @@ from behrt_jax.data.event_rules import REPEATS
 from behrt_jax.data.events import DAY, SPLITS, YEAR
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint
 from behrt_jax.data.sorting import leads, place_in
-from behrt_jax.data.vocabulary import SPECIAL_TOKENS, matching_codes
+from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, matching_codes
 from behrt_jax.diagnosis.finding import Finding
 from behrt_jax.files import JsonObject
 
@@ -28,6 +28,8 @@ def check_data(data: SequenceSet, manifest: JsonObject, death_codes: tuple[str, 
     yield from check_splits(data)
     yield from check_vocabulary(data, manifest)
     yield from check_quantiles(data, manifest)
+    yield from check_unknown_codes(data)
+    yield from check_unknown_visits(data)
     yield from check_ages(data)
     yield from check_deaths(data, death_codes)
     yield from check_visit_ends(data)
@@ -110,7 +112,7 @@ def check_quantiles(data: SequenceSet, manifest: JsonObject) -> Iterator[Finding
     Bins fitted on the train split divide its events evenly but for rounding, and the events of more splits
     only about so; bins fitted on more the other way round. The distance from an even division is
     Pearson's chi-square. Where values are tied, drawn (see `event_rules.SAMPLE`) or dropped as duplicates,
-    no division is even, and nothing can be told.
+    no division is even, nothing can be told, and nothing is said.
     """
     edges: Mapping[str, list[float]] = manifest.get("value_edges", {})
     if not edges:
@@ -151,20 +153,53 @@ def check_quantiles(data: SequenceSet, manifest: JsonObject) -> Iterator[Finding
             "Values of tuning and held_out subjects decided what the codes mean.",
             "Fit the quantiles on the train split alone: run prepare again.",
         )
-    elif not judged or distances[0] > rounding:
-        yield Finding.info(
-            "quantiles-not-recounted",
-            f"Where the bins of {len(edges):,} codes were fitted cannot be told: tied or repeated values, "
-            "samples or too few events leave them uneven in every split.",
-            "Bins must be fitted on the train split alone.",
-            "None needed where prepare wrote the data.",
-        )
 
 
 def code_counts(data: SequenceSet) -> dict[str, np.ndarray]:
     """Split -> events of each vocabulary row, int64 ``[V]``."""
     rows = len(data.vocabulary)
     return {name: np.bincount(part.codes, minlength=rows) for name, part in data.splits.items()}
+
+
+# What preparing left of codes and visits.
+
+_NOTED, _MOST_LOST = 0.1, 0.5
+"""Shares of the events from which on what was lost is a warning, and an error."""
+
+
+def check_unknown_codes(data: SequenceSet) -> Iterator[Finding]:
+    """Events that are kept, but whose code is too rare for a row of the vocabulary: all read as [UNK]."""
+    shares = {
+        name: float(np.mean(part.codes == UNK)) for name, part in data.splits.items() if len(part.codes)
+    }
+    most = max(shares.values(), default=0.0)
+    if most > _NOTED:
+        listed = ", ".join(f"{share:.1%} of {name}" for name, share in shares.items())
+        yield Finding(
+            "unknown-codes",
+            "error" if most > _MOST_LOST else "warning",
+            f"Of the events, [UNK] are {listed}.",
+            "To a model all these codes are the same one: it can learn nothing from them, and their number "
+            "makes it seem better at predicting codes than it is.",
+            "Lower prepare's --min_count (or --vocabulary_size's limit), map codes to a coarser level, "
+            "prepare "
+            "more subjects; where train has few and another split many, the splits know different codes.",
+        )
+
+
+def check_unknown_visits(data: SequenceSet) -> Iterator[Finding]:
+    """Events that name no visit, or one that the source does not have; counted when they were prepared."""
+    lost = data.counts.changed.get("unknown visit", 0)
+    share = lost / max(data.counts.read, 1)
+    if share > _NOTED:
+        yield Finding.warning(
+            "unknown-visits",
+            f"{lost:,} of {data.counts.read:,} events that were read name no visit, or one that is unknown.",
+            "Their visit is the calendar day: visits fall apart, and what is known at the end of a visit "
+            "(delays with =visit) is taken for known on the day.",
+            "See that the table of visits is there, of the same export, and has the ids that the events "
+            "name.",
+        )
 
 
 # Times: order, ages, life and death.

@@ -20,6 +20,29 @@ from behrt_jax.diagnosis.finding import Finding
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 
+NEVER = np.iinfo(np.int64).max
+"""Time of a death that is not known."""
+
+
+@dataclass(frozen=True, eq=False)
+class Deaths:
+    """Deaths of the subjects of all splits."""
+
+    subject_ids: np.ndarray
+    """int64 ``[deaths]``, ascending, none twice."""
+    times: np.ndarray
+    """int64 ``[deaths]``, microseconds since 1970; often the day alone."""
+
+    def of(self, subject_ids: np.ndarray) -> np.ndarray:
+        """The death of each subject, int64 like the ids; ``NEVER`` where none is known."""
+        place = find_ids(self.subject_ids, subject_ids)
+        found = np.full(len(subject_ids), NEVER)
+        found[place >= 0] = self.times[place[place >= 0]]
+        return found
+
+
+NO_DEATHS = Deaths(np.empty(0, np.int64), np.empty(0, np.int64))
+
 
 @dataclass(frozen=True, eq=False)
 class PlacedLabels:
@@ -33,6 +56,8 @@ class PlacedLabels:
     """int64 ``[labels]``, prediction times in microseconds since 1970."""
     values: np.ndarray
     """int64 ``[labels]``: 0 and 1 where the labels are binary, else a number of the value."""
+    deaths: np.ndarray
+    """int64 ``[labels]``, the subject's death in microseconds since 1970; ``NEVER`` where none is known."""
 
     def __len__(self) -> int:
         return len(self.subjects)
@@ -56,10 +81,11 @@ class PlacedLabels:
         return place_in(self.part.times, self.starts, self.stops, self.times + shift, inclusive)
 
 
-def place_labels(labels: Labels, data: SequenceSet) -> dict[str, PlacedLabels]:
+def place_labels(labels: Labels, data: SequenceSet, deaths: Deaths = NO_DEATHS) -> dict[str, PlacedLabels]:
     """Split name -> its labels; those of subjects without a sequence are left out."""
     positive = labels.positive()
     ids = labels.value_ids() if positive is None else positive
+    died = deaths.of(labels.subject_ids)
     placed = {}
     for name in SPLITS:
         part = data.splits[name]
@@ -68,7 +94,9 @@ def place_labels(labels: Labels, data: SequenceSet) -> dict[str, PlacedLabels]:
         subjects = place[known]
         times, values = labels.times[known], ids[known].astype(np.int64)
         by_time = np.lexsort([values, times, subjects])
-        placed[name] = PlacedLabels(part, subjects[by_time], times[by_time], values[by_time])
+        placed[name] = PlacedLabels(
+            part, subjects[by_time], times[by_time], values[by_time], died[known][by_time]
+        )
     return placed
 
 
@@ -78,6 +106,7 @@ def check_labels(
     placed: Mapping[str, PlacedLabels],
     manifest: JsonObject,
     config: DoctorConfig,
+    deaths: Deaths = NO_DEATHS,
 ) -> Iterator[Finding]:
     """Every check of labels, but those of the codes before and after them.
 
@@ -90,6 +119,7 @@ def check_labels(
     yield from check_subjects(labels, data)
     yield from check_rows(placed)
     yield from check_histories(labels, data, placed)
+    yield from check_labels_after_death(labels, placed, deaths, data.vocabulary, config.death_codes)
     yield from check_classes(placed, binary)
     recorded = manifest.get("options", {}).get("delays", ())
     yield from check_delays(placed, data.vocabulary, config.delays or recorded, recorded)
@@ -197,6 +227,38 @@ def check_histories(
             f"{empty:,} of {total:,} labels have no event at or before their prediction time.",
             "Nothing is known then, and the model sees an empty input.",
             "Leave these labels out, predict later, or select more codes.",
+        )
+
+
+def check_labels_after_death(
+    labels: Labels,
+    placed: Mapping[str, PlacedLabels],
+    deaths: Deaths,
+    vocabulary: Vocabulary,
+    death_codes: tuple[str, ...],
+) -> Iterator[Finding]:
+    """Prediction times on a later day than the death, as the data know it or as a code of death says."""
+    died = deaths.of(labels.subject_ids)
+    # Of a subject whose death the data know, a code of death says nothing more.
+    late = int(np.count_nonzero((died < NEVER) & (labels.times // DAY > died // DAY)))
+    is_death = matching_codes(vocabulary, death_codes, "--death_codes")
+    for of_split in placed.values():
+        if not len(of_split):
+            continue
+        at = np.where(is_death[of_split.part.codes], of_split.part.times, NEVER)
+        first = np.minimum.reduceat(at, of_split.part.offsets[:-1])[of_split.subjects]
+        late += int(
+            np.count_nonzero(
+                (of_split.deaths == NEVER) & (first < NEVER) & (of_split.times // DAY > first // DAY)
+            )
+        )
+    if late:
+        yield Finding.error(
+            "label-after-death",
+            f"{late:,} of {len(labels):,} labels have a prediction time on a later day than the subject's "
+            "death.",
+            "Nothing can be predicted for the dead, and such labels are negative by their nature.",
+            "Leave these labels out, or mend the deaths or the prediction times.",
         )
 
 
@@ -348,7 +410,8 @@ def check_follow_up(
             continue
         last = labels.part.times[labels.stops - 1]
         after = 1 if horizon_days is None else int(horizon_days * DAY)
-        followed = last >= labels.times + after
+        # Nothing happens after a death: where one is known, all is known.
+        followed = (last >= labels.times + after) | (labels.deaths < NEVER)
         negatives += int(np.count_nonzero(negative))
         unfollowed += int(np.count_nonzero(negative & ~followed))
     if unfollowed:
@@ -358,11 +421,14 @@ def check_follow_up(
         by_labels = "" if stated is None else f" (by the labels, follow-up goes on to {stated})"
         yield Finding(
             "negative-without-follow-up",
-            "error" if unfollowed > MUCH_UNFOLLOWED * negatives and stated is None else "warning",
+            # A table that says until when its subjects are followed has been made by that rule.
+            "info" if stated else "error" if unfollowed > MUCH_UNFOLLOWED * negatives else "warning",
             f"{unfollowed:,} of {negatives:,} negative labels ({unfollowed / negatives:.1%}) are of subjects "
-            f"without any event {when}{by_labels}.",
+            f"without any event or death {when}{by_labels}.",
             "That nothing was recorded is no proof that nothing happened; the model learns who is not seen "
-            "again. (Follow-up is seen by the selected codes alone, not by deaths or the end of the data.)",
-            "Leave such labels out, or censor them; keep those where a death or discharge ends the follow-up "
-            "by definition.",
+            "again. (Follow-up is seen by the selected codes and by deaths, not by the end of the data, "
+            "which "
+            "says nothing where dates are shifted by subject.)",
+            "Leave such labels out, or censor them; keep those where a discharge ends the follow-up by "
+            "definition.",
         )

@@ -39,6 +39,16 @@ TITLES = {
     "integrated_brier": "integrated Brier score",
 }
 LESS_IS_BETTER = frozenset({"brier", "log_loss", "mae", "rmse", "integrated_brier", "ece"})
+LEAKAGE_AUROC = 0.99
+"""An AUROC from which on leakage is more likely than a good model."""
+LEAKAGE_WORDS = (
+    "So good a prediction of what is to come is hardly ever real: suspect that the outcome, or something "
+    "written after it, is in the input.",
+    "Audit the labels: behrt-jax doctor --data DATA --labels LABELS, with --horizon_days and "
+    "--outcome_codes. "
+    "Predict earlier, give delays, or leave out codes that tell the outcome.",
+)
+"""Why that matters, and what to do."""
 THRESHOLDS = np.arange(1, 100) / 100
 """Threshold probabilities of the decision curve."""
 _RANKED = 1 << 20

@@ -14,7 +14,7 @@ GENERATED_VOCABULARY_SIZE = 1000
 
 
 # What training may choose anew on prepared data; the rest was settled when it was prepared.
-_OF_TRAINING = ("source", "path", "window", "max_length", "packed")
+_OF_TRAINING = ("source", "path", "window", "max_length", "packed", "verify")
 
 
 def load_sequences(config: DataConfig, sep_token: bool) -> SequenceSet:
@@ -32,7 +32,7 @@ def load_sequences(config: DataConfig, sep_token: bool) -> SequenceSet:
             raise InputError(
                 f"data.{name} has no effect on prepared data: leave it out, or prepare the data with it."
             )
-    return read_prepared(config.path, sep_token)
+    return read_prepared(config.path, sep_token, config.verify)
 
 
 def load_events(config: DataConfig) -> EventSet:

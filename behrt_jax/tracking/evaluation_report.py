@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from behrt_jax.evaluation import performance
-from behrt_jax.evaluation.performance import BaselineRecord, EvaluationRecord, FigureEntry, main_figure
-from behrt_jax.evaluation.scores import TITLES
+from behrt_jax.evaluation.performance import (
+    BaselineRecord,
+    EvaluationRecord,
+    FigureEntry,
+    main_figure,
+)
+from behrt_jax.evaluation.scores import LEAKAGE_AUROC, LEAKAGE_WORDS, TITLES
 from behrt_jax.files import write_text
 from behrt_jax.tracking.console import printable, table_text
 from behrt_jax.tracking.report import html_page, html_picture, html_table
@@ -36,12 +41,23 @@ def plain_words(record: EvaluationRecord) -> list[str]:
     first = f"The model's {title} is {figure_text(main)}; in brackets the 95 % interval."
     if main["value"] is None:
         first = f"There is no {title}: {main.get('reason')}."
-    parts = (_size, _against_baselines, _calibration, _benefit, _circumstances)
+    parts = (_leakage, _size, _against_baselines, _calibration, _benefit, _circumstances)
     return [first, *(sentence for part in parts for sentence in part(record))]
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    if value is None:
+        return ""
+    if 0 < abs(value) < 0.0005:  # not 0.000, which says that there is none
+        return f"{value:.2g}"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _leakage(record: EvaluationRecord) -> list[str]:
+    auroc = (record["model"]["figures"].get("auroc") or {}).get("value")
+    if auroc is None or auroc < LEAKAGE_AUROC:
+        return []
+    return [f"SUSPECT LEAKAGE: an AUROC of {auroc:.4f}. {' '.join(LEAKAGE_WORDS)}"]
 
 
 def _size(record: EvaluationRecord) -> list[str]:
@@ -74,18 +90,31 @@ def _against_baselines(record: EvaluationRecord) -> list[str]:
             continue
         if main not in differences:  # nothing is told apart by calibration alone
             continue
-        lost = [key for key, found in differences.items() if found["ahead"] == "baseline"]
+        lost = [key for key in differences if _ahead(record, baseline, key) == "baseline"]
         if lost:
             by = "; by ".join(_both(record, baseline, key) for key in lost)
             said.append(f"THE BASELINE WINS: {name} is better than the model by {by}.")
         found, by = differences[main], _both(record, baseline, main)
-        if found["ahead"] == "model":
+        ahead = _ahead(record, baseline, main)
+        if ahead == "model":
             said.append(f"The model is better than {name} by {by}.")
-        elif found["ahead"] == "unclear":
+        elif ahead == "unclear":
             leads = {"model": "the model leads", "baseline": "the baseline leads", "equal": "both are equal"}
             why = "no interval" if found["low"] is None else leads[found["better"]]
             said.append(f"The model and {name} are not told apart ({why}) by {by}.")
     return said
+
+
+_SEEN = 0.0005
+"""A difference below it, of errors in units of their own as a share of them, is no victory, however sure."""
+
+
+def _ahead(record: EvaluationRecord, baseline: BaselineRecord, name: str) -> str:
+    """Who is ahead by more than chance, and by more than nothing."""
+    difference = baseline.get("model_less_baseline", {})[name]
+    values = difference["value"], record["model"]["figures"][name]["value"]
+    least = _SEEN * abs(values[1] or 0.0) if name in ("mae", "rmse") else _SEEN
+    return difference["ahead"] if values[0] is not None and abs(values[0]) >= least else "unclear"
 
 
 def _both(record: EvaluationRecord, baseline: BaselineRecord, name: str) -> str:
@@ -236,7 +265,7 @@ def _baselines(record: EvaluationRecord) -> Table:
 
 def _differences(record: EvaluationRecord) -> Table:
     rows = [
-        (baseline["name"], TITLES[name], figure_text(found), _AHEAD[found["ahead"]])
+        (baseline["name"], TITLES[name], figure_text(found), _AHEAD[_ahead(record, baseline, name)])
         for baseline in record["baselines"]
         for name, found in baseline.get("model_less_baseline", {}).items()
     ]

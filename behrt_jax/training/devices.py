@@ -83,8 +83,6 @@ def put_rows(batch: Any, mesh: Mesh) -> Any:
 
 # FSDP (Zhao et al. 2023, arXiv 2304.11277): each device holds a part of the train state.
 
-"""Elements from which on a leaf is split."""
-
 
 def shardings_of(tree: Any) -> Any:
     """Sharding of each array in a tree."""

@@ -7,18 +7,23 @@ they are made together, shown and written. JAX is not needed.
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+
 from behrt_jax.config import DoctorConfig
+from behrt_jax.data.events import SPLITS
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.labels import Labels, read_labels
-from behrt_jax.data.prepared import read_manifest, read_prepared
+from behrt_jax.data.prepared import read_deaths, read_manifest, read_prepared
 from behrt_jax.diagnosis import finding
 from behrt_jax.diagnosis.after import check_after
 from behrt_jax.diagnosis.before import check_before
 from behrt_jax.diagnosis.during import check_during
 from behrt_jax.diagnosis.finding import Facts, Finding, RunRecord, by_severity, read_run
+from behrt_jax.diagnosis.finetuning import check_finetuned, check_labelled
 from behrt_jax.diagnosis.leakage_codes import check_codes
 from behrt_jax.diagnosis.leakage_data import check_data
-from behrt_jax.diagnosis.leakage_labels import check_labels, place_labels
+from behrt_jax.diagnosis.leakage_labels import NO_DEATHS, Deaths, check_labels, place_labels
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, write_json
 from behrt_jax.run_folder import read_metrics
@@ -59,7 +64,7 @@ def examine(run: RunRecord) -> list[Finding]:
     """
     found = [*examine_before(run), *examine_during(run)]
     if run.summary:
-        found += [replace(one, when="after") for one in check_after(run)]
+        found += [replace(one, when="after") for one in (*check_after(run), *check_finetuned(run))]
     ids = {one.id for one in found}
     # Older folders lack the facts that the checks before training need.
     stored = finding.from_json(run.summary.get("findings") or []) if run.facts == Facts() else []
@@ -68,7 +73,7 @@ def examine(run: RunRecord) -> list[Finding]:
 
 def examine_before(run: RunRecord) -> list[Finding]:
     """The checks that need no training."""
-    return [replace(one, when="before") for one in check_before(run)]
+    return [replace(one, when="before") for one in (*check_before(run), *check_labelled(run))]
 
 
 def examine_during(run: RunRecord) -> list[Finding]:
@@ -127,19 +132,31 @@ def audit_data(config: DoctorConfig) -> list[Finding]:
     """
     if config.data is None:
         raise InputError("--data is missing: give the folder that prepare wrote.")
-    data, manifest = read_prepared(config.data), read_manifest(config.data)
+    data, manifest = read_prepared(config.data, verify=True), read_manifest(config.data)
     labels = None if config.labels is None else read_labels(config.labels, as_written=True)
     _check_options(labels, config)
     found = list(check_data(data, manifest, config.death_codes))
     if labels is not None:
-        placed = place_labels(labels, data)
-        found += check_labels(labels, data, placed, manifest, config)
+        deaths = _deaths(config.data)
+        placed = place_labels(labels, data, deaths)
+        found += check_labels(labels, data, placed, manifest, config, deaths)
         if labels.positive() is not None:
-            found += check_codes(placed, data.vocabulary, config)
+            delays = config.delays or tuple(manifest["options"].get("delays", ()))
+            found += check_codes(placed, data.vocabulary, config, delays)
     findings = by_severity(found)
     subjects = sum(len(part) for part in data.splits.values())
     about = "" if labels is None else f" and {len(labels):,} labels"
     return _told(config, findings, "data", config.data, f"{config.data}, {subjects:,} subjects{about}")
+
+
+def _deaths(folder: Path) -> Deaths:
+    """Deaths of all splits; none where an older version, which did not keep them, prepared the folder."""
+    tables = [table for name in SPLITS if (table := read_deaths(folder, name)) is not None]
+    if not tables:
+        return NO_DEATHS
+    joined = pa.concat_tables(tables)
+    ids, first = np.unique(joined["subject_id"].to_numpy(), return_index=True)
+    return Deaths(ids, joined["time"].cast(pa.int64()).to_numpy()[first])
 
 
 def _check_options(labels: Labels | None, config: DoctorConfig) -> None:

@@ -1,7 +1,9 @@
 """Records of any source into a prepared data set, with a report of what became of every event."""
 
+import re
 import time
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 from behrt_jax.config import PrepareConfig
@@ -18,12 +20,23 @@ from behrt_jax.records.sources.table import open_table
 from behrt_jax.tracking.console import Console, open_console
 
 SOURCES: dict[str, Callable[[Path, PrepareConfig], Source]] = {
-    "meds": lambda path, config: open_meds(path, config.visit_column),
-    "omop": lambda path, config: open_omop(path, config.ancestors),
-    "synthea": lambda path, config: open_synthea(path),
+    "meds": lambda path, config: open_meds(
+        path, config.visit_column, config.splits.names, needs_train=config.like is None
+    ),
+    "omop": lambda path, config: open_omop(path, config.ancestors, config.omop.skip),
+    "synthea": lambda path, config: open_synthea(path, config.synthea.skip),
     "table": lambda path, config: open_table(path, config.table),
 }
 """Kinds of sources: its name in the configuration -> how it is opened, with the options of its own."""
+OWN_OPTIONS = {
+    "visit_column": "meds",
+    "splits.names": "meds",
+    "ancestors": "omop",
+    "omop.skip": "omop",
+    "synthea.skip": "synthea",
+    "table": "table",
+}
+"""Option -> the one kind of source that it is of."""
 SECONDS_BETWEEN_LINES = 5.0
 """Between two lines of progress."""
 
@@ -82,8 +95,14 @@ def open_source(config: PrepareConfig) -> Source:
     """Open the source of the configuration: its files are found, their heads checked, no event is read yet.
 
     Raises:
-        InputError: there is no input, or it is not of that source.
+        InputError: there is no input, it is not of that source, or an option is of another.
     """
+    for option, source in OWN_OPTIONS.items():
+        given, default = (attrgetter(option)(one) for one in (config, PrepareConfig()))
+        if given != default and source != config.source:
+            raise InputError(
+                f"--{option} is of --source {source} and has no effect on {config.source}: leave it out."
+            )
     if config.input is None:
         raise InputError("--input is missing: give the folder (or, for a table, the file) to read.")
     path = Path(config.input).expanduser()
@@ -109,7 +128,11 @@ def report(console: Console, manifest: JsonObject) -> None:
     for delay, codes in manifest["delayed_codes"].items():
         matched = f"{codes:,} codes" if codes else "no code of the vocabulary, so that it has no effect"
         console.log(f"Delay {delay}: {matched}.")
+    _report_options(console, manifest)
     splits = manifest["splits"]
+    like = "like" in manifest["options"]
+    for name in (name for name, part in splits.items() if not part["subjects"] and not like):
+        console.log(f"Warning: the {name} split has no subject with events.")
     console.table(
         "Facts about subjects (no tokens)",
         ("split", "static facts", "subjects with any", "deaths", "births of subjects without events"),
@@ -142,12 +165,39 @@ def report(console: Console, manifest: JsonObject) -> None:
         ("code", "events", "description"),
         [(row["code"], row["events"], row["description"]) for row in manifest["top_codes"][:10]],
     )
-    if "like" in manifest["options"] and (unknown := manifest["unknown_codes"]):
+    if like and (unknown := manifest["unknown_codes"]):
         console.table(
             f"Codes that the vocabulary does not know, [UNK] ({manifest['distinct_unknown_codes']:,})",
             ("code", "events"),
             [(row["code"], row["events"]) for row in unknown[:20]],
         )
+
+
+def _report_options(console: Console, manifest: JsonObject) -> None:
+    """How subjects were dealt out, and options that had no effect."""
+    options = manifest["options"]
+    if options.get("held_out_fraction") == 1:
+        console.log("The source has no splits of its own: all its subjects are held_out.")
+    elif "tuning_fraction" in options:
+        shares = f"{options['tuning_fraction']:.0%} tuning, {options['held_out_fraction']:.0%} held_out"
+        how = "exactly" if options.get("exact_splits") else "about"
+        console.log(
+            f"The source has no splits of its own: its subjects were dealt out by a hash of their ids ({how} "
+            f"{shares}, seed {options['seed']})."
+        )
+    idle = manifest.get("without_effect", {})
+    for option, patterns in idle.items():
+        console.log(
+            f"Warning: --{option} {' '.join(patterns)} matches no code of the data, so it has no effect."
+        )
+    for pattern in set(options.get("value_codes", ())).difference(idle.get("value_codes", ())):
+        if "like" not in options and not any(
+            re.match(pattern, code) for code in manifest.get("value_edges", ())
+        ):
+            console.log(
+                f"Warning: --value_codes {pattern} makes no bins: none of its codes has enough numeric values in the "
+                "train split."
+            )
 
 
 def _named(files: Sequence[Path], folder: Path) -> str:

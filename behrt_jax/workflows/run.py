@@ -206,6 +206,7 @@ FREE = (
     "mesh.data",
     "mesh.fsdp",
     "data.path",
+    "data.verify",
     "data",
     "labels",
     "init",

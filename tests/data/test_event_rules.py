@@ -179,7 +179,14 @@ def test_nothing_left_shows_what_codes_there_are():
     with pytest.raises(InputError, match=r"code not selected: 16") as error:
         select(rows, codes=("MEDICATION",))
     shown = str(error.value).split("prefixes: ")[1].split(")")[0].split(", ")
-    assert shown == ["LAB", "DX", *(f"P{place:02}" for place in range(8))]
+    assert shown == ["LAB//", "DX//", *(f"P{place:02}//" for place in range(8))]
+
+
+def test_prefixes_are_shown_by_the_separators_that_the_codes_have_and_as_patterns():
+    codes = [*["ICD10CM/E11.9", "ICD10CM/I10"] * 2, *["SNOMED|1", "SNOMED|2/3", "SNOMED|4"], "A/b//c", "x.y"]
+    with pytest.raises(InputError) as error:
+        select([born(1), *(Row(1, DAY, code) for code in codes)], codes=("MEDICATION",))
+    assert r"prefixes: ICD10CM/, SNOMED\|, A/b//, x\.y)" in str(error.value)
 
 
 def test_nothing_left_names_the_rule():

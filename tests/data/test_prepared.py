@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from behrt_jax import files
 from behrt_jax.config import DataConfig, PrepareConfig
 from behrt_jax.data import prepared as arrow_columns
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS
@@ -24,10 +25,19 @@ from behrt_jax.data.prepared import (
 from behrt_jax.data.sequences import build_sequences
 from behrt_jax.data.vocabulary import SEP, Vocabulary
 from behrt_jax.errors import InputError
+from behrt_jax.records.load import load_sequences
 from behrt_jax.records.prepare.pipeline import prepare
 from tests.records.meds_folder import DAY, Row, born, by_remainder, event_set, events_table, history_rows
 from tests.records.memory_source import MemorySource
-from tests.records.prepare.test_pipeline import ALWAYS, SPLIT_IDS, assert_same, contents, row_lists, source_of
+from tests.records.prepare.test_pipeline import (
+    ALWAYS,
+    SPLIT_IDS,
+    assert_same,
+    contents,
+    row_lists,
+    source_of,
+    without_digests,
+)
 
 
 @pytest.fixture
@@ -107,14 +117,91 @@ def test_an_empty_split_is_read(tmp_path):
         (lambda out: (out / "manifest.json").unlink(), r"out is no prepared data set \(it has no manifest"),
         (lambda out: (out / "manifest.json").write_text("{"), r"manifest\.json is not the manifest"),
         (lambda out: (out / "manifest.json").write_text("[]"), r"manifest\.json is not the manifest"),
+    ],
+)
+def test_a_damaged_folder(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        read_prepared(folder)
+
+
+OF_THE_DATA = [
+    "vocabulary.parquet",
+    *(f"train/{name}" for name in ("events.arrow", "subjects.arrow")),
+    *(f"train/{name}.parquet" for name in ("births", "deaths", "static")),
+]
+
+
+@pytest.mark.parametrize("name", OF_THE_DATA)
+def test_a_file_that_is_not_what_was_written(folder, name):
+    whole = (folder / name).read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content, what in [
+        (flipped, "damaged, its SHA-256"),
+        (whole[:-40], "damaged, it has"),
+        (None, "miss"),
+    ]:
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name} is {what}.* run prepare again, with another output"):
+            read_prepared(folder)
+    (folder / name).write_bytes(whole)
+    read_prepared(folder)
+
+
+@pytest.mark.parametrize("read", [read_static, read_deaths, read_births])
+def test_facts_that_are_gone_are_not_none(folder, read):
+    name = read.__name__.removeprefix("read_")
+    read(folder, "train")
+    (folder / "train" / f"{name}.parquet").unlink()
+    with pytest.raises(InputError, match=rf"{name}\.parquet is missing"):
+        read(folder, "train")
+    without_digests(folder)  # its counts of facts tell that there was a file
+    with pytest.raises(InputError, match=rf"{name}\.parquet is missing"):
+        read(folder, "train")
+
+
+def test_large_files_are_read_through_where_it_is_asked(folder, monkeypatch):
+    monkeypatch.setattr(arrow_columns, "READ_THROUGH", (folder / "train" / "events.arrow").stat().st_size)
+    content = bytearray((folder / "train" / "events.arrow").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "train" / "events.arrow").write_bytes(content)
+    read_prepared(folder)
+    with pytest.raises(InputError, match=r"train/events\.arrow is damaged"):
+        read_prepared(folder, verify=True)
+    with pytest.raises(InputError, match=r"train/events\.arrow is damaged"):
+        load_sequences(DataConfig(source="prepared", path=folder, verify=True), sep_token=False)
+
+
+def test_files_are_read_through_once_in_a_process(folder, monkeypatch):
+    read = []
+    sha256 = files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda file: read.append(file.name) or sha256(file))
+    for _ in range(2):  # just written: another change could have the same time
+        read.clear()
+        read_prepared(folder)
+        assert set(read) == {file.name for file in folder.rglob("*.*")} - {"manifest.json"}
+    monkeypatch.setattr(files.time, "time_ns", lambda: 1 << 62)
+    read_prepared(folder)
+    read.clear()
+    read_prepared(folder)
+    assert not read
+    content = bytearray((folder / "vocabulary.parquet").read_bytes())
+    content[-40] ^= 1
+    (folder / "new").write_bytes(content)
+    (folder / "new").replace(folder / "vocabulary.parquet")
+    with pytest.raises(InputError, match=r"vocabulary\.parquet is damaged"):
+        read_prepared(folder)
+    assert read == ["vocabulary.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
         (lambda out: (out / "vocabulary.parquet").unlink(), r"vocabulary\.parquet cannot be read"),
         (lambda out: (out / "train" / "events.arrow").unlink(), r"events\.arrow is missing, cut short"),
-        (
-            lambda out: (out / "train" / "events.arrow").write_bytes(
-                (out / "train" / "events.arrow").read_bytes()[:-40]
-            ),
-            r"train/events\.arrow is missing, cut short",
-        ),
         (
             lambda out: (out / "tuning" / "subjects.arrow").write_bytes(
                 (out / "tuning" / "events.arrow").read_bytes()
@@ -129,13 +216,15 @@ def test_an_empty_split_is_read(tmp_path):
         ),
     ],
 )
-def test_a_damaged_folder(folder, spoil, message):
+def test_a_damaged_folder_of_an_older_version(folder, spoil, message):
+    without_digests(folder)
     spoil(folder)
     with pytest.raises(InputError, match=message):
         read_prepared(folder)
 
 
-def test_another_vocabulary(folder):
+def test_another_vocabulary_in_a_folder_of_an_older_version(folder):
+    without_digests(folder)
     vocabulary = read_prepared(folder).vocabulary
     codes = (*vocabulary.codes[:-2], *vocabulary.codes[:-3:-1])
     Vocabulary(codes, vocabulary.counts, vocabulary.descriptions).write(folder / "vocabulary.parquet")
@@ -150,10 +239,19 @@ def test_another_version(folder):
         read_prepared(folder)
 
 
-def test_a_damaged_manifest(folder):
+@pytest.mark.parametrize("entry", ["files", "sha256", "subject_facts", "splits"])
+def test_a_damaged_manifest(folder, entry):
+    manifest = read_manifest(folder)
+    for changed in ({name: manifest[name] for name in manifest if name != entry}, {**manifest, entry: {}}):
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+            read_prepared(folder)
+
+
+def test_a_damaged_manifest_of_an_older_version(folder):
     manifest = read_manifest(folder)
     del manifest["splits"]["tuning"]["events"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    without_digests(folder, splits=manifest["splits"])
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         read_prepared(folder)
 
@@ -334,12 +432,18 @@ def test_row_groups_do_not_depend_on_the_pieces(tmp_path, monkeypatch):
     assert read_static(tmp_path / "whole", "train")["subject_id"].to_pylist() == list(range(1, 12))
 
 
-def test_a_folder_of_an_older_version(tmp_path):
+def test_a_folder_of_an_older_version(tmp_path, caplog):
     prepare(source_of(ALWAYS, SPLIT_IDS), PrepareConfig(output=tmp_path / "out", min_count=1))
     for file in (tmp_path / "out").rglob("*.parquet"):
         if file.parent != tmp_path / "out":
             file.unlink()
-    assert len(read_prepared(tmp_path / "out").splits["train"]) == 1
+    without_digests(tmp_path / "out", subject_facts={})
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            assert len(read_prepared(tmp_path / "out").splits["train"]) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'out'} was written without digests of its files: damage to them is not noticed."
+    ]
     assert read_static(tmp_path / "out", "train").schema.names == ["subject_id", "code"]
     assert read_static(tmp_path / "out", "train").num_rows == 0
     assert read_deaths(tmp_path / "out", "train") is None

@@ -16,7 +16,7 @@ from behrt_jax.data.events import DAY
 from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint
 from behrt_jax.data.vocabulary import UNK
-from behrt_jax.files import write_json
+from behrt_jax.files import digests_of, sealed, write_json
 from behrt_jax.records.meds_export import write_meds
 from behrt_jax.records.synthetic.clinical import generate_clinical
 
@@ -111,6 +111,7 @@ def rewrite(source: Path, target: Path, spoil: Spoil, **manifest: Any) -> Path:
         _write_like(source / name / "events.arrow", target / name / "events.arrow", columns)
     data.vocabulary.write(target / "vocabulary.parquet")
     old = read_manifest(source)
+    del old["subject_facts"]  # which stay behind
     counts = {
         name: old["splits"][name] | {"subjects": len(part), "events": len(part.codes)}
         for name, part in data.splits.items()
@@ -121,7 +122,7 @@ def rewrite(source: Path, target: Path, spoil: Spoil, **manifest: Any) -> Path:
         "splits": counts,
         "vocabulary": vocabulary,
     }
-    write_json(target / "manifest.json", old | new | manifest)
+    write_json(target / "manifest.json", sealed(old | new | {"files": digests_of(target)} | manifest))
     return target
 
 

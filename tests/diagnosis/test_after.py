@@ -43,8 +43,13 @@ def test_nothing_is_found_in_a_healthy_run():
     assert ids(found(bands=None, baselines=None, gain_over_unigram=None)) == []
 
 
-def test_a_trial_is_not_judged():
-    assert found(history([6.9], [6.9]), steps=3, **gain(-1.0)) == []
+def test_of_a_trial_it_is_only_told_that_pairs_are_not_beaten():
+    trial = history([6.9], [6.9])
+    assert ids(found(trial, steps=99, **gain(-1.0))) == ["no-gain-over-co-occurrence"]
+    assert ids(found(trial, steps=99, **gain(1.2))) == []
+    cut = {**LORA, "train": {**LORA["train"], "max_steps": 3}}
+    finding = only(found(trial, cut, steps=3, **gain(-1.0)), "no-gain-over-co-occurrence")
+    assert finding.severity == "info"  # it was cut short on purpose
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,30 @@ def test_no_gain_over_counting_pairs():
     finding = only(found(**gain(0.9)), "no-gain-over-co-occurrence")
     assert "4.6000" in finding.seen
     assert "4.5000" in finding.seen
+    assert finding.severity == "warning"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "severity"), [(-0.02, 0.22, "info"), (0.01, 0.19, "warning"), (-0.2, -0.01, None)]
+)
+def test_a_gain_over_counting_pairs_within_noise_is_no_alarm(low, high, severity):
+    gaps = {"co-occurrence": {"nats": (low + high) / 2, "low": low, "high": high}}
+    change = gain(1.0 - (low + high) / 2)
+    findings = found(gaps=gaps, **change)
+    if severity is None:
+        assert "no-gain-over-co-occurrence" not in ids(findings, "error", "warning", "info")
+    else:
+        finding = only(findings, "no-gain-over-co-occurrence")
+        assert finding.severity == severity
+        assert f"{low:+.4f} to {high:+.4f}" in finding.seen
+
+
+def test_advice_names_options_that_this_run_takes():
+    rare = [BANDS[0], *({**band, "accuracy": 0.01, "loss": band["unigram_loss"]} for band in BANDS[1:])]
+    assert "--data.min_count" in only(found(bands=rare), "common-codes-alone").mend
+    prepared = {**LORA, "data": {**LORA["data"], "source": "prepared"}}
+    mend = only(found(settings=prepared, bands=rare), "common-codes-alone").mend
+    assert "--data." not in mend and "prepare's --min_count" in mend
 
 
 def test_only_common_codes_are_learnt():

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.vocabulary import UNK
 from tests.diagnosis.audited import (
     OUTCOME,
@@ -19,6 +20,7 @@ from tests.diagnosis.audited import (
     taken,
 )
 from tests.records.meds_folder import DAY, HOUR, Row, born, by_remainder, history_rows, write_meds
+from tests.records.prepare.test_pipeline import without_digests
 
 
 def two_splits(data):
@@ -107,10 +109,9 @@ def test_an_injected_fault_is_caught(fault, prepared, tmp_path):
     assert findings(tmp_path / "spoilt", tmp_path)[name]["severity"] == severity
 
 
-def test_files_changed_after_preparing(prepared, tmp_path):
+def test_files_changed_after_preparing_by_an_older_version(prepared, tmp_path):
     folder = copied(prepared, tmp_path / "changed")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    without_digests(folder, fingerprint="0" * 64)
     assert list(alarms(findings(folder, tmp_path))) == ["changed-since-prepared"]
 
 
@@ -195,8 +196,31 @@ def test_where_quantiles_were_fitted_cannot_always_be_told(tmp_path):
     ]
     meds = write_meds(tmp_path / "meds", rows, splits=by_remainder(rows))
     found = findings(prepare(meds, tmp_path / "ties", "--value_codes", "LAB//"), tmp_path)
-    assert found["quantiles-not-recounted"]["severity"] == "info"
+    assert not [name for name in found if name.startswith("quantiles")]
     assert alarms(found) == {}
+
+
+@pytest.mark.parametrize(("least", "severity"), [(75, "warning"), (89, "error")])
+def test_events_that_are_read_as_unknown(least, severity, tmp_path):
+    rows = history_rows(subjects=60)
+    meds = write_meds(tmp_path / "meds", rows, splits=by_remainder(rows))
+    assert "unknown-codes" not in findings(prepare(meds, tmp_path / "all", "--min_count", "1"), tmp_path)
+    folder = prepare(meds, tmp_path / "prepared", "--min_count", str(least))
+    found = findings(folder, tmp_path)["unknown-codes"]
+    train = read_prepared(folder).splits["train"]
+    assert found["severity"] == severity
+    assert f"{np.mean(train.codes == UNK):.1%} of train" in found["seen"]
+
+
+def test_events_that_name_unknown_visits(prepared, tmp_path):
+    events = json.loads((prepared / "manifest.json").read_text())["events"]
+    for share, told in ((0.05, False), (0.975, True)):
+        lost = int(share * events["read"])
+        changed = events | {"changed": {"unknown visit": lost}}
+        folder = rewrite(prepared, tmp_path / f"{share}", lambda data: data, events=changed)
+        found = findings(folder, tmp_path)
+        assert ("unknown-visits" in found) == told
+    assert found["unknown-visits"]["seen"].startswith(f"{lost:,} of {events['read']:,} events")
 
 
 def test_events_dropped_after_death(tmp_path):

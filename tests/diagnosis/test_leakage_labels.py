@@ -7,7 +7,7 @@ import pytest
 
 from behrt_jax.cli import main
 from behrt_jax.data.events import DAY
-from behrt_jax.data.prepared import read_prepared
+from behrt_jax.data.prepared import read_deaths, read_prepared
 from tests.diagnosis.audited import OUTCOME, YEAR, Task, alarms, findings, planted, prepare, rewrite
 from tests.records.meds_folder import HOUR, Row, born, write_meds
 
@@ -145,7 +145,46 @@ def test_negatives_without_follow_up(share, severity, data, prepared, task, tmp_
     times[chosen] = last[chosen]
     found = findings(prepared, tmp_path, task._replace(times=times))
     assert found["negative-without-follow-up"]["severity"] == severity
-    assert found["negative-without-follow-up"]["seen"].startswith(f"{len(chosen):,} of {len(negative):,}")
+    # Of those who died all is known.
+    died = np.concatenate([read_deaths(prepared, name)["subject_id"].to_numpy() for name in data.splits])
+    unfollowed = int((~np.isin(task.subjects[chosen], died)).sum())
+    assert severity == "warning" or unfollowed < len(chosen)
+    assert found["negative-without-follow-up"]["seen"].startswith(f"{unfollowed:,} of {len(negative):,}")
+
+
+def test_labels_after_the_death(data, prepared, task, tmp_path):
+    deaths = [read_deaths(prepared, name) for name in data.splits]
+    died = {
+        subject: time
+        for table in deaths
+        for subject, time in zip(
+            table["subject_id"].to_pylist(), table["time"].cast(pa.int64()).to_pylist(), strict=True
+        )
+    }
+    own = np.flatnonzero(np.isin(task.subjects, list(died)))[:5]
+    times = task.times.copy()
+    times[own] = [died[subject] // DAY * DAY + DAY - 1 for subject in task.subjects[own].tolist()]
+    assert "label-after-death" not in findings(prepared, tmp_path, task._replace(times=times))
+    times[own] += 1  # the next day
+    found = findings(prepared, tmp_path, task._replace(times=times))["label-after-death"]
+    assert found["severity"] == "error"
+    assert found["seen"].startswith(f"5 of {len(times):,} labels")
+
+
+def test_labels_after_a_code_of_death(tmp_path):
+    rows = [born(subject) for subject in range(1, 41)]
+    rows += [
+        Row(subject, (100 + day) * DAY, f"DIAGNOSIS//{day}") for subject in range(1, 41) for day in (0, 1)
+    ]
+    rows += [Row(subject, 200 * DAY, "HOSPITAL_DISCHARGE//DIED") for subject in range(1, 11)]
+    splits = {"train": [*range(1, 31)], "tuning": [*range(31, 36)], "held_out": [*range(36, 41)]}
+    meds = write_meds(tmp_path / "meds", rows, splits=splits)
+    folder = prepare(meds, tmp_path / "prepared", "--codes", ".", "--min_count", "1")
+    subjects = np.arange(1, 41)
+    labels = Task(subjects, np.full(40, 200 * DAY + HOUR), subjects % 2 == 0)
+    assert "label-after-death" not in findings(folder, tmp_path, labels)
+    late = labels._replace(times=labels.times + DAY)
+    assert findings(folder, tmp_path, late)["label-after-death"]["seen"].startswith("10 of 40 labels")
 
 
 def test_negatives_followed_for_less_than_the_horizon(data, prepared, task, tmp_path):
@@ -160,9 +199,19 @@ def test_negatives_followed_for_less_than_the_horizon(data, prepared, task, tmp_
 def test_the_outcome_in_disguise(prepared, task, tmp_path):
     positive = dict(zip(task.subjects[task.values].tolist(), task.times[task.values].tolist(), strict=True))
     folder = rewrite(prepared, tmp_path / "spoilt", lambda data: planted(data, "RX//J05AH02", positive))
+    at_once = findings(folder, tmp_path, task)["outcome-code-in-input"]
+    assert at_once["severity"] == "error"  # revealed at the prediction time
+    task = task._replace(times=task.times + 2 * DAY)
     found = findings(folder, tmp_path, task)
-    assert "outcome-code-in-input" in alarms(found)
     assert f"RX//J05AH02 ({len(positive)} positive and 0 negative" in found["outcome-code-in-input"]["seen"]
+    # It may be a legitimate sign, known beforehand: that is asked.
+    assert found["outcome-code-in-input"]["severity"] == "warning"
+    assert "?" in found["outcome-code-in-input"]["why"]
+    # Where the user says that it is not known before the outcome, it is an error.
+    for options in (("--outcome_codes", "RX//J05AH02"), ("--delays", "RX//J05AH02=0")):
+        told = findings(folder, tmp_path, task, *options)["outcome-code-in-input"]
+        assert told["severity"] == "error"
+        assert "later: RX//J05AH02" in told["seen"]
 
 
 def test_a_suspected_code_that_few_have_is_no_alarm(prepared, task, tmp_path):

@@ -109,6 +109,28 @@ def test_who_is_ahead_is_said_plainly():
     assert "No baseline was run: because." in words(record_of(baselines=[], without_baselines="because."))
 
 
+def test_nobody_wins_by_nothing():
+    even = entry(0.0, -0.01, 0.01, ahead="unclear", better="equal")
+    nothing = entry(0.00021, 0.0001, 0.0003, ahead="baseline", better="baseline")
+    record = record_of(baselines=[baseline("boosting", even, brier=nothing)])
+    assert "BASELINE" not in words(record)
+    table = next(table for table in evaluation_tables(record) if table.title.startswith("Model less"))
+    assert [row[2:] for row in table.rows][1] == ("0.00021 (0.0001 to 0.0003)", "not told apart")
+    # An error in units of its own may be small, and the victory real.
+    ridge = {**baseline("ridge", even), "figures": {"mae": entry(0.00019)}}
+    record = record_of(baselines=[{**ridge, "model_less_baseline": {"mae": nothing}}])
+    record["model"]["figures"]["mae"] = entry(0.0004)
+    table = next(table for table in evaluation_tables(record) if table.title.startswith("Model less"))
+    assert table.rows[0][3] == "BASELINE"
+
+
+def test_an_auroc_too_good_to_be_true_is_suspected_first():
+    record = record_of()
+    assert "LEAKAGE" not in words(record)
+    record["model"]["figures"]["auroc"] = entry(0.9912, 0.98, 1.0)
+    assert plain_words(record)[1].startswith("SUSPECT LEAKAGE: an AUROC of 0.9912.")
+
+
 def test_with_one_class_nobody_wins():
     brier = entry(0.02, 0.01, 0.03, ahead="baseline", better="baseline")
     record = record_of(positives=0)

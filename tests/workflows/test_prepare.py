@@ -277,8 +277,13 @@ def test_another_form_of_the_source_gives_the_same_tokens(tmp_path):
     rows = history_rows(subjects=60, days=6)
     trained = prepared(tmp_path / "first", *as_meds(tmp_path / "meds", rows), "--min_count", "3")
     some = [row for row in rows if row.subject in (5, 6, 17)]
-    found = prepared(tmp_path / "new", *as_table(tmp_path / "table", some), "--like", str(tmp_path / "first"))
+    like = "--like", str(tmp_path / "first")
+    found = prepared(tmp_path / "new", *as_table(tmp_path / "table", some), *like)
     assert found == {subject: trained[subject] for subject in (5, 6, 17)}
+    # Splits of their own, of which any may be empty.
+    one = write_meds(tmp_path / "one", some, splits={"tuning": [5, 6], "held_out": [17]})
+    assert prepared(tmp_path / "split", "--input", str(one), *like) == found
+    assert len(read_prepared(tmp_path / "split").splits["train"]) == 0
 
 
 def test_like_a_run_on_generated_records(tmp_path):

@@ -60,7 +60,9 @@ class Encoding:
     counts: EventCounts
     """Of the reading; the partitions have those of the rules."""
     prefixes: Callable[[], Mapping[str, int]]
-    """Start of a code, up to the first ``//`` -> events read, markers aside."""
+    """Start of a code, of `event_rules.code_prefix` -> events read, markers aside."""
+    names: Callable[[], Sequence[str]]
+    """All codes read."""
     splits: Callable[[], dict[str, np.ndarray]]
     """Split -> int64 ids of its subjects, ascending, those without events included."""
     bins: event_rules.ValueBins | None = None
@@ -217,7 +219,7 @@ def encode_spills(
             yield partition
             told(done, len(partitions.buckets))
 
-    return Encoding(encoded(), counts, lambda: prefixes, lambda: splits, rules.bins)
+    return Encoding(encoded(), counts, lambda: prefixes, lambda: partitions.names, lambda: splits, rules.bins)
 
 
 def own_splits(source: Source) -> dict[str, np.ndarray] | None:
@@ -235,8 +237,9 @@ def own_splits(source: Source) -> dict[str, np.ndarray] | None:
 
 def split_by_hash(subjects: np.ndarray, config: PrepareConfig) -> dict[str, np.ndarray]:
     """See `splits.hash_splits`."""
-    like = config.like is not None
-    return hash_splits(subjects, *config.shares, config.seed, options="", may_be_empty=like)
+    # Of other subjects a split may be empty, and all go to one where no shares are given.
+    like, exact = config.like is not None, config.splits.exact and config.shares != (0.0, 1.0)
+    return hash_splits(subjects, *config.shares, config.seed, options="", exact=exact, may_be_empty=like)
 
 
 # Encoding of input whose subjects ascend from unit to unit: while it is read, without spill files.
@@ -271,7 +274,7 @@ def encode_ascending(
 
     Memory: two chunks of the source, a copy of one, and partitions of ``most`` events as in
     `encode_all`; a subject with more events than that is a partition of its own. The units are all of the
-    source's, as `ascending_units` gives them; ``value_codes`` need spill files.
+    source's, as `ascending_units` gives them; ``value_codes`` and exact splits by hash need spill files.
 
     Raises:
         InputError: splits that share subjects.
@@ -310,7 +313,7 @@ def encode_ascending(
     def all_splits() -> dict[str, np.ndarray]:
         return split_by_hash(seen.all(), config) if splits is None else splits
 
-    return Encoding(encoded(), counts, codes.prefixes, all_splits)
+    return Encoding(encoded(), counts, codes.prefixes, lambda: codes.names, all_splits)
 
 
 def whole_subjects(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[list[pa.RecordBatch]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from behrt_jax import __version__
-from behrt_jax.config import PrepareConfig, TableColumns, from_stored
+from behrt_jax.config import PrepareConfig, SkippedTables, TableColumns, from_stored
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import EventCounts
 from behrt_jax.data.examples import parse_delay
@@ -77,6 +77,9 @@ def read_like(config: PrepareConfig, option: str = "--like") -> tuple[PrepareCon
             if given and not theirs:
                 raise InputError(f"--{name}: {config.like} was prepared without it: leave it out.")
             taken[name] = given or theirs
+    skipped = getattr(config, source, None) if config.source == source else None
+    if isinstance(skipped, SkippedTables) and not skipped.skip:
+        taken[source] = SkippedTables(tuple(options.get("skip", ())))
     return replace(config, **taken), like
 
 
@@ -88,11 +91,13 @@ def content_options(
     if config.value_codes:
         names += ["value_codes", "value_bins"]
     shares = zip(("tuning_fraction", "held_out_fraction"), config.shares, strict=True)
+    by_hash = not source.splits()
     options = {
         "codes": codes,
         **{name: getattr(config, name) for name in names},
         **source.options(),
-        **({} if source.splits() else {**dict(shares), "seed": config.seed}),
+        **({**dict(shares), "seed": config.seed} if by_hash else {}),
+        **({"exact_splits": True} if by_hash and config.splits.exact else {}),
         **({} if like is None else {"like": like.fingerprint()}),
     }
     # Groups of options come last, as they always have.

@@ -32,12 +32,19 @@ from behrt_jax.config import PrepareConfig
 from behrt_jax.data.event_rules import CodeChoice, matches, nothing_left
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.examples import parse_delay
-from behrt_jax.data.prepared import MANIFEST, VOCABULARY, FactWriter, SplitWriter, read_manifest
+from behrt_jax.data.prepared import (
+    MANIFEST,
+    VOCABULARY,
+    FactWriter,
+    SplitWriter,
+    check_prepared,
+    read_manifest,
+)
 from behrt_jax.data.sequences import set_fingerprint
 from behrt_jax.data.splits import check_fractions
 from behrt_jax.data.vocabulary import UNK, Descriptions, fit_vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, work_folder, write_json
+from behrt_jax.files import JsonObject, digests_of, sealed, work_folder, write_json
 from behrt_jax.records.prepare import spill
 from behrt_jax.records.prepare.encode import (
     Encoded,
@@ -96,6 +103,9 @@ def prepare(
     options = content_options(source, config, codes, like)
     choice = CodeChoice(codes, config.exclude_codes, config.value_codes, config.static_codes)
     choice.read([])  # wrong patterns are told before anything is read
+    # A default that matches nothing is no slip.
+    static = () if config.static_codes == PrepareConfig().static_codes else config.static_codes
+    given = CodeChoice(config.codes, config.exclude_codes, config.value_codes, static)
 
     def reading() -> spill.Reading:
         cuts = spill.choose_boundaries(source) if boundaries is None else boundaries
@@ -117,11 +127,17 @@ def prepare(
             manifest = describe_prepared(
                 source.name, options, input_print.result, fingerprint.result, prepared
             )
+            if like is None and (idle := given.without_effect(encoding.names())):
+                manifest["without_effect"] = idle
+            manifest = sealed(manifest | {"files": digests_of(work / "prepared")})
             write_json(work / "prepared" / MANIFEST, manifest, escaped=False)
             return manifest
 
         manifest = None
-        units = None if config.merge or config.workers > 1 or config.value_codes else ascending_units(source)
+        at_once = not (config.merge or config.workers > 1 or config.value_codes)
+        if config.splits.exact and not source.splits():
+            at_once = False  # all subjects must be known first
+        units = ascending_units(source) if at_once else None
         if units is not None:
             with contextlib.suppress(OutOfOrder):
                 manifest = finished(encode_ascending(source, units, choice, config, partition_events, both))
@@ -175,6 +191,7 @@ def _existing(source: Source, config: PrepareConfig, options: JsonObject) -> Jso
         raise InputError(f"{output} was prepared with other options: give another --output.")
     if manifest.get("input_fingerprint") != input_fingerprint(source, config.input):
         raise InputError(f"{output} was prepared from another input: give another --output.")
+    check_prepared(output, manifest, None)
     return manifest | {"up_to_date": True}
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from behrt_jax.config import PrepareConfig
+from behrt_jax.data.event_rules import code_prefix
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EventColumns, EventCounts
 from behrt_jax.data.sorting import ascending, distinct
 from behrt_jax.errors import InputError
@@ -78,11 +79,11 @@ class CodeNumbers:
         return self._ascending, self._place_ascending
 
     def prefixes(self) -> dict[str, int]:
-        """Start of a code, up to the first ``//`` -> events read, markers aside."""
+        """Start of a code, of `event_rules.code_prefix` -> events read, markers aside."""
         found = Counter()
         for name, events in zip(self._place, self.events.tolist(), strict=True):
             if name not in (BIRTH_CODE, DEATH_CODE):
-                found[name.split("//")[0]] += events
+                found[code_prefix(name)] += events
         return dict(found)
 
 
@@ -242,9 +243,9 @@ class Spill:
     counts: EventCounts
     """Of the source, and ``code not selected``."""
     codes: list[str]
-    """Names of the codes that the files hold as numbers."""
+    """Names of the codes that were read; the files hold numbers of the selected ones."""
     prefixes: dict[str, int]
-    """Start of a code, up to the first ``//`` -> events read, markers aside."""
+    """Start of a code, of `event_rules.code_prefix` -> events read, markers aside."""
     bucket_events: list[int]
     """Events of each bucket."""
     learned: JsonObject = field(default_factory=dict)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
+from behrt_jax.data.parquet import whole_numbers
 from behrt_jax.data.sorting import find_ids
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources.files import Piece
@@ -19,6 +20,8 @@ from behrt_jax.records.sources.files import Piece
 # pyright: reportAttributeAccessIssue=false
 
 _INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"
+WHOLE_FLOAT = r"^(0|-?[1-9][0-9]{0,14})\.0+$"
+"""A whole number as pandas writes it where its column has gaps, of so few digits that it is exact."""
 _LONG_INTEGER = re.compile(r"-?[1-9][0-9]{18}")
 _ZONED = r":\d\d(\.\d+)?[+-]\d\d(:?\d\d)?$"
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
@@ -68,6 +71,13 @@ def integer_or_hashed_ids(texts: pa.Array) -> np.ndarray:
     return ids
 
 
+def text_ids(values: pa.Array, ids_of: Callable[[pa.Array], np.ndarray] = integer_or_hashed_ids) -> pa.Array:
+    """Ids of a column of text, int64 with nulls; blanks around a text do not count, and 123.0 is 123."""
+    coded = encode_text(values)
+    words = pc.replace_substring_regex(coded.dictionary, WHOLE_FLOAT, r"\1")
+    return pc.take(pa.array(ids_of(words)), coded.indices)
+
+
 class TextIds:
     """Ids of texts, with a check that no two texts get the same.
 
@@ -82,7 +92,7 @@ class TextIds:
         self._checks = np.empty(0, np.int64)
 
     def __call__(self, texts: pa.Array) -> np.ndarray:
-        """Ids of distinct texts: int64 ``[texts]``.
+        """Ids of texts: int64 ``[texts]``.
 
         Raises:
             InputError: two texts, of this call or of any before, have one id.
@@ -239,7 +249,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_whole(kind: pa.DataType) -> bool:
-    """A column is of whole numbers."""
+    """A column is of whole numbers by its type."""
     return pt.is_integer(kind) or (pt.is_decimal(kind) and kind.scale == 0)
 
 
@@ -254,7 +264,7 @@ def is_time(kind: pa.DataType) -> bool:
 
 
 _FITS: dict[Kind, Callable[[pa.DataType], bool]] = {
-    "integer": is_whole,
+    "integer": is_number,
     "number": is_number,
     "text": is_number,
     "time": is_time,
@@ -264,8 +274,8 @@ _FITS: dict[Kind, Callable[[pa.DataType], bool]] = {
 def cast_column(piece: Piece, column: str, kind: Kind) -> pa.Array:
     """Cast a column ``[rows]``, of any type, to `ARROW_TYPES[kind]`.
 
-    Integers come through exactly, in text too: a column of floats is refused, since it has lost the last
-    digits of long ids. Times with a zone become UTC; what is finer than a microsecond is cut off. Where a
+    Integers come through exactly, in text too, and so do whole numbers in floating point (123.0, which pandas
+    makes of a column with gaps) while it is exact, below 2^53. Times with a zone become UTC; what is finer than a microsecond is cut off. Where a
     text stands for a number or a time, blank and ``NA`` (which R writes) are null; a text that is asked
     for as text may be ``NA``.
 
@@ -291,9 +301,7 @@ def _cast(values: pa.Array, kind: Kind) -> pa.Array:
         return _cast_text(values.cast(pa.string()), kind)
     if pt.is_timestamp(found):
         return values.cast(target, safe=found.unit != "ns")
-    if kind == "integer" and pt.is_decimal(found):
-        return values.cast(pa.decimal128(38, 0)).cast(target)
-    return values.cast(target)
+    return whole_numbers(values) if kind == "integer" else values.cast(target)
 
 
 def _cast_text(texts: pa.Array, kind: Kind) -> pa.Array:
@@ -302,6 +310,8 @@ def _cast_text(texts: pa.Array, kind: Kind) -> pa.Array:
         return texts.cast(ARROW_TYPES[kind])
     except pa.ArrowInvalid:
         texts = _trimmed(texts, ("", "NA"))
+    if kind == "integer":
+        texts = pc.replace_substring_regex(texts, WHOLE_FLOAT, r"\1")
     if kind != "time":
         return texts.cast(ARROW_TYPES[kind])
     return _cut_times(pc.replace_substring_regex(texts, r"^(\d{4})(\d{2})(\d{2})($|[ T])", r"\1-\2-\3\4"))

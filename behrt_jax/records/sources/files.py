@@ -11,7 +11,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, cast
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from behrt_jax.data.parquet import CHUNK_ROWS, readable
+from behrt_jax.data.parquet import CHUNK_ROWS, readable, refuse_broken_text
 from behrt_jax.errors import InputError
 
 BLOCK_BYTES = 1 << 22
@@ -46,7 +46,20 @@ class Piece(NamedTuple):
 
     def error(self, name: str, row: int, problem: str) -> InputError:
         """The error for the value of column ``name`` in row ``row`` (from 0) of this piece."""
+        value = self.table[name][row].as_py() if name in self.table.column_names else None
+        if isinstance(value, str) and value.strip().lower() == name.strip().lower():
+            problem = "the column's own name: the header comes again as a row of data; remove that row."
         return InputError(f"{self.file} has in the column {name}, data row {self.first_row + row}, {problem}")
+
+
+def refuse_absent(option: str, folder: Path, named: Sequence[str], there: Collection[str]) -> None:
+    """Refuse an option that names a table, in any case, which the folder does not hold."""
+    absent = [name for name in named if name.lower() not in there]
+    if absent:
+        raise InputError(
+            f"--{option} names {', '.join(absent)}, which is no table of {folder} that can be left out: correct "
+            "the name."
+        )
 
 
 # CSV.
@@ -83,7 +96,21 @@ def csv_columns(file: Path, separator: Separator = ",") -> list[str]:
         raise InputError(f"{file} has a header that is no CSV: write the file again as CSV.") from error
     if not names:
         raise InputError(f"{file} is empty: give it a header with the names of its columns, or leave it out.")
+    if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)):
+        named = "tabs" if other == "\t" else other
+        raise InputError(
+            f"{file} has one column, whose name holds {named}: separate the columns by commas, and write "
+            "numbers with a decimal point."
+        )
     return names
+
+
+def is_empty(file: Path) -> bool:
+    """A file holds no line, or as Parquet no row: writers leave such parts of a table beside full ones."""
+    if is_csv(file):
+        return not _header(file)
+    with open_parquet(file) as opened:
+        return not opened.metadata.num_rows
 
 
 def read_csv(
@@ -304,12 +331,15 @@ def open_parquet(file: Path, texts: list[str] | None = None, damage: Damage | No
 def read_part(
     opened: pq.ParquetFile, part: Part, columns: list[str], rows: int, damage: Damage | None = None
 ) -> Iterator[Piece]:
-    """Columns of a part in pieces of at most ``rows`` rows; `InputError` where the file is damaged."""
+    """Columns of a part in pieces of at most ``rows`` rows; `InputError` where the file is damaged or a text is
+    not UTF-8."""
     row, batches = part.first_row, opened.iter_batches(rows, part.row_groups or None, columns)
     while True:
         with readable(part.file, damage and damage(part.file, row)):
             batch = next(batches, None)
         if batch is None:
             return
+        for name in columns:
+            refuse_broken_text(part.file, name, batch[name], row + 1)
         yield Piece(part.file, row + 1, pa.Table.from_batches([batch]))
         row += batch.num_rows

@@ -1,15 +1,21 @@
 """Events from a folder in the Medical Event Data Standard.
 
-Read are ``data/**/*.parquet`` (shards, at any depth), ``metadata/subject_splits.parquet`` and
-``metadata/codes.parquet``; versions 0.3.3 and 0.4 of the standard agree on what is taken from them.
-Source: https://github.com/Medical-Event-Data-Standard/meds.
+Read are ``data/**/*.parquet`` (shards, at any depth, as `files.data_files` finds them),
+``metadata/subject_splits.parquet`` and ``metadata/codes.parquet``; versions 0.3.3 and 0.4 of the standard agree on
+what is taken from them. Source: https://github.com/Medical-Event-Data-Standard/meds.
 
 What is met in the wild beside the standard, and taken: times in other units, births and deaths called
-DOB, DOD or MEDS_BIRTH//..., columns of any other name, no metadata, rows in any order, a subject in
-several shards, shards without rows.
+DOB, DOD or MEDS_BIRTH//..., columns of any other name, no metadata, shards without the folder data/ around them,
+rows in any order, a subject in several shards, shards without rows, visit ids in text, whole numbers in floating
+point.
+
+Splits are those of the split file, else of folders (or files) called train, tuning and held_out. Where any is
+called so, or as other tools call such splits (test, validation, TRAIN, split=train), each shard must be in one that
+is known: else subjects of a test set would be trained on.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +36,8 @@ from behrt_jax.data.events import (
 from behrt_jax.data.sequences import MEDS_CODES
 from behrt_jax.data.splits import check_disjoint, split_index
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, data_files, refuse_versions
+from behrt_jax.records.sources.columns import is_text, text_ids
 from behrt_jax.records.sources.files import Part, column_ranges, cut_parts
 from behrt_jax.records.sources.source import Source
 
@@ -38,20 +45,29 @@ _SAMPLED_GROUPS = 64
 _SAMPLED_ROWS = 1 << 17
 
 
-def open_meds(path: Path, visit_column: str | None = None) -> "MedsSource":
+def open_meds(
+    path: Path,
+    visit_column: str | None = None,
+    split_names: Sequence[str] = (),
+    needs_train: bool = True,
+) -> "MedsSource":
     """Open a MEDS folder: everything is checked that shows without reading the events.
 
     Args:
-        path: the folder that holds ``data/`` and, where there is any, ``metadata/``.
-        visit_column: integer column to take as ``visit_id`` (``hadm_id`` in MIMIC); a shard without it
+        path: the folder that holds ``data/`` and, where there is any, ``metadata/``; or the shards' own.
+        visit_column: column to take as ``visit_id`` (``hadm_id`` in MIMIC), integers or text; a shard without it
             has null visit ids.
+        split_names: ``NAME=SPLIT``, the split that folders, or rows of the split file, with another name are of.
+        needs_train: where there are splits, the train split must have subjects.
 
     Raises:
         InputError: the folder, a file, a column, a type or the splits are missing or wrong, or there is
             no row; the message names which.
     """
     path = Path(path)
-    shards = find_shards(path)
+    names = parse_split_names(split_names)
+    data, metadata = meds_folders(path)
+    shards = find_shards(path, data, metadata)
     parts, ranges, columns = [], [], {}
     for shard in shards:
         with parquet.open_parquet(shard) as opened:
@@ -65,20 +81,24 @@ def open_meds(path: Path, visit_column: str | None = None) -> "MedsSource":
                 ranges += column_ranges(opened.metadata, own, "subject_id")
     if visit_column is not None and visit_column not in columns:
         raise InputError(
-            f"The option visit_column is {visit_column}, but no shard of {path / 'data'} has it: choose from "
+            f"The option visit_column is {visit_column}, but no shard of {data} has it: choose from "
             f"{', '.join(columns)}."
         )
     if not parts:
-        raise _no_event(path)
-    splits, codes = _splits_file(path), _codes_file(path)
+        raise _no_event(data)
+    splits, codes = metadata_file(metadata, "subject_splits"), metadata_file(metadata, "codes")
+    dealt = splits_of_folders(data, shards, parts, names) if splits is None else read_splits(splits, names)
+    if needs_train and dealt and not len(dealt["train"]):
+        raise InputError(f"{splits or data} has no train split: put subjects into one called train.")
     return MedsSource(
-        path,
+        data,
         visit_column,
         shards,
+        [file for file in (codes, splits) if file is not None],
         parts,
         np.array(ranges, np.int64) if len(ranges) == len(parts) else None,
-        read_splits(splits) if splits.is_file() else _splits_of_folders(path, shards, parts),
-        read_descriptions(codes) if codes.is_file() else {},
+        dealt,
+        read_descriptions(codes) if codes is not None else {},
     )
 
 
@@ -89,9 +109,11 @@ class MedsSource(Source):
     Events whose subject is in no split come out too: leaving them out is up to the reader.
     """
 
-    path: Path
+    data: Path
+    """The folder of the shards."""
     visit_column: str | None
     shards: list[Path]
+    metadata: list[Path]
     parts: list[Part]
     ranges: np.ndarray | None
     subjects_by_split: dict[str, np.ndarray]
@@ -101,8 +123,7 @@ class MedsSource(Source):
 
     def files(self) -> list[Path]:
         """Shards by name, then the metadata that is read."""
-        metadata = [_codes_file(self.path), _splits_file(self.path)]
-        return [*self.shards, *(file for file in metadata if file.is_file())]
+        return [*self.shards, *self.metadata]
 
     def options(self) -> JsonObject:
         """The column of visit ids."""
@@ -163,43 +184,22 @@ def read_meds(path: Path, visit_column: str | None = None) -> EventSet:
     units = range(source.units())
     events = pa.concat_tables([table for unit in units for table in source.read(unit, counts)])
     if not events.num_rows:
-        raise _no_event(source.path)
+        raise _no_event(source.data)
     if source.splits():
         assigned = split_index(events["subject_id"].to_numpy(), source.splits()) >= 0  # [N]
         counts.drop("subject in no split", int(np.count_nonzero(~assigned)))
         events = events.filter(pa.array(assigned))
         if not events.num_rows:
             raise InputError(
-                f"No subject in {source.path / 'data'} is in a split: list them in "
-                "metadata/subject_splits.parquet."
+                f"No subject in {source.data} is in a split: list them in metadata/subject_splits.parquet."
             )
     present = set(events["code"].unique().to_pylist())
     texts = {code: text for code, text in source.descriptions().items() if code in present}
     return EventSet(source.name, events.combine_chunks(), source.splits(), counts, texts)
 
 
-def _splits_of_folders(path: Path, shards: list[Path], parts: list[Part]) -> dict[str, np.ndarray]:
-    data = path / "data"
-    if not {shard.relative_to(data).parts[0] for shard in shards}.intersection(SPLITS):
-        return {}
-    splits = {}
-    for name in SPLITS:
-        chosen = [part for part in parts if part.file.relative_to(data).parts[0] == name]
-        ids = (ids for part in chosen for ids in read_subject_ids(part.file, part.row_groups))
-        splits[name] = np.unique(np.concatenate([np.empty(0, np.int64), *(np.unique(part) for part in ids)]))
-    return check_splits(splits, data)
-
-
-def _no_event(path: Path) -> InputError:
-    return InputError(f"{path / 'data'} holds no event with a code: give a data set that is not empty.")
-
-
-def _splits_file(path: Path) -> Path:
-    return path / "metadata" / "subject_splits.parquet"
-
-
-def _codes_file(path: Path) -> Path:
-    return path / "metadata" / "codes.parquet"
+def _no_event(data: Path) -> InputError:
+    return InputError(f"{data} holds no event with a code: give a data set that is not empty.")
 
 
 # The shards of a MEDS folder: found, opened, checked and turned into columns of the events table.
@@ -207,23 +207,32 @@ def _codes_file(path: Path) -> Path:
 _REQUIRED = ("subject_id", "time", "code")
 
 
-def find_shards(path: Path) -> list[Path]:
-    """Every shard below ``path/data``, at any depth, in order of its name.
+def meds_folders(path: Path) -> tuple[Path, Path]:
+    """The folders of shards and of metadata; ``path`` holds both, or is the first itself."""
+    if (path / "data").is_dir():
+        return path / "data", path / "metadata"
+    beside = path.absolute().parent / "metadata"
+    return path, beside if path.absolute().name == "data" and beside.is_dir() else path / "metadata"
+
+
+def find_shards(path: Path, data: Path, metadata: Path) -> list[Path]:
+    """Every shard below ``data``, at any depth, in order of its name.
 
     Raises:
-        InputError: no such folder, or no shard in it.
+        InputError: no such folder, no shard in it, or shards in folders within that are no splits and no ``data/``.
     """
-    if not (path / "data").is_dir():
+    refuse_versions(path)
+    files = [file for file in data_files(data) if metadata not in file.parents] if data.is_dir() else []
+    if data == path and not any(_split_like(data, file) or file.parent == data for file in files):
         what = "has no folder data/ in it" if path.is_dir() else "is not a folder"
+        below = [folder.parent.name for folder in sorted(path.glob("*/data")) if folder.is_dir()]
         raise InputError(
             f"{path} {what}: set data.path (or --input of prepare) to a MEDS folder, which holds data/ and "
-            "metadata/."
+            f"metadata/{', as ' + ' and '.join(below) + ' in it does' if below else ''}."
         )
-    files = sorted((path / "data").rglob("*.parquet"))
-    shards = [file for file in files if file.is_file() and not file.name.startswith(".")]
-    if not shards:
-        raise InputError(f"{path / 'data'} holds no .parquet file: put the data set's shards there.")
-    return shards
+    if not files:
+        raise InputError(f"{data} holds no .parquet file: put the data set's shards there.")
+    return files
 
 
 def read_events(
@@ -250,7 +259,7 @@ def read_events(
             counts.drop("null code", nulls)
             if nulls:
                 events = events.filter(events["code"].is_valid())
-            yield with_standard_markers(file, events.unify_dictionaries(), counts)
+            yield with_standard_markers(events.unify_dictionaries(), counts)
 
 
 def read_subject_ids(file: Path, row_groups: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -266,6 +275,11 @@ def _convert(file: Path, table: pa.Table, visit_column: str | None) -> pa.Table:
     wanted = {field.name: (field.name, field.type) for field in EVENT_SCHEMA}
     if visit_column is not None:
         wanted[VISIT_FIELD.name] = (visit_column, VISIT_FIELD.type)
+        if visit_column in table.column_names and is_text(table[visit_column].type):
+            texts = table[visit_column].combine_chunks()
+            parquet.refuse_broken_text(file, visit_column, texts)
+            place = table.column_names.index(visit_column)
+            table = table.set_column(place, visit_column, pa.chunked_array([text_ids(texts)]))
     return pa.table(
         {
             name: parquet.cast_column(file, column, table[column], kind)
@@ -281,7 +295,7 @@ def _convert(file: Path, table: pa.Table, visit_column: str | None) -> pa.Table:
 _OTHER_MARKER = f"^({BIRTH_CODE}//|{DEATH_CODE}//|DO[BD]$)"
 
 
-def with_standard_markers(file: Path, events: pa.Table, counts: EventCounts) -> pa.Table:
+def with_standard_markers(events: pa.Table, counts: EventCounts) -> pa.Table:
     """Call births MEDS_BIRTH and deaths MEDS_DEATH where they have another name, and count them.
 
     Some data sets write DOB and DOD, or add detail after the standard's code (MEDS_BIRTH//...). All
@@ -291,10 +305,6 @@ def with_standard_markers(file: Path, events: pa.Table, counts: EventCounts) -> 
     if not codes.num_chunks:
         return events
     dictionary = codes.chunk(0).dictionary
-    try:
-        dictionary.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{file} has codes that are not UTF-8 text: write the column code again.") from error
     pattern = pc.MatchSubstringOptions(_OTHER_MARKER)
     other = pc.call_function("match_substring_regex", [dictionary], pattern).to_numpy(zero_copy_only=False)
     if not other.any():
@@ -323,31 +333,127 @@ def _marker(code: str) -> str:
 # The metadata of a MEDS folder: the splits of its subjects and the descriptions of its codes.
 
 
-def read_splits(file: Path) -> dict[str, np.ndarray]:
-    """Split name -> ascending int64 subject ids, as ``subject_splits.parquet`` has them.
+def metadata_file(metadata: Path, name: str) -> Path | None:
+    """``NAME.parquet`` in the folder of metadata; None where there is none.
 
     Raises:
-        InputError: damage, wrong columns or names, a subject in two splits, no train split.
+        InputError: what is called so is a folder, or a link to what is not there.
+    """
+    file = metadata / f"{name}.parquet"
+    if not file.is_file() and (file.exists() or file.is_symlink()):
+        raise InputError(
+            f"{file} is {'a folder' if file.exists() else 'a link to what is not there'}: make it a file."
+        )
+    return file if file.is_file() else None
+
+
+def parse_split_names(split_names: Sequence[str]) -> dict[str, str]:
+    """Name -> split, of ``NAME=SPLIT`` and the standard's own.
+
+    Raises:
+        InputError: an option is not of that form.
+    """
+    names = {split: split for split in SPLITS}
+    for option in split_names:
+        name, _, split = option.rpartition("=")
+        if not name or split not in SPLITS:
+            raise InputError(
+                f"--splits.names has {option!r}: give NAME=SPLIT, SPLIT one of {', '.join(SPLITS)}."
+            )
+        names[name] = split
+    return names
+
+
+_SPLIT_LIKE = re.compile(
+    r"(split=)?(?P<train>train(ing)?)|(split=)?(?P<tuning>tun(e|ing)|val|valid(ation)?|dev|eval)"
+    r"|(split=)?(?P<held_out>test(ing)?|held[-_]?out|hold[-_]?out)",
+    re.IGNORECASE,
+)
+_NUMBERED = re.compile(r"[-_.]?\d+([-_.].*)?$")  # the end of train-00000-of-00001
+
+
+def _split_like(data: Path, shard: Path) -> dict[str, str]:
+    """Names of a shard's folders and of itself that look like those of splits -> the split they are like."""
+    found = {}
+    for name in _names_of(data, shard):
+        if like := _SPLIT_LIKE.fullmatch(_NUMBERED.sub("", name)):
+            found[name] = str(like.lastgroup)
+    return found
+
+
+def _names_of(data: Path, shard: Path) -> list[str]:
+    """Its folders', and its own without its number (train-00000-of-00004 is train)."""
+    inside = shard.relative_to(data)
+    return [*inside.parts[:-1], _NUMBERED.sub("", inside.stem) or inside.stem]
+
+
+def splits_of_folders(
+    data: Path, shards: Sequence[Path], parts: Sequence[Part], names: dict[str, str]
+) -> dict[str, np.ndarray]:
+    """Split name -> ascending int64 ids of the subjects in its shards; empty where no shard names a split.
+
+    Raises:
+        InputError: some shards are in folders of splits, or in what looks like one, and others not; a subject is
+            in two splits; an option names what is not there.
+    """
+    own = {shard: [name for name in _names_of(data, shard) if name in names] for shard in shards}
+    _refuse_unused(names, {name for found in own.values() for name in found}, f"{data} has no folder")
+    like = [_split_like(data, shard) for shard in shards]
+    if not any(own.values()) and not any(like):
+        return {}
+    stray = {}  # name of a folder, or of a shard beside such -> the split it may be
+    for shard, looks in zip(shards, like, strict=True):
+        if len({names[name] for name in own[shard]}) != 1:
+            stray |= looks or {_names_of(data, shard)[0]: "SPLIT"}
+    if stray:
+        raise InputError(
+            f"{data} holds {', '.join(sorted(stray))}, which is no split, beside or in place of "
+            f"{', '.join(SPLITS)}: rename it, list its subjects in metadata/subject_splits.parquet, or prepare with "
+            f"--splits.names {' '.join(f'{name}={split}' for name, split in sorted(stray.items())[:5])}."
+        )
+    splits = {}
+    for split in SPLITS:
+        chosen = [part for part in parts if names[own[part.file][0]] == split]
+        ids = (ids for part in chosen for ids in read_subject_ids(part.file, part.row_groups))
+        splits[split] = np.unique(np.concatenate([np.empty(0, np.int64), *(np.unique(part) for part in ids)]))
+    check_disjoint(splits, str(data))
+    return splits
+
+
+def _refuse_unused(names: dict[str, str], there: set[str], place: str) -> None:
+    if unused := [name for name in names if name not in there and name not in SPLITS]:
+        raise InputError(f"--splits.names gives {', '.join(unused)}, but {place} of that name: correct it.")
+
+
+def read_splits(file: Path, split_names: dict[str, str] | None = None) -> dict[str, np.ndarray]:
+    """Split name -> ascending int64 subject ids, as ``subject_splits.parquet`` has them.
+
+    ``split_names`` are other names -> the split that is meant.
+
+    Raises:
+        InputError: damage, wrong columns or names, a subject in two splits.
     """
     with parquet.open_parquet(file) as opened:
         parquet.require_columns(file, opened, ("subject_id", "split"))
         table = parquet.read_columns(file, opened, ["subject_id", "split"])
     ids = parquet.cast_column(file, "subject_id", table["subject_id"], pa.int64())
     parquet.refuse_nulls(file, "subject_id", ids)
-    names = parquet.cast_column(file, "split", table["split"], parquet.TEXT).cast(pa.string())
-    parquet.refuse_nulls(file, "split", names)
-    unknown = sorted(set(names.unique().to_pylist()).difference(SPLITS))
-    if unknown:
-        raise InputError(f"{file} names the splits {', '.join(unknown)}: use {', '.join(SPLITS)}.")
-    ids, names = ids.to_numpy(), names.to_numpy()  # [S]
-    return check_splits({name: np.unique(ids[names == name]) for name in SPLITS}, file)
-
-
-def check_splits(splits: dict[str, np.ndarray], where: Path) -> dict[str, np.ndarray]:
-    """Refuse splits that share subjects or lack a train split; else give them back."""
-    check_disjoint(splits, str(where))
-    if not len(splits["train"]):
-        raise InputError(f"{where} has no train split: put subjects into one called train.")
+    column = parquet.cast_column(file, "split", table["split"], parquet.TEXT).cast(pa.string())
+    parquet.refuse_nulls(file, "split", column)
+    names = parse_split_names(()) | (split_names or {})
+    there = set(column.unique().to_pylist())
+    _refuse_unused(names, there, f"{file} has no split")
+    if unknown := sorted(there.difference(names)):
+        raise InputError(
+            f"{file} names the splits {', '.join(unknown)}: use {', '.join(SPLITS)}, or prepare with --splits.names "
+            f"{unknown[0]}=SPLIT."
+        )
+    ids, column = ids.to_numpy(), column.to_numpy()  # [S]
+    splits = {
+        split: np.unique(ids[np.isin(column, [name for name in names if names[name] == split])])
+        for split in SPLITS
+    }
+    check_disjoint(splits, str(file))
     return splits
 
 

@@ -22,7 +22,7 @@ Memory: a batch of rows, 16 bytes a person, 24 a visit, and the concept table wi
 read for the concepts that were seen.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +48,7 @@ Seen = set[tuple[str, int]]
 """Prefixes and concept ids of codes."""
 
 
-def open_omop(path: Path, ancestors: bool = False) -> "OmopSource":
+def open_omop(path: Path, ancestors: bool = False, skip: Sequence[str] = ()) -> "OmopSource":
     """Open an OMOP folder: find its tables and check that their columns are there.
 
     Args:
@@ -56,11 +56,13 @@ def open_omop(path: Path, ancestors: bool = False) -> "OmopSource":
             folder; file and column names in any case.
         ancestors: replace each concept by its most general ancestor of the same domain at most two levels
             up (`omop_tables.load_ancestors`).
+        skip: names of tables to pass over, in any case; without visit_occurrence all visits are unknown.
 
     Raises:
-        InputError: a table or a column that is needed is missing, is there twice, or cannot be read.
+        InputError: a table or a column that is needed is missing, is there twice, or cannot be read; a table
+            to skip is not there, or is person.
     """
-    return OmopSource(cdm.omop_files(Path(path), ancestors), ancestors)
+    return OmopSource(cdm.omop_files(Path(path), ancestors, skip), ancestors, skip)
 
 
 class OmopSource(Source):
@@ -69,9 +71,10 @@ class OmopSource(Source):
     name = "omop"
     default_codes = ("CONDITION//", "DRUG//", "PROCEDURE//")
 
-    def __init__(self, tables: dict[str, list[Path]], ancestors: bool) -> None:
+    def __init__(self, tables: dict[str, list[Path]], ancestors: bool, skip: Sequence[str] = ()) -> None:
         """Use `open_omop`, which checks the tables."""
         self._tables = tables
+        self._skipped = sorted(name.lower() for name in skip)
         self._roll_up = ancestors
         kinds = [None, *cdm.EVENT_TABLES]
         self._units = [
@@ -91,8 +94,8 @@ class OmopSource(Source):
         return len(self._units)
 
     def options(self) -> JsonObject:
-        """The choice to replace concepts by ancestors."""
-        return {"ancestors": self._roll_up}
+        """The choice to replace concepts by ancestors, and the tables that are passed over, if any."""
+        return {"ancestors": self._roll_up} | ({"skip": self._skipped} if self._skipped else {})
 
     def sample_subjects(self) -> np.ndarray:
         """int64: every person once and once more for each visit."""

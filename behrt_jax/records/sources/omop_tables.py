@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from behrt_jax.data.events import DEATH_CODE
 from behrt_jax.data.parquet import CHUNK_ROWS
 from behrt_jax.errors import InputError
+from behrt_jax.files import data_files, is_hidden
 from behrt_jax.records.sources.columns import ARROW_TYPES, Kind, cast_column, find
 from behrt_jax.records.sources.files import (
     Part,
@@ -24,9 +25,11 @@ from behrt_jax.records.sources.files import (
     csv_columns,
     csv_separator,
     cut_parts,
+    is_empty,
     open_parquet,
     read_csv,
     read_part,
+    refuse_absent,
 )
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
@@ -129,14 +132,21 @@ BIRTH_KINDS: dict[str, Kind] = {
 # The files of the tables, found, checked and read.
 
 
-def omop_files(path: Path, ancestors: bool) -> dict[str, list[Path]]:
+def omop_files(path: Path, ancestors: bool, skip: Sequence[str] = ()) -> dict[str, list[Path]]:
     """Lower-case table name -> files, of the tables that are read, with their columns checked.
 
     Raises:
         InputError: as `omop.open_omop`.
     """
     names = {"person", "concept", "concept_ancestor", *(table.name for table in EVENT_TABLES)}
-    tables = find_tables(path, lambda name: name in names or name.endswith("_concept"))
+    left_out, found = {name.lower() for name in skip} - {"person"}, set()
+
+    def wanted(name: str) -> bool:
+        found.add(name)
+        return (name in names or name.endswith("_concept")) and name not in left_out
+
+    tables = find_tables(path, wanted)
+    refuse_absent("omop.skip", path, skip, found - {"person"})
     if "person" not in tables:
         raise InputError(f"{path} holds no table person (.csv, .csv.gz or .parquet): add it.")
     told = [table.name for table in (*DOMAIN_TABLES, VISITS)]
@@ -170,22 +180,29 @@ def find_tables(folder: Path, wanted: Callable[[str], bool]) -> dict[str, list[P
     """Lower-case table name -> its files, sorted.
 
     A table is one file (``person.csv``, ``PERSON.parquet``), files of parts (``person_0001.csv.gz``,
-    ``person-part-0.parquet``) or a folder of parts (``person/*.parquet``, at any depth). ``wanted`` tells
-    whether a table of a lower-case name is to be looked for.
+    ``person-part-0.parquet``) or a folder of parts (``person/*.parquet`` or, as Spark names it,
+    ``person.parquet/*.parquet``, at any depth). Parts without rows are left out. ``wanted`` tells whether a table
+    of a lower-case name is to be looked for.
 
     Raises:
-        InputError: not a folder, or a table is there twice (in two forms, or whole and in parts).
+        InputError: not a folder, a table is there twice (in two forms, or whole and in parts), or the folder of
+            one cannot be searched (`files.data_files`) or holds no file.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: set input to the folder that holds the tables.")
     found: dict[str, dict[str, list[Path]]] = {}
     for entry in sorted(folder.iterdir()):
+        if is_hidden(entry):
+            continue
         if entry.is_dir():
-            if wanted(name := entry.name.lower()):
-                for file in sorted(entry.rglob("*")):
-                    hidden = any(part[0] in "._" for part in file.relative_to(entry).parts)
-                    if file.is_file() and not hidden and (form := _form(file)):
-                        found.setdefault(name, {}).setdefault(f"{entry.name}/*{form}", []).append(file)
+            if wanted(name := entry.name.lower().removesuffix(_form(entry) or "")):
+                files = data_files(entry, _FORMS)
+                if not files:
+                    raise InputError(
+                        f"{entry} holds no file of {', '.join(_FORMS)}: add the table, or remove it."
+                    )
+                for file in files:
+                    found.setdefault(name, {}).setdefault(f"{entry.name}/*{_form(file)}", []).append(file)
         elif form := _form(entry):
             stem = entry.name.lower().removesuffix(form)
             part = _PART_OF.fullmatch(stem)
@@ -198,7 +215,11 @@ def find_tables(folder: Path, wanted: Callable[[str], bool]) -> dict[str, list[P
             raise InputError(
                 f"{folder} holds the table {name} more than once ({', '.join(sorted(ways))}): keep one."
             )
-    return {name: files for name, ways in found.items() for files in ways.values()}
+    tables = {name: files for name, ways in found.items() for files in ways.values()}
+    for name, files in tables.items():
+        if len(files) > 1:
+            tables[name] = [file for file in files if not is_empty(file)] or files[:1]
+    return tables
 
 
 def _form(file: Path) -> Form | None:

@@ -16,7 +16,7 @@ columns: https://github.com/synthetichealth/synthea/wiki/CSV-File-Data-Dictionar
   Many exports record conditions decades before the encounter they point at.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,7 @@ from behrt_jax.records.sources.columns import (
     parse_numbers,
     parse_times,
 )
-from behrt_jax.records.sources.files import Piece, csv_columns, is_csv, read_csv
+from behrt_jax.records.sources.files import Piece, csv_columns, is_csv, read_csv, refuse_absent
 from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code, valid
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
@@ -57,17 +57,21 @@ PREFIXES = {
 """Table of events -> first part of its codes."""
 
 
-def open_synthea(path: Path) -> "SyntheaSource":
+def open_synthea(path: Path, skip: Sequence[str] = ()) -> "SyntheaSource":
     """Open a folder of Synthea CSV files (.csv or .csv.gz).
 
     Needed are patients and one table of events at least (see the module's docstring for which are read).
+    ``skip`` names tables of events to pass over, in any case; without encounters all visits are unknown.
 
     Raises:
         InputError: a file or a column is missing or there twice, or patients cannot be read, repeats an
-            Id or leaves one empty.
+            Id or leaves one empty; a table to skip is not there.
     """
     path = Path(path)
     found = find_files(path, ("patients", *PREFIXES))
+    refuse_absent("synthea.skip", path, skip, found.keys() - {"patients"})
+    skipped = sorted(name.lower() for name in skip)
+    found = {name: file for name, file in found.items() if name not in skipped}
     if "patients" not in found or len(found) == 1:
         what = "table of events" if "patients" in found else "patients.csv"
         raise InputError(
@@ -75,7 +79,7 @@ def open_synthea(path: Path) -> "SyntheaSource":
             f"{', '.join(PREFIXES)}."
         )
     files = {name: open_file(name, found[name]) for name in ("patients", *PREFIXES) if name in found}
-    return SyntheaSource(files, read_patient_ids(files["patients"]))
+    return SyntheaSource(files, read_patient_ids(files["patients"]), skipped)
 
 
 class SyntheaSource(Source):
@@ -88,14 +92,21 @@ class SyntheaSource(Source):
     name = "synthea"
     default_codes = ("DX//", "RX//", "PX//")
 
-    def __init__(self, files: dict[str, "SyntheaFile"], patients: np.ndarray) -> None:
+    def __init__(
+        self, files: dict[str, "SyntheaFile"], patients: np.ndarray, skipped: Sequence[str] = ()
+    ) -> None:
         self._files = files
+        self._skipped = list(skipped)
         self._patients = patients  # int64 [patients], ascending
         self._texts: dict[str, dict[str, str]] = {}
 
     def files(self) -> list[Path]:
         """The files that are read."""
         return [file.path for file in self._files.values()]
+
+    def options(self) -> JsonObject:
+        """The tables that are passed over, if any."""
+        return {"skip": self._skipped} if self._skipped else {}
 
     def units(self) -> int:
         """One for each file."""
@@ -235,8 +246,12 @@ def find_files(path: Path, names: tuple[str, ...]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(path.iterdir()):
         name = file.name.lower().removesuffix(".gz").removesuffix(".csv")
-        if not (is_csv(file) and file.is_file() and name in names):
+        if name not in names or not (is_csv(file) or file.is_dir()):
             continue
+        if file.is_dir():
+            raise InputError(
+                f"{file} is a folder: put its parts together into one CSV file, as Synthea writes it."
+            )
         if name in found:
             raise InputError(f"{path} has both {found[name].name} and {file.name}: keep one of them.")
         found[name] = file

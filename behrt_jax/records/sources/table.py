@@ -16,7 +16,7 @@ import pyarrow.types as pt
 
 from behrt_jax.config import TableColumns
 from behrt_jax.data.events import BIRTH_CODE, EventCounts
-from behrt_jax.data.parquet import CHUNK_ROWS
+from behrt_jax.data.parquet import CHUNK_ROWS, whole_numbers
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.records.sources import files as reading
@@ -32,6 +32,7 @@ from behrt_jax.records.sources.columns import (
     is_whole,
     parse_numbers,
     parse_times,
+    text_ids,
 )
 from behrt_jax.records.sources.source import Source, count, events_table, one_code
 
@@ -209,7 +210,7 @@ def birth_events(pieces: Iterable[tuple[pa.Array, pa.Array]], counts: EventCount
 
 # The columns of a table, in whatever types they come.
 
-_ID = ((is_whole, is_text), "integers or text")
+_ID = ((is_number, is_text), "integers or text")
 _TIME = ((is_time, is_text), "timestamps, dates or ISO text")
 _MEANT = {
     "subject": _ID,
@@ -239,21 +240,20 @@ def read_text(piece: reading.Piece, name: str) -> pa.Array:
 
 
 def read_ids(piece: reading.Piece, name: str, ids_of: Callable[[pa.Array], np.ndarray]) -> pa.Array:
-    """Ids as int64: integers exactly, distinct texts by ``ids_of``.
+    """Ids as int64: whole numbers exactly, distinct texts by ``ids_of``.
 
     Raises:
-        InputError: an integer has more than 64 bits.
+        InputError: a number is not whole, has more than 64 bits, or so many digits that a float has lost some.
     """
     values = piece.column(name)
     if is_text(values.type):
-        coded = encode_text(read_text(piece, name))
-        return pc.take(pa.array(ids_of(coded.dictionary)), coded.indices)
+        return text_ids(values, ids_of)
     try:
-        return values.cast(pa.int64())
+        return whole_numbers(values)
     except pa.ArrowInvalid as error:
         raise InputError(
-            f"{piece.file} has ids in the column {name} that do not fit into a signed 64-bit integer: "
-            "write them as text."
+            f"{piece.file} has ids in the column {name} that do not fit into a signed 64-bit integer exactly "
+            f"({values.type}): write them as integers or text."
         ) from error
 
 

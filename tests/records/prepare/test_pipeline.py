@@ -7,6 +7,7 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,6 +72,13 @@ def contents(folder: Path) -> dict[str, str]:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+
+
+def without_digests(folder: Path, **manifest: Any) -> None:
+    """Make a folder one of an older version, whose manifest knew nothing of the files' contents."""
+    stored = json.loads((folder / "manifest.json").read_text()) | manifest
+    older = {name: value for name, value in stored.items() if name not in ("files", "sha256")}
+    (folder / "manifest.json").write_text(json.dumps(older))
 
 
 def assert_same(prepared, built):
