@@ -116,8 +116,10 @@ def check_codes(
         it is not known) and the ``limit``; ``unknown_codes``, the most frequent ones.
 
     Raises:
-        InputError: a share is above the limit; it names the most frequent unknown codes.
+        InputError: a share is above the limit; it names the most frequent unknown codes. ``most`` is no share.
     """
+    if most is not None and not 0 <= most <= 1:
+        raise InputError(f"max_unknown is {most:g}: give a share from 0 to 1.")
     parts = (data.splits[name].codes for name in splits)
     events = np.zeros(len(data.vocabulary), np.int64)
     for part in parts:

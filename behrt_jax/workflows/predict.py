@@ -183,6 +183,9 @@ def open_records(
     assert config.model is not None and config.output is not None
     if config.data is not None and config.input is not None:
         raise InputError("--data and --input are both given: give prepared data, or records to prepare.")
+    for name in ("source", "visit_column", "table"):
+        if config.input is None and getattr(config, name) != getattr(PredictConfig(), name):
+            raise InputError(f"--{name} has no effect without --input, the records to prepare: leave it out.")
     with ExitStack() as stack:
         folder, labels = config.data, config.labels
         if config.data is None and config.input is None:

@@ -58,7 +58,7 @@ def prepare_records(config: PrepareConfig) -> JsonObject:
     source = open_source(config)
     with open_console() as console:
         if like is not None:
-            console.log(f"Preparing like {config.like}: its {len(like.vocabulary):,} codes, bins and rules.")
+            console.log(f"Preparing like {config.like}: its vocabulary ({len(like.vocabulary):,} rows) and rules.")
             if like.preparation.options.get("ancestors") and config.source != "omop":
                 console.log(
                     "There concepts were replaced by their ancestors, which only an OMOP source can do: the "

@@ -4,6 +4,8 @@ import json
 import shutil
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,10 +16,12 @@ import pytest
 from behrt_jax.adapters import lora
 from behrt_jax.config import EvaluateConfig, PredictConfig, PrepareConfig
 from behrt_jax.data.batches import Batch
-from behrt_jax.data.events import BIRTH_CODE
+from behrt_jax.data.events import BIRTH_CODE, SPLITS, EventCounts
 from behrt_jax.data.labels import VALUE_COLUMNS
 from behrt_jax.data.predictions import read_predictions
-from behrt_jax.data.prepared import read_prepared
+from behrt_jax.data.prepared import read_prepared, read_rules
+from behrt_jax.data.sequences import Sequences, SequenceSet
+from behrt_jax.data.vocabulary import UNK, fit_vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import PatientEmbedding
 from behrt_jax.records.prepare.pipeline import prepare
@@ -27,10 +31,10 @@ from behrt_jax.workflows import predict as embed_module
 from behrt_jax.workflows import predict as predict_module
 from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.finetune import finetune
-from behrt_jax.workflows.labelled_data import label_data, read_labelled
+from behrt_jax.workflows.labelled_data import check_codes, label_data, read_labelled
 from behrt_jax.workflows.patient import PatientModel
 from behrt_jax.workflows.predict import open_finetuned, predict
-from tests.records.meds_folder import DAY, Row, events_table, write_meds
+from tests.records.meds_folder import DAY, Row, born, events_table, write_meds
 from tests.records.memory_source import MemorySource
 from tests.workflows.evaluated import CODES, FIRST_ID, TIME
 from tests.workflows.finetune_case import ONE
@@ -131,6 +135,8 @@ def test_wrong_input_is_one_clear_error_before_anything_is_written(case, tmp_pat
         "--model: .* holds no fine-tuned model": replace(config, model=case.base),
         "--output is missing": replace(config, output=None),
         "--data and --input are both given": replace(config, input=case.data),
+        "--source has no effect without --input": replace(config, source="omop"),
+        "max_unknown is 1.5": replace(config, max_unknown=1.5),
         "rows is 0": replace(config, rows=0),
         "none of the 300 labels is of a subject of the split held_out .*300 are of": replace(
             config, labels=strangers
@@ -494,6 +500,68 @@ def test_codes_that_the_model_does_not_know_are_counted_and_too_many_refused(cas
     assert not (tmp_path / "run").exists() and not (tmp_path / "p.parquet").exists()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "unknown", "trained", "refused"),
+    [
+        (10, 5, 0.0, False),  # half of a few tokens
+        (10, 6, 0.0, True),
+        (1000, 99, 0.0, False),  # a tenth more than in training
+        (1000, 101, 0.0, True),
+        (1000, 299, 0.1, False),  # three times as in training
+        (1000, 301, 0.1, True),
+        (1000, 501, 0.3, True),
+        (1000, 690, 0.6, False),
+        (1000, 710, 0.6, True),
+    ],
+)
+def test_how_many_unknown_codes_are_too_many(tokens, unknown, trained, refused):
+    vocabulary = fit_vocabulary({"A": 1000}, 1, None)
+    vocabulary.counts[UNK] = round(1000 * trained / (1 - trained))
+    codes = np.repeat([UNK, vocabulary.encode(["A"])[0]], [unknown, tokens - unknown])
+    part = Sequences(np.array([1]), np.array([0, tokens]), codes, *([np.zeros(tokens)] * 3))
+    data = SequenceSet(
+        vocabulary, dict.fromkeys(SPLITS, part), EventCounts(), "", unknown_codes={"B": unknown}
+    )
+    check = partial(check_codes, data, ["tuning"], vocabulary, None, like=Path("runs/a"))
+    if refused:
+        with pytest.raises(InputError, match=r"unknown codes: B\. Prepare the records with --like runs/a"):
+            check(None)
+    found = check(1.0)
+    assert found["unknown"] == unknown / tokens and found["tokens"] == tokens
+    assert refused or check(None)["limit"] >= found["unknown"]
+
+
+def test_bins_of_values_that_mean_something_else_are_told(tmp_path):
+    rows = [born(subject) for subject in range(9)]
+    rows += [
+        Row(subject, day * DAY, code, value=float(subject + day + shift))
+        for subject in range(9)
+        for day in range(1, 20)
+        for code, shift in (("LAB//K", 0), ("LAB//NA", 0), ("DX", 0))
+    ]
+    splits = {"train": range(7), "tuning": [7], "held_out": [8]}
+    rules = {"codes": ("DX",), "value_codes": ("LAB",), "value_bins": 3, "duplicates": "count"}
+
+    def prepared(name, rows):
+        source = MemorySource([[events_table(rows)]], {key: np.array(ids) for key, ids in splits.items()})
+        prepare(source, PrepareConfig(output=tmp_path / name, **rules))
+        return read_prepared(tmp_path / name)
+
+    ours = prepared("ours", rows)
+    theirs = prepared(
+        "theirs", [row._replace(value=2 * row.value) if row.code == "LAB//K" else row for row in rows]
+    )
+    check = partial(check_codes, ours, ["held_out"], ours.vocabulary, like=tmp_path)
+    assert check(ours.preparation, None)["changed_bins"] == 0
+    assert check(theirs.preparation, None)["changed_bins"] == pytest.approx(1 / 3)
+    with pytest.raises(InputError, match=r"33.3% of the 57 tokens have a bin of values with other edges"):
+        check(theirs.preparation, 0.3)
+    assert check(None, None)["changed_bins"] is None
+    counted = ["LAB//K//Q1", "LAB//K//Q3//x3-5", "LAB//K//Q1x", "LAB//K", "LAB//NA//Q1", "[UNK]"]
+    differ = ours.preparation.other_bins(theirs.preparation, counted)
+    assert differ.tolist() == [True, True, False, False, False, False]
+
+
 def test_a_run_of_an_older_version_predicts_but_cannot_be_prepared_like(case, meds, tmp_path):
     old = shutil.copytree(case.run(), tmp_path / "old")
     (old / "preparation.json").unlink()
@@ -505,6 +573,19 @@ def test_a_run_of_an_older_version_predicts_but_cannot_be_prepared_like(case, me
     assert read_predictions(tmp_path / "p.parquet").metadata["codes"]["changed_bins"] is None
     with pytest.raises(InputError, match=r"--model: .*old does not tell how its data were prepared"):
         case.predicted(tmp_path / "q.parquet", model=old, data=None, input=meds, source="meds")
+    with pytest.raises(InputError, match=r"--like: .*old does not tell"):
+        read_rules(old, "--like")
+    # What is there must be what the run wrote.
+    for name, change in {
+        "preparation.json": ("drop", "keep"),
+        "vocabulary.parquet": ("CODE//1", "CODE//9"),
+    }.items():
+        spoilt = shutil.copytree(case.run() / "adapter", tmp_path / name)
+        content = (spoilt / name).read_bytes()
+        damaged = content.replace(*(word.encode() for word in change))
+        (spoilt / name).write_bytes(damaged if damaged != content else content[:-1])
+        with pytest.raises(InputError, match=f"{name} is damaged"):
+            read_rules(spoilt, "--like")
 
 
 def test_one_patient_from_python_is_predicted_as_in_a_file(case, newcomers, meds, tmp_path):

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from behrt_jax.config import DataConfig, PrepareConfig
 from behrt_jax.data.event_rules import select_events
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS
-from behrt_jax.data.prepared import read_births, read_prepared
+from behrt_jax.data.prepared import read_births, read_prepared, read_rules
 from behrt_jax.data.sequences import build_sequences
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
 from behrt_jax.records.prepare.pipeline import prepare
+from behrt_jax.workflows.patient import encode_events
 from tests.records.meds_folder import (
     DAY,
     HOUR,
@@ -32,6 +33,7 @@ from tests.records.meds_folder import (
     events_table,
     history_rows,
     tokens,
+    tokens_of,
 )
 from tests.records.memory_source import MemorySource
 
@@ -518,6 +520,10 @@ def test_like_gives_the_tokens_that_training_gave(
         source_of(some, units=2, chunk=7), PrepareConfig(output=folder / "some", like=folder / "again")
     )
     assert tokens(folder / "some") == {subject: trained[subject] for subject in chosen}
+    one = [row for row in some if row.subject == min(chosen)]
+    in_memory = encode_events(events_table(one), *read_rules(folder / "again", "--like"))
+    assert tokens_of(in_memory) == {min(chosen): trained[min(chosen)]}
+    assert in_memory.counts.kept == sum(len(part.codes) for part in in_memory.splits.values())
     assert new["options"]["delays"] == ["DIAGNOSIS//1=2"]
     assert new["vocabulary"] == manifest["vocabulary"]
     assert new.get("value_edges") == manifest.get("value_edges")
