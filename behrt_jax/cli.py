@@ -5,11 +5,12 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import cleandoc
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from behrt_jax.config import (
@@ -21,8 +22,9 @@ from behrt_jax.config import (
     PrepareConfig,
     PretrainConfig,
 )
-from behrt_jax.errors import InputError
+from behrt_jax.errors import InputError, explain
 from behrt_jax.presets import FINETUNE, PRETRAIN
+from behrt_jax.tracking.console import lasting_streams, printable
 
 C = TypeVar("C")
 
@@ -131,31 +133,41 @@ def _list(prog: str) -> str:
 
 
 def run_command(command: Command[C], arguments: Sequence[str], prog: str) -> int:
-    """Run a command: its own status, 2 for wrong input, 1 for a training that diverged.
+    """Run a command; whatever ends it is told in one line.
 
-    A run that a signal stopped returns 128 plus the signal's number, so that a scheduler can tell
-    it from a finished one and start it again with ``--resume``.
+    Returns:
+        Its own status; 2 for wrong input, 1 for a training that diverged, `errors.NO_ROOM` where space or
+        memory ran out, `errors.UNFORESEEN` for anything else, whose traceback is written to a file. A run
+        that a signal stopped returns 128 plus the signal's number, so that a scheduler can tell it from a
+        finished one and start it again with ``--resume``.
 
     Args:
         command: of the table, or of a study.
         arguments: its options; ``--help`` prints them all and leaves by ``SystemExit``.
         prog: name of the program in usage and errors.
     """
-    try:
-        config = parse(command, arguments, prog)
-        module, _, function = command.run.partition(":")
-        return command.status(getattr(import_module(module), function)(config))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    output = None
+    with lasting_streams():
+        try:
+            config = parse(command, arguments, prog)
+            output = getattr(config, "output", None)
+            _check_outputs(config)
+            module, _, function = command.run.partition(":")
+            return command.status(getattr(import_module(module), function)(config))
+        except (Exception, KeyboardInterrupt) as error:
+            line, status = explain(error, output)
+            print(f"error: {' '.join(printable(line).split(chr(10)))}", file=sys.stderr)
+            return status
 
 
 def parse(command: Command[C], arguments: Sequence[str], prog: str) -> C:
     """Take ``--config NAME`` from the arguments, and the rest as overrides of that configuration.
 
+    Its paths are absolute, without ``~`` and ``..``.
+
     Raises:
-        InputError: NAME is missing or unknown (the message lists the names), or options of adapters
-            are given for a configuration without any.
+        InputError: NAME is missing or unknown (the message lists the names), options of adapters are given
+            for a configuration without any, or a path names the folder of no user.
     """
     try:
         import tyro
@@ -174,7 +186,7 @@ def parse(command: Command[C], arguments: Sequence[str], prog: str) -> C:
             f"{command.default} where not given) and override single settings. "
             f"Shown are the values of {name}."
         )
-    return tyro.cli(
+    parsed = tyro.cli(
         command.options,
         prog=prog,
         description=description,
@@ -183,6 +195,31 @@ def parse(command: Command[C], arguments: Sequence[str], prog: str) -> C:
         config=(tyro.conf.AvoidSubcommands,),
         use_underscores=True,
     )
+    from behrt_jax.files import resolved
+
+    return _with_paths(parsed, resolved)
+
+
+def _with_paths(value: Any, change: Callable[[Path], Path]) -> Any:
+    """`value`, a configuration or a part of one, with all its paths changed."""
+    if isinstance(value, Path):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_with_paths(item, change) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{own.name: _with_paths(getattr(value, own.name), change) for own in fields(value)}
+        )
+    return value
+
+
+def _check_outputs(config: object) -> None:
+    """Refuse outputs that cannot be written before any work is done."""
+    from behrt_jax.files import check_writable
+
+    for name in ("output", "to_meds"):
+        if (path := getattr(config, name, None)) is not None:
+            check_writable(path, f"--{name}")
 
 
 def _take_name(arguments: list[str], default: str) -> tuple[str, list[str]]:

@@ -313,6 +313,9 @@ class TaskConfig:
     """Most recent events that are read of a history, in tokens; the model's positions where not given."""
     packed: bool = True
     """Several examples share a row. Off: one example a row, padded."""
+    outside_life: Literal["leave_out", "keep"] | None = None
+    """Labels at a time before birth, or on a day after the death: leave them out, counted, or keep them.
+    Default: leave out those after death; one before birth is an error."""
     threshold: Literal["f1", "youden"] | float = "f1"
     """Binary: above which probability a prediction is positive. f1 and youden: the one at which F1, or
     sensitivity + specificity, is largest on the tuning split."""
@@ -429,8 +432,8 @@ class SplitOptions:
     """NAME=SPLIT, for a MEDS data set whose splits have other names, as folders or in its split file:
     test=held_out validation=tuning."""
     exact: bool = False
-    """Where the source has no splits: shares exact to the subject, and no split empty where there are three
-    subjects. Without it each subject is dealt out by itself, so that it stays where it is when others join."""
+    """Where the source has no splits: shares exact to the subject, and no split empty where there are three.
+    Without it each subject is dealt out by itself, so that it stays where it is when others join."""
 
 
 @dataclass(frozen=True)
@@ -475,6 +478,18 @@ class PrepareConfig:
     static_codes: tuple[str, ...] = ("GENDER//", "SEX//", "RACE//", "ETHNICITY//")
     """Regular expressions of codes that are kept as facts about the subject (static.parquet) where they have
     no time, for evaluation by group; no token is made of them."""
+    births: Path | None = None
+    """Table (.csv, .csv.gz or .parquet) of births, with the columns subject_id and birth: of its subjects
+    they count in place of those of the records."""
+    birth_codes: tuple[str, ...] = ()
+    """Regular expressions of codes that are births, beside MEDS_BIRTH: at their time, or, where they have
+    none, in the year that is their value or stands at the end of the code (BIRTH_YEAR//1950)."""
+    without_birth: Literal["drop", "first_event", "unknown"] = "drop"
+    """Events of subjects without a birth: drop them, count the age from their first event, or keep them at an
+    unknown age, which has the last row of the age table to itself (but for the oldest)."""
+    implausible_ages: Literal["refuse", "drop", "keep"] = "refuse"
+    """Events at an age above 150 years: refuse the data, drop them, or keep them. Ages of 300 to 330 years,
+    by which MIMIC-III hides those over 89, are always kept."""
     delays: tuple[str, ...] = ()
     """REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit where it is known at
     the end of its visit, as diagnoses that are coded at discharge. Recorded alone: events stay as they are,
@@ -551,6 +566,10 @@ class MakeLabelsConfig:
     times: Literal["all", "last", "random"] = "all"
     """all: after each visit. last: one of each subject, the last that leaves room for the horizon before
     follow-up ends (for next_visit, for another visit). random: one of each subject, by seed."""
+    index: Literal["positives"] | Path | None = None
+    """first_occurrence and death: Parquet file of index dates (subject_id, prediction_time), which are
+    labelled in place of ends of visits. positives: one label of each subject, drawn by seed: of those who
+    have it, one of their positive ends of visits; of all others, the last up to a time drawn from these."""
     min_events: int = 1
     """Fewest events that a subject has at the prediction time."""
     follow_up: str | None = None
@@ -559,7 +578,7 @@ class MakeLabelsConfig:
     date in place of that event, such as 2020-12-31. Default: subject, for readmission data. Not of
     next_visit."""
     seed: int = 0
-    """Seed of --times random."""
+    """Seed of --times random and --index positives."""
 
 
 @dataclass(frozen=True)
@@ -598,6 +617,8 @@ class PredictConfig:
     predictions; without labels, one a subject at its last event."""
     pooling: Literal["mean", "max", "last", "cls"] | None = None
     """Of embeddings; the model's own, or mean, where not given."""
+    outside_life: Literal["leave_out", "keep"] | None = None
+    """As task.outside_life of finetune."""
     rows: int = 64
     """Rows that are computed at once."""
     compilation_cache: Literal["off"] | Path | None = None

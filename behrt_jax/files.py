@@ -1,6 +1,7 @@
-"""Files and folders written whole or not at all, the files of a data set, JSON, and digests that show damage."""
+"""Files and folders written whole, by one process at a time; files of data; JSON; digests of files."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -14,14 +15,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from behrt_jax.errors import InputError
+from behrt_jax.errors import NO_SPACE, InputError
 
 JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 """Any value that a JSON file can hold."""
@@ -124,19 +125,17 @@ def data_files(folder: Path, endings: tuple[str, ...] = (".parquet",)) -> list[P
         endings: of the names of files, in lower case; names are taken in any case.
 
     Raises:
-        InputError: a folder cannot be read, is a table in versions (`refuse_versions`), or a link leads nowhere.
+        InputError: a folder cannot be read or is a table in versions (`refuse_versions`); a link leads
+            nowhere.
     """
     found: list[Path] = []
 
     def search(folder: Path, above: tuple[Path, ...]) -> None:
         refuse_versions(folder)
-        try:
-            here, entries = folder.resolve(), sorted(folder.iterdir())
-        except OSError as error:
-            raise InputError(f"{folder} cannot be read ({error.strerror}): mend its permissions.") from error
+        here = folder.resolve()
         if here in above:
             return
-        for entry in entries:
+        for entry in folder.iterdir():
             wanted = entry.name.lower().endswith(endings)
             if is_hidden(entry):
                 continue
@@ -147,7 +146,11 @@ def data_files(folder: Path, endings: tuple[str, ...] = (".parquet",)) -> list[P
             elif entry.is_symlink() and not entry.exists() and (wanted or not entry.suffix):
                 raise InputError(f"{entry} is a link to what is not there: mend or remove it.")
 
-    search(folder, ())
+    try:
+        search(folder, ())
+    except OSError as error:
+        place = error.filename or folder
+        raise InputError(f"{place} cannot be read ({error.strerror}): mend its permissions.") from error
     return sorted(found)
 
 
@@ -157,8 +160,8 @@ def is_hidden(path: Path) -> bool:
 
 
 def refuse_versions(folder: Path) -> None:
-    """Refuse a table of Delta Lake, Hudi or Iceberg: its folder holds files of earlier versions too, with rows
-    that were changed or deleted since.
+    """Refuse a table of Delta Lake, Hudi or Iceberg: its folder holds files of earlier versions too, with
+    rows that were changed or deleted since.
 
     Raises:
         InputError: with the export to make.
@@ -172,8 +175,8 @@ def refuse_versions(folder: Path) -> None:
     else:
         return
     raise InputError(
-        f"{folder} is a table of {kind}, whose files hold earlier versions of its rows too: export the current "
-        f"one as plain Parquet, such as by {reader}.write.parquet(FOLDER), and give that."
+        f"{folder} is a table of {kind}, whose files hold earlier versions of its rows too: export "
+        f"the current one as plain Parquet, such as by {reader}.write.parquet(FOLDER), and give that."
     )
 
 
@@ -201,21 +204,182 @@ def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 def work_folder(beside: Path, purpose: str) -> Iterator[Path]:
     """A new hidden folder, removed in the end, whatever happens; those of dead processes are removed first.
 
-    A process that is killed leaves its folder behind. The name tells purpose, machine and process, so that
-    the next one for the same purpose on that machine can tell that it is not in use; folders of other
-    machines are left alone.
+    A process that is killed leaves its folder behind. The name tells purpose and machine; one process at a
+    time may have one for a purpose, so that those of this machine that are there are in use no more. Folders
+    of other machines are left alone.
 
     Args:
         beside: folder to make it in.
         purpose: such as ``preparing-NAME``.
+
+    Raises:
+        InputError: another process has one.
     """
     prefix = f".{purpose}.{re.sub('[^A-Za-z0-9]', '-', platform.node())}."
-    for left in beside.glob(f"{_literal(prefix)}*"):
-        process = left.name.removeprefix(prefix).split(".")[0]
-        if process.isdecimal() and not _alive(int(process)):
+    with locked(beside / f".{purpose}.lock"):
+        for left in beside.glob(f"{_literal(prefix)}*"):
             shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}.", dir=beside) as folder:
-        yield Path(folder)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=beside) as folder:
+            yield Path(folder)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """As :func:`written_whole`, of a file that takes long: its folder is made, and one process makes it.
+
+    Raises:
+        InputError: there is such a file, or another process makes it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            raise InputError(f"{path} is there already: give another --output, or remove it.")
+        remove_leftovers(path.parent, path.name)
+        with written_whole(path) as temporary:
+            yield temporary
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which says who holds it and is gone in the end.
+
+    The kernel lets go of it when its process dies, in whatever container. Where a file system has no locks,
+    what the file says decides: a process of this machine that is no more holds nothing.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    descriptor = _take_lock(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _take_lock(path: Path) -> int:
+    """Descriptor of the lock file, which is locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            taken, holder = _flock(descriptor), _holder(descriptor)
+            if taken is False or (taken is None and _may_live(holder)):
+                who = "{process} on {host}, since {since}".format_map(holder) if holder else "that just began"
+                raise InputError(
+                    f"another process works there ({who}; {path}): wait for it, or give another --output."
+                )
+            # Who held it may have removed the file since it was opened: then it is another one by now.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    own = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json_text(own).encode(), 0)
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _flock(descriptor: int) -> bool | None:
+    """Whether this process has the lock now; None where there are no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
+def _holder(descriptor: int) -> JsonObject:
+    """Process, host and start of who took the lock; empty where that was not written yet."""
+    try:
+        found = json.loads(os.pread(descriptor, 4096, 0))
+        return {name: found[name] for name in ("process", "host", "since")}
+    except (ValueError, TypeError, KeyError):
+        return {}
+
+
+def _may_live(holder: JsonObject) -> bool:
+    return bool(holder) and (holder["host"] != platform.node() or _alive(int(holder["process"])))
+
+
+_LEFT = re.compile(r"\.(.+)\.(?:\d+\.tmp|(new|old)-\d+)", re.DOTALL)
+
+
+def leftover_of(name: str) -> str | None:
+    """Name of the file or folder that one of this name was to become; None where it is no such thing."""
+    found = _LEFT.fullmatch(name)
+    return found and found[1]
+
+
+def remove_leftovers(folder: Path, of: str | None = None) -> None:
+    """Remove what dead processes left of files and folders that they were writing, whole or not at all.
+
+    To be called under a lock: nobody else is at work here. A folder that was moved aside, and has no
+    successor yet, gets its place back.
+
+    Args:
+        folder: to look in, not below.
+        of: name of the file that was being written; all where not given.
+    """
+    for left in folder.iterdir():
+        name = leftover_of(left.name)
+        if name is None or of not in (None, name):
+            continue
+        if left.suffix == ".tmp":
+            left.unlink(missing_ok=True)
+        elif left.suffix.startswith(".old-") and not (folder / name).exists():
+            left.rename(folder / name)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def resolved(path: Path) -> Path:
+    """The path, absolute and without ``~`` and ``..``.
+
+    Its last name stays as it is, a link or not: its ending tells what kind of file it is.
+
+    Raises:
+        InputError: ``~NAME`` of no user, links in a circle.
+    """
+    try:
+        path = path.expanduser()
+        return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path} leads nowhere ({error}): give another path.") from error
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Try whether something can be written at `path`, which need not exist; leaves nothing behind.
+
+    Raises:
+        InputError: it is below a file, or in a folder that takes no files; names the option.
+        OSError: the disk is full.
+    """
+    try:
+        folder = next(place for place in (path, *path.parents) if place.exists())
+        if folder == path and not path.is_dir():
+            folder = path.parent
+        if not folder.is_dir():
+            raise InputError(f"cannot write {path}: {folder} is a file, not a folder. Give another {option}.")
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise InputError(f"cannot write {path} ({error.strerror}): give another {option}.") from error
+
+
+def check_room(folder: Path, needed: int, of: str) -> None:
+    """Raise OSError unless the disk of `folder` has room for `needed` bytes; `of` says what they are of."""
+    free, needed = shutil.disk_usage(folder).free, needed + 2**20  # for small files and ends of blocks
+    if free < needed:
+        words = f"{of} takes up to {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        raise OSError(errno.ENOSPC, words, str(folder))
 
 
 def _literal(name: str) -> str:

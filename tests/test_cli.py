@@ -1,5 +1,6 @@
 """The commands: their table, options, help, and one clear error for each mistake before anything is done."""
 
+import errno
 import importlib
 import inspect
 import json
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import COMMANDS, main, parse
-from behrt_jax.errors import InputError
+from behrt_jax.errors import DivergenceError, InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.workflows.run import RunResult
 from tests.records.meds_folder import by_remainder, history_rows, write_meds
@@ -226,11 +227,96 @@ def test_overrides_are_typed_and_leave_the_rest():
 def test_data_is_short_for_prepared_data_at_a_path():
     for arguments in (["--data", "prepared/x"], ["--data=prepared/x"]):
         config = parsed(*arguments, "--data.window", "recent")
-        assert (config.data.source, config.data.path) == ("prepared", Path("prepared/x"))
+        assert (config.data.source, config.data.path) == ("prepared", Path.cwd() / "prepared" / "x")
         assert config.data.window == "recent"
     for arguments in (["--data"], ["--data", "--train.epochs", "3"]):
         with pytest.raises(InputError, match="--data needs the folder"):
             parsed(*arguments)
+
+
+def test_every_path_is_resolved_where_options_become_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = parsed(
+        "--data=~/x", "--init.run", "runs/../runs/a", "--output=~/[b]*$c:ü d", "--compilation_cache", "off"
+    )
+    assert (config.data.path, config.init.run) == (tmp_path / "x", tmp_path / "runs" / "a")
+    assert (config.output, config.compilation_cache) == (tmp_path / "[b]*$c:ü d", "off")
+    command = COMMANDS["finetune"]
+    config = parse(
+        command, ["--population.labels", "~/a.parquet", "b/../c.parquet", "--init=~/r"], "finetune"
+    )
+    assert config.population.labels == (tmp_path / "a.parquet", tmp_path / "c.parquet")
+    assert config.init == tmp_path / "r"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_read(name, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([name, "--output", str(tmp_path / "file" / "out.parquet")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: cannot write") and "Give another --output" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (DivergenceError("Loss nan\nat step 3"), 1),
+        (InputError("/a\nb is not there"), 2),
+        (KeyboardInterrupt(), 130),
+        (OSError(errno.ENOSPC, "No space left on device"), 3),
+        (KeyError("x"), 70),
+    ],
+)
+def test_whatever_ends_a_command_is_one_line(error, status, tmp_path, monkeypatch, capsys):
+    def fails(config):
+        raise error
+
+    monkeypatch.setattr("behrt_jax.workflows.doctor.examine_folder", fails)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["doctor"]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+STREAMS = """
+import os, sys
+from behrt_jax.tracking.console import lasting_streams, open_console
+with lasting_streams():
+    print("第 1")
+    sys.stdin.readline()  # until nobody reads any more
+    with open_console() as console:
+        console.log("第 2")
+    print("third")
+    print("第", file=sys.stderr)
+sys.exit(7)
+"""
+
+
+def test_a_command_outlives_the_reader_of_its_output():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen(
+        [sys.executable, "-c", STREAMS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    ) as process:
+        assert process.stdout.readline() == b"? 1\n"
+        process.stdout.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (7, b"\\u7b2c\n")
+
+
+def test_a_command_runs_with_its_output_closed():
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"exec {sys.executable} -m behrt_jax doctor >&- 2>&-"],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
 
 
 def test_help_names_configurations_and_explains_every_option(capsys):
@@ -291,6 +377,10 @@ MISTAKES = {
     "cudnn with odd heads": (
         [*CUDNN, "--model.heads", "32"], "model.hidden_size / model.heads is 4: change one of them"),
     "cudnn without a GPU": (CUDNN, "needs an NVIDIA GPU, but JAX runs on cpu"),
+    "alpha that is no number": (["--lora.alpha", "nan"], "lora.alpha is nan"),
+    "decay that is no number": (["--optimizer.weight_decay", "nan"], "optimizer.weight_decay is nan"),
+    "rate without end": (["--optimizer.learning_rate", "inf"], "optimizer.learning_rate is inf"),
+    "moment that never decays": (["--optimizer.b2", "1"], "optimizer.b2 is 1.0"),
     "rank 0": (["--lora.rank", "0"], "lora.rank is 0"),
     "target that matches nothing": (["--lora.targets", "qkv"], "Names that could match: decoder"),
     "merged where it would be wrong": (
@@ -353,7 +443,7 @@ def test_large_lora_with_adapters_on_out_prints_the_figures(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_the_run_goes_on_later(sent, tmp_path):
     command = [sys.executable, SCRIPT, "--config", "small_lora", "--output", tmp_path / "run",
                "--train.epochs", "4", "--data.subjects", "1000"]  # fmt: skip

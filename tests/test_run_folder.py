@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from behrt_jax.errors import InputError
 from behrt_jax.files import read_json, write_json, write_text
-from behrt_jax.run_folder import append_metrics, prepare_run_folder, read_metrics, truncate_metrics
+from behrt_jax.run_folder import (
+    append_metrics,
+    open_run_folder,
+    prepare_run_folder,
+    read_config,
+    read_metrics,
+    truncate_metrics,
+)
 
 shared_folder = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50
@@ -69,6 +76,71 @@ def test_resume_without_a_run_is_refused_and_makes_nothing(tmp_path):
         with pytest.raises(InputError, match="no run to go on with"):
             prepare_run_folder(folder, resume=True)
     assert not (tmp_path / "none").exists()
+
+
+def names_in(folder):
+    return {path.name for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_died_before_its_config_stood_starts_afresh(tmp_path, resume):
+    for name in ("vocabulary.parquet", "parameters.json", ".config.json.31430.tmp", ".lock"):
+        (tmp_path / name).touch()
+    with open_run_folder(tmp_path, resume) as folder:
+        assert names_in(folder) == {".lock"}
+        (folder / "config.json").touch()
+    assert names_in(tmp_path) == {"config.json"}
+
+
+def test_what_is_not_of_a_run_alone_is_never_removed(tmp_path):
+    for name in ("vocabulary.parquet", ".thesis.tex.12.tmp", "thesis.tex"):
+        (tmp_path / name).touch()
+    for resume, message in ((False, "other files"), (True, "no run to go on with")):
+        with pytest.raises(InputError, match=message), open_run_folder(tmp_path, resume):
+            pass
+    assert names_in(tmp_path) == {"vocabulary.parquet", ".thesis.tex.12.tmp", "thesis.tex"}
+
+
+def test_temporary_files_of_a_run_that_died_are_removed_when_it_goes_on(tmp_path):
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "plots").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    for name in (".report.html.31430.tmp", "plots/.loss.png.7.tmp", "checkpoints/.x.7.tmp"):
+        (tmp_path / "run" / name).touch()
+    prepare_run_folder(tmp_path / "run", resume=True)
+    assert names_in(tmp_path / "run") == {"config.json", "plots", "checkpoints", ".x.7.tmp"}
+
+
+def test_one_process_trains_in_a_folder(tmp_path):
+    folder = tmp_path / "run"
+    with open_run_folder(folder, resume=False):
+        (folder / "config.json").touch()
+        for resume in (False, True):
+            with (
+                pytest.raises(InputError, match="another process works there"),
+                open_run_folder(folder, resume),
+            ):
+                pass
+        with open_run_folder(folder, resume=True, alone=False):  # another process of the same run
+            pass
+    with open_run_folder(folder, resume=True):
+        pass
+
+
+def test_a_folder_of_a_run_that_never_began_is_removed(tmp_path):
+    with pytest.raises(KeyError), open_run_folder(tmp_path / "new", resume=False):
+        raise KeyError
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyError), open_run_folder(tmp_path / "mine", resume=False):
+        raise KeyError
+    assert names_in(tmp_path) == {"mine"}
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"settings": {}, "data": 1}'])
+def test_a_config_that_no_run_wrote_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config\.json is not as a run writes it"):
+        read_config(tmp_path)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ kernels, ``a`` and ``b`` all have a leading axis over layers.
 Every leaf of the two trees is in one group of :data:`GROUPS`; groups are what trains or stays frozen.
 """
 
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ def _check(config: LoRAConfig) -> None:
         raise InputError(f"lora.rank is {config.rank}: an adapter needs a rank of 1 or more.")
     if not 0.0 <= config.dropout < 1.0:
         raise InputError(f"lora.dropout is {config.dropout}: give a rate from 0 up to, but not, 1.")
-    if config.alpha is not None and config.alpha <= 0.0:
+    if config.alpha is not None and not 0.0 < config.alpha < math.inf:
         raise InputError(f"lora.alpha is {config.alpha}: give a number above 0.")
     if not config.targets:
         raise InputError("lora.targets is empty: name layers to adapt, such as query key value out.")

@@ -11,14 +11,16 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from behrt_jax.config import from_stored
 from behrt_jax.data.events import (
     BIRTH_CODE,
     DAY,
     DEATH_CODE,
-    Births,
+    YEAR,
     EventColumns,
     EventCounts,
     EventSet,
+    SubjectTimes,
     event_columns,
 )
 from behrt_jax.data.sorting import ascending, leads, sort_rows
@@ -27,11 +29,39 @@ from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 
 _NEVER = np.iinfo(np.int64).max
+_LONGEST_LIFE = int(150 * YEAR)
+_HIDDEN_AGES = int(300 * YEAR), int(330 * YEAR)
+"""Ages, from and to, by which MIMIC-III hides those over 89: they are taken as they are."""
+_CARE_AFTER_DEATH = 60 * DAY
+_PLACEHOLDERS = np.array(
+    ["0001-01-01", "1753-01-01", "1800-01-01", "1899-12-30", "1899-12-31", "1900-01-01", "1901-01-01"],
+    "datetime64[us]",
+).astype(np.int64)
+"""Days, in microseconds since 1970, that often stand for an unknown birth."""
+_GIVES_WAY = np.int64(1 << 62)
 
 Duplicates = Literal["keep", "drop", "count"]
 
 REPEATS = ("//x2", "//x3-5", "//x6+")
 """Suffixes by ``duplicates="count"`` of a code that occurs 2, 3 to 5, or 6 and more times in a visit."""
+
+
+WithoutBirth = Literal["drop", "first_event", "unknown"]
+ImplausibleAges = Literal["refuse", "drop", "keep"]
+TOO_OLD = "age above 150 years"
+"""The rule that drops events at an age that cannot be."""
+
+
+@dataclass(frozen=True)
+class LifeRules:
+    """What becomes of events whose age is not known or cannot be."""
+
+    without_birth: WithoutBirth = "drop"
+    """Of subjects without a birth, events are dropped, or their age counts from the first event left, or is
+    unknown (NaN)."""
+    implausible_ages: ImplausibleAges = "refuse"
+    """Events at an age above 150 years (but of 300 to 330, as MIMIC-III has them) are dropped, or kept; to
+    ``refuse`` them is up to the caller, by their count: see `check_ages`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +71,7 @@ class Selected:
     subject_ids: np.ndarray
     """int64 ``[subjects]``, ascending; only subjects with an event left."""
     births: np.ndarray
-    """int64 ``[subjects]``, microseconds since 1970."""
+    """int64 ``[subjects]``, microseconds since 1970; the largest number where unknown."""
     offsets: np.ndarray
     """int64 ``[subjects + 1]``: subject i has the events from ``offsets[i]`` to ``offsets[i + 1]``."""
     codes: np.ndarray
@@ -53,8 +83,10 @@ class Selected:
     names: tuple[str, ...]
     """The distinct codes of the whole data set, sorted; where duplicates are counted, followed by all of
     them with each suffix of `REPEATS` in turn."""
-    without_events: Births
-    """Of the subjects that have no event left, but a birth."""
+    without_events: SubjectTimes
+    """Births of the subjects that have no event left, but a birth."""
+    deaths: SubjectTimes
+    """Of all subjects that have a death."""
 
 
 def select_events(
@@ -64,16 +96,23 @@ def select_events(
 
     Each rule adds the events it drops to ``event_set.counts`` under its name:
 
-    1. ``birth or death marker``: MEDS_BIRTH and MEDS_DEATH set the birth and the day of death (the
-       earliest where there are several) and are no tokens;
+    1. ``birth or death marker``: MEDS_BIRTH and MEDS_DEATH set the birth and the day of death, and are no
+       tokens;
     2. ``code not selected``: no pattern of ``codes`` matches, or one of ``exclude_codes`` does;
     3. ``null time (static)``;
-    4. ``no birth``: the subject's birth is not known, so the age is not either;
+    4. ``no birth``: the subject's birth is not known, so the age is not either (see `LifeRules`);
     5. ``before birth``;
-    6. ``after death``: on a later calendar day than the death. The same day is kept, since deaths are
+    6. ``age above 150 years`` (see `LifeRules`);
+    7. ``after death``: on a later calendar day than the death. The same day is kept, since deaths are
        often known by the day alone and records of that day are signed after it;
-    7. ``duplicate in visit``: the code came earlier in the same visit (unless duplicates are kept; where
+    8. ``duplicate in visit``: the code came earlier in the same visit (unless duplicates are kept; where
        they are counted, the first event's code gets a suffix of ``REPEATS``, and is counted as changed).
+
+    Of several births the earliest is taken that is no placeholder such as 1900-01-01 (changed: ``births
+    differ``, in subjects). A death on a day before birth, or at an age that cannot be, such as one in the
+    year 9999, is none. Of deaths on several days (changed: ``deaths differ``, in subjects) the first is
+    taken; but with an event more than 60 days after it, on the last of these days or before, the last
+    (changed too; https://github.com/OHDSI/Themis/issues/6).
 
     A visit is a visit id where the event has one, else a calendar day. Events are in the order of time,
     so one visit may be interrupted by another.
@@ -82,14 +121,15 @@ def select_events(
         event_set: events in any row order; ``counts`` is filled.
         codes: regular expressions, matched at the start of a code; none selects all.
         exclude_codes: regular expressions likewise.
-        duplicates: what the seventh rule does.
+        duplicates: what the last rule does.
 
     Raises:
-        InputError: a pattern is no regular expression, or no event is left.
+        InputError: a pattern is no regular expression, ages cannot be, or no event is left.
     """
     columns = event_columns(event_set.events)
     wanted = selects(columns.names, codes, exclude_codes)
     selected = select_columns(columns, wanted, duplicates, event_set.counts)
+    check_ages(event_set.counts, LifeRules())
     count_repeated(selected.codes, len(columns.names), event_set.counts)
     if not len(selected.codes):
         events = np.bincount(columns.codes, minlength=len(columns.names)).tolist()
@@ -98,14 +138,31 @@ def select_events(
     return selected
 
 
+def check_ages(counts: EventCounts, life: LifeRules) -> None:
+    """Refuse events at an age that cannot be, unless they are to be dropped or kept.
+
+    Raises:
+        InputError: there are some; it says how many.
+    """
+    if life.implausible_ages == "refuse" and (events := counts.dropped.get(TOO_OLD)):
+        raise InputError(
+            f"{events:,} events are at an age above 150 years, so their time or their subject's birth is "
+            "wrong (another unit, or damage): mend them, or prepare with --implausible_ages drop or keep."
+        )
+
+
 def select_columns(
-    events: EventColumns, wanted: np.ndarray | None, duplicates: Duplicates, counts: EventCounts
+    events: EventColumns,
+    wanted: np.ndarray | None,
+    duplicates: Duplicates,
+    counts: EventCounts,
+    life: LifeRules = LifeRules(),
 ) -> Selected:
     """Apply the rules of :func:`select_events` to columns; it may be that no event is left.
 
     ``wanted``, bool ``[names]``, are the codes selected; None for all.
     """
-    subjects, births, kept = apply_rules(events, wanted, counts)
+    subjects, births, deaths, kept = apply_rules(events, wanted, counts, life)
     subject, time, *ties, code = sort_rows(kept)
     visit = number_visits(subject, time, *ties)  # [K]
     if duplicates != "keep":
@@ -126,6 +183,7 @@ def select_columns(
     present = subject[starts]
     alone = births != _NEVER
     alone[present] = False
+    dead = deaths != _NEVER
     # A subject's first event is of its first visit.
     visit -= np.repeat(visit[starts], np.diff(offsets))
     return Selected(
@@ -136,7 +194,8 @@ def select_columns(
         times=time,
         visits=visit,
         names=names,
-        without_events=Births(subjects[alone], births[alone]),
+        without_events=SubjectTimes(subjects[alone], births[alone]),
+        deaths=SubjectTimes(subjects[dead], deaths[dead]),
     )
 
 
@@ -151,19 +210,24 @@ def count_repeated(code: np.ndarray, names: int, counts: EventCounts) -> None:
 
 
 def apply_rules(
-    events: EventColumns, wanted: np.ndarray | None, counts: EventCounts, also: Sequence[np.ndarray] = ()
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    events: EventColumns,
+    wanted: np.ndarray | None,
+    counts: EventCounts,
+    life: LifeRules,
+    also: Sequence[np.ndarray] = (),
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
     """Apply all rules but the one on duplicates, as `select_columns` does.
 
     Returns:
-        The subjects' ids, ascending, and births, int64 ``[subjects]`` each, and columns ``[kept]`` in the
-        order in which events are sorted: place of the subject (int32), time, where there are any visit
-        ids whether the event has one and which, code, and those of ``also``, more columns ``[events]``.
+        The subjects' ids, ascending, births and deaths, int64 ``[subjects]`` each, with the largest number
+        where there is none, and columns ``[kept]`` in the order in which events are sorted: place of the
+        subject (int32), time, where there are any visit ids whether the event has one and which, code, and
+        those of ``also``, more columns ``[events]``.
     """
     code, time = events.codes, events.times
     subjects, subject = rank_ids(events.subject_ids)
     born, died = events.of_code(BIRTH_CODE), events.of_code(DEATH_CODE)
-    births, deaths = (_earliest(marked, events, subject, len(subjects)) for marked in (born, died))
+    births = _births(born, events, subject, len(subjects), counts)
 
     keep = ~(born | died)  # [N]
     counts.drop("birth or death marker", len(keep) - int(np.count_nonzero(keep)))
@@ -179,9 +243,21 @@ def apply_rules(
     if events.timed is not None:
         drop("null time (static)", ~events.timed)
     unborn = births == _NEVER  # [S]
+    starts = births
     if unborn.any():
-        drop("no birth", unborn[subject])
-    drop("before birth", time < births[subject])
+        if life.without_birth == "drop":
+            drop("no birth", unborn[subject])
+        else:
+            rows = np.flatnonzero(keep & unborn[subject])
+            if life.without_birth == "first_event":
+                np.minimum.at(births, subject[rows], time[rows])
+            what = "age from the first event" if life.without_birth == "first_event" else "age unknown"
+            counts.change(f"no birth, {what}", len(rows))
+        starts = np.where(births == _NEVER, -_NEVER, births)
+    drop("before birth", time < starts[subject])
+    if len(time) and life.implausible_ages != "keep" and time.max() > births.min(initial=0) + _LONGEST_LIFE:
+        drop(TOO_OLD, _too_old(time, births[subject]))
+    deaths = _deaths(died, events, subject, births, keep, counts, life)
     if (deaths != _NEVER).any():
         ends = np.where(deaths == _NEVER, _NEVER, (deaths // DAY + 1) * DAY)
         drop("after death", time >= ends[subject])
@@ -190,7 +266,75 @@ def apply_rules(
     if events.visits is not None and events.named is not None:
         # The time decides the day, so that only visit ids tell events of one time apart.
         columns[2:2] = [events.named, np.where(events.named, events.visits, 0)]
-    return subjects, births, [column[keep] for column in columns]
+    return subjects, births, deaths, [column[keep] for column in columns]
+
+
+def _too_old(times: np.ndarray, births: np.ndarray) -> np.ndarray:
+    """At an age that cannot be: bool ``[n]``; not where no birth is known."""
+    begin = np.minimum(births, _NEVER - _HIDDEN_AGES[1])  # so that sums stay within 64 bits
+    least, most = (begin + age for age in _HIDDEN_AGES)
+    return (births != _NEVER) & (times > begin + _LONGEST_LIFE) & ((times < least) | (times > most))
+
+
+def _births(
+    born: np.ndarray, events: EventColumns, subject: np.ndarray, subjects: int, counts: EventCounts
+) -> np.ndarray:
+    """Birth of each subject, int64 ``[subjects]``, ``_NEVER`` where none is known."""
+    rows = np.flatnonzero(born if events.timed is None else born & events.timed)
+    ranks = birth_ranks(events.times[rows])
+    best, worst = np.full(subjects, _NEVER), np.full(subjects, -_NEVER)
+    np.minimum.at(best, subject[rows], ranks)
+    np.maximum.at(worst, subject[rows], ranks)
+    known = best != _NEVER
+    counts.change("births differ", int(np.count_nonzero(known & (best != worst))))
+    return np.where(known, births_of_ranks(best), _NEVER)
+
+
+def birth_ranks(births: np.ndarray) -> np.ndarray:
+    """Numbers, int64 ``[n]``, of which the smallest is that of the birth to take: placeholders come last."""
+    return np.where(np.isin(births, _PLACEHOLDERS), births + _GIVES_WAY, births)
+
+
+def births_of_ranks(ranks: np.ndarray) -> np.ndarray:
+    """The births of which these are the `birth_ranks`."""
+    births = ranks - _GIVES_WAY
+    return np.where(np.isin(births, _PLACEHOLDERS), births, ranks)
+
+
+def _deaths(
+    died: np.ndarray,
+    events: EventColumns,
+    subject: np.ndarray,
+    births: np.ndarray,
+    keep: np.ndarray,
+    counts: EventCounts,
+    life: LifeRules,
+) -> np.ndarray:
+    """Death of each subject, int64 ``[subjects]``, ``_NEVER`` where none is known; ``keep`` as so far."""
+    rows = np.flatnonzero(died if events.timed is None else died & events.timed)
+    first = np.full(len(births), _NEVER)
+    if not len(rows):
+        return first
+    of, time = subject[rows], events.times[rows]
+    early = time // DAY < np.where(births == _NEVER, -_NEVER, births)[of] // DAY
+    late = ~early & (life.implausible_ages != "keep") & _too_old(time, births[of])
+    counts.change("death before birth, passed over", int(np.count_nonzero(early)))
+    counts.change(f"death at an {TOO_OLD}, passed over", int(np.count_nonzero(late)))
+    of, time = of[~(early | late)], time[~(early | late)]
+    last = np.full(len(births), -_NEVER)
+    np.minimum.at(first, of, time)
+    np.maximum.at(last, of, time)
+    differ = (first != _NEVER) & (first // DAY != last // DAY)  # [S]
+    if differ.any():
+        counts.change("deaths differ", int(np.count_nonzero(differ)))
+        of = np.flatnonzero(keep & differ[subject])
+        care, of = events.times[of], subject[of]
+        between = (care > first[of] + _CARE_AFTER_DEATH) & (care // DAY <= last[of] // DAY)
+        false = np.zeros(len(births), bool)
+        false[of[between]] = True
+        counts.change("care between deaths, the last taken", int(np.count_nonzero(false)))
+        first = np.where(false, last, first)
+    return first
 
 
 def rank_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -210,14 +354,6 @@ def rank_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     coded = pa.array(ids).dictionary_encode()
     distinct, rank = np.unique(coded.dictionary.to_numpy(), return_inverse=True)
     return distinct, rank.astype(np.int32)[coded.indices.to_numpy()]
-
-
-def _earliest(marked: np.ndarray, events: EventColumns, subject: np.ndarray, subjects: int) -> np.ndarray:
-    """Earliest time of a marked event by subject: int64 ``[subjects]``, ``_NEVER`` where none."""
-    first = np.full(subjects, _NEVER)
-    rows = np.flatnonzero(marked if events.timed is None else marked & events.timed)
-    np.minimum.at(first, subject[rows], events.times[rows])
-    return first
 
 
 # Visits of sorted events: their numbers, and the codes that come again within one.
@@ -350,6 +486,14 @@ class CodeChoice:
         return {option: patterns for option, patterns in idle.items() if patterns}
 
 
+def told_without_effect(idle: Mapping[str, Sequence[str]], options: str) -> list[str]:
+    """A warning for each option of :meth:`CodeChoice.without_effect`; ``options`` goes before its name."""
+    return [
+        f"Warning: {options}{option} {' '.join(patterns)} matches no code of the data, so it has no effect."
+        for option, patterns in idle.items()
+    ]
+
+
 def selects(
     names: Sequence[str], codes: tuple[str, ...], exclude_codes: tuple[str, ...], options: str = "data."
 ) -> np.ndarray:
@@ -383,18 +527,25 @@ def matches(names: Sequence[str], patterns: tuple[str, ...], option: str) -> np.
 
 
 def code_prefix(code: str) -> str:
-    """The start of a code up to its first separator, with that: ``//``, else ``/`` or ``|``, else all of it."""
+    """The start of a code up to its first separator, with that: ``//``, else ``/`` or ``|``, else all."""
     found = re.match(r".*?//|.*?[/|]", code, re.DOTALL)
     return found[0] if found else code
 
 
+BIRTHS_FROM = f"{BIRTH_CODE} events with a time"
+
+
 def nothing_left(
-    by_code: Mapping[str, int], counts: EventCounts, options: str | None = "data."
+    by_code: Mapping[str, int],
+    counts: EventCounts,
+    options: str | None = "data.",
+    births_from: str = BIRTHS_FROM,
 ) -> InputError:
     """The error of a data set from which the rules leave nothing.
 
     ``by_code`` is code, or prefix of codes -> events read, markers of birth and death aside; ``options``
-    goes before the names of the options, None where the rules are those of another data set.
+    goes before the names of the options, None where the rules are those of another data set. Where subjects
+    lack a birth, it says where the source has them from.
     """
     by_prefix = Counter()
     for name, count in by_code.items():
@@ -405,8 +556,9 @@ def nothing_left(
     if options is None:
         mend = "write the codes as in the data that the model was trained on"
     return InputError(
-        f"No event is left after filtering ({rules}): {mend} (most frequent prefixes: "
-        f"{prefixes or 'none'}), and see that subjects have a {BIRTH_CODE} event with a time."
+        f"No event is left after filtering ({rules}): {mend} (most frequent prefixes: {prefixes or 'none'}), "
+        f"and see that subjects have a birth: {births_from}. Else prepare takes births from a table "
+        "(--births FILE), or does without (--without_birth first_event or unknown)."
     )
 
 
@@ -520,6 +672,11 @@ class Preparation:
             return None
         edges = np.array(list(self.value_edges.values()), np.float32)
         return ValueBins(tuple(self.value_edges), edges.reshape(-1, self.options["value_bins"] - 1))
+
+    @property
+    def life(self) -> LifeRules:
+        """Treatment of ages that are unknown or cannot be."""
+        return from_stored(LifeRules, self.options)
 
     @property
     def delays(self) -> tuple[str, ...]:

@@ -84,8 +84,8 @@ class EventSet:
 
 
 @dataclass(frozen=True, eq=False)
-class Births:
-    """Times at which some subjects were born; by default of none."""
+class SubjectTimes:
+    """A time of each of some subjects, as of birth or death; by default of none."""
 
     subject_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """int64 ``[subjects]``, ascending."""
@@ -94,6 +94,10 @@ class Births:
 
     def __len__(self) -> int:
         return len(self.subject_ids)
+
+    def of(self, chosen: np.ndarray) -> "SubjectTimes":
+        """Those of some of the subjects, bool ``[subjects]``."""
+        return SubjectTimes(self.subject_ids[chosen], self.times[chosen])
 
 
 # The same events as plain arrays, which the rules work on.

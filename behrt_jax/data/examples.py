@@ -5,14 +5,14 @@ itself is in. Nothing that lies later changes an example, but whether a visit of
 ``visit`` has ended by then. A subject without any event is as one whose first event comes later.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from behrt_jax.data.event_rules import number_visits
-from behrt_jax.data.events import DAY, YEAR
+from behrt_jax.data.events import DAY, YEAR, SubjectTimes
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.packing import Windows
 from behrt_jax.data.sequences import Sequences, SequenceSet, with_separators
@@ -20,6 +20,7 @@ from behrt_jax.data.sorting import find_ids, leads, place_in, ragged_indices, ru
 from behrt_jax.data.vocabulary import UNK, Vocabulary, matching_codes
 from behrt_jax.errors import InputError
 
+OutsideLife = Literal["leave_out", "keep"] | None
 _HOUR = DAY // 24
 _PIECE_TOKENS = 1 << 22  # looked at together
 
@@ -46,6 +47,8 @@ class Examples:
     visit 0."""
     unknown_subjects: int
     """Labels whose subject is in no split of the data; they are left out."""
+    outside_life: Mapping[str, int] = field(default_factory=dict)
+    """Labels of the split that are left out as before birth or after death, by which it is."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,6 +80,7 @@ def find_examples(
     max_tokens: int,
     delays: Sequence[str] = (),
     sep_token: bool = False,
+    outside_life: OutsideLife = None,
 ) -> Examples:
     """Cut the histories of a split's subjects at the prediction times of their labels.
 
@@ -90,6 +94,9 @@ def find_examples(
         max_tokens: longest example, in tokens, separators included.
         delays: ``REGEX=DAYS`` or ``REGEX=visit``; see `code_delays`.
         sep_token: put a [SEP] after each run of known events of one visit.
+        outside_life: labels at a time before birth, or on a day after the death that the data have: leave
+            them out, or keep them (before birth at age 0). By default those after death are left out, and one
+            before birth is an error, since the clocks do not agree then.
 
     Raises:
         InputError: no such split, no room for a token, a delay of another form, or prediction times before
@@ -111,10 +118,18 @@ def find_examples(
     births[with_events] = part.births(subjects[with_events])
     births[~with_events] = born.times[subjects[~with_events] - len(data.splits[split])]
     early = times < births - DAY  # ages are rounded to minutes
-    if early.any():
+    if outside_life is None and early.any():
         raise InputError(
             f"{np.count_nonzero(early):,} of {len(rows):,} labels of {split} have a prediction time before "
-            "the subject's birth: mend the prediction times (another unit, clock or subject?)."
+            "the subject's birth: mend the prediction times (another unit, clock or subject?), or leave "
+            "these labels out with outside_life leave_out."
+        )
+    left_out = {}
+    if outside_life != "keep":
+        late = _after_death(data.deaths[split], labels.subject_ids[rows], times)
+        left_out = {"before_birth": int(early.sum()), "after_death": int(late.sum())}
+        rows, subjects, times, births = (
+            column[~(early | late)] for column in (rows, subjects, times, births)
         )
 
     starts, stops = part.offsets[subjects], part.offsets[subjects + 1]
@@ -147,7 +162,16 @@ def find_examples(
         ages=ages,
         empty=empty,
         unknown_subjects=of_unknown_subjects(data, labels),
+        outside_life=left_out,
     )
+
+
+def _after_death(deaths: SubjectTimes, subject_ids: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """On a day after the subject's death: bool ``[n]``."""
+    place = find_ids(deaths.subject_ids, subject_ids)
+    late = place >= 0
+    late[late] = times[late] // DAY > deaths.times[place[late]] // DAY
+    return late
 
 
 def _ages_at(times: np.ndarray, sequences: Sequences, windows: Windows) -> np.ndarray:

@@ -29,7 +29,7 @@ from behrt_jax.data.parquet import (
     require_columns,
 )
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, data_files
+from behrt_jax.files import JsonObject, data_files, refuse_versions
 
 LabelKind = Literal["boolean", "integer", "float", "categorical", "codes", "survival", "none"]
 """``none``: subjects and prediction times alone, whose outcome nobody knows yet."""
@@ -149,6 +149,7 @@ def read_labels(path: Path, *, as_written: bool = False, without_values: bool = 
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
+        refuse_versions(path.parent)
         return [path]
     if not path.is_dir():
         raise InputError(f"{path} does not exist: give a Parquet file of labels, or a folder of such files.")

@@ -6,13 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from behrt_jax.data.events import EVENT_SCHEMA
 from behrt_jax.errors import InputError
 
+# pyarrow.compute makes its functions on import, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
 CHUNK_ROWS = 1 << 20
+INT96_UNIT = "us"
+"""Unit in which Spark's timestamps (INT96) are read: nanoseconds, the library's own choice, hold no time
+after 2262 and turn 9999-12-31 into another."""
 
 TEXT = EVENT_SCHEMA.field("code").type
 
@@ -25,8 +32,12 @@ def readable(file: Path, message: str | None = None) -> Iterator[None]:
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        problem = f"{file} is no readable Parquet file (cut short, or another format): write it again."
-        raise InputError(message or problem) from error
+        problem = (
+            message or f"{file} is no readable Parquet file (cut short, or another format): write it again."
+        )
+        if "UTF8" in str(error):  # Arrow looks into dictionaries while it reads
+            problem = f"{file} holds text that is not UTF-8: write it again as UTF-8."
+        raise InputError(problem) from error
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
@@ -38,7 +49,7 @@ def open_parquet(file: Path) -> pq.ParquetFile:
     with readable(file):
         columns = [field.name for field in pq.read_schema(file) if not pt.is_nested(field.type)]
         texts = [name for name in columns if name in ("code", "split", "description")]
-        return pq.ParquetFile(file, read_dictionary=texts)
+        return pq.ParquetFile(file, read_dictionary=texts, coerce_int96_timestamp_unit=INT96_UNIT)
 
 
 def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...]) -> None:
@@ -78,23 +89,27 @@ def refuse_broken_text(
 
     ``first_row`` is the number of the first value's row in the file.
     """
-    kind = values.type.value_type if pt.is_dictionary(values.type) else values.type
+    nested = pt.is_dictionary(values.type) or pt.is_list(values.type) or pt.is_large_list(values.type)
+    kind = values.type.value_type if nested else values.type
     if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)):
         return
     try:
         values.validate(full=True)
     except pa.ArrowInvalid as error:
+        raw = pa.binary() if kind == values.type or pt.is_dictionary(values.type) else pa.list_(pa.binary())
         texts = values.cast(kind) if pt.is_dictionary(values.type) else values
-        row = next((row for row, text in enumerate(texts.cast(pa.binary())) if not _is_utf8(text.as_py())), 0)
+        row = next((row for row, text in enumerate(texts.cast(raw)) if not _is_utf8(text.as_py())), 0)
         raise InputError(
-            f"{file} has in the column {column}, row {first_row + row} (counted from 1), text that is not UTF-8: "
-            "write the column again as UTF-8."
+            f"{file} has in the column {column}, row {first_row + row} (counted from 1), text that is "
+            "not UTF-8: write the column again as UTF-8."
         ) from error
 
 
-def _is_utf8(text: bytes | None) -> bool:
+def _is_utf8(text: bytes | list[bytes | None] | None) -> bool:
     try:
-        return text is None or bool(text.decode()) or True
+        return all(
+            isinstance((one or b"").decode(), str) for one in (text if isinstance(text, list) else [text])
+        )
     except UnicodeDecodeError:
         return False
 
@@ -120,21 +135,41 @@ def whole_numbers(values: pa.Array) -> pa.Array:
 
 
 def cast_column(file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
-    """A column in a type of the events table; InputError where its type or a value does not fit."""
+    """A column in a type of the events table; InputError where its type or a value does not fit.
+
+    Times with a zone become those that clocks there show; see `plain_times`.
+    """
     kind = values.type
     if pt.is_int64(target):
         fits, meant = is_whole_or_float(kind), "integers"
     elif pt.is_timestamp(target):
         fits, meant = pt.is_timestamp(kind) or pt.is_date(kind), "timestamps or dates"
     elif pt.is_float32(target):
-        fits, meant = pt.is_floating(kind) or pt.is_integer(kind), "numbers"
+        fits, meant = is_whole_or_float(kind), "numbers"
     else:
         fits, meant = kind == TEXT, "strings"
     if not fits and not pt.is_null(kind):
         raise InputError(f"{file} has {kind} in the column {column}: write it as {meant}.")
-    # Values and nanoseconds may lose their last digits; anything else must come through exactly.
-    safe = not (pt.is_float32(target) or (pt.is_timestamp(kind) and kind.unit == "ns"))
-    return cast_or_refuse(file, column, values, target, safe)
+    # Values may lose their last digits; anything else must come through exactly.
+    return cast_or_refuse(file, column, values, target, safe=not pt.is_float32(target))
+
+
+def plain_times(values: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
+    """Timestamps or dates in microseconds without a zone.
+
+    Of times with a zone those that clocks there show, so that a calendar day is the local one; where clocks
+    are set back, the hour that comes twice is the same both times. Finer parts are cut off.
+
+    Raises:
+        pyarrow.ArrowInvalid: a time that no 64-bit count of microseconds holds.
+    """
+    if pt.is_timestamp(values.type):
+        if values.type.unit == "ns":  # towards the past, also before 1970
+            values = pc.floor_temporal(values, unit="microsecond")
+        if values.type.tz not in (None, "UTC", "Etc/UTC", "Z", "+00:00"):  # for which no table is needed
+            values = pc.local_timestamp(values)
+        values = values.cast(pa.timestamp("us", values.type.tz))
+    return values.cast(pa.timestamp("us"))
 
 
 def cast_or_refuse(
@@ -145,7 +180,7 @@ def cast_or_refuse(
     try:
         if pt.is_int64(target) and not pt.is_null(values.type):
             return pa.chunked_array([whole_numbers(chunk) for chunk in values.chunks], target)
-        return values.cast(target, safe=safe)
+        return plain_times(values) if pt.is_timestamp(target) else values.cast(target, safe=safe)
     except pa.ArrowInvalid as error:
         raise InputError(
             f"{file} has values in the column {column} that do not fit into {target}: mend or drop them."

@@ -17,10 +17,10 @@ model, data, labels ...) is JSON in the file's metadata.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Required, TypedDict
 
 import numpy as np
@@ -30,11 +30,11 @@ import pyarrow.parquet as pq
 
 from behrt_jax.data.examples import Examples
 from behrt_jax.data.labels import COLUMNS_OF_KIND, VALUE_COLUMNS, LabelKind, Labels
-from behrt_jax.data.parquet import refuse_broken_text
+from behrt_jax.data.parquet import INT96_UNIT, plain_times, refuse_broken_text
 from behrt_jax.data.tasks import KINDS, Kind, Task, TaskKind
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, new_file
 
 METADATA_KEY = b"behrt_jax"
 _KEYS = (("subject_id", pa.int64()), ("prediction_time", pa.timestamp("us")))
@@ -166,7 +166,7 @@ def _read(path: Path) -> pa.Table:
     if path.is_dir():
         raise InputError(f"{path} is a folder: give one file of predictions.")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, coerce_int96_timestamp_unit=INT96_UNIT) as file:
             table = file.read()
         for name in table.column_names:
             refuse_broken_text(path, name, table[name])
@@ -246,7 +246,7 @@ def _column(path: Path, table: pa.Table, name: str, target: pa.DataType) -> np.n
     if column.null_count:
         raise InputError(f"{path} has no {name} in {column.null_count} of {table.num_rows} rows.")
     try:
-        return column.cast(target).to_numpy()
+        return (plain_times(column) if pa.types.is_timestamp(target) else column.cast(target)).to_numpy()
     except pa.ArrowException as error:
         raise InputError(f"{path} has {column.type} in the column {name}: write it as {target}.") from error
 
@@ -384,17 +384,14 @@ class PredictionWriter:
             meanwhile; ``kind`` at least, with ``classes`` or ``edges_days`` where it has them.
 
     Raises:
-        InputError: there is such a file already.
+        InputError: there is such a file already, or another process writes it.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, metadata: Mapping[str, object]):
         self.path = Path(path)
-        if self.path.exists():
-            raise InputError(f"{self.path} is there already: give another --output, or remove it.")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.schema, self._metadata = schema, metadata
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._writer = pq.ParquetWriter(self._temporary, self.schema)
+        self._file = new_file(self.path)
+        self._writer = pq.ParquetWriter(self._file.__enter__(), self.schema)
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
         """Append rows; their columns must be those of the schema, in its order and types."""
@@ -403,13 +400,15 @@ class PredictionWriter:
     def __enter__(self) -> "PredictionWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 text = json.dumps(self._metadata, allow_nan=False)
                 self._writer.add_key_value_metadata({METADATA_KEY: text.encode()})
             self._writer.close()
-            if kind is None:
-                self._temporary.replace(self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        except BaseException as failed:
+            self._file.__exit__(type(failed), failed, failed.__traceback__)
+            raise
+        self._file.__exit__(kind, error, trace)

@@ -12,7 +12,6 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.data.event_rules import Preparation
-from behrt_jax.data.events import DEATH_CODE, SPLITS, Births, EventColumns, EventCounts
+from behrt_jax.data.event_rules import Preparation, Selected
+from behrt_jax.data.events import SPLITS, EventColumns, EventCounts, SubjectTimes
 from behrt_jax.data.parquet import readable
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
+from behrt_jax.data.sorting import find_ids
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import (
@@ -130,9 +130,7 @@ def rule_files(vocabulary: Vocabulary, preparation: Preparation | None) -> dict[
     """Name -> content of the files that :func:`read_rules` reads; of the vocabulary alone where there is no
     more to tell.
     """
-    buffer = BytesIO()
-    vocabulary.write(buffer)
-    files = {VOCABULARY: buffer.getvalue()}
+    files = {VOCABULARY: vocabulary.to_parquet()}
     if preparation is not None:
         rules = sealed({**preparation.to_json(), VOCABULARY: digest_of(files[VOCABULARY])})
         files[PREPARATION] = json_text(rules, 2).encode()
@@ -196,8 +194,18 @@ def read_prepared(path: Path, sep_token: bool = False, verify: bool = False) -> 
         splits = {name: with_separators(part) for name, part in splits.items()}
         fingerprint = set_fingerprint(vocabulary, splits)
     births = {name: read_births(path, name) for name in SPLITS}
-    preparation = Preparation.from_json(manifest, path / MANIFEST)
-    return SequenceSet(vocabulary, splits, counts, fingerprint, without, births, preparation, unknown)
+    deaths = {name: _subject_times(read_deaths(path, name)) for name in SPLITS}
+    return SequenceSet(
+        vocabulary,
+        splits,
+        counts,
+        fingerprint,
+        without,
+        births,
+        deaths,
+        preparation=Preparation.from_json(manifest, path / MANIFEST),
+        unknown_codes=unknown,
+    )
 
 
 def read_split(folder: Path) -> Sequences:
@@ -230,14 +238,19 @@ def read_deaths(folder: Path, split: str) -> pa.Table | None:
     return _read_facts(folder, split, "deaths.parquet", DEATHS)
 
 
-def read_births(folder: Path, split: str) -> Births:
+def read_births(folder: Path, split: str) -> SubjectTimes:
     """Births of a split's subjects without any event left; none where an older version prepared the folder.
 
     Raises:
         InputError: the file is damaged, or is missing in a folder that had one.
     """
-    table = _read_facts(folder, split, "births.parquet", BIRTHS) or BIRTHS.empty_table()
-    return Births(table["subject_id"].to_numpy(), table["time"].cast(pa.int64()).to_numpy())
+    return _subject_times(_read_facts(folder, split, "births.parquet", BIRTHS))
+
+
+def _subject_times(table: pa.Table | None) -> SubjectTimes:
+    if table is None:
+        return SubjectTimes()
+    return SubjectTimes(table["subject_id"].to_numpy(), table["time"].cast(pa.int64()).to_numpy())
 
 
 _COUNTED = {"static.parquet": "facts", "deaths.parquet": "deaths", "births.parquet": "births_without_events"}
@@ -354,42 +367,40 @@ class SubjectFacts:
     """int64 ``[facts]``, subject ids."""
     static_codes: np.ndarray
     """object ``[facts]``, strings."""
-    death_ids: np.ndarray
-    """int64 ``[deaths]``, subject ids, distinct."""
-    deaths: np.ndarray
-    """int64 ``[deaths]``, microseconds since 1970."""
-    births: Births
+    deaths: SubjectTimes
+    births: SubjectTimes
     """Of those without any event left."""
 
 
 def subject_facts(
-    events: EventColumns, static: np.ndarray, births: Births, split_of: Callable[[np.ndarray], np.ndarray]
+    events: EventColumns, static: np.ndarray, selected: Selected, split_of: Callable[[np.ndarray], np.ndarray]
 ) -> dict[str, SubjectFacts]:
     """Split -> the facts of its subjects.
 
     Args:
         events: all events of whole subjects.
-        static: bool ``[names]``, codes that are static facts where they have no time.
-        births: of those without any event left.
+        static: bool ``[names]``, codes that are static facts where they have no time, or that of birth.
+        selected: what the rules made of them.
         split_of: from subject ids, ascending, to the places of their splits in `events.SPLITS`.
     """
     names = np.array(events.names, object)
-    timed = np.ones(len(events.codes), bool) if events.timed is None else events.timed
-    rows = np.flatnonzero(~timed & static[events.codes])
+    rows = np.flatnonzero(static[events.codes])
+    without = np.zeros(len(rows), bool) if events.timed is None else ~events.timed[rows]
+    at_birth = np.zeros(len(rows), bool)
+    for ids, times in ((selected.subject_ids, selected.births), vars(selected.without_events).values()):
+        place = find_ids(ids, events.subject_ids[rows])
+        known = place >= 0
+        at_birth[known] = events.times[rows[known]] == times[place[known]]
+    rows = rows[without | at_birth]
     facts = np.unique(np.stack([events.subject_ids[rows], events.codes[rows]]), axis=1)  # [2, facts]
-    died = events.of_code(DEATH_CODE) & timed
-    ids, times = events.subject_ids[died], events.times[died]
-    order = np.lexsort([times, ids])
-    dead, first = np.unique(ids[order], return_index=True)
-    times = times[order][first]
-    split, split_of_dead, split_of_births = map(split_of, (facts[0], dead, births.subject_ids))
+    births, deaths = selected.without_events, selected.deaths
+    split, split_of_dead, split_of_births = map(split_of, (facts[0], deaths.subject_ids, births.subject_ids))
     return {
         name: SubjectFacts(
             facts[0][split == index],
             names[facts[1][split == index]],
-            dead[split_of_dead == index],
-            times[split_of_dead == index],
-            Births(births.subject_ids[split_of_births == index], births.times[split_of_births == index]),
+            deaths.of(split_of_dead == index),
+            births.of(split_of_births == index),
         )
         for index, name in enumerate(SPLITS)
     }
@@ -410,7 +421,7 @@ class FactWriter:
         self.subjects += len(np.unique(facts.static_ids))
         columns = [
             (facts.static_ids, facts.static_codes),
-            (facts.death_ids, facts.deaths.astype("datetime64[us]")),
+            (facts.deaths.subject_ids, facts.deaths.times.astype("datetime64[us]")),
             (facts.births.subject_ids, facts.births.times.astype("datetime64[us]")),
         ]
         for rows, (ids, values) in zip(self._tables, columns, strict=True):

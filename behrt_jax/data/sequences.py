@@ -2,17 +2,23 @@
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from behrt_jax.config import DataConfig
-from behrt_jax.data.event_rules import Preparation, Selected, select_events
-from behrt_jax.data.events import SPLITS, YEAR, Births, EventCounts, EventSet
+from behrt_jax.data.event_rules import (
+    CodeChoice,
+    Preparation,
+    Selected,
+    select_events,
+    told_without_effect,
+)
+from behrt_jax.data.events import DAY, SPLITS, YEAR, EventCounts, EventSet, SubjectTimes
 from behrt_jax.data.sorting import leads, run_offsets
-from behrt_jax.data.splits import check_disjoint, hash_splits, split_index
+from behrt_jax.data.splits import check_disjoint, hash_splits, split_index, told_split
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK, Vocabulary, fit_vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
@@ -32,7 +38,7 @@ class Sequences:
     codes: np.ndarray
     """int32 ``[tokens]``, vocabulary ids."""
     ages: np.ndarray
-    """float32 ``[tokens]``, years of 365.25 days from birth to the event."""
+    """float32 ``[tokens]``, years of 365.25 days from birth to the event; NaN where no birth is known."""
     visits: np.ndarray
     """int32 ``[tokens]``, visit ordinal from 0 for each subject."""
     times: np.ndarray
@@ -93,9 +99,13 @@ class SequenceSet:
     """SHA-256 of the vocabulary and of every split."""
     subjects_without_events: dict[str, int] = field(default_factory=dict)
     """Split -> its subjects that have no event left, and so no sequence."""
-    births: Mapping[str, Births] = field(default_factory=lambda: dict.fromkeys(SPLITS, Births()))
+    births: Mapping[str, SubjectTimes] = field(default_factory=lambda: dict.fromkeys(SPLITS, SubjectTimes()))
     """Split -> births of those of them that have one, so that they can be predicted from their age; none
     where they were not read."""
+    deaths: Mapping[str, SubjectTimes] = field(default_factory=lambda: dict.fromkeys(SPLITS, SubjectTimes()))
+    """Split -> deaths of its subjects; none where they were not read."""
+    notes: Sequence[str] = ()
+    """To be told of how it was made: a split by hash, options without effect."""
 
     preparation: Preparation | None = None
     """The rules by which events became tokens, where they are known."""
@@ -126,12 +136,8 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
     """
     event_set = replace(event_set, counts=copy.deepcopy(event_set.counts))
     counts = event_set.counts
-    splits = event_set.splits or hash_splits(
-        event_set.events["subject_id"].unique().to_numpy(),
-        data.tuning_fraction,
-        data.held_out_fraction,
-        data.seed,
-    )
+    by_hash = data.tuning_fraction, data.held_out_fraction, data.seed
+    splits = event_set.splits or hash_splits(event_set.events["subject_id"].unique().to_numpy(), *by_hash)
     check_disjoint(splits, f"The {event_set.source} source")
     patterns = data.codes or (MEDS_CODES if data.source == "meds" else ())
     duplicates = data.duplicates or ("keep" if data.source == "latent" else "drop")
@@ -146,6 +152,8 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
                 "select more codes with data.codes."
             )
 
+    idle = CodeChoice(data.codes, data.exclude_codes).without_effect(selected.names)
+    notes = [] if event_set.splits else [told_split(*by_hash)]
     vocabulary = _fit(selected, event_split == SPLITS.index("train"), event_set, data)
     ids = vocabulary.encode(selected.names)[selected.codes]  # [N]
     unknown = (ids == UNK) & (event_split >= 0)
@@ -174,6 +182,7 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
                 "visit_column": data.visit_column,
             },
         ),
+        notes=[*notes, *told_without_effect(idle, "--data.")],
     )
 
 
@@ -199,9 +208,11 @@ def _fit(selected: Selected, train: np.ndarray, event_set: EventSet, data: DataC
 
 
 def ages_in_years(selected: Selected) -> np.ndarray:
-    """Years of 365.25 days from the subject's birth to each event, float32 ``[events]``."""
+    """Years of 365.25 days from the subject's birth to each event, float32 ``[events]``; NaN if unknown."""
     births = np.repeat(selected.births, np.diff(selected.offsets))  # [N]
-    return ((selected.times - births) / YEAR).astype(np.float32)
+    ages = ((selected.times - births) / YEAR).astype(np.float32)
+    ages[births == np.iinfo(np.int64).max] = np.nan
+    return ages
 
 
 def with_separators(sequences: Sequences) -> Sequences:
@@ -259,6 +270,40 @@ def describe_split(part: Sequences) -> JsonObject:
         "visits": int(part.visits_per_subject.sum()),
         "lengths": lengths,
     }
+
+
+_FIRST_DAY, _LAST_DAY = (int(np.datetime64(day).astype(np.int64)) for day in ("0001-01-01", "9999-12-31"))
+_CHUNK = 1 << 20
+
+
+def events_by_day(splits: Mapping[str, Sequences]) -> tuple[np.ndarray, np.ndarray]:
+    """Days on which there are events, since 1970 and ascending, and how many: int64 ``[days]`` each.
+
+    Those before the year 1 or after 9999 count on the nearest day within.
+    """
+    found = np.zeros(_LAST_DAY - _FIRST_DAY + 1, np.int64)
+    for part in splits.values():
+        for start in range(0, len(part.times), _CHUNK):
+            days = np.clip(part.times[start : start + _CHUNK] // DAY, _FIRST_DAY, _LAST_DAY) - _FIRST_DAY
+            least = int(days.min())
+            events = np.bincount(days - least)
+            found[least : least + len(events)] += events
+    days = np.flatnonzero(found)
+    return days + _FIRST_DAY, found[days]
+
+
+def span_of_times(splits: Mapping[str, Sequences]) -> dict[str, str]:
+    """Day of the first, the median and the last event, such as 2019-07-08; nothing where there is none."""
+    days, events = events_by_day(splits)
+    if not len(days):
+        return {}
+    median = days[np.searchsorted(np.cumsum(events), events.sum() / 2)]
+    return {"first": day_text(days[0]), "median": day_text(median), "last": day_text(days[-1])}
+
+
+def day_text(day: np.int64 | int) -> str:
+    """A day since 1970 as 2019-07-08."""
+    return str(np.datetime64(int(day), "D"))
 
 
 # From the ids of one vocabulary to those of another: data prepared by itself, read by a model.

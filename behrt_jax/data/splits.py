@@ -52,9 +52,19 @@ def hash_splits(
         if not len(splits[name]) and not may_be_empty:
             raise InputError(
                 f"None of the {len(ids)} subjects fell into the {name} split: give more subjects, another "
-                f"{options}seed, {'' if options else 'splits.exact, '}or other values of {options}tuning_fraction and {options}held_out_fraction."
+                f"{options}seed, {'' if options else 'splits.exact, '}or other values of "
+                f"{options}tuning_fraction and {options}held_out_fraction."
             )
     return splits
+
+
+def told_split(tuning_fraction: float, held_out_fraction: float, seed: int, exact: bool = False) -> str:
+    """A sentence that says how subjects were dealt out by :func:`hash_splits`."""
+    return (
+        "The source has no splits of its own: its subjects were dealt out by a hash of their ids "
+        f"({'exactly' if exact else 'about'} {tuning_fraction:.0%} tuning, {held_out_fraction:.0%} held_out, "
+        f"seed {seed})."
+    )
 
 
 def check_fractions(tuning_fraction: float, held_out_fraction: float, options: str = "data.") -> None:

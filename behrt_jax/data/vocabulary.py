@@ -4,8 +4,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from behrt_jax.data.event_rules import REPEATS, matches
 from behrt_jax.data.parquet import readable
 from behrt_jax.errors import InputError
+from behrt_jax.files import written_whole
 
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[UNK]", "[CLS]", "[SEP]")
 PAD, MASK, UNK, CLS, SEP = range(len(SPECIAL_TOKENS))
@@ -73,11 +74,18 @@ class Vocabulary:
         """SHA-256 of the codes in order: vocabularies with the same fingerprint encode alike."""
         return hashlib.sha256(json.dumps(self.codes).encode()).hexdigest()
 
-    def write(self, path: Path | BinaryIO) -> None:
-        """Write a Parquet table with the columns code, id, count and description."""
+    def to_parquet(self) -> bytes:
+        """A Parquet table with the columns code, id, count and description."""
         columns = [self.codes, np.arange(len(self), dtype=np.int32), self.counts, self.descriptions]
         arrays = [pa.array(column, type=field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-        pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), path)
+        file = BytesIO()
+        pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), file)
+        return file.getvalue()
+
+    def write(self, path: Path) -> None:
+        """Write :meth:`to_parquet` to a file, whole or not at all."""
+        with written_whole(path) as temporary:
+            temporary.write_bytes(self.to_parquet())
 
     @classmethod
     def read(cls, path: Path) -> "Vocabulary":

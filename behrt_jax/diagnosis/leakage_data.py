@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from behrt_jax.data.event_rules import REPEATS
+from behrt_jax.data.event_rules import REPEATS, code_prefix
 from behrt_jax.data.events import DAY, SPLITS, YEAR
-from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint
+from behrt_jax.data.sequences import Sequences, SequenceSet, day_text, events_by_day, set_fingerprint
 from behrt_jax.data.sorting import leads, place_in
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, matching_codes
 from behrt_jax.diagnosis.finding import Finding
@@ -28,6 +28,7 @@ def check_data(data: SequenceSet, manifest: JsonObject, death_codes: tuple[str, 
     yield from check_splits(data)
     yield from check_vocabulary(data, manifest)
     yield from check_quantiles(data, manifest)
+    yield from check_times(data)
     yield from check_unknown_codes(data)
     yield from check_unknown_visits(data)
     yield from check_ages(data)
@@ -210,6 +211,43 @@ _MUCH = 0.01
 """Share of the events above which those outside of a life are a warning."""
 
 
+_DAYS_OF_1970 = 100
+"""Days around 1970-01-01 in which data lie whose times are of a larger unit than they are taken for."""
+_NEARLY_ALL = 0.9
+_LONE = 0.01
+"""Share of the events at most that may be taken for mistakes of their times."""
+_YEARS_APART = 20
+
+
+def check_times(data: SequenceSet) -> Iterator[Finding]:
+    """Data that lie in January 1970 as a whole, and a few events decades from all others."""
+    days, events = events_by_day(data.splits)
+    if not len(days):
+        return
+    total = int(events.sum())
+    near = int(events[np.abs(days) <= _DAYS_OF_1970].sum())
+    if near >= _NEARLY_ALL * total:
+        yield Finding.error(
+            "times-of-1970",
+            f"{near / total:.1%} of the {total:,} events lie within {_DAYS_OF_1970} days of 1970-01-01.",
+            "The numbers of the time column are of another unit than its type says, so that years of visits "
+            "fall into a few days, and ages are wrong.",
+            "Write the times again, as timestamps in the unit that the numbers have, and run prepare again.",
+        )
+    gaps = np.diff(days) > _YEARS_APART * 365
+    before = np.cumsum(events)[:-1]  # events up to each gap
+    few = [int(before[gaps & (before <= _LONE * total)].max(initial=0))]
+    few.append(int((total - before)[gaps & (total - before <= _LONE * total)].max(initial=0)))
+    if sum(few):
+        yield Finding.warning(
+            "times-far-apart",
+            f"{sum(few):,} of {total:,} events lie more than {_YEARS_APART} years from all others (first "
+            f"{day_text(days[0])}, last {day_text(days[-1])}).",
+            "Such dates are often placeholders or slips of typing; they stretch histories and follow-up.",
+            "Mend or leave out such events in the source, and run prepare again.",
+        )
+
+
 def check_ages(data: SequenceSet) -> Iterator[Finding]:
     """Order of the events, ages out of range, and ages that do not fit the times."""
     tokens = unordered = below = above = off = subjects = 0
@@ -306,13 +344,13 @@ _MOST = 0.9  # of the visits of a family, and of the other events of a visit
 
 
 def check_visit_ends(data: SequenceSet) -> Iterator[Finding]:
-    """Families of codes (what stands before the first //) that close their visits, as billing codes do.
+    """Families of codes (by `event_rules.code_prefix`) that close their visits, as billing codes do.
 
     A family closes a visit if all its events have one time, by which most others of the visit are past.
     Only stays of a day and more count, so visits need ids: what is done last in a consultation is no sign.
     """
     families, family_of = np.unique(
-        [code.split("//")[0] for code in data.vocabulary.codes], return_inverse=True
+        [code_prefix(code) for code in data.vocabulary.codes], return_inverse=True
     )
     visits = np.zeros(len(families), np.int64)  # stays in which it is among others
     closed = visits.copy()

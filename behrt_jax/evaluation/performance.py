@@ -4,6 +4,7 @@ Intervals come by resampling subjects: all examples of a subject come, or stay a
 a record of plain dictionaries, which metrics.json holds and the report is made of.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NotRequired, Required, TypedDict
@@ -19,7 +20,8 @@ from behrt_jax.evaluation.task_baselines import Baseline
 LEVEL = 0.95
 AGE_BANDS = ((0, 17), (18, 39), (40, 64), (65, 79), (80, None))
 """Completed years, both ends in."""
-SEX_PREFIXES = ("GENDER//", "SEX//")
+_SEX = re.compile(r"(?:gender|sex)(?://|[/|:])(.*)", re.IGNORECASE)
+_SEX_WORDS = {"8507": "male", "8532": "female"}  # https://athena.ohdsi.org, the vocabulary Gender
 LEAST = 10
 """Fewer positives or negatives (binary), events (survival) or examples (else) are too few for figures."""
 _PIECE = 1 << 22
@@ -226,6 +228,7 @@ def age_groups(ages: np.ndarray) -> dict[str, np.ndarray]:
         f"{low}-{high}" if high else f"{low}+": (ages >= low) & (ages < (high or np.inf) + 1)
         for low, high in AGE_BANDS
     }
+    bands["unknown"] = np.isnan(ages)
     return {name: inside for name, inside in bands.items() if inside.any()}
 
 
@@ -237,12 +240,13 @@ def sex_groups(
     Args:
         subject_ids: of the examples, int64 ``[n]``.
         fact_subjects: subjects of static facts.
-        fact_codes: the facts; those that begin with GENDER// or SEX// count, by what follows.
+        fact_codes: the facts; those that begin with GENDER// or SEX// (or one of / | : in place of //, in any
+            case) count, by what follows. The concept ids of OMOP become words.
     """
     found: dict[int, set[str]] = {}
     for subject, code in zip(fact_subjects, fact_codes, strict=True):
-        if code.startswith(SEX_PREFIXES):
-            found.setdefault(subject, set()).add(code.split("//", 1)[1] or "unknown")
+        if sex := _SEX.match(code):
+            found.setdefault(subject, set()).add(_SEX_WORDS.get(sex[1], sex[1]) or "unknown")
     if not found:
         return {}
     names = np.array([" and ".join(sorted(found.get(one, {"unknown"}))) for one in subject_ids.tolist()])

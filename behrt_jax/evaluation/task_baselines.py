@@ -273,10 +273,11 @@ def _all_features(data: BaselineData) -> "Iterator[csr_array]":
     """
     from scipy.sparse import csr_array, hstack
 
-    ages = data.train.ages
-    spread = float(ages.std()) or 1.0
+    ages = data.train.ages[~np.isnan(data.train.ages)]
+    mean, spread = (float(ages.mean()), float(ages.std()) or 1.0) if len(ages) else (0.0, 1.0)
     for part in (data.train, data.tuning, data.evaluated):
-        age = ((part.ages - ages.mean()) / spread).astype(np.float64)[:, None]
+        known = np.where(np.isnan(part.ages), mean, part.ages)  # an unknown age is that of the mean
+        age = ((known - mean) / spread).astype(np.float64)[:, None]
         counts = part.counts
         logs = np.log1p(counts.data, dtype=np.float64)
         logs = csr_array((logs, counts.indices, counts.indptr), counts.shape)

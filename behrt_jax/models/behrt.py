@@ -38,8 +38,12 @@ def sinusoids(rows: int, size: int) -> np.ndarray:
 
 
 def age_bins(ages: jax.Array, bin_years: float, rows: int) -> jax.Array:
-    """Row of the age table for each age in years, float32 -> int32, same shape; ends are clipped."""
-    return jnp.clip(jnp.floor(ages / bin_years).astype(jnp.int32), 0, rows - 1)
+    """Row of the age table for each age in years, float32 -> int32, same shape.
+
+    Ends are clipped; an unknown age (NaN) has the last row.
+    """
+    known = jnp.where(jnp.isnan(ages), jnp.inf, ages)
+    return jnp.clip(jnp.floor(known / bin_years), 0, rows - 1).astype(jnp.int32)
 
 
 class Embeddings(nn.Module):

@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from behrt_jax.config import MakeLabelsConfig
 from behrt_jax.data.events import DAY
+from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import Sequences
-from behrt_jax.data.sorting import place_in
+from behrt_jax.data.sorting import find_ids, place_in
 from behrt_jax.data.splits import hash_words
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary, matching_codes
 
@@ -87,6 +88,8 @@ class SplitHistory:
     """int64 ``[subjects]``, microseconds since 1970; ``NEVER`` where none is known."""
     known_until: np.ndarray
     """int64 ``[subjects]``, the end of follow-up: what happens later is not known."""
+    index: Labels | None = None
+    """Subjects and prediction times, of this split and of others, in place of the ends of visits."""
 
     @classmethod
     def followed(
@@ -98,6 +101,15 @@ class SplitHistory:
         if until is not None:
             known_until = np.minimum(deaths, until)
         return cls(part, vocabulary, deaths, known_until)
+
+    def candidates(self, visits: SplitVisits) -> "Candidates":
+        """The ends of visits, or the index dates where there are any, by subject and time."""
+        if self.index is None:
+            return Candidates(visits.subjects, visits.ends)
+        place = find_ids(self.part.subject_ids, self.index.subject_ids)
+        order = np.lexsort([self.index.times, place])
+        order = order[place[order] >= 0]
+        return Candidates(place[order], self.index.times[order])
 
     def events_up_to(self, subjects: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Number of a subject's events at or before a time: int64 ``[n]``, of places and times ``[n]``."""
@@ -128,6 +140,12 @@ class MadeLabels:
     """Column of the label table -> ``[labels]``."""
     counts: Mapping[str, int]
     """``candidates`` (ends of visits) equals ``labels`` and all that begins with ``left out``."""
+
+
+def _draw(subject_ids: np.ndarray, seed: int, count: np.ndarray) -> np.ndarray:
+    """A number below ``count``, int64 ``[n]``, for each subject, int64 ``[n]``, by a hash of seed and id."""
+    words = hash_words(subject_ids).view(np.int64) ^ np.int64(seed)
+    return (hash_words(words) % count.astype(np.uint64)).astype(np.int64)
 
 
 @dataclass(eq=False)
@@ -168,12 +186,22 @@ class Candidates:
         again[rows[1:][same]] = True
         self.leave_out("another visit ends at the same time", again)
 
-    def choose(self, history: SplitHistory, config: MakeLabelsConfig, room: np.ndarray | None = None) -> None:
+    def choose(
+        self,
+        history: SplitHistory,
+        config: MakeLabelsConfig,
+        room: np.ndarray | None = None,
+        positive: np.ndarray | None = None,
+    ) -> None:
         """Keep all, or one of each subject: the last, or one drawn by a hash of seed and subject.
 
         The last is taken from ``room``, bool ``[candidates]``, whatever the outcome; from all that are left
-        where it is not given.
+        where it is not given. With index dates drawn, the one of a subject with any ``positive``, bool
+        ``[candidates]``, is drawn from these, and that of any other is the last one at or before a time
+        drawn from those of the positive.
         """
+        if config.index == "positives" and positive is not None:
+            self._match(history, config.seed, positive)
         if config.times == "all":
             return
         if config.times == "last" and room is not None:
@@ -182,11 +210,29 @@ class Candidates:
         own, first, count = np.unique(self.subjects[rows], return_index=True, return_counts=True)
         place = count - 1
         if config.times == "random":
-            words = hash_words(history.part.subject_ids[own]).view(np.int64) ^ np.int64(config.seed)
-            place = (hash_words(words) % count.astype(np.uint64)).astype(np.int64)
+            place = _draw(history.part.subject_ids[own], config.seed, count)
         other = self.left.copy()
         other[rows[first + place]] = False
         self.leave_out("not the one that is chosen of the subject", other)
+
+    def _match(self, history: SplitHistory, seed: int, positive: np.ndarray) -> None:
+        rows = self._in_order()
+        rows = rows[np.argsort(~positive[rows], kind="stable")]  # the positive first, each still in order
+        cases = rows[positive[rows]]
+        own, first, count = np.unique(self.subjects[cases], return_index=True, return_counts=True)
+        drawn = cases[first + _draw(history.part.subject_ids[own], seed, count)]
+        chosen = np.zeros(len(self.left), bool)
+        chosen[drawn] = True
+        dates = np.sort(self.times[drawn])
+        others = rows[~np.isin(self.subjects[rows], own)]
+        own, first, count = np.unique(self.subjects[others], return_index=True, return_counts=True)
+        if len(dates):
+            place = _draw(history.part.subject_ids[own], seed, np.full(len(own), len(dates)))
+            found = place_in(self.times[others], first, first + count, dates[place], inclusive=True) - 1
+            chosen[others[found[found >= first]]] = True
+            early = np.isin(self.subjects, own[found < first])
+            self.leave_out("no end of a visit up to the index date that was drawn", early)
+        self.leave_out("not the one that is chosen of the subject", self.left & ~chosen)
 
     def labelled(self, history: SplitHistory, values: Mapping[str, pa.Array], **counts: int) -> MadeLabels:
         """The candidates that are left, with values of each; ``counts`` are added to the account."""
@@ -239,12 +285,12 @@ def label_event(
             candidates.leave_out("death before the end of the horizon", died)
         if config.times != "last":
             candidates.leave_out("follow-up ends before the horizon does", ~positive & ~room)
-        candidates.choose(history, config, room)
+        candidates.choose(history, config, room, positive)
         chosen = positive[candidates.left]
         return candidates.labelled(history, {"boolean_value": pa.array(chosen)}, positive=int(chosen.sum()))
     candidates.leave_out("follow-up ends before the gap does", (happens == NEVER) & (known_until <= begin))
-    candidates.choose(history, config, room)
     seen = (happens <= end) & (happens < NEVER)
+    candidates.choose(history, config, room, seen)
     until = np.minimum(np.where(happens < NEVER, happens, known_until), end)
     left = candidates.left
     values = {
@@ -264,12 +310,11 @@ def label_death(history: SplitHistory, config: MakeLabelsConfig) -> MadeLabels:
     Deaths are those of MEDS_DEATH, at their time in the source, which is often the day alone: a prediction
     later on that day is after death. Who has no death lives up to the end of follow-up.
     """
-    visits = visits_of(history.part)
-    candidates = Candidates(visits.subjects, visits.ends)
-    happens = history.deaths[visits.subjects]
-    candidates.leave_out("the subject has died", happens <= visits.ends)
+    candidates = history.candidates(visits_of(history.part))
+    happens = history.deaths[candidates.subjects]
+    candidates.leave_out("the subject has died", happens <= candidates.times)
     candidates.leave_out_short(history, config.min_events)
-    known_until = np.where(happens < NEVER, NEVER, history.known_until[visits.subjects])
+    known_until = np.where(happens < NEVER, NEVER, history.known_until[candidates.subjects])
     return label_event(candidates, history, config, happens, known_until, death_ends=False)
 
 
@@ -279,14 +324,13 @@ def label_first_occurrence(history: SplitHistory, config: MakeLabelsConfig) -> M
     [UNK], which may stand for any code, is none of the set. Follow-up ends with a subject's last event or
     death: death before the end of the horizon is no answer (a competing event), nor is silence.
     """
-    visits = visits_of(history.part)
     first = history.first_times(matching_codes(history.vocabulary, config.codes, "--codes"))
-    candidates = Candidates(visits.subjects, visits.ends)
-    happens = first[visits.subjects]
-    candidates.leave_out("it has happened already", happens <= visits.ends)
-    candidates.leave_out("the subject has died", history.deaths[visits.subjects] <= visits.ends)
+    candidates = history.candidates(visits_of(history.part))
+    happens = first[candidates.subjects]
+    candidates.leave_out("it has happened already", happens <= candidates.times)
+    candidates.leave_out("the subject has died", history.deaths[candidates.subjects] <= candidates.times)
     candidates.leave_out_short(history, config.min_events)
-    return label_event(candidates, history, config, happens, history.known_until[visits.subjects])
+    return label_event(candidates, history, config, happens, history.known_until[candidates.subjects])
 
 
 def label_next_visit(history: SplitHistory, config: MakeLabelsConfig) -> MadeLabels:

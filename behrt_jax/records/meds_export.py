@@ -97,11 +97,13 @@ def write_meds(
             a subject is in two tables.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} is there already: give a new folder for the MEDS data set, or remove it.")
     check_disjoint(splits, "The splits to write")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(folder.parent, f"writing-{folder.name}") as work:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise InputError(
+                f"{folder} is there already: give a new folder for the MEDS data set, or remove it."
+            )
         unfinished = work / "meds"
         files, codes, visits = _write_shards(tables, unfinished, splits)
         texts = {code: descriptions.get(code) for code in sorted(codes)}

@@ -1,12 +1,16 @@
 """Console of a command: a live bar and tables on a terminal, quiet plain lines elsewhere."""
 
+import io
 import math
+import os
 import re
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, SupportsFloat, TextIO
 
 if TYPE_CHECKING:
@@ -150,6 +154,41 @@ def open_console() -> Console:
             if not terminal.is_dumb_terminal:
                 return RichConsole(terminal)
     return PlainConsole(sys.stdout)
+
+
+class _Sink(io.FileIO):
+    """A file descriptor that takes everything, also when nobody reads it any more."""
+
+    def write(self, data) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            return super().write(data)
+        except OSError:  # a pipe whose reader is gone, a terminal that was closed, a full disk under a log
+            return len(data)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Standard output and error that never end a command: a run outlives whoever reads what it says.
+
+    A sign that the encoding lacks is shown as ``?`` or by its number. Streams that a caller has put in place
+    of the process's own stay.
+    """
+    with ExitStack() as stack:
+        for stream, own, redirect, errors in (
+            (sys.stdout, sys.__stdout__, redirect_stdout, "replace"),
+            (sys.stderr, sys.__stderr__, redirect_stderr, "backslashreplace"),
+        ):
+            if stream is None:  # closed by the shell
+                stack.enter_context(redirect(stack.enter_context(Path(os.devnull).open("w"))))
+            elif stream is own and isinstance(stream, io.TextIOWrapper):
+                stream.flush()
+                buffer = io.BufferedWriter(_Sink(stream.fileno(), "w", closefd=False))
+                lasting = io.TextIOWrapper(
+                    buffer, stream.encoding, errors, write_through=True, line_buffering=True
+                )
+                stack.enter_context(redirect(lasting))
+                stack.callback(lasting.flush)
+        yield
 
 
 class Pace:

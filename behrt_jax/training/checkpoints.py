@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, check_room
 from behrt_jax.models.stacked_layers import Tree
 
 if TYPE_CHECKING:
@@ -150,10 +151,28 @@ def quiet_orbax() -> Iterator[None]:
 
     absl_logger = logging.getLogger("absl")
     absl_logger.addFilter(is_wanted)
+    _hush_failed_writes()
     try:
         yield
     finally:
         absl_logger.removeFilter(is_wanted)
+
+
+def _hush_failed_writes() -> None:
+    """From now on, tell a write that failed by its exception alone.
+
+    Orbax logs it as well, from threads that may outlive the run, and what was to be written beside it
+    complains of an event loop that is closed or a task that nobody asks for.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_failed_write)
+    shown = sys.unraisablehook
+    if shown is sys.__unraisablehook__:
+        sys.unraisablehook = lambda args: str(args.exc_value) == "Event loop is closed" or shown(args)
+
+
+def _is_no_failed_write(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or not ("orbax" in record.pathname or "orbax" in record.getMessage())
 
 
 def _read_through(item: Path, leaves: int) -> None:
@@ -191,7 +210,7 @@ def open_checkpoints(folder: Path, *, keep_best: bool = True) -> Iterator["Check
     (the earlier of equals). An older one is deleted only when its successor is complete.
     """
     with quiet_orbax():
-        checkpoints = Checkpoints(folder.absolute(), keep_best)
+        checkpoints = Checkpoints(folder.resolve(), keep_best)
         try:
             yield checkpoints
         finally:
@@ -245,6 +264,7 @@ class Checkpoints:
 
         Raises:
             TypeError: cursor or config is not fit for JSON.
+            OSError: the disk has no room for it; what is there stays.
         """
         import orbax.checkpoint as ocp
 
@@ -266,6 +286,7 @@ class Checkpoints:
         items = {name: ocp.args.JsonSave(json.loads(json.dumps(value))) for name, value in documents.items()}
         items |= {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if contents.leaves[name]}
         self._prepare_folder()
+        check_room(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)), "a checkpoint")
         if exists:
             self._manager.delete(step)
         self._on_disk.record(step, contents)
@@ -289,6 +310,13 @@ class Checkpoints:
         """Step of the whole checkpoint with the lowest finite ``metrics["loss"]``; None without any."""
         self.wait()
         return self._on_disk.best_of(self._manager.all_steps())
+
+    def remove_older(self) -> None:
+        """Remove what is neither the latest nor the best, as a process that died in a save may leave it."""
+        self._prepare_folder()
+        kept = {self.latest_step(), self.best_step() if self._keep_best else None}
+        for step in set(self._manager.all_steps()) - kept:
+            self._manager.delete(step)
 
     def restore(
         self, step: int, *, params: Tree | None = None, lora: Tree | None = None, opt_state: Any = None

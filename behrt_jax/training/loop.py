@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from behrt_jax.config import TaskTrainConfig, TrainConfig
+from behrt_jax.errors import DivergenceError
 from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics
 from behrt_jax.training.step import Totals, TrainState
@@ -26,10 +27,6 @@ Metrics = JsonObject
 """A line of metrics.jsonl, or a part of it."""
 IN_FLIGHT = 4
 """Calls that the host may be ahead of the devices: enough that they never wait for it."""
-
-
-class DivergenceError(RuntimeError):
-    """The training loss or gradient is no longer finite."""
 
 
 @dataclass
@@ -286,6 +283,12 @@ class Steps:
         self._seconds = self._data_seconds = self._device_seconds = 0.0
 
 
+STOPS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]
+"""Signals that ask a run to stop: of a user, a scheduler, a terminal that is closed, a batch system."""
+
+
 class Interruption:
     """A stop that the user or a scheduler asked for by a signal; read between two steps."""
 
@@ -303,9 +306,10 @@ class Interruption:
 
 @contextmanager
 def catching_signals() -> Iterator[Interruption]:
-    """Turn the first SIGINT or SIGTERM into a flag; a second SIGINT interrupts at once.
+    """Turn the first signal of :data:`STOPS` into a flag; a second SIGINT interrupts at once.
 
-    Outside the main thread, where Python allows no handlers, the flag is never set.
+    A hangup that the caller ignores, as under nohup, stays ignored. Outside the main thread, where Python
+    allows no handlers, the flag is never set.
     """
     interruption = Interruption()
 
@@ -316,7 +320,9 @@ def catching_signals() -> Iterator[Interruption]:
 
     previous = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
+            if number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             previous[number] = signal.signal(number, remember)
     except ValueError:
         pass

@@ -181,7 +181,7 @@ def choose_micro_batches(
     if config.train.micro_batches is not None:
         return config.train.micro_batches
     if config.resume and (folder / CONFIG_FILE).is_file():
-        began_with = read_json(folder / CONFIG_FILE)["facts"].get("micro_batches")
+        began_with = read_json(folder / CONFIG_FILE).get("facts", {}).get("micro_batches")
         if began_with is not None:
             return began_with
     mesh = assembly.mesh

@@ -17,10 +17,10 @@ from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.prepared import read_preparation
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, read_json
+from behrt_jax.files import JsonObject
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.stacked_layers import Tree, count_stacked_layers, with_layout_of
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE, read_config
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import replicated_shapes, shardings_of
 from behrt_jax.training.step import TrainState
@@ -114,7 +114,7 @@ def check_finished(run: Path, option: str, files: Sequence[str] = (CONFIG_FILE, 
 
 def stored_settings(run: Path) -> JsonObject:
     """Settings that a run was made with, as its version of behrt_jax wrote them."""
-    return read_json(run / CONFIG_FILE)["settings"]
+    return read_config(run)["settings"]
 
 
 def _adapter_shapes(params: Tree, config: LoRAConfig) -> Tree:
@@ -147,7 +147,11 @@ def check_source(init: InitConfig, model: ModelConfig) -> None:
     if not init.groups:
         raise InputError("init.groups is empty: name what to take from init.run (embedding, head, base).")
     check_finished(init.run, "init.run")
-    stored, given = stored_settings(init.run)["model"], asdict(model)
+    stored, given = stored_settings(init.run).get("model"), asdict(model)
+    if not isinstance(stored, dict):
+        raise InputError(
+            f"init.run: {init.run} is no run of pretraining: give the folder that pretrain.py wrote."
+        )
     for field in fields(ModelConfig):
         # A run made before there was such a setting had what is now the default.
         theirs, ours = stored.get(field.name, field.default), given[field.name]

@@ -12,7 +12,7 @@ from behrt_jax.config import InitConfig, PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, share_of_attainable_gain
 from behrt_jax.files import JsonObject
-from behrt_jax.run_folder import append_metrics
+from behrt_jax.run_folder import append_metrics, shown_files
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import verdict
 from behrt_jax.training.freezing import report_rows
@@ -30,6 +30,8 @@ def data(console: Console, config: PretrainConfig, description: JsonObject) -> N
             for name, part in splits.items()
         ],
     )  # fmt: skip
+    for name in (name for name, part in splits.items() if not part["subjects"]):
+        console.log(f"Warning: the {name} split has no subject with events.")
     changed = [(f"changed: {rule}", events) for rule, events in description["events_changed"].items()]
     console.table(
         "Events",
@@ -137,4 +139,4 @@ def end(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
     """Say how it ended and what was written."""
     console.log(f"Stopped: {summary['stop_reason']}.")
     console.log(verdict(summary["gain_over_unigram"]))
-    console.log(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    console.log(f"Written to {folder}: {', '.join(shown_files(folder))}")

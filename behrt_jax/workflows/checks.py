@@ -2,6 +2,7 @@
 data is read, and facts of data and model, by which the doctor judges it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -46,7 +47,7 @@ def check(config: PretrainConfig) -> None:
     require(max_length >= 2, f"data.max_length is {max_length}: give 2 or more.")
     positive("data.subjects", data.subjects)
     positive("data.events_mean", data.events_mean)
-    require(data.events_spread >= 0, f"data.events_spread is {data.events_spread}: give 0 or more.")
+    not_negative("data.events_spread", data.events_spread)
     share("data.difficulty", data.difficulty)
     if data.vocabulary_size is not None:
         require(
@@ -83,8 +84,12 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
     positive("optimizer.learning_rate", optimizer.learning_rate)
     share("optimizer.warmup_fraction", optimizer.warmup_fraction)
     positive("optimizer.clip_norm", optimizer.clip_norm)
+    not_negative("optimizer.weight_decay", optimizer.weight_decay)
+    for name in ("b1", "b2"):
+        _dropout(f"optimizer.{name}", getattr(optimizer, name))
     for group in GROUPS:
         positive(f"optimizer.learning_rates.{group}", getattr(optimizer.learning_rates, group))
+        not_negative(f"optimizer.weight_decays.{group}", getattr(optimizer.weight_decays, group))
 
 
 def check_freezing(freezing: FreezingConfig, adapters: LoRAConfig | None) -> None:
@@ -148,7 +153,12 @@ def require(condition: bool, message: str) -> None:
 
 def positive(name: str, value: float | None) -> None:
     """Raise :class:`InputError` unless the value, where it is given, is above 0."""
-    require(value is None or value > 0, f"{name} is {value}: give more than 0.")
+    require(value is None or 0 < value < math.inf, f"{name} is {value}: give a number above 0.")
+
+
+def not_negative(name: str, value: float | None) -> None:
+    """Raise :class:`InputError` unless the value, where it is given, is 0 or above."""
+    require(value is None or 0 <= value < math.inf, f"{name} is {value}: give a number, 0 or more.")
 
 
 def share(name: str, value: float) -> None:

@@ -43,6 +43,8 @@ def examine_folder(config: DoctorConfig) -> list[Finding]:
         raise InputError("Give either --run RUN or --data DIR.")
     if config.labels is not None and config.data is None:
         raise InputError("--labels are audited with the data that they belong to: add --data DIR.")
+    if config.output is not None and config.output.is_dir():
+        raise InputError(f"--output: {config.output} is a folder: give a file.")
     return audit_data(config) if config.run is None else examine_run(config)
 
 

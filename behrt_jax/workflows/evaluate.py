@@ -72,9 +72,13 @@ def _checked(config: EvaluateConfig) -> Path:
             "--no_baselines."
         )
     output = config.output.expanduser().absolute()
+    _check_new(output)
+    return output
+
+
+def _check_new(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} holds other files: give an --output that is new or empty.")
-    return output
 
 
 def _judge(config: EvaluateConfig, file: PredictionFile, console: Console) -> EvaluationRecord:
@@ -110,6 +114,7 @@ def _judge(config: EvaluateConfig, file: PredictionFile, console: Console) -> Ev
 def _write(output: Path, title: str, record: EvaluationRecord) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(output.parent, f"evaluating-{output.name}") as work:
+        _check_new(output)
         folder = work / "evaluation"
         folder.mkdir()
         write_json(folder / FIGURES_FILE, record)
@@ -130,7 +135,7 @@ class Records:
 
     folder: Path
     data: SequenceSet
-    find: Callable[[str, Labels], Examples]
+    find: Callable[..., Examples]
     """Finds the histories of a split's labels."""
     evaluated: task_baselines.HistoryCounts
     """Of the predictions' examples, in their order."""
@@ -156,7 +161,7 @@ def open_records(config: EvaluateConfig, file: PredictionFile) -> tuple[Records 
         delays=tuple(read_manifest(folder)["options"].get("delays", ())),
     )
     wanted = Labels(file.subject_ids, file.times, np.zeros(len(file), bool), "boolean")
-    found = [find(name, wanted) for name in _splits(file.metadata)]
+    found = [find(name, wanted, outside_life="keep") for name in _splits(file.metadata)]
     rows = np.concatenate([examples.rows for examples in found])
     if len(rows) != len(file):
         missing = f"{len(file) - len(rows):,} of {len(file):,} examples are not in {folder}"
@@ -185,7 +190,7 @@ def baseline_data(
     parts: dict[str, tuple[task_baselines.HistoryCounts, np.ndarray]] = {}
     counts: dict[str, int] = {}
     for place, split in enumerate(("train", "tuning")):
-        examples = records.find(split, labels)
+        examples = records.find(split, labels, outside_life="leave_out")
         targets, rows = task_baselines.targets_of(file.kind, file.classes, labels, examples.rows)
         if len(rows) > config.max_train_examples:
             rng = np.random.default_rng([config.seed, place])

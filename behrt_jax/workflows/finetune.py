@@ -11,6 +11,7 @@ import jax
 from behrt_jax.config import FinetuneConfig
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.errors import DivergenceError
 from behrt_jax.files import JsonObject, write_json, write_text
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -20,13 +21,14 @@ from behrt_jax.run_folder import (
     SUMMARY_TEXT_FILE,
     append_metrics,
     read_metrics,
+    shown_files,
 )
 from behrt_jax.tracking.console import Console, format_duration, open_console
 from behrt_jax.tracking.plots import plot_curves
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices
 from behrt_jax.training.feeding import from_host, one_step
-from behrt_jax.training.loop import DivergenceError, Steps, catching_signals
+from behrt_jax.training.loop import Steps, catching_signals
 from behrt_jax.training.pretrained import EncoderParameters, read_encoder
 from behrt_jax.training.state import with_encoder
 from behrt_jax.training.step import TrainState, Variables
@@ -37,13 +39,22 @@ from behrt_jax.workflows.finetune_run import (
     Calibration,
     Finetuning,
     calibrate,
+    check_readable,
     loss_of_base_rate,
     open_finetuning,
     task_record,
     try_write_adapter,
 )
 from behrt_jax.workflows.labelled_data import read_labelled
-from behrt_jax.workflows.run import RunResult, begin, best_variables, compile_beside, exit_status, save
+from behrt_jax.workflows.run import (
+    RunResult,
+    begin,
+    best_variables,
+    compile_beside,
+    exit_status,
+    open_folder,
+    save,
+)
 
 
 def finetune(config: FinetuneConfig, devices: Devices | None = None) -> RunResult:
@@ -58,6 +69,7 @@ def finetune(config: FinetuneConfig, devices: Devices | None = None) -> RunResul
         DivergenceError: the loss is not finite any more; the last good checkpoint is in the folder.
     """
     check_finetune(config)
+    check_readable(config)
     if has_members(config):
         from behrt_jax.workflows.population import finetune_population
 
@@ -75,8 +87,13 @@ def finetune_on(
 ) -> RunResult:
     """As :func:`finetune`, a single model with data (opened without separators) and labels in memory."""
     started = time.perf_counter()
-    with open_console() as console, catching_signals() as interruption, ThreadPoolExecutor(1) as beside:
-        run = open_finetuning(config, data, labels, delays, devices, console)
+    with (
+        open_console() as console,
+        catching_signals() as interruption,
+        open_folder(config) as (folder, config),
+        ThreadPoolExecutor(1) as beside,
+    ):
+        run = open_finetuning(config, folder, data, labels, delays, devices, console)
         assembly, labelled, schedule, mesh = run.assembly, run.labelled, run.schedule, run.assembly.mesh
         program = one_step(assembly, assembly.step(run.micro_batches))
         output_step = jax.jit(make_output_step(assembly.setup.predictor))
@@ -193,7 +210,7 @@ def write_results(
     plot_curves(read_metrics(folder / METRICS_FILE), {}, folder / PLOTS_FOLDER)
     console.log(f"Stopped: {summary['stop_reason']}.")
     console.log(_verdict(summary))
-    console.log(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    console.log(f"Written to {folder}: {', '.join(shown_files(folder))}")
 
 
 def _verdict(summary: JsonObject) -> str:

@@ -19,8 +19,9 @@ from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold, mean_predictions
 from behrt_jax.files import JsonObject, write_json
 from behrt_jax.models.behrt import BEHRTForTask
-from behrt_jax.run_folder import CONFIG_FILE, PARAMETERS_FILE, prepare_run_folder
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PARAMETERS_FILE
 from behrt_jax.tracking.console import Console
+from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh
 from behrt_jax.training.loop import Schedule
 from behrt_jax.training.pretrained import Pretrained, open_pretrained
@@ -43,7 +44,6 @@ from behrt_jax.workflows.labelled_data import (
 from behrt_jax.workflows.run import (
     Run,
     check_same_run,
-    default_folder,
     parameter_report,
     run_record,
     settings,
@@ -51,6 +51,19 @@ from behrt_jax.workflows.run import (
 
 TASK_FILE = "task.json"
 MEMBERS_FOLDER = "members"
+
+
+def check_readable(config: FinetuneConfig) -> None:
+    """Check that there is a model to start from, before data and labels are read.
+
+    Raises:
+        InputError: no finished run of pretraining, or none with a checkpoint that is whole.
+    """
+    assert config.init is not None
+    run = open_pretrained(config.init).run
+    with open_checkpoints(run / CHECKPOINTS_FOLDER) as checkpoints:
+        if not config.from_scratch and checkpoints.latest_step() is None:
+            raise InputError(f"--init: {run} has no checkpoint to start from: give another run.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +80,14 @@ class Finetuning(Run):
 
 def open_finetuning(
     config: FinetuneConfig,
+    folder: Path,
     data: SequenceSet,
     labels: Labels | LabelTables,
     delays: Sequence[str],
     devices: Devices | None,
     console: Console,
 ) -> Finetuning:
-    """Work out everything that can go wrong, make the run folder, and say what will be trained on what.
+    """Work out everything that can go wrong, and say what will be trained on what, in the run's folder.
 
     Raises:
         InputError: something in the configuration, the data or the labels is wrong.
@@ -118,7 +132,6 @@ def open_finetuning(
     )
     objective = task_objective(setup.predictor, task.of.loss)
     assembly = assemble(config, setup, objective, schedule.total_steps, mesh)
-    folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
     if config.resume:
         check_same_run(folder, config, _fingerprint(data, labelled))
     write_rules(folder, labelled.vocabulary, data.preparation)

@@ -11,7 +11,7 @@ from behrt_jax.adapters.new_codes import new_rows
 from behrt_jax.config import FinetuneConfig, ModelConfig
 from behrt_jax.data.batches import RowShape, TaskBatches, task_batches
 from behrt_jax.data.event_rules import Preparation
-from behrt_jax.data.examples import Examples, find_examples, of_unknown_subjects
+from behrt_jax.data.examples import Examples, OutsideLife, find_examples, of_unknown_subjects
 from behrt_jax.data.labels import Labels, LabelTables, read_labels
 from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.sequences import SequenceSet, VocabularyMap, map_vocabulary
@@ -34,6 +34,14 @@ def count_labels(labels: Labels, unknown: int) -> dict[str, int]:
         "labels": len(labels),
         "duplicate_labels": labels.duplicates,
         "labels_of_unknown_subjects": unknown,
+    }
+
+
+def count_outside(*examples: Examples) -> dict[str, int]:
+    """Labels that are left out as before birth or after death."""
+    return {
+        f"labels_{where}": sum(part.outside_life.get(where, 0) for part in examples)
+        for where in ("before_birth", "after_death")
     }
 
 
@@ -83,6 +91,13 @@ def announce_labels(console: Console, kind: TaskKind, counts: JsonObject) -> Non
             console.log(f"{unknown:,} of {labels} are of subjects that the data lacks.")
         if duplicates := table["duplicate_labels"]:
             console.log(f"{duplicates:,} labels{of_table} came twice and were taken once.")
+    outside = {where: counts[f"labels_{where}"] for where in ("before_birth", "after_death")}
+    if sum(outside.values()):
+        before, after = outside.values()
+        console.log(
+            f"{before:,} labels before the subject's birth and {after:,} on a day after the death are left "
+            "out (--task.outside_life keep keeps them)."
+        )
     if unknown := counts["codes_unknown_to_the_model"]:
         what = "got embeddings of their own" if counts["codes_added"] else "are read as [UNK]"
         events = f"{counts['train_events_of_such_codes']:,} train events"
@@ -116,7 +131,8 @@ def check_codes(
         it is not known) and the ``limit``; ``unknown_codes``, the most frequent ones.
 
     Raises:
-        InputError: a share is above the limit; it names the most frequent unknown codes. ``most`` is no share.
+        InputError: a share is above the limit; it names the most frequent unknown codes. Or ``most`` is no
+            share.
     """
     if most is not None and not 0 <= most <= 1:
         raise InputError(f"max_unknown is {most:g}: give a share from 0 to 1.")
@@ -245,6 +261,7 @@ def label_data(
     targets = task.targets(labels, train.rows), task.targets(labels, tuning.rows)
     counts = {
         **count_labels(labels, train.unknown_subjects),
+        **count_outside(train, tuning),
         **count_codes(mapped, vocabulary),
         "train": describe(train, task, targets[0]),
         "tuning": describe(tuning, task, targets[1]),
@@ -267,7 +284,8 @@ def examples_to_train(
     """
     data, mapped = in_vocabulary(data, vocabulary, config.extend_vocabulary)
     train, tuning = (
-        examples_of(data, name, labels, model, config.task.max_length, delays) for name in TRAINS
+        examples_of(data, name, labels, model, config.task.max_length, delays, config.task.outside_life)
+        for name in TRAINS
     )
     if config.task.label_fraction < 1.0:
         train = train.of_some_subjects(config.task.label_fraction, config.train.seed)
@@ -299,6 +317,7 @@ def examples_of(
     model: ModelConfig,
     max_length: int | None,
     delays: Sequence[str],
+    outside_life: OutsideLife = None,
 ) -> Examples:
     """Histories of a split's labels as a model reads them; arguments and errors of `find_examples`."""
     return find_examples(
@@ -308,6 +327,7 @@ def examples_of(
         max_tokens=(max_length or model.positions) - model.cls_token,
         delays=delays,
         sep_token=model.sep_token,
+        outside_life=outside_life,
     )
 
 
@@ -373,6 +393,7 @@ def label_tasks(
             counts=counts,
         )
     counts = {
+        **count_outside(train, tuning),
         **count_codes(mapped, vocabulary),
         **{split: {"examples": len(examples)} for split, examples in found.items()},
         "tasks": {name: one.counts for name, one in tasks.items()},

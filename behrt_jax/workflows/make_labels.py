@@ -1,9 +1,10 @@
 """A label table made of prepared data, with an account of who got a label, who none, and why."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +12,13 @@ import pyarrow.parquet as pq
 
 from behrt_jax.config import MakeLabelsConfig
 from behrt_jax.data.events import DAY, SPLITS
+from behrt_jax.data.labels import Labels, read_labels
 from behrt_jax.data.prepared import read_deaths, read_prepared
-from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.data.sequences import SequenceSet, day_text
 from behrt_jax.data.sorting import find_ids
 from behrt_jax.data.vocabulary import matching_codes
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, written_whole
+from behrt_jax.files import JsonObject, new_file
 from behrt_jax.records import label_makers
 from behrt_jax.tracking.console import open_console
 
@@ -26,6 +28,8 @@ MAKERS = {
     "readmission": label_makers.label_readmission,
     "death": label_makers.label_death,
 }
+MANY_LABELS = 100_000
+"""Labels above which one of each subject is recommended."""
 _DEFAULT_HORIZON = {"first_occurrence": 365.0, "readmission": 30.0, "death": 365.0}
 
 
@@ -48,21 +52,51 @@ def make_labels(config: MakeLabelsConfig) -> JsonObject:
         raise InputError(
             f"--codes has {', '.join(config.codes)}: no code of the vocabulary matches; mend it."
         )
-    made = {name: MAKERS[config.task](_history(data, name, config), config) for name in SPLITS}
+    index = None
+    if isinstance(config.index, Path):
+        index = read_labels(config.index, without_values=True)
+    histories = {name: _history(data, name, config, index) for name in SPLITS}
+    made = {name: MAKERS[config.task](history, config) for name, history in histories.items()}
     account = {
         "task": config.task,
-        "options": {k: v for k, v in asdict(config).items() if k not in ("task", "data", "output")},
+        "options": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(config).items()
+            if name not in ("task", "data", "output")
+        },
         "data_fingerprint": data.fingerprint,
         "splits": {name: _counts(labels) for name, labels in made.items()},
     }
+    if config.task != "next_visit":
+        account["follow_up_ends"] = _ends_of(histories.values())
+    if index is not None:
+        known = [np.isin(index.subject_ids, part.subject_ids) for part in data.splits.values()]
+        account["index_dates"] = {
+            "given": len(index),
+            "of subjects without events": len(index) - int(np.sum(known)),
+        }
     with open_console() as console:
+        for pattern in config.codes:
+            if not matching_codes(data.vocabulary, (pattern,), "--codes").any():
+                console.log(
+                    f"Warning: --codes {pattern} matches no code of the vocabulary, so it has no effect."
+                )
         rows = dict.fromkeys(key for counts in account["splits"].values() for key in counts)
         console.table(
             f"Labels of the task {config.task}",
             ("", *SPLITS),
             [(key, *(account["splits"][name].get(key, 0) for name in SPLITS)) for key in rows],
         )
-        if not sum(len(labels.times) for labels in made.values()):
+        for key, what in (("follow_up_ends", "Follow-up of subjects ends"), ("index_dates", "Index dates")):
+            if told := account.get(key):
+                console.log(f"{what}: {', '.join(f'{name} {value}' for name, value in told.items())}.")
+        total = sum(len(labels.times) for labels in made.values())
+        if config.times == "all" and config.index is None and total > MANY_LABELS:
+            console.log(
+                f"{total:,} labels are many to train on and hardly tell more than one of each subject: "
+                "--times random makes that."
+            )
+        if not total:
             raise InputError(
                 "No label is left, for the reasons above: choose other codes, a shorter horizon or another "
                 "follow_up."
@@ -88,12 +122,21 @@ def _write(
     table = pa.concat_tables(parts).sort_by([("subject_id", "ascending"), ("prediction_time", "ascending")])
     table = table.replace_schema_metadata({"behrt_jax": json.dumps(account)})
     assert config.output is not None
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(config.output) as temporary:
+    with new_file(config.output) as temporary:
         pq.write_table(table, temporary)
 
 
-def _history(data: SequenceSet, name: str, config: MakeLabelsConfig) -> label_makers.SplitHistory:
+def _ends_of(histories: Iterable[label_makers.SplitHistory]) -> dict[str, str]:
+    """Day on which the follow-up of the median subject and of the last one ends; nothing without subjects."""
+    days = np.sort(np.concatenate([history.known_until for history in histories])) // DAY
+    if not len(days):
+        return {}
+    return {"median": day_text(days[len(days) // 2]), "last": day_text(days[-1])}
+
+
+def _history(
+    data: SequenceSet, name: str, config: MakeLabelsConfig, index: Labels | None
+) -> label_makers.SplitHistory:
     assert config.data is not None
     part = data.splits[name]
     deaths = np.full(len(part), label_makers.NEVER)
@@ -111,7 +154,8 @@ def _history(data: SequenceSet, name: str, config: MakeLabelsConfig) -> label_ma
         until = max(int(other.times.max()) for other in data.splits.values() if len(other))
     elif config.follow_up != "subject":
         until = _end_of_day(config.follow_up or "")
-    return label_makers.SplitHistory.followed(part, data.vocabulary, deaths, until)
+    history = label_makers.SplitHistory.followed(part, data.vocabulary, deaths, until)
+    return history if index is None else replace(history, index=index)
 
 
 def _counts(labels: label_makers.MadeLabels) -> dict[str, int]:
@@ -131,8 +175,12 @@ def _checked(config: MakeLabelsConfig) -> MakeLabelsConfig:
         raise InputError(f"--output is {config.output}: give a name that ends in .parquet.")
     if config.min_events < 1:
         raise InputError(f"--min_events is {config.min_events}: give 1 or more.")
+    if isinstance(config.index, Path) and config.task in ("next_visit", "readmission"):
+        raise InputError(f"--index has no effect on {config.task}, whose labels are at ends of visits.")
+    if config.index is not None and config.times != "all":
+        raise InputError(f"--times {config.times} does not go with --index: leave one of them out.")
     if config.task == "next_visit":
-        for name in ("horizon_days", "gap_days", "survival", "follow_up"):
+        for name in ("horizon_days", "gap_days", "survival", "follow_up", "index"):
             if getattr(config, name):
                 raise InputError(f"--{name} has no effect on next_visit: leave it out.")
         return replace(config, follow_up="subject")

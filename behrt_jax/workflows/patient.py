@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
-from behrt_jax.data.event_rules import Preparation
+from behrt_jax.config import PredictConfig
+from behrt_jax.data.event_rules import Preparation, check_ages
 from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, SPLITS, VISIT_FIELD, EventCounts, event_columns
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.parquet import cast_column, refuse_nulls
@@ -93,8 +94,11 @@ class PatientModel:
                 f"give a {BIRTH_CODE} with a time, and an event with a code of the model or a time."
             )
         chosen = {split: labels}
-        found = outputs_of(self._step, 1, model, data, chosen, self._rules.delays, self._mesh)
-        _, outputs, _, _ = next(found)
+        one = PredictConfig(rows=1)
+        found = outputs_of(self._step, one, model, data, chosen, self._rules.delays, self._mesh)
+        _, outputs, _, _ = next(found, (None, None, 0, None))
+        if outputs is None:
+            raise InputError("time: it lies after the patient's death: give an earlier one.")
         predicted = mean_predictions(model.task.kind, outputs, model.calibration.temperature)
         return PatientPrediction(predicted[0], int(labels.times[0]), codes, data.counts)
 
@@ -153,11 +157,13 @@ def encode_events(events: pa.Table, vocabulary: Vocabulary, preparation: Prepara
     rules = EncodingRules(
         preparation.choice,
         preparation.options["duplicates"],
+        preparation.life,
         lambda ids: np.full(len(ids), place, np.int8),
         preparation.bins,
     )
     encoded = rules.encode(event_columns(events), events["numeric_value"].to_numpy())
     encoded.counts.read = events.num_rows
+    check_ages(encoded.counts, preparation.life)
     ids = vocabulary.encode(encoded.names)
     splits = {
         name: Sequences(subjects, run_offsets(lengths), ids[codes], *columns)
@@ -172,6 +178,7 @@ def encode_events(events: pa.Table, vocabulary: Vocabulary, preparation: Prepara
         encoded.counts,
         fingerprint="",
         births={name: facts.births for name, facts in encoded.facts.items()},
+        deaths={name: facts.deaths for name, facts in encoded.facts.items()},
         preparation=preparation,
         unknown_codes={encoded.names[row]: int(found[row]) for row in rows},
     )

@@ -12,13 +12,13 @@ import numpy as np
 from behrt_jax.config import FinetuneConfig, LoRAConfig
 from behrt_jax.data.batches import TaskBatch, TaskBatches, reading_ahead
 from behrt_jax.data.labels import read_label_tables
+from behrt_jax.errors import DivergenceError
 from behrt_jax.files import JsonObject, write_json, write_text
-from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics
+from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics, shown_files
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import Devices, put_rows, replicated
 from behrt_jax.training.feeding import AHEAD
 from behrt_jax.training.freezing import part, whole
-from behrt_jax.training.loop import DivergenceError
 from behrt_jax.training.population import (
     Members,
     PopulationState,
@@ -44,7 +44,7 @@ from behrt_jax.workflows.finetune_run import (
     try_write_adapter,
 )
 from behrt_jax.workflows.labelled_data import LabelledData, read_data, read_labelled
-from behrt_jax.workflows.run import RunResult, settings
+from behrt_jax.workflows.run import RunResult, open_folder, settings
 
 SEARCHES = ("learning_rate", "rank")
 """Variations of which the best member alone predicts."""
@@ -72,8 +72,8 @@ def finetune_population(config: FinetuneConfig, devices: Devices | None = None) 
         config = replace(config, population=replace(population, size=len(population.labels)))
     else:
         data, labels, delays = read_labelled(config.data, config.labels)
-    with open_console() as console:
-        run = open_finetuning(config, data, labels, delays, devices, console)
+    with open_console() as console, open_folder(config) as (folder, config):
+        run = open_finetuning(config, folder, data, labels, delays, devices, console)
         variation = vary(config, run.labelled)
         found = train_population(console, config, run, variation, make_population(config, run, variation))
         summary = write_population(console, config, run, variation, found, time.perf_counter() - started)
@@ -365,7 +365,7 @@ def write_population(
         ", ".join(f"{name} {cell}" for name, cell in zip(columns, row, strict=True)) for row in table
     ]
     write_text(run.folder / SUMMARY_TEXT_FILE, "\n".join([*rows_of_text, *lines]) + "\n")
-    console.log(f"Written to {run.folder}: {', '.join(sorted(path.name for path in run.folder.iterdir()))}")
+    console.log(f"Written to {run.folder}: {', '.join(shown_files(run.folder))}")
     return summary
 
 

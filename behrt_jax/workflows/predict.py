@@ -122,9 +122,7 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
                 path, of_members = members_path(config.output), member_schema(len(finetuned.members))
                 members = files.enter_context(PredictionWriter(path, of_members, metadata))
             step = jax.jit(make_output_step(finetuned.setup.predictor))
-            for part, outputs, empty, seen in outputs_of(
-                step, config.rows, finetuned, data, chosen, delays, mesh
-            ):
+            for part, outputs, empty, seen in outputs_of(step, config, finetuned, data, chosen, delays, mesh):
                 predicted = mean_predictions(task.kind, outputs, calibration.temperature)
                 writer.write(prediction_rows(schema, task, part, predicted, calibration.threshold, seen))
                 if members is not None:
@@ -133,7 +131,13 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
                 counts["empty_histories"] += empty
                 done += len(part)
                 console.step(done, len(part))
+            if outside := counts["examples"] - done:
+                counts |= {"examples": done, "outside_life": outside}
+            if not done:
+                raise InputError("--labels: all labels are before their subject's birth or after its death.")
         console.close()
+        if outside:
+            console.log(f"{outside:,} labels outside of their subject's life are left out.")
         if counts["unknown_subjects"]:
             console.log(
                 f"{counts['unknown_subjects']:,} labels are of subjects that the data lacks: left out."
@@ -423,11 +427,16 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
                 writer.write(pa.table(columns, schema=schema))
                 done += len(part)
                 console.step(done, len(part))
+            outside = total - done
+            if not done:
+                raise InputError("--labels: all labels are before their subject's birth or after its death.")
         console.close()
+        if outside:
+            console.log(f"{outside:,} labels outside of their subject's life are left out.")
         if unknown:
             console.log(f"{unknown:,} labels are of subjects that the data lacks: left out.")
-        console.log(f"Written to {config.output}: {total:,} vectors of {encoder.model.hidden_size}.")
-    return {"vectors": total, "unknown_subjects": unknown}
+        console.log(f"Written to {config.output}: {done:,} vectors of {encoder.model.hidden_size}.")
+    return {"vectors": done, "unknown_subjects": unknown}
 
 
 def _open(config: PredictConfig, folder: Path, mesh: Mesh) -> _Encoder:
@@ -480,14 +489,14 @@ def _vectors(
         return network.apply({"params": {"behrt": params}}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
 
     step = jax.jit(embed_step)
-    pieces = _pieces(config.rows, encoder.model, encoder.max_length, data, wanted, delays, mesh)
+    pieces = _pieces(config, encoder.model, encoder.max_length, data, wanted, delays, mesh)
     for _, part, _, batches in pieces:
         yield part, score(step, encoder.params, batches, mesh)
 
 
 def outputs_of(
     step: OutputStep,
-    rows: int,
+    config: PredictConfig,
     finetuned: Finetuned,
     data: SequenceSet,
     chosen: dict[str, Labels],
@@ -498,12 +507,14 @@ def outputs_of(
     model, task = finetuned.model, finetuned.task
     ids = finetuned.vocabulary.encode(task.classes) if task.of.tells_seen_codes else None
     for split, part, examples, batches in _pieces(
-        rows, model, finetuned.max_length, data, chosen, delays, mesh
+        config, model, finetuned.max_length, data, chosen, delays, mesh
     ):
         outputs = np.stack([score(step, one, batches, mesh) for one in finetuned.members])
         seen = None
         if ids is not None:
-            whole = find_examples(data, split, part, max_tokens=np.iinfo(np.int32).max, delays=delays)
+            whole = find_examples(
+                data, split, part, max_tokens=np.iinfo(np.int32).max, delays=delays, outside_life="keep"
+            )
             seen = codes_seen(whole, ids, len(finetuned.vocabulary))
         yield part, outputs, int(examples.empty.sum()), seen
 
@@ -513,7 +524,7 @@ def _of_splits(labels: Labels, data: SequenceSet, splits: Sequence[str]) -> dict
 
 
 def _pieces(
-    rows: int,
+    config: PredictConfig,
     model: ModelConfig,
     max_length: int | None,
     data: SequenceSet,
@@ -526,11 +537,14 @@ def _pieces(
     for split, labels in wanted.items():
         for start in range(0, len(labels), AT_ONCE):
             part = labels.take(np.arange(start, min(start + AT_ONCE, len(labels))))
-            examples = examples_of(data, split, part, model, max_length, delays)
+            examples = examples_of(data, split, part, model, max_length, delays, config.outside_life)
+            part = part.take(examples.rows)  # without those that are left out
+            if not len(part):
+                continue
             targets = np.zeros((len(examples), 1), np.float32)
             batches = task_batches(
                 examples, targets, shape, batch_size=len(examples), seed=None, least_segments=segments
-            ).of_rows(rows, mesh.size)
+            ).of_rows(config.rows, mesh.size)
             segments = batches.segments  # one shape for all that follow
             yield split, part, examples, batches
 

@@ -7,6 +7,8 @@ from operator import attrgetter
 from pathlib import Path
 
 from behrt_jax.config import PrepareConfig
+from behrt_jax.data.event_rules import told_without_effect
+from behrt_jax.data.splits import told_split
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.records.meds_export import export_meds
@@ -16,7 +18,7 @@ from behrt_jax.records.sources.meds import open_meds
 from behrt_jax.records.sources.omop import open_omop
 from behrt_jax.records.sources.source import Source
 from behrt_jax.records.sources.synthea import open_synthea
-from behrt_jax.records.sources.table import open_table
+from behrt_jax.records.sources.table import WithBirths, open_table
 from behrt_jax.tracking.console import Console, open_console
 
 SOURCES: dict[str, Callable[[Path, PrepareConfig], Source]] = {
@@ -58,13 +60,18 @@ def prepare_records(config: PrepareConfig) -> JsonObject:
     source = open_source(config)
     with open_console() as console:
         if like is not None:
-            console.log(f"Preparing like {config.like}: its vocabulary ({len(like.vocabulary):,} rows) and rules.")
+            rows = f"{len(like.vocabulary):,} rows"
+            console.log(f"Preparing like {config.like}: its vocabulary ({rows}) and rules.")
             if like.preparation.options.get("ancestors") and config.source != "omop":
                 console.log(
                     "There concepts were replaced by their ancestors, which only an OMOP source can do: the "
                     "codes must be those ancestors already."
                 )
         console.log(f"Reading {source.name} data: {len(source.files())} files in {source.units()} parts.")
+        if source.splits():
+            for option in ("tuning_fraction", "held_out_fraction", "seed", "splits.exact"):
+                if attrgetter(option)(config) != attrgetter(option)(PrepareConfig()):
+                    console.log(f"Warning: the source has splits of its own, so --{option} has no effect.")
 
         shown = time.monotonic()
 
@@ -108,7 +115,10 @@ def open_source(config: PrepareConfig) -> Source:
     path = Path(config.input).expanduser()
     if not path.exists():
         raise InputError(f"--input: {path} does not exist.")
-    return SOURCES[config.source](path, config)
+    source = SOURCES[config.source](path, config)
+    if config.births is None and not config.birth_codes:
+        return source
+    return WithBirths(source, config.births, config.birth_codes)
 
 
 def report(console: Console, manifest: JsonObject) -> None:
@@ -125,6 +135,18 @@ def report(console: Console, manifest: JsonObject) -> None:
             *((f"changed: {rule}", count) for rule, count in events["changed"].items()),
         ],
     )
+    if times := manifest.get("times"):
+        console.log(f"Events from {times['first']} to {times['last']}, median {times['median']}.")
+        if times["median"][:4] == times["last"][:4] == "1970":
+            console.log(
+                "Warning: the events end in 1970, so that the numbers of the time column are most likely of "
+                "another unit than its type says (seconds or milliseconds); doctor --data tells more."
+            )
+    if unborn := events["dropped"].get("no birth"):
+        console.log(
+            f"{unborn:,} events are of subjects without a birth: --births FILE, --birth_codes or "
+            "--without_birth keep them."
+        )
     for delay, codes in manifest["delayed_codes"].items():
         matched = f"{codes:,} codes" if codes else "no code of the vocabulary, so that it has no effect"
         console.log(f"Delay {delay}: {matched}.")
@@ -179,24 +201,18 @@ def _report_options(console: Console, manifest: JsonObject) -> None:
     if options.get("held_out_fraction") == 1:
         console.log("The source has no splits of its own: all its subjects are held_out.")
     elif "tuning_fraction" in options:
-        shares = f"{options['tuning_fraction']:.0%} tuning, {options['held_out_fraction']:.0%} held_out"
-        how = "exactly" if options.get("exact_splits") else "about"
-        console.log(
-            f"The source has no splits of its own: its subjects were dealt out by a hash of their ids ({how} "
-            f"{shares}, seed {options['seed']})."
-        )
+        fractions = (options[name] for name in ("tuning_fraction", "held_out_fraction", "seed"))
+        console.log(told_split(*fractions, exact="exact_splits" in options))
     idle = manifest.get("without_effect", {})
-    for option, patterns in idle.items():
-        console.log(
-            f"Warning: --{option} {' '.join(patterns)} matches no code of the data, so it has no effect."
-        )
+    for warning in told_without_effect(idle, "--"):
+        console.log(warning)
     for pattern in set(options.get("value_codes", ())).difference(idle.get("value_codes", ())):
         if "like" not in options and not any(
             re.match(pattern, code) for code in manifest.get("value_edges", ())
         ):
             console.log(
-                f"Warning: --value_codes {pattern} makes no bins: none of its codes has enough numeric values in the "
-                "train split."
+                f"Warning: --value_codes {pattern} makes no bins: none of its codes has enough "
+                "numeric values in the train split."
             )
 
 

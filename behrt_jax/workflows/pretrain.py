@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from behrt_jax.data.batches import (
 from behrt_jax.data.prepared import rule_files, write_rules
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.finding import RunRecord
-from behrt_jax.errors import InputError
+from behrt_jax.errors import DivergenceError, InputError
 from behrt_jax.evaluation.masked_codes import Cooccurrence, MaskedCodeResults, MaskedSplit, Unigram, assess
 from behrt_jax.evaluation.oracle import oracle_of
 from behrt_jax.files import JsonObject, write_json, write_text
@@ -33,7 +34,6 @@ from behrt_jax.run_folder import (
     PLOTS_FOLDER,
     SUMMARY_FILE,
     SUMMARY_TEXT_FILE,
-    prepare_run_folder,
     read_metrics,
 )
 from behrt_jax.tracking.console import Console, open_console
@@ -43,7 +43,7 @@ from behrt_jax.tracking.summary import Summary, summarise, summary_text
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh
 from behrt_jax.training.feeding import PlacedBatches, on_device, one_step, open_feed
-from behrt_jax.training.loop import DivergenceError, Schedule, Steps, catching_signals
+from behrt_jax.training.loop import Schedule, Steps, catching_signals
 from behrt_jax.training.masking import FIRST_CODE
 from behrt_jax.training.micro_batches import choose_micro_batches, rows_multiple
 from behrt_jax.training.pretrained import check_source, check_vocabulary, start_from
@@ -67,8 +67,8 @@ from behrt_jax.workflows.run import (
     best_variables,
     check_same_run,
     compile_beside,
-    default_folder,
     exit_status,
+    open_folder,
     parameter_report,
     run_record,
     save,
@@ -89,8 +89,13 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
     """
     started, startup = time.perf_counter(), Startup()
     startup.mark("imported")
-    with open_console() as console, catching_signals() as interruption, ThreadPoolExecutor(1) as beside:
-        run = open_pretraining(config, devices, console)
+    with (
+        open_console() as console,
+        catching_signals() as interruption,
+        open_folder(config) as (folder, config),
+        ThreadPoolExecutor(1) as beside,
+    ):
+        run = open_pretraining(config, folder, devices, console)
         assembly, data, batches, schedule = run.assembly, run.data, run.batches, run.schedule
         predictor, mesh, validation_key = assembly.setup.predictor, assembly.mesh, assembly.keys.validation
         startup.mark("data read")
@@ -179,8 +184,10 @@ class Pretraining(Run):
     tuning: ValidationBatches
 
 
-def open_pretraining(config: PretrainConfig, devices: Devices | None, console: Console) -> Pretraining:
-    """Work out everything that can go wrong, make the run folder, and say what will be trained on what.
+def open_pretraining(
+    config: PretrainConfig, folder: Path, devices: Devices | None, console: Console
+) -> Pretraining:
+    """Work out everything that can go wrong, and say what will be trained on what, in the run's folder.
 
     Raises:
         InputError: something in the configuration or the data is wrong.
@@ -192,10 +199,11 @@ def open_pretraining(config: PretrainConfig, devices: Devices | None, console: C
         check_source(config.init, config.model)
     if reason := use_compilation_cache(config.compilation_cache):
         console.log(reason)
-    folder = prepare_run_folder(config.output or default_folder(config.name), config.resume)
     data = load_sequences(config.data, config.model.sep_token)
     description = describe(data)
     announce.data(console, config, description)
+    for note in data.notes:
+        console.log(note)
     if config.resume:
         check_same_run(folder, config, data.fingerprint)
     else:

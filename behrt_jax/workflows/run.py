@@ -7,13 +7,14 @@ settings decide whether another start may go on with it.
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -23,8 +24,15 @@ from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.data.batches import TaskBatches, TrainingBatches
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, read_json
-from behrt_jax.run_folder import CONFIG_FILE, METRICS_FILE, truncate_metrics
+from behrt_jax.files import JsonObject, resolved
+from behrt_jax.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    open_run_folder,
+    read_config,
+    read_metrics,
+    truncate_metrics,
+)
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import flat
 from behrt_jax.training.checkpoints import Checkpoints
@@ -121,9 +129,31 @@ def begin(
         probe,
         leaves_not_finite(state.variables),
     )
+    if config.resume:
+        _check_metrics(run.folder, cursor.step)
+        checkpoints.remove_older()
     truncate_metrics(run.folder / METRICS_FILE, cursor.step)
     console.start(run.schedule.total_steps, cursor.step, run.schedule.steps_per_epoch)
     return Begun(state, cursor, telemetry, started - cursor.seconds)
+
+
+def _check_metrics(folder: Path, step: int) -> None:
+    """Refuse to go on where metrics or checkpoints of the run are gone.
+
+    A run dies at most between the line of a validation and its checkpoint.
+    """
+    metrics = read_metrics(folder / METRICS_FILE)
+    if step and not metrics and not (folder / METRICS_FILE).exists():
+        raise InputError(
+            f"--resume: {folder / METRICS_FILE} is gone, but there is a checkpoint of step {step}: bring it "
+            "back, or make an empty file of that name to go on without the figures up to there."
+        )
+    validations = [line for line in metrics if line.get("split") == "tuning"]
+    if not step and len(validations) > 1:
+        raise InputError(
+            f"--resume: {folder} has no checkpoint that is whole, but {len(validations)} validations: bring "
+            "its checkpoints back, or start a new run with another --output."
+        )
 
 
 def restore_latest(checkpoints: Checkpoints, state: TrainState, console: Console) -> tuple[Any, Cursor]:
@@ -215,9 +245,23 @@ FREE = (
 )
 
 
-def default_folder(name: str) -> Path:
-    """``runs/<name>-<time>`` in the working directory."""
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+C = TypeVar("C", PretrainConfig, FinetuneConfig)
+
+
+@contextmanager
+def open_folder(config: C) -> Iterator[tuple[Path, C]]:
+    """The run's folder, locked until this ends, and its settings: ``resume`` is off where nothing was begun.
+
+    Without ``output`` it is ``runs/<name>-<time>`` in the working directory.
+
+    Raises:
+        InputError: see `run_folder.open_run_folder`.
+    """
+    path = config.output or Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    alone = jax.process_index() == 0
+    with open_run_folder(path, config.resume, alone) as folder:
+        begun = (folder / CONFIG_FILE).is_file()
+        yield folder, replace(config, resume=config.resume and begun)
 
 
 def run_record(
@@ -264,8 +308,10 @@ def check_same_run(folder: Path, config: PretrainConfig | FinetuneConfig, finger
     Raises:
         InputError: names the first setting that differs, with both values.
     """
-    record = read_json(folder / CONFIG_FILE)
+    record = read_config(folder)
     completed = _completed(record["settings"], type(config))
+    if isinstance(config, PretrainConfig) and completed["init"]["run"]:  # may be relative in older runs
+        completed["init"]["run"] = str(resolved(Path(completed["init"]["run"])))
     stored, given = (_comparable(value) for value in (completed, settings(config)))
     for name in sorted(stored.keys() | given.keys()):
         if stored.get(name) != given.get(name):
@@ -273,7 +319,7 @@ def check_same_run(folder: Path, config: PretrainConfig | FinetuneConfig, finger
                 f"--resume: {name} is {given.get(name)}, but the run in {folder} was made with "
                 f"{stored.get(name)}: give the same settings (only {', '.join(FREE[2:])} may change)."
             )
-    if record["data"]["fingerprint"] != fingerprint:
+    if record["data"].get("fingerprint") != fingerprint:
         raise InputError(
             f"--resume: the data, or its labels, differ from those of the run in {folder}: give the same, or "
             "start a new run with another --output."

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from behrt_jax.data.events import DAY, SPLITS, YEAR, Births, EventCounts
+from behrt_jax.data.events import DAY, SPLITS, YEAR, EventCounts, SubjectTimes
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import Sequences, SequenceSet
@@ -36,9 +36,10 @@ def sequence_set(
     return SequenceSet(vocabulary, parts, EventCounts(), "", births=alone)
 
 
-def _births(subjects: Mapping[int, Iterable[Event]], births: Mapping[int, int]) -> Births:
+def _births(subjects: Mapping[int, Iterable[Event]], births: Mapping[int, int]) -> SubjectTimes:
     ids = sorted(subject for subject, events in subjects.items() if not [*events])
-    return Births(np.array(ids, np.int64), np.array([births.get(subject, 0) for subject in ids], np.int64))
+    times = [births.get(subject, 0) for subject in ids]
+    return SubjectTimes(np.array(ids, np.int64), np.array(times, np.int64))
 
 
 def _part(

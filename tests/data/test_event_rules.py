@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.event_rules import Selected, first_in_visit, select_events
-from behrt_jax.data.events import DEATH_CODE
+from behrt_jax.data.event_rules import LifeRules, Selected, first_in_visit, select_columns, select_events
+from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EventCounts, event_columns
+from behrt_jax.data.sequences import ages_in_years
 from behrt_jax.errors import InputError
 from tests.records.meds_folder import DAY, HOUR, Row, born, event_set, history_rows
 
@@ -50,9 +51,11 @@ def test_events_are_sorted_and_days_are_visits():
 
 def test_the_arrays_have_their_types():
     selected = select_events(event_set([born(1, -DAY), Row(1, DAY, "A")]), (), (), "keep")
-    alone = vars(selected.without_events)
-    arrays = {**vars(selected), **{f"without_events.{name}": array for name, array in alone.items()}}
-    kinds = {name: str(a.dtype) for name, a in arrays.items() if name not in ("names", "without_events")}
+    arrays = {**vars(selected)}
+    for of_subjects in ("without_events", "deaths"):
+        own = vars(arrays.pop(of_subjects))
+        arrays |= {f"{of_subjects}.{name}": array for name, array in own.items()}
+    kinds = {name: str(a.dtype) for name, a in arrays.items() if name != "names"}
     assert kinds == {
         "subject_ids": "int64",
         "births": "int64",
@@ -62,6 +65,8 @@ def test_the_arrays_have_their_types():
         "visits": "int32",
         "without_events.subject_ids": "int64",
         "without_events.times": "int64",
+        "deaths.subject_ids": "int64",
+        "deaths.times": "int64",
     }
     assert selected.births.tolist() == [-DAY]
 
@@ -82,6 +87,89 @@ def test_birth_and_death_are_the_earliest_and_no_tokens():
     kept, dropped = select(rows)
     assert kept == [(1, DAY, "B", 0), (1, 3 * DAY + 23 * HOUR, "C", 1)]
     assert dropped == {"birth or death marker": 6, "before birth": 1, "after death": 1}
+
+
+def dated(subject, day, code="DX//a"):
+    """A row at midnight of a day."""
+    return Row(subject, int(np.datetime64(day, "us").astype(np.int64)), code)
+
+
+def selected_with_counts(rows, life=None):
+    counts = EventCounts()
+    selected = select_columns(
+        event_columns(event_set(rows).events), None, "keep", counts, life or LifeRules()
+    )
+    return selected, counts
+
+
+def days_of(times):
+    return times.astype("datetime64[us]").astype("datetime64[D]").astype(str).tolist()
+
+
+def test_a_placeholder_birth_gives_way_to_another():
+    rows = [dated(1, "1900-01-01", BIRTH_CODE), dated(1, "1950-03-04", BIRTH_CODE), dated(1, "2010-01-01")]
+    rows += [dated(2, "1900-01-01", BIRTH_CODE), dated(2, "1900-01-01", BIRTH_CODE), dated(2, "1990-01-01")]
+    rows += [dated(3, "1949-03-04", BIRTH_CODE), dated(3, "1950-03-04", BIRTH_CODE), dated(3, "1990-01-01")]
+    rows += [dated(4, "1900-01-01", BIRTH_CODE), dated(4, "1899-12-31", BIRTH_CODE), dated(4, "1950-01-01")]
+    selected, counts = selected_with_counts(rows)
+    assert days_of(selected.births) == ["1950-03-04", "1900-01-01", "1949-03-04", "1899-12-31"]
+    assert counts.changed == {"births differ": 3}
+
+
+def test_deaths_that_cannot_be_are_none():
+    rows = [dated(subject, "1950-03-04", BIRTH_CODE) for subject in (1, 2, 3, 4)]
+    rows += [dated(subject, "2010-01-01") for subject in (1, 2, 3, 4)]
+    rows += [dated(1, "1900-01-01", DEATH_CODE), dated(2, "9999-12-31", DEATH_CODE)]
+    rows += [dated(3, "1950-03-04", DEATH_CODE)]  # on the day of birth
+    rows += [dated(4, "1900-01-01", DEATH_CODE), dated(4, "2011-01-01", DEATH_CODE)]
+    selected, counts = selected_with_counts(rows)
+    assert selected.subject_ids.tolist() == [1, 2, 4]
+    assert selected.deaths.subject_ids.tolist() == [3, 4]
+    assert counts.dropped == {"birth or death marker": 9, "after death": 1}
+    assert counts.changed == {
+        "death before birth, passed over": 2,
+        "death at an age above 150 years, passed over": 1,
+    }
+
+
+def test_care_after_the_first_of_several_deaths_shows_that_it_is_false():
+    rows = [dated(subject, "1950-03-04", BIRTH_CODE) for subject in (1, 2, 3)]
+    rows += [dated(subject, "2010-01-20", DEATH_CODE) for subject in (1, 2, 3)]
+    rows += [dated(subject, "2012-02-02", DEATH_CODE) for subject in (1, 2)]
+    rows += [dated(1, "2010-06-01"), dated(1, "2012-02-02"), dated(1, "2012-02-03")]
+    rows += [dated(2, "2010-03-21"), dated(2, "2012-02-03")]  # 60 days later, and after both
+    rows += [dated(3, "2010-06-01"), dated(3, "2010-01-20", DEATH_CODE)]  # twice the same
+    selected, counts = selected_with_counts(rows)
+    assert (selected.subject_ids.tolist(), days_of(selected.times)) == ([1], ["2010-06-01", "2012-02-02"])
+    assert days_of(selected.deaths.times) == ["2012-02-02", "2010-01-20", "2010-01-20"]
+    assert counts.dropped["after death"] == 4
+    assert counts.changed == {"deaths differ": 2, "care between deaths, the last taken": 1}
+
+
+def test_ages_that_cannot_be():
+    rows = [dated(1, "1850-01-01", BIRTH_CODE), dated(1, "1999-12-31"), dated(1, "2000-01-03")]
+    rows += [dated(1, "2149-12-30"), dated(1, "2160-01-05"), dated(1, "2180-01-05")]
+    for choice, years in (("drop", [149, 310]), ("refuse", [149, 310]), ("keep", [149, 150, 299, 310, 330])):
+        selected, counts = selected_with_counts(rows, LifeRules(implausible_ages=choice))
+        assert ages_in_years(selected).astype(int).tolist() == years
+        assert counts.dropped.get("age above 150 years", 0) == 5 - len(years)
+    with pytest.raises(InputError, match=r"^3 events are at an age above 150 years.*--implausible_ages"):
+        select(rows)
+
+
+def test_subjects_without_a_birth():
+    rows = [Row(1, 3 * DAY, "A"), Row(1, 2 * DAY, "B"), Row(1, 10 * DAY, DEATH_CODE), Row(1, 11 * DAY, "C")]
+    rows += [born(2, DAY), Row(2, 0, "A"), Row(2, DAY, "A"), Row(3, None, "A")]
+    kept = [(1, 2 * DAY, "B"), (1, 3 * DAY, "A"), (2, DAY, "A")]
+    dropped = {"birth or death marker": 2, "null time (static)": 1, "before birth": 1, "after death": 1}
+    selected, counts = selected_with_counts(rows, LifeRules("first_event"))
+    assert [row[:3] for row in as_rows(selected)] == kept
+    assert selected.births.tolist() == [2 * DAY, DAY]
+    assert (counts.dropped, counts.changed) == (dropped, {"no birth, age from the first event": 3})
+    selected, counts = selected_with_counts(rows, LifeRules("unknown"))
+    assert [row[:3] for row in as_rows(selected)] == kept
+    assert np.isnan(ages_in_years(selected)).tolist() == [True, True, False]
+    assert (counts.dropped, counts.changed) == (dropped, {"no birth, age unknown": 3})
 
 
 def test_the_day_of_death_before_1970_is_a_calendar_day():
@@ -190,7 +278,9 @@ def test_prefixes_are_shown_by_the_separators_that_the_codes_have_and_as_pattern
 
 
 def test_nothing_left_names_the_rule():
-    with pytest.raises(InputError, match=r"\(no birth: 1\).*MEDS_BIRTH event with a time"):
+    with pytest.raises(
+        InputError, match=r"\(no birth: 1\).*MEDS_BIRTH events with a time.*--births FILE.*--without_birth"
+    ):
         select([Row(1, DAY, "A")])
 
 

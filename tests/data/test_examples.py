@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 
 from behrt_jax.data import examples as hidden_tokens
 from behrt_jax.data.batches import RowShape, task_batches
-from behrt_jax.data.events import DAY, YEAR
+from behrt_jax.data.events import DAY, YEAR, SubjectTimes
 from behrt_jax.data.examples import find_examples
 from behrt_jax.data.sorting import ragged_indices
 from behrt_jax.data.vocabulary import CLS, SEP, UNK
@@ -374,3 +376,23 @@ def test_wrong_sizes_are_refused():
     nobody = find_examples(sequence_set({}), "train", labels_at([(1, DAY)]), max_tokens=3)
     with pytest.raises(InputError, match="no example"):
         task_batches(nobody, targets[:0], RowShape(LENGTH), batch_size=8, seed=None)
+
+
+def test_labels_outside_of_a_life_are_left_out_or_kept():
+    data = sequence_set({"train": {1: [Event(0, "A//1", 0)], 2: [Event(0, "A//1", 0)], 3: []}})
+    deaths = SubjectTimes(np.array([1, 3]), np.array([5 * DAY + HOUR, 9 * DAY]))
+    data = replace(data, deaths={**data.deaths, "train": deaths})
+    times = [(1, 6 * DAY - 1), (1, 6 * DAY), (2, 99 * DAY), (3, 10 * DAY), (3, 9 * DAY), (2, -2 * DAY)]
+    labels = labels_at(times)
+    found = find_examples(data, "train", labels, max_tokens=9, outside_life="leave_out")
+    assert found.rows.tolist() == [0, 2, 4]
+    assert found.outside_life == {"before_birth": 1, "after_death": 2}
+    assert len(found.ages) == len(found.windows) == 3
+    found = find_examples(data, "train", labels, max_tokens=9, outside_life="keep")
+    assert found.rows.tolist() == [0, 1, 2, 3, 4, 5]
+    assert found.ages[5] == 0
+    assert not found.outside_life
+    with pytest.raises(InputError, match=r"1 of 6 labels of train .* before .*birth.*outside_life leave_out"):
+        find_examples(data, "train", labels, max_tokens=9)
+    found = find_examples(data, "train", labels_at(times[:-1]), max_tokens=9)
+    assert found.outside_life == {"before_birth": 0, "after_death": 2}

@@ -67,7 +67,31 @@ def test_a_folder_is_read_as_one_table(tmp_path):
     others = pa.array([1, 2, 3], pa.int64())
     write(tmp_path / "task" / "tuning" / "0.parquet", **labels(subject_id=others))
     write(tmp_path / "task" / ".hidden.parquet", **labels())
+    write(tmp_path / "task" / "train" / ".ipynb_checkpoints" / "0.parquet", **labels())
+    write(tmp_path / "task" / "_temporary" / "0.parquet", **labels())
     assert read_labels(tmp_path / "task").subject_ids.tolist() == [*IDS.to_pylist(), 1, 2, 3]
+    (tmp_path / "task" / "train").rename(tmp_path / "disk")
+    (tmp_path / "task" / "train").symlink_to(tmp_path / "disk")
+    assert read_labels(tmp_path / "task").subject_ids.tolist() == [*IDS.to_pylist(), 1, 2, 3]
+    (tmp_path / "task" / "_delta_log").mkdir()
+    with pytest.raises(InputError, match="task is a table of Delta Lake"):
+        read_labels(tmp_path / "task")
+
+
+@pytest.mark.parametrize(
+    "columns", [{}, {"subject_id": pa.nulls(0), "prediction_time": pa.array([], pa.string())}], ids=len
+)
+def test_files_without_rows_add_nothing(tmp_path, columns):
+    write(tmp_path / "0.parquet", **labels())
+    write(tmp_path / "1.parquet", **columns)
+    assert read_labels(tmp_path).subject_ids.tolist() == IDS.to_pylist()
+
+
+def test_whole_numbers_in_floating_point_are_integers(tmp_path):
+    columns = WITHOUT | {"subject_id": pa.array([7.0, 8.0, -9.0]), "integer_value": pa.array([0.0, 2.0, 1.0])}
+    read = read_labels(write(tmp_path / "l.parquet", **columns))
+    assert (read.subject_ids.tolist(), read.values.tolist()) == ([7, 8, -9], [0, 2, 1])
+    assert read.values.dtype == np.int64
 
 
 @given(shift=st.integers(-(10**9), 10**9), unit=st.sampled_from(["s", "ms", "us", "ns"]))
@@ -170,7 +194,24 @@ MISTAKES = {
     "no subject": (dict(list(labels().items())[1:]), "has no column subject_id"),
     "no time": ({"subject_id": IDS, "boolean_value": VALUES["boolean"]}, "has no column prediction_time"),
     "no value column": (WITHOUT, "has no value in any of its 3 rows: fill in one of boolean_value, integer"),
-    "ids as floats": (labels(subject_id=pa.array([1.0, 2.0, 3.0])), "has double in the column subject_id"),
+    "ids as parts": (
+        labels(subject_id=pa.array([1.0, 2.5, 3.0])),
+        "values in the column subject_id that do not",
+    ),
+    "ids as text": (labels(subject_id=pa.array(["1", "2", "3"])), "has string in the column subject_id"),
+    "broken codes": (
+        WITHOUT
+        | {
+            "categorical_values": pa.ListArray.from_arrays(
+                [0, 1, 2, 4], pa.array([b"a", b"caf\xe9", b"b", None]).view(pa.string())
+            )
+        },
+        "column categorical_values, row 2 .* not UTF-8",
+    ),
+    "broken text": (
+        WITHOUT | {"categorical_value": pa.array([b"a", b"caf\xe9", b"b"]).view(pa.string())},
+        "column categorical_value, row 2 .* not UTF-8",
+    ),
     "times as text": (labels(prediction_time=pa.array(["x", "y", "z"])), "string in the column prediction_t"),
     "values as text": (labels(boolean_value=pa.array(["1", "0", "1"])), r"boolean_value \(3 rows\)"),
     "null times": (

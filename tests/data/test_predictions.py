@@ -136,6 +136,14 @@ def test_binary_predictions_of_other_tools_are_read(tmp_path):
     pq.write_table(pa.table({**KEYS, **columns}), path)
     read = read_predictions(path)
     assert (read.kind, read.decisions, read.metadata) == ("binary", None, {"kind": "binary"})
+    for nulls in (pa.nulls(3), pa.nulls(3, pa.bool_())):  # decisions that the tool has not made
+        pq.write_table(pa.table({**KEYS, **columns, "predicted_boolean_value": nulls}), path)
+        assert read_predictions(path).decisions is None
+    pq.write_table(pa.table({**KEYS, **columns, "predicted_boolean_value": [True, None, False]}), path)
+    with pytest.raises(InputError, match="no predicted_boolean_value in 1 of 3 rows"):
+        read_predictions(path)
+    with pytest.raises(InputError, match="is a folder: give one file of predictions"):
+        read_predictions(tmp_path)
 
 
 def test_members_are_those_of_the_same_examples(tmp_path):

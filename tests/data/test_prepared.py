@@ -303,12 +303,21 @@ STATIC = ("DX//a", "LAB//")
 def facts_of(rows, names, present):
     """Static facts and deaths of a split's subjects, and births of those not present, by loops."""
     own = [row for row in rows if row.subject in names]
-    static = {(row.subject, row.code) for row in own if row.time is None and row.code in ("DX//a", "LAB//d")}
     first = {BIRTH_CODE: {}, DEATH_CODE: {}}
-    for row in own:
+    for row in sorted(own, key=lambda row: row.code or ""):  # births before deaths
         if row.code in first and row.time is not None:
             times = first[row.code]
+            if (
+                row.code == DEATH_CODE
+                and row.time // DAY < first[BIRTH_CODE].get(row.subject, -9 * DAY) // DAY
+            ):
+                continue
             times[row.subject] = min(row.time, times.get(row.subject, row.time))
+    static = {
+        (row.subject, row.code)
+        for row in own
+        if row.code in ("DX//a", "LAB//d") and row.time in (None, first[BIRTH_CODE].get(row.subject))
+    }
     births = {subject: time for subject, time in first[BIRTH_CODE].items() if subject not in present}
     return sorted(static), sorted(first[DEATH_CODE].items()), sorted(births.items())
 

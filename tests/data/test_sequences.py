@@ -249,6 +249,21 @@ def test_subjects_are_split_by_hash_where_there_are_no_splits():
     assert other.fingerprint != built.fingerprint
 
 
+def test_a_split_by_hash_and_patterns_without_effect_are_noted():
+    rows = history_rows(subjects=40)
+    data = DataConfig(
+        source="meds", codes=("DIAGNOSIS//", "DX//"), exclude_codes=("LAB//",), min_count=1, seed=3
+    )
+    assert list(build_sequences(event_set(rows), data, False).notes) == [
+        "The source has no splits of its own: its subjects were dealt out by a hash of their ids (about 10% "
+        "tuning, 10% held_out, seed 3).",
+        "Warning: --data.codes DX// matches no code of the data, so it has no effect.",
+        "Warning: --data.exclude_codes LAB// matches no code of the data, so it has no effect.",
+    ]
+    data = replace(data, codes=(), exclude_codes=())
+    assert not build_sequences(event_set(rows, by_remainder(rows)), data, False).notes
+
+
 def test_held_out_may_be_empty():
     rows = [born(1), born(2), Row(1, DAY, "A"), Row(2, DAY, "A")]
     built = build_sequences(event_set(rows, TWO), DataConfig(min_count=1), True)

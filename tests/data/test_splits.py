@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.splits import check_disjoint, hash_splits, split_index
+from behrt_jax.data.events import SPLITS
+from behrt_jax.data.splits import check_disjoint, hash_split_index, hash_splits, split_index
 from behrt_jax.errors import InputError
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -68,6 +69,32 @@ def test_wrong_fractions(tuning, held_out, message):
 def test_an_empty_split_is_an_error(tuning, empty):
     with pytest.raises(InputError, match=rf"None of the 4 subjects fell into the {empty} split: give more"):
         hash_splits(np.arange(4), tuning, 0.0, seed=0)
+
+
+@given(st.integers(1, 60), st.floats(0.01, 0.9), st.floats(0, 0.9), st.integers(0, 5))
+def test_exact_shares(subjects, tuning, held_out, seed):
+    if tuning + held_out >= 1:
+        held_out = (1 - tuning) / 2
+    ids = np.random.default_rng(seed).permutation(10 * subjects)[:subjects].astype(np.int64)
+    try:
+        splits = hash_splits(ids, tuning, held_out, seed, exact=True)
+    except InputError:
+        assert subjects < 3
+        return
+    sizes = {name: len(part) for name, part in splits.items()}
+    assert sorted(np.concatenate(list(splits.values()))) == sorted(ids)
+    assert sizes["train"] and sizes["tuning"]
+    if subjects >= 3:
+        assert (sizes["held_out"] > 0) == (held_out > 0)
+    if min(sizes.values()) > 1:
+        assert (sizes["tuning"], sizes["held_out"]) == tuple(
+            int(subjects * s + 0.5) for s in (tuning, held_out)
+        )
+    # The same subjects come first by the hash, exact or not.
+    by_hash = hash_split_index(np.sort(ids), tuning, held_out, seed)
+    loose = set(np.sort(ids)[by_hash == SPLITS.index("held_out")].tolist())
+    exact = set(splits["held_out"].tolist())
+    assert loose <= exact or exact <= loose
 
 
 @given(

@@ -72,6 +72,20 @@ def aged(years):
     return spoil
 
 
+def in_seconds(data):
+    for part in data.splits.values():
+        part.times[:] //= 1_000_000
+    return data
+
+
+def far(data):
+    part = data.splits["train"]
+    last = part.offsets[1] - 1
+    part.ages[last] += np.float32(70)
+    part.times[last] += 70 * round(YEAR)
+    return data
+
+
 def months_as_years(data):
     train = data.splits["train"]
     months = (train.times // (30 * DAY)) % 12
@@ -94,6 +108,8 @@ FAULTS = {
     "events-out-of-order": (unordered, "error", "events come before the one listed ahead"),
     "events-before-birth": (aged(-150), "error", "have a negative age"),
     "age-implausible": (aged(110), "warning", "above 120 years"),
+    "times-of-1970": (in_seconds, "error", "within 100 days of 1970-01-01"),
+    "times-far-apart": (far, "warning", "lie more than 20 years from all others"),
     "ages-against-times": (months_as_years, "error", "more than a day apart"),
     "events-after-death": (deaths, "error", "(HOSPITAL_DISCHARGE//DIED)"),
 }
@@ -265,7 +281,7 @@ def test_codes_stamped_at_discharge(at_end, expected, tmp_path):
     found = alarms(findings(prepare(meds, tmp_path / "p", "--visit_column", "hadm_id"), tmp_path))
     assert list(found) == expected
     if at_end:
-        assert "DIAGNOSIS codes come all at once at the end of 120 of 120 visits" in found[expected[0]]
+        assert "DIAGNOSIS// codes come all at once at the end of 120 of 120 visits" in found[expected[0]]
 
 
 def test_the_share_of_repeats(tmp_path):

@@ -166,6 +166,10 @@ def test_age_bands_are_of_completed_years():
     found = {name: np.flatnonzero(inside).tolist() for name, inside in groups.items()}
     assert found == {"0-17": [0, 1], "18-39": [2, 3], "40-64": [4, 5], "65-79": [6, 7], "80+": [8, 9]}
     assert list(age_groups(np.array([30.0, 90.0]))) == ["18-39", "80+"]
+    assert [inside.tolist() for inside in age_groups(np.array([30.0, np.nan])).values()] == [
+        [True, False],
+        [False, True],
+    ]
 
 
 def test_sex_is_what_static_facts_say():
@@ -175,6 +179,11 @@ def test_sex_is_what_static_facts_say():
     found = {name: np.flatnonzero(inside).tolist() for name, inside in groups.items()}
     assert found == {"F": [0], "F and M": [3], "M": [1, 2], "unknown": [4]}
     assert sex_groups(ids, [1, 2], ["RACE//X", "RACE//Y"]) == {}
+    named = sex_groups(ids[:3], [1, 2], ["GENDER//8507", "Gender/F"])
+    assert {name: np.flatnonzero(inside).tolist() for name, inside in named.items()} == {
+        "F": [1, 2],
+        "male": [0],
+    }
 
 
 def test_groups_with_few_positives_or_negatives_are_too_small():

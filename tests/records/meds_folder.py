@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, SPLITS, VISIT_FIELD, EventCounts, EventSet
@@ -163,6 +164,9 @@ def _shard(
 def _as(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     if pa.types.is_dictionary(kind):
         return values.cast(kind.value_type).dictionary_encode().cast(kind)
+    if pa.types.is_timestamp(kind) and kind.tz:  # of what clocks there show
+        options = pc.AssumeTimezoneOptions(kind.tz, ambiguous="earliest", nonexistent="latest")
+        return pc.call_function("assume_timezone", [values], options)
     return values.cast(kind, safe=False)
 
 

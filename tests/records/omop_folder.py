@@ -151,7 +151,10 @@ def concept(concept_id: int, code: str, domain: str = "Condition", **values: Any
 
 
 HISTORY = {
-    "person": [person(-5, race_concept_id=8527), person(7, birth_datetime="1960-05-06 07:08:09")],
+    "person": [
+        person(-5, race_concept_id=8527),
+        person(7, year_of_birth=1960, birth_datetime="1960-05-06 07:08:09"),
+    ],
     "visit_occurrence": [visit(-11, -5, visit_start_datetime="2000-01-01 10:00:00")],
     "condition_occurrence": [condition(-5, 101, condition_start_datetime="2000-01-01 11:12:13")],
     "drug_exposure": [

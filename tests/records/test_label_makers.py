@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from behrt_jax.config import MakeLabelsConfig
 from behrt_jax.data.events import DAY
+from behrt_jax.data.labels import Labels
 from behrt_jax.records.label_makers import (
     NEVER,
     SplitHistory,
@@ -321,3 +322,55 @@ def test_no_label_is_made_of_the_past(task, survival, data, subjects, deaths, op
         ]
         changed, _ = made(task, history({subject: kept}, deaths), **options)
         assert changed.get((subject, day), label) == label
+
+
+def indexed(of, *dates):
+    """With index dates as (subject, day)."""
+    times = [int(day * DAY) for _, day in dates]
+    labels = Labels(np.array([s for s, _ in dates]), np.array(times), np.zeros(len(dates), bool), "boolean")
+    return replace(of, index=labels)
+
+
+def test_index_dates_are_labelled_in_place_of_ends_of_visits():
+    subjects = {
+        1: [(0, "A//1"), (100, "B//1")],
+        2: [(0, "A//1"), (300, "A//1")],
+        3: [(5, "A//1"), (300, "A//1")],
+    }
+    dates = [(2, 50.5), (9, 7), (1, 20), (1, 120), (3, 1), (2, 250)]
+    found, counts = made("first_occurrence", indexed(history(subjects), *dates))
+    assert found == {(1, 20): True, (2, 50.5): False}
+    assert counts["candidates"] == 5
+    assert counts["left out: fewer than 1 events of history"] == 1
+    assert counts["left out: follow-up ends before the horizon does"] == 1
+    found, _ = made("death", indexed(history(subjects, {1: 110}), *dates), codes=())
+    assert found == {(1, 20): True, (2, 50.5): False}
+
+
+def test_index_dates_drawn_from_those_of_the_positives():
+    case = [(0, "A//1"), (150, "A//1"), (200, "B//1"), (900, "A//1")]
+    controls = {s: [(day, "A//1") for day in range(s, 900, 100)] for s in range(2, 60)}
+    of = history({1: case, **controls, 99: [(160, "A//1"), (900, "A//1")]})
+    config = {"index": "positives"}
+    found, counts = made("first_occurrence", of, **config)
+    assert found.pop((1, 150)) is True  # day 0 is more than 100 days before
+    assert set(found.values()) == {False}
+    # All are asked at their last end of a visit up to day 150.
+    assert sorted(found) == sorted((s, 100 + s if s <= 50 else s) for s in controls)
+    assert counts["left out: no end of a visit up to the index date that was drawn"] > 0
+    again, _ = made("first_occurrence", of, **config, seed=1)
+    assert again.keys() == {(1, 150), *found}
+    many = history(
+        {s: [(s, "A//1"), (s + 50, "B//1"), (900, "A//1")] for s in range(40)}
+        | {s + 1000: events for s, events in controls.items()}
+    )
+    one, other = (made("first_occurrence", many, **config, seed=seed)[0] for seed in (0, 1))
+    assert one.keys() != other.keys()
+    assert len({s for s, _ in one}) == len(one)
+    assert sum(one.values()) == sum(other.values()) == 40
+
+
+def test_index_dates_of_positives_without_any_positive():
+    found, counts = made("first_occurrence", history({1: [(0, "A//1"), (500, "A//1")]}), index="positives")
+    assert found == {}
+    assert counts["left out: not the one that is chosen of the subject"] == 1

@@ -153,6 +153,37 @@ def test_a_checkpoint_without_metrics_is_never_the_best_and_goes_with_the_next(f
     assert steps_on_disk(folder) == [10, 20]
 
 
+def test_what_a_process_left_that_died_in_a_save_is_removed(folder, small_trees):
+    """It had written the new checkpoint and not yet removed the one before."""
+    with open_checkpoints(folder) as checkpoints:
+        save(checkpoints, 10, small_trees, loss=1.0)
+        save(checkpoints, 20, small_trees, loss=3.0)
+    shutil.copytree(folder / "20", folder / "40")
+    shutil.copytree(folder / "20", folder / "50")
+    (folder / "60.orbax-checkpoint-tmp").mkdir()
+    with open_checkpoints(folder) as checkpoints:
+        checkpoints.remove_older()
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "50"]
+
+
+def test_a_full_disk_is_told_before_a_save_and_leaves_what_is_there(folder, small_trees, monkeypatch):
+    with open_checkpoints(folder) as checkpoints:
+        save(checkpoints, 10, small_trees, loss=1.0)
+        checkpoints.wait()
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 2**20))
+        with pytest.raises(OSError, match="a checkpoint takes up to"):
+            save(checkpoints, 20, small_trees, loss=0.5)
+        assert checkpoints.latest_step() == 10
+    assert steps_on_disk(folder) == [10]
+
+
+def test_a_folder_is_found_by_a_path_with_dots(folder, small_trees):
+    with open_checkpoints(folder / ".." / folder.name) as checkpoints:
+        save(checkpoints, 10, small_trees, loss=1.0)
+    with open_checkpoints(folder / ".." / folder.name) as checkpoints:
+        assert checkpoints.best_step() == 10
+
+
 def test_saving_a_step_again(folder, small_trees):
     changed = {"step": 3, "note": "second"}
     with open_checkpoints(folder) as checkpoints:

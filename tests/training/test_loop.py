@@ -2,12 +2,13 @@
 
 import json
 import math
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from behrt_jax.training.loop import IN_FLIGHT, Cursor, DivergenceError, Schedule, Steps
+from behrt_jax.training.loop import IN_FLIGHT, Cursor, DivergenceError, Schedule, Steps, catching_signals
 from behrt_jax.training.step import TrainState
 from behrt_jax.training.telemetry import Telemetry
 
@@ -118,6 +119,27 @@ def test_an_interruption_saves_at_once_and_resuming_writes_the_same_lines():
         for records in (whole.records, first.records + second.records)
     ]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_asks_for_a_stop_and_its_handler_comes_back(sent):
+    before = signal.getsignal(sent)
+    with catching_signals() as interruption:
+        assert not interruption
+        signal.raise_signal(sent)
+        assert interruption and interruption.name == sent.name
+    assert signal.getsignal(sent) is before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with catching_signals() as interruption:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interruption
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_cursor_survives_json_before_any_validation():

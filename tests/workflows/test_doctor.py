@@ -285,7 +285,7 @@ def test_the_mimic_demo(tmp_path):
                      "PROCEDURE//", "HOSPITAL_")  # fmt: skip
     found = findings(folder, tmp_path, None, "--labels", str(meds / "tasks"))
     assert sorted(alarms(found)) == ["split-of-one-class", "stamped-at-visit-end"]
-    assert "DIAGNOSIS codes come all at once" in found["stamped-at-visit-end"]["seen"]
+    assert "DIAGNOSIS// codes come all at once" in found["stamped-at-visit-end"]["seen"]
 
     # Death in the month after the last discharge, predicted at the discharge: the discharge says it.
     events = pl.concat(

@@ -17,6 +17,7 @@ from behrt_jax.data.labels import read_labels
 from behrt_jax.data.prepared import read_deaths, read_manifest, read_prepared
 from behrt_jax.data.sorting import ragged_indices
 from behrt_jax.data.vocabulary import matching_codes
+from behrt_jax.workflows import make_labels
 from tests.diagnosis.audited import OUTCOME, prepare_clinical
 
 TASKS = {
@@ -47,6 +48,13 @@ def doctor(data, labels, tmp, *options):
     found = tmp / "findings.json"
     main(["doctor", "--data", str(data), "--labels", str(labels), "--output", str(found), *options])
     return {finding["id"]: finding for finding in json.loads(found.read_text())["findings"]}
+
+
+def test_patterns_without_effect_are_told(data, tmp_path, capsys):
+    make("first_occurrence", data, tmp_path / "l.parquet", "--codes", OUTCOME, "NONE//")
+    told = capsys.readouterr().out
+    assert "Warning: --codes NONE// matches no code of the vocabulary" in told
+    assert told.count("Warning") == 1
 
 
 @pytest.mark.parametrize(
@@ -266,3 +274,41 @@ def test_mimic(tmp_path):
     seen = doctor(data, tmp_path / "death.parquet", tmp_path)["kept-until-known"]["seen"]
     assert shown[0] > shown[1] > 0
     assert seen.startswith(f"{shown[0] - shown[1]:,} of {shown[0]:,} events of DIAGNOSIS// ")
+
+
+def test_index_dates_of_a_file(data, tmp_path, capsys):
+    part = read_prepared(data).splits["train"]
+    dates = pa.table(
+        {
+            "subject_id": pa.array([*part.subject_ids[:40].tolist(), -1]),
+            "prediction_time": pa.array([int(part.times.max()) - 4000 * DAY] * 41, pa.timestamp("us")),
+        }
+    )
+    pq.write_table(dates, tmp_path / "index.parquet")
+    options = ["--index", str(tmp_path / "index.parquet"), "--horizon_days", "30"]
+    table = make("first_occurrence", data, tmp_path / "labels.parquet", "--codes", OUTCOME, *options)
+    account = account_of(table)
+    assert account["index_dates"] == {"given": 41, "of subjects without events": 1}
+    assert account["splits"]["train"]["candidates"] == 40
+    assert set(table["prediction_time"].to_pylist()) == {dates["prediction_time"][0].as_py()}
+    assert "Index dates: given 41, of subjects without events 1." in capsys.readouterr().out
+    common = ["make-labels", "--data", str(data), "--output", str(tmp_path / "x.parquet"), *options[:2]]
+    assert main([*common, "--task", "readmission"]) == 2
+    assert main([*common, "--task", "death", "--times", "last"]) == 2
+    error = capsys.readouterr().err
+    assert "--index has no effect on readmission" in error
+    assert "--times last does not go with --index" in error
+
+
+def test_the_end_of_follow_up_is_told_and_many_labels_are_hinted_at(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(make_labels, "MANY_LABELS", 100)
+    table = make(
+        "first_occurrence", data, tmp_path / "a.parquet", "--codes", OUTCOME, "--follow_up", "2019-07-08"
+    )
+    out = capsys.readouterr().out
+    assert "Follow-up of subjects ends: median 2019-07-08, last 2019-07-08." in out
+    assert account_of(table)["follow_up_ends"] == {"median": "2019-07-08", "last": "2019-07-08"}
+    assert f"{table.num_rows:,} labels are many" in out
+    assert "--times random" in out
+    make("death", data, tmp_path / "b.parquet", "--times", "random")
+    assert "are many" not in capsys.readouterr().out

@@ -16,7 +16,7 @@ import pytest
 from behrt_jax.adapters import lora
 from behrt_jax.config import EvaluateConfig, PredictConfig, PrepareConfig
 from behrt_jax.data.batches import Batch
-from behrt_jax.data.events import BIRTH_CODE, SPLITS, EventCounts
+from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS, EventCounts
 from behrt_jax.data.labels import VALUE_COLUMNS
 from behrt_jax.data.predictions import read_predictions
 from behrt_jax.data.prepared import read_prepared, read_rules
@@ -577,7 +577,7 @@ def test_a_run_of_an_older_version_predicts_but_cannot_be_prepared_like(case, me
         read_rules(old, "--like")
     # What is there must be what the run wrote.
     for name, change in {
-        "preparation.json": ("drop", "keep"),
+        "preparation.json": ("keep", "drop"),
         "vocabulary.parquet": ("CODE//1", "CODE//9"),
     }.items():
         spoilt = shutil.copytree(case.run() / "adapter", tmp_path / name)
@@ -615,5 +615,9 @@ def test_one_patient_from_python_is_predicted_as_in_a_file(case, newcomers, meds
     for message, given in wrong.items():
         with pytest.raises(InputError, match=message):
             model.predict(given)
+    died = [*own, {"code": DEATH_CODE, "time": datetime(2030, 1, 1)}]
+    assert model.predict(died).predicted == model.predict(own).predicted
+    with pytest.raises(InputError, match="after the patient's death"):
+        model.predict(died, datetime(2031, 1, 1))
     newborn = [event for event in own if event["code"] == BIRTH_CODE]
     assert 0 < model.predict(newborn, datetime(2030, 1, 1)).predicted[0] < 1

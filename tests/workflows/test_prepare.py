@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import main
 from behrt_jax.config import DataConfig
+from behrt_jax.data.events import DAY
 from behrt_jax.data.prepared import read_prepared, write_rules
 from behrt_jax.data.sequences import describe
 from behrt_jax.records import meds_export
@@ -150,7 +152,82 @@ def test_a_table_of_events(tmp_path, capsys):
     assert prepared.splits["train"].ages.min() >= 10 - 0.01
 
 
+@pytest.fixture(scope="module")
+def unsplit(tmp_path_factory):
+    """A data set without splits, whose codes have values."""
+    rows = history_rows(subjects=12, days=6)
+    return write_meds(tmp_path_factory.mktemp("unsplit") / "meds", rows)
+
+
+def test_a_split_by_hash_is_told_and_can_be_exact(unsplit, tmp_path, capsys):
+    options = ("--seed", "1", "--tuning_fraction", "0.25", "--held_out_fraction", "0.01")
+    assert run(unsplit, tmp_path / "about", *options) == 0
+    told = capsys.readouterr().out
+    assert "dealt out by a hash of their ids (about 25% tuning, 1% held_out, seed 1)" in told
+    assert "Warning: the held_out split has no subject" in told
+    exact = (*options, "--splits.exact")
+    assert run(unsplit, tmp_path / "exact", *exact) == 0
+    told = capsys.readouterr().out
+    assert "(exactly 25% tuning, 1% held_out, seed 1)" in told
+    assert "Warning" not in told
+    sizes = {name: len(part) for name, part in read_prepared(tmp_path / "exact").splits.items()}
+    assert sizes == {"train": 8, "tuning": 3, "held_out": 1}
+    for shard in ("0/2", "1/2"):
+        assert run(unsplit, tmp_path / "parts", *exact, "--shard", shard) == 0
+    assert run(unsplit, tmp_path / "parts", *exact, "--merge") == 0
+    assert content(tmp_path / "parts") == content(tmp_path / "exact")
+
+
+def test_own_splits_are_not_drawn(meds, tmp_path, capsys):
+    assert run(meds, tmp_path / "prepared", "--seed", "3", "--splits.exact") == 0
+    told = capsys.readouterr().out
+    assert "hash" not in told
+    for option in ("seed", "splits.exact"):
+        assert f"Warning: the source has splits of its own, so --{option} has no effect" in told
+    assert told.count("Warning") == 2
+
+
+def test_patterns_without_effect_are_told(unsplit, tmp_path, capsys):
+    options = ["--codes", "DIAGNOSIS//", "DIAGNOSES//", "--exclude_codes", "DIAGNOSIS//9",
+               "--value_codes", "LAB//", "--static_codes", "SEX//", "--splits.exact"]  # fmt: skip
+    assert run(unsplit, tmp_path / "whole", *options) == 0
+    told = capsys.readouterr().out
+    for pattern in (
+        "codes DIAGNOSES//",
+        "exclude_codes DIAGNOSIS//9",
+        "value_codes LAB//",
+        "static_codes SEX//",
+    ):
+        assert f"Warning: --{pattern} matches no code of the data" in told
+    assert told.count("Warning") == 4
+    assert run(unsplit, tmp_path / "whole", *options) == 0
+    assert capsys.readouterr().out.count("Warning") == 4  # left as it was, and told again
+    for shard in ("0/2", "1/2"):
+        assert run(unsplit, tmp_path / "parts", *options, "--shard", shard) == 0
+    assert run(unsplit, tmp_path / "parts", *options, "--merge") == 0
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_codes_without_values_are_told(unsplit, tmp_path, capsys):
+    options = ["--value_codes", "DIAGNOSIS//", "--min_count", "1", "--splits.exact"]
+    assert run(unsplit, tmp_path / "values", *options) == 0
+    assert "Warning" not in capsys.readouterr().out
+    bare = shutil.copytree(unsplit, tmp_path / "bare")
+    for shard in (bare / "data").glob("*.parquet"):
+        pq.write_table(pq.read_table(shard).drop_columns(["numeric_value"]), shard)
+    assert run(bare, tmp_path / "none", *options) == 0
+    assert "Warning: --value_codes DIAGNOSIS// makes no bins" in capsys.readouterr().out
+
+
 MISTAKES = {
+    "option of OMOP": (
+        ["--input", "{meds}", "--output", "{tmp}/out", "--omop.skip", "death"],
+        "--source omop",
+    ),
+    "option of tables": (
+        ["--input", "{meds}", "--output", "{tmp}/out", "--table.code", "x"],
+        "--source table",
+    ),
     "no input": (["--output", "{tmp}/out"], "--input is missing"),
     "no output": (["--input", "{meds}"], "--output is missing"),
     "input that is not there": (["--input", "{tmp}/nowhere", "--output", "{tmp}/out"], "does not exist"),
@@ -192,6 +269,88 @@ def test_training_options_on_prepared_data(meds, tmp_path):
     data = replace(SMALL_RUN.data, source="prepared", path=tmp_path / "prepared", subjects=5000)
     with pytest.raises(InputError, match=r"data\.vocabulary_size has no effect on prepared data"):
         pretrain(replace(SMALL_RUN, data=data, output=tmp_path / "run"))
+
+
+def test_the_span_of_times_is_told(meds, tmp_path, capsys):
+    assert run(meds, tmp_path / "prepared") == 0
+    manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
+    parts = read_prepared(tmp_path / "prepared").splits.values()
+    days = (
+        np.sort(np.concatenate([part.times for part in parts]))
+        .astype("datetime64[us]")
+        .astype("datetime64[D]")
+    )
+    first, median, last = str(days[0]), str(days[(len(days) - 1) // 2]), str(days[-1])
+    assert manifest["times"] == {"first": first, "median": median, "last": last}
+    out = capsys.readouterr().out
+    assert f"Events from {first} to {last}, median {median}." in out
+    assert "another unit" not in out
+
+
+@pytest.mark.parametrize("factor", [1000, 1_000_000])
+def test_times_of_another_unit_are_told(meds, tmp_path, capsys, factor):
+    shutil.copytree(meds, tmp_path / "meds")
+    for file in (tmp_path / "meds" / "data").rglob("*.parquet"):
+        table = pq.read_table(file)
+        later = pc.add(table["time"].cast(pa.int64()), 40 * 365 * DAY)
+        pq.write_table(table.set_column(1, "time", pc.divide(later, factor).cast(pa.timestamp("us"))), file)
+    assert run(tmp_path / "meds", tmp_path / "prepared") == 0
+    assert "1970, so that the numbers of the time column are most likely of another unit" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def unborn(meds, folder):
+    shutil.copytree(meds, folder)
+    ids = set()
+    for file in (folder / "data").rglob("*.parquet"):
+        table = pq.read_table(file)
+        ids.update(table["subject_id"].to_pylist())
+        pq.write_table(table.filter(pc.not_equal(table["code"], "MEDS_BIRTH")), file)
+    return sorted(ids)
+
+
+def test_subjects_without_births(meds, tmp_path, capsys):
+    assert run(meds, tmp_path / "whole") == 0
+    ids = unborn(meds, tmp_path / "meds")
+    assert run(tmp_path / "meds", tmp_path / "none") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "MEDS_BIRTH" in error and "--birth_codes" in error and "--births FILE" in error
+    births = pa.table({"subject_id": ids[:-1], "birth": pa.array([0] * (len(ids) - 1), pa.timestamp("us"))})
+    pq.write_table(births, tmp_path / "births.parquet")
+    assert run(tmp_path / "meds", tmp_path / "births", "--births", str(tmp_path / "births.parquet")) == 0
+    assert "of subjects without a birth: --births FILE" in " ".join(capsys.readouterr().out.split())
+    whole, found = read_prepared(tmp_path / "whole"), read_prepared(tmp_path / "births")
+    for name, part in found.splits.items():
+        own = np.isin(whole.splits[name].subject_ids, ids[:-1])
+        assert part.subject_ids.tolist() == whole.splits[name].subject_ids[own].tolist()
+        assert np.allclose(part.births(np.arange(len(part))), 0, atol=60 * 60 * 1e6)
+    for choice, check in (
+        ("first_event", lambda ages: ages.min() == 0),
+        ("unknown", lambda ages: np.isnan(ages).all()),
+    ):
+        assert run(tmp_path / "meds", tmp_path / choice, "--without_birth", choice) == 0
+        for name, part in read_prepared(tmp_path / choice).splits.items():
+            assert len(part.codes) == len(whole.splits[name].codes)
+            assert check(part.ages)
+    assert run(tmp_path / "meds", tmp_path / "unknown") == 2  # other options
+
+
+def test_ages_that_cannot_be_are_refused_or_dropped(meds, tmp_path, capsys):
+    shutil.copytree(meds, tmp_path / "meds")
+    file = next((tmp_path / "meds" / "data").rglob("*.parquet"))
+    table = pq.read_table(file)
+    subject = int(np.asarray(table["subject_id"])[0])
+    row = {"subject_id": subject, "time": np.datetime64("9000-01-01", "us").item(), "code": "DIAGNOSIS//1"}
+    pq.write_table(pa.concat_tables([table, pa.Table.from_pylist([row], table.schema)]), file)
+    assert run(tmp_path / "meds", tmp_path / "refused") == 2
+    assert "1 events are at an age above 150 years" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "refused").exists()
+    for choice in ("drop", "keep"):
+        assert run(tmp_path / "meds", tmp_path / choice, "--implausible_ages", choice) == 0
+        manifest = json.loads((tmp_path / choice / "manifest.json").read_text())
+        assert manifest["options"]["implausible_ages"] == choice
+        assert manifest["events"]["dropped"].get("age above 150 years") == (1 if choice == "drop" else None)
 
 
 # Other subjects, prepared like a data set that is there, from every kind of source.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,22 @@ def test_resume_refuses_other_settings_and_other_data(finished):
         pretrain(changed(resumed, "lora", rank=4), ONE)
     with pytest.raises(InputError, match=r"data\.seed is 9"):
         pretrain(changed(resumed, "data", seed=9), ONE)
+
+
+def test_resume_refuses_a_run_whose_metrics_or_checkpoints_are_gone(finished, tmp_path):
+    for gone, message in (
+        ("metrics.jsonl", r"metrics\.jsonl is gone, but there is a checkpoint of step"),
+        ("checkpoints", r"has no checkpoint that is whole, but \d+ validations"),
+        ("config.json", r"config\.json is not as a run writes it"),
+    ):
+        folder = tmp_path / gone
+        shutil.copytree(finished.folder, folder)
+        if gone == "config.json":
+            (folder / gone).write_text("{}")
+        else:
+            (folder / gone).rename(tmp_path / f"{gone}.away")
+        with pytest.raises(InputError, match=message):
+            pretrain(replace(SMALL_RUN, output=folder, resume=True), ONE)
 
 
 @pytest.mark.slow

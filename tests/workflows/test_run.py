@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from behrt_jax.config import LoRAConfig, PretrainConfig
+from behrt_jax.config import InitConfig, LoRAConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.workflows.run import check_same_run, settings
 
@@ -29,6 +29,14 @@ def test_settings_that_an_earlier_version_did_not_have_count_as_their_defaults(t
         check_same_run(folder, replace(CONFIG, model=replace(CONFIG.model, scan_layers=True)), "f")
     with pytest.raises(InputError, match="is activations, but the run"):
         check_same_run(folder, replace(CONFIG, lora=LoRAConfig(rank=4, product="activations")), "f")
+
+
+def test_a_run_to_start_from_may_be_named_by_another_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = written(tmp_path, lambda stored: stored["init"].update(run="runs/a"))
+    check_same_run(folder, replace(CONFIG, init=InitConfig(tmp_path / "runs" / "a")), "f")
+    with pytest.raises(InputError, match=r"init\.run is .*runs/b, but the run"):
+        check_same_run(folder, replace(CONFIG, init=InitConfig(tmp_path / "runs" / "b")), "f")
 
 
 def test_adapters_are_not_added_on_the_way(tmp_path):

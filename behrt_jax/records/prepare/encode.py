@@ -76,6 +76,8 @@ class EncodingRules:
     """The codes that become tokens, and those that are static facts."""
     duplicates: event_rules.Duplicates
     """Treatment of a code that comes again in a visit."""
+    life: event_rules.LifeRules
+    """Treatment of ages that are unknown or cannot be."""
     split_of: SplitOf
     """Gives the subjects' splits."""
     bins: event_rules.ValueBins | None = None
@@ -93,7 +95,7 @@ class EncodingRules:
             tokens = {name for name, chosen in zip(events.names, wanted.tolist(), strict=True) if chosen}
             events, is_bin = self.bins.apply(events, values)
             wanted = is_bin | np.array([name in tokens for name in events.names])
-        selected = event_rules.select_columns(events, wanted, self.duplicates, counts)
+        selected = event_rules.select_columns(events, wanted, self.duplicates, counts, self.life)
         ages = ages_in_years(selected)
         split = self.split_of(selected.subject_ids)  # [S]
         lengths = np.diff(selected.offsets)
@@ -116,8 +118,13 @@ class EncodingRules:
             changed = sum(int(found[binned].sum()) for found in by_code.values())
             counts.change("value -> quantile bin", changed)
         static = chosen_codes(self.choice.static, tuple(recorded.names))
-        facts = subject_facts(recorded, static, selected.without_events, self.split_of)
+        facts = subject_facts(recorded, static, selected, self.split_of)
         return Encoded(parts, selected.names, by_code, counts, facts)
+
+
+def life_rules(config: PrepareConfig) -> event_rules.LifeRules:
+    """As the options have them."""
+    return event_rules.LifeRules(config.without_birth, config.implausible_ages)
 
 
 @functools.lru_cache(maxsize=4)  # the names are the same in many partitions
@@ -139,23 +146,24 @@ def encode_all(encode: Callable[[P], Encoded], partitions: Iterable[P]) -> Itera
 
 
 def fit_values(
-    partitions: spill.Partitions, train: np.ndarray, choice: event_rules.CodeChoice, bins: int, min_count: int
+    partitions: spill.Partitions, train: np.ndarray, rules: EncodingRules, bins: int, min_count: int
 ) -> event_rules.ValueBins:
     """Fit quantile bins on the events of train subjects that the rules keep, duplicates included.
 
     A code has ``bins`` of them if each can be expected to reach ``min_count`` events. ``train`` are int64
     ids, ascending.
     """
-    names = partitions.names
+    names, choice = partitions.names, rules.choice
+    tokens = choice.tokens(names)
     sample = event_rules.ValueSample(
-        names, choice.tokens(names) & event_rules.matches(names, choice.value_codes, "value_codes")
+        names, tokens & event_rules.matches(names, choice.value_codes, "value_codes")
     )
     split_of = split_listed({"train": train})
     for buckets in partitions.buckets:
         events, values = partitions.load(buckets)
         if values is None:
             continue
-        subjects, _, kept = event_rules.apply_rules(events, None, EventCounts(), also=[values])
+        subjects, *_, kept = event_rules.apply_rules(events, tokens, EventCounts(), rules.life, [values])
         subject, time, *_, code, value = kept
         rows = (split_of(subjects) == 0)[subject]
         sample.add(subjects[subject[rows]], time[rows], code[rows], value[rows])
@@ -207,10 +215,10 @@ def encode_spills(
         subjects = np.concatenate([shard.subjects() for shard in spills])
         splits = split_by_hash(subjects, config)
     partitions = spill.Partitions(spills, most)
-    rules = EncodingRules(choice, config.duplicates, split_listed(splits))
+    rules = EncodingRules(choice, config.duplicates, life_rules(config), split_listed(splits))
     if config.value_codes:
         if bins is None:
-            bins = fit_values(partitions, splits["train"], choice, config.value_bins, config.min_count)
+            bins = fit_values(partitions, splits["train"], rules, config.value_bins, config.min_count)
         rules = replace(rules, bins=bins)
 
     def encoded() -> Iterator[Encoded]:
@@ -285,7 +293,7 @@ def encode_ascending(
     splits = own_splits(source)
     by_hash: SplitOf = lambda ids: hash_split_index(ids, *config.shares, config.seed)  # noqa: E731
     split_of = by_hash if splits is None else split_listed(splits)
-    rules = EncodingRules(choice, config.duplicates, split_of)
+    rules = EncodingRules(choice, config.duplicates, life_rules(config), split_of)
 
     def batches() -> Iterator[pa.RecordBatch]:
         with ThreadPoolExecutor(1) as pool:

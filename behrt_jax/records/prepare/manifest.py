@@ -1,4 +1,6 @@
-"""The manifest of a prepared data set: options, input and counts, without subject ids, paths or times."""
+"""The manifest of a prepared data set: options, input and counts, without subject ids, paths or times of
+subjects.
+"""
 
 import hashlib
 import json
@@ -16,7 +18,7 @@ from behrt_jax.data.events import EventCounts
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.packing import pack_lengths
 from behrt_jax.data.prepared import FORMAT_VERSION, read_rules
-from behrt_jax.data.sequences import Sequences, describe_split
+from behrt_jax.data.sequences import Sequences, describe_split, span_of_times
 from behrt_jax.data.vocabulary import Vocabulary, matching_codes
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
@@ -27,6 +29,7 @@ ROW_LENGTHS = (50, 100, 200, 512)
 TOP_CODES = 20
 UNKNOWN_CODES = 1000
 """Of those without a row in the vocabulary, how many are listed at most."""
+LATER_OPTIONS = ("without_birth", "implausible_ages")
 
 
 class Like(NamedTuple):
@@ -43,7 +46,7 @@ class Like(NamedTuple):
 
 _OF_RULES = (
     "codes", "exclude_codes", "static_codes", "value_codes", "value_bins", "duplicates", "delays",
-    "min_count", "vocabulary_size",
+    "min_count", "vocabulary_size", *LATER_OPTIONS,
 )  # fmt: skip
 
 
@@ -77,6 +80,8 @@ def read_like(config: PrepareConfig, option: str = "--like") -> tuple[PrepareCon
             if given and not theirs:
                 raise InputError(f"--{name}: {config.like} was prepared without it: leave it out.")
             taken[name] = given or theirs
+    if not config.birth_codes:
+        taken["birth_codes"] = tuple(options.get("birth_codes", ()))
     skipped = getattr(config, source, None) if config.source == source else None
     if isinstance(skipped, SkippedTables) and not skipped.skip:
         taken[source] = SkippedTables(tuple(options.get("skip", ())))
@@ -91,6 +96,8 @@ def content_options(
     if config.value_codes:
         names += ["value_codes", "value_bins"]
     shares = zip(("tuning_fraction", "held_out_fraction"), config.shares, strict=True)
+    # Of what came later, only what was asked for: the manifests of before stay equal.
+    names += [name for name in LATER_OPTIONS if getattr(config, name) != getattr(PrepareConfig, name)]
     by_hash = not source.splits()
     options = {
         "codes": codes,
@@ -211,6 +218,7 @@ def describe_prepared(
             delay: int(matching_codes(vocabulary, (parse_delay(delay)[0],), "--delays").sum())
             for delay in options["delays"]
         },
+        "times": span_of_times(prepared.splits),
         "splits": described,
         "top_codes": [
             {"code": code, "description": text, "events": events} for code, text, events in prepared.top_codes

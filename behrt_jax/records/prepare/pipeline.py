@@ -19,6 +19,7 @@ in the resident size, but it takes them back when memory is short.
 import contextlib
 import functools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.event_rules import CodeChoice, matches, nothing_left
+from behrt_jax.data.event_rules import CodeChoice, check_ages, matches, nothing_left
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.prepared import (
@@ -53,6 +54,7 @@ from behrt_jax.records.prepare.encode import (
     ascending_units,
     encode_ascending,
     encode_spills,
+    life_rules,
 )
 from behrt_jax.records.prepare.manifest import (
     TOP_CODES,
@@ -113,10 +115,9 @@ def prepare(
 
     if config.shard is not None:
         return spill.read_shard(source, config, reading(), options, functools.partial(progress, "read"))
-    if not config.dry_run and (existing := _existing(source, config, options)) is not None:
-        return existing
-
     with _work_folder(config) as work, ThreadPoolExecutor(2) as background:
+        if not config.dry_run and (existing := _existing(source, config, options)) is not None:
+            return existing
         input_print = background.submit(input_fingerprint, source, config.input)
         read, encode, both, write = (
             functools.partial(progress, stage) for stage in ("read", "encode", "read and encode", "write")
@@ -161,7 +162,7 @@ def prepare(
 def _work_folder(config: PrepareConfig) -> AbstractContextManager[Path]:
     """Beside the output, so that the data set can be renamed into its place."""
     if config.dry_run or config.output is None:
-        return work_folder(Path(tempfile.gettempdir()), "preparing")
+        return work_folder(Path(tempfile.gettempdir()), f"preparing-{os.getpid()}")
     config.output.parent.mkdir(parents=True, exist_ok=True)
     return work_folder(config.output.parent, f"preparing-{config.output.name}")
 
@@ -238,11 +239,13 @@ def finish(
                 for writer in writers.values():
                     writer.flush()
         spill.add_counts(counts, encoding.counts)
+        check_ages(counts, life_rules(config))
         splits = encoding.splits()
         names, events = list(codes.number), codes.events
         read = encoding.prefixes()
         if not any(found.any() for found in events.values()) and (like is None or any(read.values())):
-            raise nothing_left(read, counts, options="" if like is None else None)
+            own = "" if like is None else None
+            raise nothing_left(read, counts, options=own, births_from=source.births_from)
         for name in ("train", "tuning"):
             if like is None and not events[name].any():
                 raise InputError(

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from behrt_jax.data.parquet import whole_numbers
+from behrt_jax.data.parquet import plain_times, whole_numbers
 from behrt_jax.data.sorting import find_ids
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources.files import Piece
@@ -23,7 +23,8 @@ _INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"
 WHOLE_FLOAT = r"^(0|-?[1-9][0-9]{0,14})\.0+$"
 """A whole number as pandas writes it where its column has gaps, of so few digits that it is exact."""
 _LONG_INTEGER = re.compile(r"-?[1-9][0-9]{18}")
-_ZONED = r":\d\d(\.\d+)?[+-]\d\d(:?\d\d)?$"
+_ZONE = r"(\d) ?(Z|z|UTC|GMT)$"
+_OFFSET = r"(:\d\d(?:\.\d+)?) ?[+-](?:0\d|1[0-4])(?::?[0-5]\d)?$"
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _MICROS = pa.timestamp("us")
 _NO_TEXT = pa.scalar(None, pa.string())
@@ -143,43 +144,7 @@ def extremes(
     return distinct, least, most
 
 
-# Times and numbers written as text.
-
-
-def parse_times(piece: Piece, name: str) -> pa.Array:
-    """ISO 8601 text to timestamps in microseconds, null where it is null or blank.
-
-    A date alone is its midnight. Times with a zone (Z, UTC or +hh:mm) are turned into UTC; times without
-    one are taken as they are, so a file should keep to one clock. Finer parts than microseconds are cut
-    off.
-
-    Raises:
-        InputError: a value is no such text; the message names file, column and row.
-    """
-    text = piece.column(name)
-    try:
-        return _times(text)
-    except pa.ArrowInvalid:
-        text = pc.replace_substring_regex(_trimmed(text), r" ?UTC$", "Z")
-    problem = "text that is no date or time: write it like 2019-07-08 or 2019-07-08T23:38:03Z."
-    return _or_refuse(piece, name, _cut_times, text, problem)
-
-
-def _cut_times(text: pa.Array) -> pa.Array:
-    """Times without what is finer than a microsecond."""
-    return _times(pc.replace_substring_regex(text, r"(\.\d{6})\d+", r"\1"))
-
-
-def _times(text: pa.Array) -> pa.Array:
-    # Z says what is assumed anyway; parsing it takes ten times as long.
-    text = pc.utf8_rtrim(text, "Zz")
-    try:
-        return text.cast(_MICROS)
-    except pa.ArrowInvalid:
-        zoned = pc.match_substring_regex(text, _ZONED)
-    # A cast of the zone away keeps the instant: the time is UTC.
-    zoned_times = pc.if_else(zoned, text, _NO_TEXT).cast(pa.timestamp("us", "UTC")).cast(_MICROS)
-    return pc.coalesce(zoned_times, pc.if_else(zoned, _NO_TEXT, text).cast(_MICROS))
+# Numbers written as text.
 
 
 def parse_numbers(piece: Piece, name: str) -> tuple[pa.Array, np.ndarray]:
@@ -238,7 +203,7 @@ _MEANT: dict[Kind, str] = {
     "integer": "whole numbers of at most 64 bits (int64)",
     "number": "numbers",
     "text": "text",
-    "time": "dates or timestamps (2001-02-03, 2001-02-03 04:05:06 or 20010203)",
+    "time": "dates or timestamps",
 }
 
 
@@ -275,9 +240,10 @@ def cast_column(piece: Piece, column: str, kind: Kind) -> pa.Array:
     """Cast a column ``[rows]``, of any type, to `ARROW_TYPES[kind]`.
 
     Integers come through exactly, in text too, and so do whole numbers in floating point (123.0, which pandas
-    makes of a column with gaps) while it is exact, below 2^53. Times with a zone become UTC; what is finer than a microsecond is cut off. Where a
-    text stands for a number or a time, blank and ``NA`` (which R writes) are null; a text that is asked
-    for as text may be ``NA``.
+    makes of a column with gaps) while it is exact, below 2^53. Times are those that clocks of their zone show
+    (`parquet.plain_times`), also in text: ``2019-07-08 23:38:03-04`` is 23:38 of that day, so a file should
+    keep to one clock. What is finer than a microsecond is cut off. Where a text stands for a number or a
+    time, blank and ``NA`` (which R writes) are null; a text that is asked for as text may be ``NA``.
 
     Raises:
         InputError: the type is not fit, or a value is not; the message names file, column and row.
@@ -290,6 +256,10 @@ def cast_column(piece: Piece, column: str, kind: Kind) -> pa.Array:
             f"{piece.file} has {values.type} in the column {column}: write it as {_MEANT[kind]}."
         )
     problem = f"a value that does not fit: write {_MEANT[kind]} or leave it empty."
+    if kind == "time":
+        problem = (
+            "a value that is no date or time: write dates like 2019-07-08, 20190708 or 2019-07-08T23:38:03Z."
+        )
     return _or_refuse(piece, column, lambda some: _cast(some, kind), values, problem)
 
 
@@ -299,19 +269,28 @@ def _cast(values: pa.Array, kind: Kind) -> pa.Array:
         return values.cast(target)
     if is_text(found):
         return _cast_text(values.cast(pa.string()), kind)
-    if pt.is_timestamp(found):
-        return values.cast(target, safe=found.unit != "ns")
+    if kind == "time":
+        return plain_times(values)
     return whole_numbers(values) if kind == "integer" else values.cast(target)
 
 
 def _cast_text(texts: pa.Array, kind: Kind) -> pa.Array:
     """Plain numbers and ISO times, as most files have them, at once; other spellings after a clean-up."""
+    if kind == "time":
+        texts = pc.utf8_rtrim(texts, "Zz")  # parsing it takes ten times as long
     try:
         return texts.cast(ARROW_TYPES[kind])
     except pa.ArrowInvalid:
         texts = _trimmed(texts, ("", "NA"))
     if kind == "integer":
         texts = pc.replace_substring_regex(texts, WHOLE_FLOAT, r"\1")
-    if kind != "time":
-        return texts.cast(ARROW_TYPES[kind])
-    return _cut_times(pc.replace_substring_regex(texts, r"^(\d{4})(\d{2})(\d{2})($|[ T])", r"\1-\2-\3\4"))
+    if kind == "time":
+        clean_up = (
+            (r"^(\d{4})(\d{2})(\d{2})($|[ T])", r"\1-\2-\3\4"),
+            (_ZONE, r"\1"),
+            (_OFFSET, r"\1"),
+            (r"(\.\d{6})\d+$", r"\1"),
+        )
+        for pattern, plain in clean_up:
+            texts = pc.replace_substring_regex(texts, pattern, plain)
+    return texts.cast(ARROW_TYPES[kind])

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from behrt_jax.data.parquet import CHUNK_ROWS, readable, refuse_broken_text
+from behrt_jax.data.parquet import CHUNK_ROWS, INT96_UNIT, readable, refuse_broken_text
 from behrt_jax.errors import InputError
 
 BLOCK_BYTES = 1 << 22
@@ -57,8 +57,23 @@ def refuse_absent(option: str, folder: Path, named: Sequence[str], there: Collec
     absent = [name for name in named if name.lower() not in there]
     if absent:
         raise InputError(
-            f"--{option} names {', '.join(absent)}, which is no table of {folder} that can be left out: correct "
-            "the name."
+            f"--{option} names {', '.join(absent)}, which is no table of {folder} that can be left "
+            "out: correct the name."
+        )
+
+
+_OTHER_FORMS = re.compile(r".*\.(tsv|psv|xlsx?|zip|bz2|xz|zst|7z|parquet|pq|orc|avro|feather|arrow|jsonl?)")
+
+
+def refuse_other_form(file: Path, forms: Sequence[str], skip: str) -> None:
+    """Refuse the file of a table in a form of data that is not read; what is no data (notes, ...) passes.
+
+    ``skip`` is the option that leaves it out.
+    """
+    if _OTHER_FORMS.fullmatch(file.name.lower()):
+        raise InputError(
+            f"{file} is not read: write it as {' or '.join(forms)}, move it away, or leave the table out by "
+            f"--{skip}."
         )
 
 
@@ -96,6 +111,8 @@ def csv_columns(file: Path, separator: Separator = ",") -> list[str]:
         raise InputError(f"{file} has a header that is no CSV: write the file again as CSV.") from error
     if not names:
         raise InputError(f"{file} is empty: give it a header with the names of its columns, or leave it out.")
+    if "\0" in line:
+        raise InputError(f"{file} is no text in UTF-8 (another encoding or format): save it as CSV in UTF-8.")
     if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)):
         named = "tabs" if other == "\t" else other
         raise InputError(
@@ -325,14 +342,23 @@ def open_parquet(file: Path, texts: list[str] | None = None, damage: Damage | No
     """
     with readable(file, damage and damage(file, None)):
         # Pages come one by one, so that a file of one huge row group needs little memory.
-        return pq.ParquetFile(file, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False)
+        return pq.ParquetFile(
+            file,
+            read_dictionary=texts,
+            buffer_size=1 << 20,
+            pre_buffer=False,
+            coerce_int96_timestamp_unit=INT96_UNIT,
+        )
 
 
 def read_part(
     opened: pq.ParquetFile, part: Part, columns: list[str], rows: int, damage: Damage | None = None
 ) -> Iterator[Piece]:
-    """Columns of a part in pieces of at most ``rows`` rows; `InputError` where the file is damaged or a text is
-    not UTF-8."""
+    """Columns of a part in pieces of at most ``rows`` rows.
+
+    Raises:
+        InputError: the file is damaged, or a text is not UTF-8.
+    """
     row, batches = part.first_row, opened.iter_batches(rows, part.row_groups or None, columns)
     while True:
         with readable(part.file, damage and damage(part.file, row)):

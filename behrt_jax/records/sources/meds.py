@@ -1,17 +1,16 @@
 """Events from a folder in the Medical Event Data Standard.
 
 Read are ``data/**/*.parquet`` (shards, at any depth, as `files.data_files` finds them),
-``metadata/subject_splits.parquet`` and ``metadata/codes.parquet``; versions 0.3.3 and 0.4 of the standard agree on
-what is taken from them. Source: https://github.com/Medical-Event-Data-Standard/meds.
+``metadata/subject_splits.parquet`` and ``metadata/codes.parquet``; versions 0.3.3 and 0.4 of the standard
+agree on what is taken from them. Source: https://github.com/Medical-Event-Data-Standard/meds.
 
 What is met in the wild beside the standard, and taken: times in other units, births and deaths called
-DOB, DOD or MEDS_BIRTH//..., columns of any other name, no metadata, shards without the folder data/ around them,
-rows in any order, a subject in several shards, shards without rows, visit ids in text, whole numbers in floating
-point.
+DOB, DOD or MEDS_BIRTH//..., columns of any other name, no metadata, no folder data/ around the shards, rows
+in any order, a subject in several shards, shards without rows, visit ids in text, whole numbers as floats.
 
-Splits are those of the split file, else of folders (or files) called train, tuning and held_out. Where any is
-called so, or as other tools call such splits (test, validation, TRAIN, split=train), each shard must be in one that
-is known: else subjects of a test set would be trained on.
+Splits are those of the split file, else of folders (or files) called train, tuning and held_out. Where any
+is called so, or as other tools call such splits (test, validation, TRAIN, split=train), each shard must be in
+one that is known: else subjects of a test set would be trained on.
 """
 
 import re
@@ -55,9 +54,9 @@ def open_meds(
 
     Args:
         path: the folder that holds ``data/`` and, where there is any, ``metadata/``; or the shards' own.
-        visit_column: column to take as ``visit_id`` (``hadm_id`` in MIMIC), integers or text; a shard without it
-            has null visit ids.
-        split_names: ``NAME=SPLIT``, the split that folders, or rows of the split file, with another name are of.
+        visit_column: column to take as ``visit_id`` (``hadm_id`` in MIMIC), integers or text; a shard
+            without it has null visit ids.
+        split_names: ``NAME=SPLIT`` for folders, or rows of the split file, that call a split otherwise.
         needs_train: where there are splits, the train split must have subjects.
 
     Raises:
@@ -119,6 +118,7 @@ class MedsSource(Source):
     subjects_by_split: dict[str, np.ndarray]
     texts: dict[str, str]
     name = "meds"
+    births_from = "events of the code MEDS_BIRTH with a time, or of other codes by --birth_codes"
     default_codes = MEDS_CODES
 
     def files(self) -> list[Path]:
@@ -136,7 +136,7 @@ class MedsSource(Source):
     def read(self, unit: int, counts: EventCounts) -> Iterator[pa.Table]:
         """Events of one unit; see `source.Source.read`.
 
-        Times become microseconds without a zone (UTC where there was one; finer parts are cut off).
+        Times become microseconds without a zone; see `parquet.plain_times`.
         Dropped: ``null code``. Changed: births and deaths under another name. The codes of a table
         share one dictionary.
 
@@ -219,11 +219,15 @@ def find_shards(path: Path, data: Path, metadata: Path) -> list[Path]:
     """Every shard below ``data``, at any depth, in order of its name.
 
     Raises:
-        InputError: no such folder, no shard in it, or shards in folders within that are no splits and no ``data/``.
+        InputError: no such folder, no shard in it, or shards neither in ``data/`` nor in folders of splits.
     """
     refuse_versions(path)
-    files = [file for file in data_files(data) if metadata not in file.parents] if data.is_dir() else []
-    if data == path and not any(_split_like(data, file) or file.parent == data for file in files):
+    endings = (".parquet", ".pq", ".csv", ".csv.gz") if data != path else (".parquet",)
+    files = data_files(data, endings) if data.is_dir() else []
+    files = [file for file in files if metadata not in file.parents]
+    # Without data/ shards lie here or in folders of splits: not anywhere below what may be another folder.
+    here = any(file.parent == data or _like_split(_names_of(data, file)[0]) for file in files)
+    if data == path and not here and not (files and metadata.is_dir()):
         what = "has no folder data/ in it" if path.is_dir() else "is not a folder"
         below = [folder.parent.name for folder in sorted(path.glob("*/data")) if folder.is_dir()]
         raise InputError(
@@ -232,6 +236,10 @@ def find_shards(path: Path, data: Path, metadata: Path) -> list[Path]:
         )
     if not files:
         raise InputError(f"{data} holds no .parquet file: put the data set's shards there.")
+    if other := next((file for file in files if not file.name.lower().endswith(".parquet")), None):
+        raise InputError(
+            f"{other} is among the shards, but is not called .parquet: write it so, or move it away."
+        )
     return files
 
 
@@ -372,19 +380,17 @@ _SPLIT_LIKE = re.compile(
 _NUMBERED = re.compile(r"[-_.]?\d+([-_.].*)?$")  # the end of train-00000-of-00001
 
 
-def _split_like(data: Path, shard: Path) -> dict[str, str]:
-    """Names of a shard's folders and of itself that look like those of splits -> the split they are like."""
-    found = {}
-    for name in _names_of(data, shard):
-        if like := _SPLIT_LIKE.fullmatch(_NUMBERED.sub("", name)):
-            found[name] = str(like.lastgroup)
-    return found
+def _like_split(name: str) -> str | None:
+    """The split that a name is like, but for a number at its end."""
+    like = _SPLIT_LIKE.fullmatch(_NUMBERED.sub("", name))
+    return like and like.lastgroup
 
 
 def _names_of(data: Path, shard: Path) -> list[str]:
     """Its folders', and its own without its number (train-00000-of-00004 is train)."""
     inside = shard.relative_to(data)
-    return [*inside.parts[:-1], _NUMBERED.sub("", inside.stem) or inside.stem]
+    folders = [re.sub(r"\.parquet$", "", name, flags=re.IGNORECASE) for name in inside.parts[:-1]]
+    return [*folders, _NUMBERED.sub("", inside.stem) or inside.stem]
 
 
 def splits_of_folders(
@@ -393,27 +399,32 @@ def splits_of_folders(
     """Split name -> ascending int64 ids of the subjects in its shards; empty where no shard names a split.
 
     Raises:
-        InputError: some shards are in folders of splits, or in what looks like one, and others not; a subject is
-            in two splits; an option names what is not there.
+        InputError: some shards are in folders of splits, or in what looks like one, and others not; a
+            subject is in two splits; an option names what is not there.
     """
-    own = {shard: [name for name in _names_of(data, shard) if name in names] for shard in shards}
-    _refuse_unused(names, {name for found in own.values() for name in found}, f"{data} has no folder")
-    like = [_split_like(data, shard) for shard in shards]
-    if not any(own.values()) and not any(like):
+    called = {shard: _names_of(data, shard) for shard in shards}
+    own = {shard: {names[name] for name in called[shard] if name in names} for shard in shards}
+    _refuse_unused(names, {name for found in called.values() for name in found}, f"{data} has no folder")
+    like = {
+        shard: {name: split for name in called[shard] if name not in names and (split := _like_split(name))}
+        for shard in shards
+    }
+    if not any(own.values()) and not any(like.values()):
         return {}
     stray = {}  # name of a folder, or of a shard beside such -> the split it may be
-    for shard, looks in zip(shards, like, strict=True):
-        if len({names[name] for name in own[shard]}) != 1:
-            stray |= looks or {_names_of(data, shard)[0]: "SPLIT"}
+    for shard in shards:
+        if len(own[shard]) != 1 or own[shard] != own[shard].union(like[shard].values()):
+            stray |= like[shard] or {called[shard][0]: "SPLIT"}
     if stray:
         raise InputError(
             f"{data} holds {', '.join(sorted(stray))}, which is no split, beside or in place of "
-            f"{', '.join(SPLITS)}: rename it, list its subjects in metadata/subject_splits.parquet, or prepare with "
+            f"{', '.join(SPLITS)}: rename it, list its subjects in metadata/subject_splits.parquet, "
+            "or prepare with "
             f"--splits.names {' '.join(f'{name}={split}' for name, split in sorted(stray.items())[:5])}."
         )
     splits = {}
     for split in SPLITS:
-        chosen = [part for part in parts if names[own[part.file][0]] == split]
+        chosen = [part for part in parts if split in own[part.file]]
         ids = (ids for part in chosen for ids in read_subject_ids(part.file, part.row_groups))
         splits[split] = np.unique(np.concatenate([np.empty(0, np.int64), *(np.unique(part) for part in ids)]))
     check_disjoint(splits, str(data))
@@ -445,8 +456,8 @@ def read_splits(file: Path, split_names: dict[str, str] | None = None) -> dict[s
     _refuse_unused(names, there, f"{file} has no split")
     if unknown := sorted(there.difference(names)):
         raise InputError(
-            f"{file} names the splits {', '.join(unknown)}: use {', '.join(SPLITS)}, or prepare with --splits.names "
-            f"{unknown[0]}=SPLIT."
+            f"{file} names the splits {', '.join(unknown)}: use {', '.join(SPLITS)}, or prepare with "
+            f"--splits.names {unknown[0]}=SPLIT."
         )
     ids, column = ids.to_numpy(), column.to_numpy()  # [S]
     splits = {

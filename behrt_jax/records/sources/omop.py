@@ -11,10 +11,13 @@ Where the concept is 0 or null it is made of the source concept, else ``SOURCE/`
 without the blanks around it; a row with none of the three is dropped. Tables whose names end in
 ``_concept``, such as a site's own, count as parts of the concept table.
 
-Times are ``*_datetime`` where not null, else ``*_date``. One rule for events known by the day alone (no
-datetime, or one at midnight, which is how the model writes an unknown time of day): such an event is at
-midnight, but if its visit or its subject's life began later on the same day, at that moment, so that it
-does not come before either.
+Times are ``*_datetime`` where not null, else ``*_date``, which the model requires: a datetime more than a day
+from its date, further than a zone explains, gives way to it, and so does a birth_datetime to the year of
+birth. One rule for events known by the day alone (no datetime, or one at midnight, which is how the
+model writes an unknown time of day): such an event is at midnight, but if its visit or its subject's life
+began later on the same day, at that moment, so that it does not come before either. Where a datetime is on
+the day before birth or after death, and its date is not, as where one is UTC and the other local, it is moved
+to the beginning or end of that date.
 
 A visit id that is null, or no visit of that person, is left out: such an event's visit is its calendar day.
 
@@ -29,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from behrt_jax.data.events import BIRTH_CODE, DAY, EventCounts
 from behrt_jax.errors import InputError
@@ -69,6 +71,7 @@ class OmopSource(Source):
     """An OMOP data set, opened; persons, visits and concepts are read when they are first needed."""
 
     name = "omop"
+    births_from = "year_of_birth or birth_datetime in the table person"
     default_codes = ("CONDITION//", "DRUG//", "PROCEDURE//")
 
     def __init__(self, tables: dict[str, list[Path]], ancestors: bool, skip: Sequence[str] = ()) -> None:
@@ -106,6 +109,10 @@ class OmopSource(Source):
         return load_persons(self._parts("person"))
 
     @cached_property
+    def _deaths(self) -> np.ndarray:
+        return load_deaths(self._parts("death"), self._persons)
+
+    @cached_property
     def _visits(self) -> "VisitStarts":
         return load_visits(self._parts("visit_occurrence"))
 
@@ -140,7 +147,7 @@ class OmopSource(Source):
             if table is None:
                 yield from person_events(batch, self._concepts, counts, seen)
             else:
-                lookup = Lookup(persons, self._visits, self._concepts, self._ancestors)
+                lookup = Lookup(persons, self._deaths, self._visits, self._concepts, self._ancestors)
                 yield table_events(batch, table, lookup, counts, seen)
         self._seen[unit] = seen
 
@@ -202,11 +209,6 @@ class Persons:
     births: np.ndarray
     """int64 ``[persons + 1]``, microseconds since 1970, `NO_TIME` where unknown; the last is nobody's."""
 
-    def births_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Birth of each id (`NO_TIME` where unknown), and whether there is such a person."""
-        place = find(self.ids, ids)
-        return self.births[place], place >= 0
-
 
 @dataclass(frozen=True, eq=False)
 class VisitStarts:
@@ -226,22 +228,41 @@ class VisitStarts:
         return np.where(found, self.starts[place], NO_TIME), found
 
 
-def times_of(batch: pa.RecordBatch, datetime: str | None, date: str) -> np.ndarray:
-    """The datetime where there is one, else the date: int64 microseconds ``[rows]``, or NO_TIME."""
-    times = (
-        batch.column(date) if datetime is None else pc.coalesce(batch.column(datetime), batch.column(date))
-    )
-    return times.cast(pa.int64()).fill_null(NO_TIME).to_numpy(zero_copy_only=False)
+@dataclass(frozen=True, eq=False)
+class RowTimes:
+    """Times of rows; int64 microseconds ``[rows]``, `NO_TIME` where null."""
+
+    times: np.ndarray
+    """The datetime, else the date."""
+    days: np.ndarray
+    """Midnight of the date; of the datetime where there is no date."""
+    wrong: np.ndarray
+    """bool: a datetime too far from its date, which was taken."""
 
 
-def births_of(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Birth of each row (int64, `NO_TIME` where unknown), and whether its month or day was filled in (bool).
+def times_of(batch: pa.RecordBatch, datetime: str | None, date: str) -> RowTimes:
+    """The times of rows, by the rule of this module's docstring."""
+    dates = _micros(batch, date)
+    exact = np.full(len(dates), NO_TIME) if datetime is None else _micros(batch, datetime)
+    both = (exact != NO_TIME) & (dates != NO_TIME)
+    wrong = both & (np.abs(exact // DAY - dates // DAY) > 1)
+    times = np.where((exact == NO_TIME) | wrong, dates, exact)
+    return RowTimes(times, np.where(dates == NO_TIME, times, dates) // DAY * DAY, wrong)
 
-    It is birth_datetime, else midnight of year, month and day of birth.
-    A month that is missing (or no month) becomes January, a day that is missing (or not in that month)
-    the 1st; without the month the day is not known either.
+
+def _micros(batch: pa.RecordBatch, column: str) -> np.ndarray:
+    return batch.column(column).cast(pa.int64()).fill_null(NO_TIME).to_numpy(zero_copy_only=False)
+
+
+def births_of(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Birth of each row (int64, `NO_TIME` where unknown), and by which rule it was changed (bool each).
+
+    It is birth_datetime, unless that is more than a day outside of the year of birth, else midnight of year,
+    month and day of birth. A month that is missing (or no month) becomes January, a day that is missing (or
+    not in that month) the 1st; without the month the day is not known either. The rules are that month or
+    day was filled in, and that birth_datetime gave way.
     """
-    exact = batch.column("birth_datetime").cast(pa.int64()).fill_null(NO_TIME).to_numpy(zero_copy_only=False)
+    exact = _micros(batch, "birth_datetime")
     year, month, day = (cdm.integers(batch, f"{part}_of_birth") for part in ("year", "month", "day"))
     known = (year >= 1) & (year <= 9999)
     month_given = (month >= 1) & (month <= 12)
@@ -250,8 +271,11 @@ def births_of(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
     length = ((months + 1).astype("datetime64[M]").astype("datetime64[D]") - first).astype(np.int64)
     day_given = month_given & (day >= 1) & (day <= length)
     date = (first.astype(np.int64) + np.where(day_given, day, 1) - 1) * DAY
-    times = np.where(exact != NO_TIME, exact, np.where(known, date, NO_TIME))
-    return times, (exact == NO_TIME) & known & ~day_given
+    near = [((exact + off) // DAY).astype("datetime64[D]").astype("datetime64[Y]") for off in (-DAY, 0, DAY)]
+    wrong = known & (exact != NO_TIME) & ~np.any([years.astype(np.int64) == year - 1970 for years in near], 0)
+    unused = (exact == NO_TIME) | wrong
+    times = np.where(unused, np.where(known, date, NO_TIME), exact)
+    return times, unused & known & ~day_given, wrong
 
 
 def load_persons(parts: Iterable[Part]) -> Persons:
@@ -278,6 +302,17 @@ def load_persons(parts: Iterable[Part]) -> Persons:
     return Persons(distinct, np.append(np.concatenate(births)[first], NO_TIME))
 
 
+def load_deaths(parts: Iterable[Part], persons: Persons) -> np.ndarray:
+    """Last death of each person: int64 ``[persons + 1]``, the largest number where none is known."""
+    last = np.full(len(persons.births), NO_TIME)
+    for part in parts:
+        for batch in cdm.read_chunks(part, cdm.DEATHS.kinds()):
+            dead = times_of(batch, cdm.DEATHS.datetime, cdm.DEATHS.date).times
+            np.maximum.at(last, find(persons.ids, cdm.integers(batch, "person_id")), dead)
+    last[-1] = NO_TIME  # of persons that are not there
+    return np.where(last == NO_TIME, np.iinfo(np.int64).max, last)
+
+
 def load_visits(parts: Iterable[Part]) -> VisitStarts:
     """Read the ids, persons and starts of all visits; rows without an id are left out."""
     wanted = ("visit_occurrence_id", "person_id", cdm.VISITS.date, cdm.VISITS.datetime)
@@ -286,7 +321,7 @@ def load_visits(parts: Iterable[Part]) -> VisitStarts:
     for part in parts:
         for batch in cdm.read_chunks(part, kinds):
             batch = batch.filter(batch.column("visit_occurrence_id").is_valid())
-            starts = times_of(batch, cdm.VISITS.datetime, cdm.VISITS.date)
+            starts = times_of(batch, cdm.VISITS.datetime, cdm.VISITS.date).times
             visit, person = cdm.integers(batch, "visit_occurrence_id"), cdm.integers(batch, "person_id")
             columns.append(np.stack([visit, person, starts]))
     ids, persons, starts = np.concatenate(columns, axis=1)
@@ -302,6 +337,8 @@ class Lookup:
     """The tables that rows of event tables are looked up in."""
 
     persons: Persons
+    deaths: np.ndarray
+    """Of `load_deaths`."""
     visits: VisitStarts
     concepts: cdm.Concepts
     ancestors: tuple[np.ndarray, np.ndarray] | None
@@ -312,11 +349,12 @@ def person_events(
     batch: pa.RecordBatch, concepts: cdm.Concepts, counts: EventCounts, seen: Seen
 ) -> Iterator[pa.Table]:
     """Births, then the facts without a time, of persons ``[rows]``; each row counts as four events."""
-    ids, (births, filled) = cdm.integers(batch, "person_id"), births_of(batch)
+    ids, (births, filled, wrong) = cdm.integers(batch, "person_id"), births_of(batch)
     counts.read += len(ids) * (1 + len(cdm.PERSON_FACTS))
     known = births != NO_TIME
     counts.drop("no year of birth", count(~known))
     counts.change("birth month or day filled in", count(filled))
+    counts.change("birth_datetime outside of the year of birth, which was taken", count(wrong))
     yield events_table(ids[known], _times(births[known]), one_code(BIRTH_CODE, count(known)))
     for fact in cdm.PERSON_FACTS:
         rows = cdm.row_concepts(batch, fact, None)
@@ -330,23 +368,28 @@ def table_events(
     batch: pa.RecordBatch, table: cdm.EventTable, lookup: Lookup, counts: EventCounts, seen: Seen
 ) -> pa.Table:
     """One event for each row that has a subject, a time and, where the table has concepts, a concept."""
-    persons, times = cdm.integers(batch, "person_id"), times_of(batch, table.datetime, table.date)  # [N]
+    persons, rows = cdm.integers(batch, "person_id"), times_of(batch, table.datetime, table.date)  # [N]
     concepts = None
     if isinstance(table.what, cdm.ConceptColumns):
         concepts = cdm.row_concepts(batch, table.what, lookup.ancestors)
-    births, known = lookup.persons.births_of(persons)
+    place = find(lookup.persons.ids, persons)
     counts.read += len(persons)
-    rules = {"unknown subject": known & valid(batch.column("person_id")), "null time": times != NO_TIME}
+    known = (place >= 0) & valid(batch.column("person_id"))
+    rules = {"unknown subject": known, "null time": rows.times != NO_TIME}
     if concepts is not None:
         rules["no concept"] = concepts.named()
     keep = keep_rows(rules, counts)
-    persons, times, batch = persons[keep], times[keep], batch.filter(pa.array(keep))  # [K]
+    counts.change("datetime far from its date, which was taken", count(rows.wrong & keep))
+    persons, place, batch = persons[keep], place[keep], batch.filter(pa.array(keep))  # [K]
+    earliest, latest = lookup.persons.births[place], lookup.deaths[place]
+    times, moved = within_life(rows.times[keep], rows.days[keep], earliest, latest)
+    counts.change("datetime outside of life on a date within, moved to that date", count(moved))
     if concepts is None:
         codes = one_code(str(table.what), len(persons))
     else:
         codes = _codes(concepts, keep, lookup.concepts, counts, seen)
 
-    earliest, visits = births[keep], None
+    visits = None
     if table.in_visit:
         ids = cdm.integers(batch, "visit_occurrence_id")
         starts, found = lookup.visits.starts_of(ids, persons)
@@ -359,6 +402,19 @@ def table_events(
     counts.change("no time of day, put at the start of its visit or at birth", count(early))
     values = batch.column(table.value).cast(pa.float32()) if table.value else None
     return events_table(persons, _times(np.where(early, earliest, times)), codes, values, visits)
+
+
+def within_life(
+    times: np.ndarray, days: np.ndarray, births: np.ndarray, deaths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Times on the day before birth or after death, moved to their date where that is within life.
+
+    All are int64 microseconds ``[rows]``; with the times comes which were moved, bool.
+    """
+    early = (times < births) & (times < days) & (days >= births // DAY * DAY)
+    late = (times >= days + DAY) & (times // DAY > deaths // DAY) & (days <= deaths)
+    moved = np.where(early, np.maximum(days, births), np.where(late, days + DAY - 1, times))
+    return moved, early | late
 
 
 def _codes(

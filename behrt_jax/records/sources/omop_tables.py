@@ -30,6 +30,7 @@ from behrt_jax.records.sources.files import (
     read_csv,
     read_part,
     refuse_absent,
+    refuse_other_form,
 )
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
@@ -181,16 +182,17 @@ def find_tables(folder: Path, wanted: Callable[[str], bool]) -> dict[str, list[P
 
     A table is one file (``person.csv``, ``PERSON.parquet``), files of parts (``person_0001.csv.gz``,
     ``person-part-0.parquet``) or a folder of parts (``person/*.parquet`` or, as Spark names it,
-    ``person.parquet/*.parquet``, at any depth). Parts without rows are left out. ``wanted`` tells whether a table
-    of a lower-case name is to be looked for.
+    ``person.parquet/*.parquet``, at any depth). Parts without rows are left out. ``wanted`` tells whether a
+    table of a lower-case name is to be looked for.
 
     Raises:
-        InputError: not a folder, a table is there twice (in two forms, or whole and in parts), or the folder of
-            one cannot be searched (`files.data_files`) or holds no file.
+        InputError: not a folder, a table is there twice (in two forms, or whole and in parts), or the folder
+            of one cannot be searched (`files.data_files`) or holds no file.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: set input to the folder that holds the tables.")
     found: dict[str, dict[str, list[Path]]] = {}
+    others: dict[str, Path] = {}
     for entry in sorted(folder.iterdir()):
         if is_hidden(entry):
             continue
@@ -199,7 +201,8 @@ def find_tables(folder: Path, wanted: Callable[[str], bool]) -> dict[str, list[P
                 files = data_files(entry, _FORMS)
                 if not files:
                     raise InputError(
-                        f"{entry} holds no file of {', '.join(_FORMS)}: add the table, or remove it."
+                        f"{entry} holds no file of {', '.join(_FORMS)}: add the table, remove the folder, or "
+                        f"leave it out by --omop.skip {name}."
                     )
                 for file in files:
                     found.setdefault(name, {}).setdefault(f"{entry.name}/*{_form(file)}", []).append(file)
@@ -210,6 +213,11 @@ def find_tables(folder: Path, wanted: Callable[[str], bool]) -> dict[str, list[P
                 found.setdefault(stem, {}).setdefault(entry.name, []).append(entry)
             elif part and wanted(part[1]):
                 found.setdefault(part[1], {}).setdefault(f"{part[1]}_*{form}", []).append(entry)
+        elif wanted(stem := entry.name.lower().split(".")[0]):
+            others.setdefault(stem, entry)
+    for name, entry in others.items():
+        if name not in found:
+            refuse_other_form(entry, _FORMS, f"omop.skip {name}")
     for name, ways in found.items():
         if len(ways) > 1:
             raise InputError(

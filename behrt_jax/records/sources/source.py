@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from behrt_jax.data.event_rules import BIRTHS_FROM
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.files import JsonObject
 
@@ -20,6 +21,8 @@ class Source(ABC):
 
     name: str
     """meds, omop, synthea or table."""
+    births_from: str = BIRTHS_FROM
+    """Where births come from in this kind of source, as the error of a data set without any says it."""
     default_codes: tuple[str, ...] = ()
     """Patterns of the codes that are selected where the user gives none: diagnoses, medications and
     procedures as the source names them; none for all codes."""

@@ -30,14 +30,14 @@ from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.records.sources.columns import (
     TextIds,
+    cast_column,
     encode_text,
     extremes,
     find,
     hashed_ids,
     parse_numbers,
-    parse_times,
 )
-from behrt_jax.records.sources.files import Piece, csv_columns, is_csv, read_csv, refuse_absent
+from behrt_jax.records.sources.files import Piece, csv_columns, read_csv, refuse_absent, refuse_other_form
 from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code, valid
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
@@ -68,9 +68,9 @@ def open_synthea(path: Path, skip: Sequence[str] = ()) -> "SyntheaSource":
             Id or leaves one empty; a table to skip is not there.
     """
     path = Path(path)
-    found = find_files(path, ("patients", *PREFIXES))
-    refuse_absent("synthea.skip", path, skip, found.keys() - {"patients"})
     skipped = sorted(name.lower() for name in skip)
+    found = find_files(path, ("patients", *PREFIXES), skipped)
+    refuse_absent("synthea.skip", path, skip, found.keys() - {"patients"})
     found = {name: file for name, file in found.items() if name not in skipped}
     if "patients" not in found or len(found) == 1:
         what = "table of events" if "patients" in found else "patients.csv"
@@ -90,6 +90,7 @@ class SyntheaSource(Source):
     """
 
     name = "synthea"
+    births_from = "BIRTHDATE in the file of patients"
     default_codes = ("DX//", "RX//", "PX//")
 
     def __init__(
@@ -160,7 +161,7 @@ class SyntheaSource(Source):
             for column, code in (("BIRTHDATE", BIRTH_CODE), ("DEATHDATE", DEATH_CODE)):
                 if column not in file.columns:
                     continue
-                times = parse_times(piece, column)
+                times = cast_column(piece, column, "time")
                 there = times.is_valid()
                 known = there.true_count
                 counts.read += known
@@ -186,7 +187,7 @@ class SyntheaSource(Source):
         for piece in file.read(*columns, *more.get(name, ("ENCOUNTER",))):
             subject = encoded_ids(encode_text(piece.column("PATIENT")))
             known = find(self._patients, subject.fill_null(0).to_numpy()) >= 0
-            times, codes = parse_times(piece, file.start), codes_of(name, piece)
+            times, codes = cast_column(piece, file.start, "time"), codes_of(name, piece)
             describe(piece, codes, texts)
             counts.read += len(times)
             rules = {"unknown subject": valid(subject) & known, "null code": valid(codes)}
@@ -235,26 +236,35 @@ class Encounters:
     last: np.ndarray  # int64 [encounters]
 
 
-def find_files(path: Path, names: tuple[str, ...]) -> dict[str, Path]:
-    """The files of these tables: lower-case table name -> file.
+def find_files(path: Path, names: Sequence[str], skipped: Sequence[str] = ()) -> dict[str, Path]:
+    """The files of these tables, and what is called as one that is skipped: lower-case table name -> path.
 
     Raises:
-        InputError: not a folder, or a table is there twice.
+        InputError: not a folder, or a table is there twice, is a folder or of another form.
     """
     if not path.is_dir():
         raise InputError(f"{path} is not a folder: give the folder of a Synthea CSV export.")
     found: dict[str, Path] = {}
+    others: dict[str, Path] = {}
     for file in sorted(path.iterdir()):
-        name = file.name.lower().removesuffix(".gz").removesuffix(".csv")
-        if name not in names or not (is_csv(file) or file.is_dir()):
+        name = file.name.lower().split(".")[0]
+        if name in skipped:
+            found[name] = file
+        elif name not in names:
             continue
-        if file.is_dir():
+        elif file.is_dir():
             raise InputError(
                 f"{file} is a folder: put its parts together into one CSV file, as Synthea writes it."
             )
-        if name in found:
+        elif file.name.lower() not in (f"{name}.csv", f"{name}.csv.gz"):
+            others[name] = file
+        elif name in found:
             raise InputError(f"{path} has both {found[name].name} and {file.name}: keep one of them.")
-        found[name] = file
+        else:
+            found[name] = file
+    for name, file in others.items():
+        if name not in found:
+            refuse_other_form(file, (".csv", ".csv.gz"), f"synthea.skip {name}")
     return found
 
 
@@ -310,8 +320,8 @@ def read_encounters(file: SyntheaFile | None) -> Encounters:
     if file is not None:
         for piece in file.read("ID", file.start, "STOP"):
             ids = encoded_ids(encode_text(piece.column("ID")))
-            start = parse_times(piece, file.start)
-            stop = parse_times(piece, "STOP") if "STOP" in piece.table.column_names else start
+            start = cast_column(piece, file.start, "time")
+            stop = cast_column(piece, "STOP", "time") if "STOP" in piece.table.column_names else start
             stop = pc.max_element_wise(start, stop)  # an encounter without a STOP is its first day
             there = pc.and_(ids.is_valid(), start.is_valid())
             days = [times.filter(there).cast(pa.int64()).to_numpy() // DAY for times in (start, stop)]

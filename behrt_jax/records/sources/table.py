@@ -5,8 +5,10 @@ any other gets `hashed_id`. Codes stay as they are, integers as their digits, wi
 null time is a static fact. Births come from a column, or as events with the code MEDS_BIRTH.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,18 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from behrt_jax.config import TableColumns
-from behrt_jax.data.events import BIRTH_CODE, EventCounts
+from behrt_jax.data.event_rules import birth_ranks, births_of_ranks, matches
+from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, EventCounts
 from behrt_jax.data.parquet import CHUNK_ROWS, whole_numbers
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, refuse_versions
 from behrt_jax.records.sources import files as reading
 from behrt_jax.records.sources.columns import (
     TextIds,
+    cast_column,
     encode_text,
     extremes,
+    find,
     finite,
     integer_or_hashed_ids,
     is_number,
@@ -31,10 +36,9 @@ from behrt_jax.records.sources.columns import (
     is_time,
     is_whole,
     parse_numbers,
-    parse_times,
     text_ids,
 )
-from behrt_jax.records.sources.source import Source, count, events_table, one_code
+from behrt_jax.records.sources.source import Source, count, events_table, one_code, valid
 
 # pyarrow.compute makes its functions on import, where pyright does not see them.
 # pyright: reportAttributeAccessIssue=false
@@ -52,6 +56,7 @@ def open_table(path: Path, columns: TableColumns) -> "TableSource":
             given, or one of a type that cannot be meant.
     """
     path = Path(path)
+    refuse_versions(path.parent)
     if not path.is_file():
         raise InputError(f"{path} is no file: give one .csv, .csv.gz or .parquet file.")
     parts, ranges = [reading.Part(path)], []
@@ -85,6 +90,7 @@ class TableSource(Source):
     """
 
     name = "table"
+    births_from = "a column by --table.birth, or rows of the code MEDS_BIRTH"
 
     def __init__(
         self, path: Path, columns: TableColumns, parts: list[reading.Part], ranges: list[tuple[int, int]]
@@ -127,7 +133,7 @@ class TableSource(Source):
         Each row counts as one event, and each subject with a birth in the births' column as one more.
         Dropped: ``null subject``, ``null code``. Changed: ``unknown visit`` (a null one, where visits
         are given), ``value is not finite``, ``births differ`` (a subject with several in the births'
-        column: the earliest is taken).
+        column: see `birth_events`).
 
         Raises:
             InputError: the file cannot be read, or a value cannot be what its column means; the message
@@ -152,7 +158,7 @@ class TableSource(Source):
         for piece in self._pieces([name for name in names if name], part.row_groups):
             counts.read += piece.table.num_rows
             subject, code = read_ids(piece, columns.subject, ids), encode_text(read_text(piece, columns.code))
-            time = read_times(piece, columns.time)
+            time = cast_column(piece, columns.time, "time")
             there = pc.and_(subject.is_valid(), code.is_valid())
             counts.drop("null subject", subject.null_count)
             counts.drop("null code", there.false_count - subject.null_count)
@@ -170,7 +176,7 @@ class TableSource(Source):
     def _read_births(self, counts: EventCounts) -> Iterator[pa.Table]:
         columns, ids = self._columns, TextIds(self._path, integer_or_hashed_ids)
         births = (
-            (read_ids(piece, columns.subject, ids), read_times(piece, columns.birth or ""))
+            (read_ids(piece, columns.subject, ids), cast_column(piece, columns.birth or "", "time"))
             for piece in self._pieces([columns.subject, columns.birth or ""], self._groups)
         )
         return birth_events(births, counts)
@@ -189,23 +195,135 @@ class TableSource(Source):
 
 
 def birth_events(pieces: Iterable[tuple[pa.Array, pa.Array]], counts: EventCounts) -> Iterator[pa.Table]:
-    """One event for each subject with a birth, at the earliest where there are several.
+    """One event for each subject with a birth, at the one to take where there are several.
 
-    It holds 24 bytes for each subject. Pieces are subject ids (int64) and births (timestamps) of some rows,
-    either may be null. Counted are the events, and as changed ``births differ``.
+    That is the earliest that is no placeholder, as `event_rules.select_events` has it. It holds 24 bytes for
+    each subject. Pieces are subject ids (int64) and births (timestamps) of some rows, either may be null.
+    Counted are the events, and as changed ``births differ``.
     """
     born, first, last = (np.empty(0, np.int64) for _ in range(3))  # [S]
     for subject, birth in pieces:
         there = pc.and_(subject.is_valid(), birth.is_valid())
-        days = birth.filter(there).cast(pa.int64()).to_numpy()
+        days = birth_ranks(birth.filter(there).cast(pa.int64()).to_numpy())
         every = np.concatenate([born, subject.filter(there).to_numpy()])
         born, first, last = extremes(every, np.concatenate([first, days]), np.concatenate([last, days]))
     counts.read += len(born)
     counts.change("births differ", count(first != last))
     for start in range(0, len(born), CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
-        time = pa.array(first[part]).cast(pa.timestamp("us"))
+        time = pa.array(births_of_ranks(first[part])).cast(pa.timestamp("us"))
         yield events_table(born[part], time, one_code(BIRTH_CODE, len(time)))
+
+
+_YEAR = re.compile(r"(\d{4})$")
+
+
+class WithBirths(Source):
+    """A source whose births are, in part or all, those of a table of births or of events of other codes.
+
+    It holds 8 bytes for each subject of the table.
+    """
+
+    def __init__(self, source: Source, births: Path | None, codes: tuple[str, ...]) -> None:
+        """Open the table ``births``, where there is one; ``codes`` are patterns of codes that are births.
+
+        Raises:
+            InputError: the table is not readable or lacks a column, or a pattern is no regular expression.
+        """
+        self._source, self._births, self._codes = source, None, codes
+        self.name, self.births_from = source.name, source.births_from
+        self.default_codes = source.default_codes
+        matches([], codes, "--birth_codes")
+        if births is not None:
+            columns = TableColumns(time="birth", code="subject_id", birth="birth")
+            try:
+                self._births = open_table(births, columns)
+            except InputError as error:
+                needs = "--births needs a table with the columns subject_id and birth"
+                raise InputError(f"{needs}: {error}") from None
+
+    def files(self) -> list[Path]:
+        """Those of the source, then the table of births."""
+        return [*self._source.files(), *(self._births.files() if self._births else [])]
+
+    def units(self) -> int:
+        """Those of the source, then the table of births."""
+        return self._source.units() + (self._births is not None)
+
+    def options(self) -> JsonObject:
+        """Those of the source, that there is a table of births, and the codes."""
+        return {**self._source.options(), "births": self._births is not None, "birth_codes": self._codes}
+
+    def subject_ranges(self) -> np.ndarray | None:
+        """Those of the source; none with a table of births, whose subjects are those of other units."""
+        return self._source.subject_ranges() if self._births is None else None
+
+    def sample_subjects(self) -> np.ndarray:
+        """Those of the source."""
+        return self._source.sample_subjects()
+
+    def splits(self) -> dict[str, np.ndarray]:
+        """Those of the source."""
+        return self._source.splits()
+
+    def descriptions(self) -> dict[str, str]:
+        """Those of the source."""
+        return self._source.descriptions()
+
+    def learned(self) -> JsonObject:
+        """That of the source."""
+        return self._source.learned()
+
+    def learn(self, learned: JsonObject) -> None:
+        """Let the source take it over."""
+        self._source.learn(learned)
+
+    def read(self, unit: int, counts: EventCounts) -> Iterator[pa.Table]:
+        """Events of one unit, with the births changed.
+
+        Dropped: ``birth, another given by --births``. Changed: ``code of births -> MEDS_BIRTH``. Births of
+        subjects without any event come out too.
+        """
+        if unit == self._source.units() and self._births is not None:
+            yield from self._births.read(0, counts)
+            return
+        for table in self._source.read(unit, counts):
+            table = self._with_coded_births(table, counts) if self._codes else table
+            if self._births is not None and table.num_rows:
+                known = find(self._born, table["subject_id"].to_numpy()) >= 0
+                born = pc.equal(table["code"], BIRTH_CODE).to_numpy() & known
+                table = table.filter(pa.array(~born))
+                counts.drop("birth, another given by --births", count(born))
+            yield table
+
+    @cached_property
+    def _born(self) -> np.ndarray:
+        """int64 ids of the table's subjects with a birth, ascending."""
+        assert self._births is not None
+        ids = [table["subject_id"].to_numpy() for table in self._births.read(0, EventCounts())]
+        return np.concatenate([np.empty(0, np.int64), *ids])
+
+    def _with_coded_births(self, table: pa.Table, counts: EventCounts) -> pa.Table:
+        code = table["code"].combine_chunks()
+        names = code.dictionary.to_pylist()
+        of_birth = matches(names, self._codes, "--birth_codes")
+        if not of_birth.any():
+            return table
+        at_end = [found[1] if (found := _YEAR.search(name)) else None for name in names]
+        years = pc.coalesce(
+            table["numeric_value"].combine_chunks().cast(pa.float64()),
+            pc.take(pa.array(at_end, pa.string()).cast(pa.float64()), code.indices),
+        )
+        year = years.fill_null(np.nan).to_numpy(zero_copy_only=False)
+        possible = (year >= 1) & (year <= 9999)
+        first = (np.where(possible, year, 1970).astype(np.int64) - 1970).astype("datetime64[Y]")
+        days = pa.array(first.astype("datetime64[us]"), mask=~possible)
+        times = pc.coalesce(table["time"].combine_chunks(), days)
+        births = pa.array(of_birth[code.indices.to_numpy()] & valid(times))
+        counts.change(f"code of births -> {BIRTH_CODE}", births.true_count)
+        codes = pc.if_else(births, BIRTH_CODE, code.cast(pa.string())).dictionary_encode()
+        table = table.set_column(1, EVENT_SCHEMA.field("time"), pc.if_else(births, times, table["time"]))
+        return table.set_column(2, EVENT_SCHEMA.field("code"), codes)
 
 
 # The columns of a table, in whatever types they come.
@@ -243,7 +361,7 @@ def read_ids(piece: reading.Piece, name: str, ids_of: Callable[[pa.Array], np.nd
     """Ids as int64: whole numbers exactly, distinct texts by ``ids_of``.
 
     Raises:
-        InputError: a number is not whole, has more than 64 bits, or so many digits that a float has lost some.
+        InputError: a number is not whole, has more than 64 bits, or more digits than its float holds.
     """
     values = piece.column(name)
     if is_text(values.type):
@@ -254,29 +372,6 @@ def read_ids(piece: reading.Piece, name: str, ids_of: Callable[[pa.Array], np.nd
         raise InputError(
             f"{piece.file} has ids in the column {name} that do not fit into a signed 64-bit integer exactly "
             f"({values.type}): write them as integers or text."
-        ) from error
-
-
-def read_times(piece: reading.Piece, name: str) -> pa.Array:
-    """Times in microseconds (UTC where there is a zone; finer parts cut off).
-
-    Raises:
-        InputError: a text is no time, or a time does not fit.
-    """
-    values = piece.column(name)
-    if is_text(values.type):
-        texts = piece.table.select([name]).cast(pa.schema([pa.field(name, pa.string())]))
-        return parse_times(piece._replace(table=texts), name)
-    try:
-        if pt.is_timestamp(values.type):
-            if values.type.unit == "ns":  # towards the past, also before 1970
-                values = pc.floor_temporal(values, unit="microsecond")
-            values = values.cast(pa.timestamp("us", values.type.tz))
-        return values.cast(pa.timestamp("us"))
-    except pa.ArrowInvalid as error:
-        raise InputError(
-            f"{piece.file} has times in the column {name} that no 64-bit count of microseconds holds: "
-            "mend them."
         ) from error
 
 

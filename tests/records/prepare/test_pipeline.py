@@ -437,7 +437,7 @@ def test_shards_are_merged_once_all_are_there(tmp_path):
         ({"tuning_fraction": 1.5}, r"^tuning_fraction is 1\.5"),
         (
             {"tuning_fraction": 1e-9},
-            r"another seed, or other values of tuning_fraction and held_out_fraction",
+            r"another seed, splits\.exact, or other values of tuning_fraction and held_out_fraction",
         ),
         ({"shard": "2/2"}, r"shard is '2/2': give i/n"),
         ({"shard": "x"}, r"shard is 'x': give i/n"),

@@ -15,6 +15,7 @@ from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.data.sequences import MEDS_CODES, build_sequences, describe
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources import meds as meds_source
+from behrt_jax.records.sources.columns import hashed_id
 from behrt_jax.records.sources.meds import open_meds, read_meds
 from tests.records.meds_folder import (
     DAY,
@@ -149,7 +150,7 @@ def test_an_unknown_visit_column_shows_what_there_is(tmp_path):
         InputError, match=r"option visit_column is encounter.*subject_id, time, code, .*hadm_id"
     ):
         read_meds(folder, visit_column="encounter")
-    with pytest.raises(InputError, match="in the column numeric_value: write it as integers"):
+    with pytest.raises(InputError, match="has values in the column numeric_value that do not fit"):
         read_meds(folder, visit_column="numeric_value")
 
 
@@ -182,10 +183,147 @@ def test_folders_are_splits_where_no_file_says_so(tmp_path):
     assert events.counts.dropped == {}
 
 
-def test_a_shard_beside_the_split_folders_has_no_split(tmp_path):
-    rows = [Row(1, DAY, "A"), Row(2, DAY, "A")]
-    folder = write_meds(tmp_path, rows, {"train": [1]}, layout="nested", split_file=False)
-    assert read_meds(folder).counts.dropped == {"subject in no split": 1}
+def renamed(folder: Path, names: dict[str, str]) -> Path:
+    """Rename folders or files below data/."""
+    for old, new in names.items():
+        (folder / "data" / old).rename(folder / "data" / new)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "stray"),
+    [
+        ({"held_out": "test"}, "test, .*held_out: .*--splits.names test=held_out"),
+        ({"tuning": "validation"}, "validation, .*--splits.names validation=tuning"),
+        ({"held_out": "rest"}, "rest, .*--splits.names rest=SPLIT"),
+        (
+            {"train": "TRAIN", "tuning": "Val", "held_out": "TEST"},
+            "TEST, TRAIN, Val, .*TRAIN=train Val=tuning",
+        ),
+        ({name: f"split={name}" for name in SPLITS}, "split=held_out, split=train, split=tuning, "),
+        ({"held_out": ".x", "tuning/0.parquet": "0.parquet", "tuning": ".y"}, "0, which is no split"),
+        ({"held_out": "train/test"}, "test, .*--splits.names test=held_out"),
+        ({"train": "a", "held_out": "test_1", "tuning": "b"}, "a, b, test_1, which is no split"),
+    ],
+)
+def test_folders_that_may_be_splits_by_another_name_are_refused(tmp_path, names, stray):
+    folder = write_meds(tmp_path, ROWS, SPLITS, layout="nested", split_file=False)
+    with pytest.raises(InputError, match=f"data holds {stray}"):
+        read_meds(renamed(folder, names))
+
+
+def test_splits_by_other_names_are_read_as_the_option_says(tmp_path):
+    folder = write_meds(tmp_path / "a", ROWS, SPLITS, layout="nested", split_file=False)
+    renamed(folder, {"tuning": "split=val", "held_out": "test"})
+    options = ["split=val=tuning", "test=held_out"]
+    assert as_lists(open_meds(folder, split_names=options).splits()) == SPLITS
+    with pytest.raises(InputError, match=r"--splits\.names gives dev, but .*data has no folder of that name"):
+        open_meds(folder, split_names=[*options, "dev=tuning"])
+    with pytest.raises(InputError, match=r"--splits\.names has 'test=other': give NAME=SPLIT"):
+        open_meds(folder, split_names=["test=other"])
+    folder = write_meds(tmp_path / "b", ROWS)
+    write_splits(folder, [(1, "train"), (2, "test"), (3, "held_out")])
+    with pytest.raises(InputError, match=r"names the splits test: .*--splits\.names test=SPLIT"):
+        open_meds(folder)
+    found = open_meds(folder, split_names=["test=held_out"]).splits()
+    assert as_lists(found) == {"train": [1], "tuning": [], "held_out": [2, 3]}
+    with pytest.raises(InputError, match=r"subject_splits\.parquet has no split of that name"):
+        open_meds(folder, split_names=["test=held_out", "dev=tuning"])
+
+
+def test_files_and_deeper_folders_name_splits_too(tmp_path):
+    folder = write_meds(tmp_path / "a", ROWS, SPLITS, layout="nested", split_file=False)
+    for name in SPLITS:
+        (folder / "data" / name / "0.parquet").rename(folder / "data" / f"{name}-00000-of-00001.parquet")
+    assert as_lists(read_meds(folder).splits) == SPLITS
+    folder = write_meds(tmp_path / "b", ROWS, SPLITS, layout="nested", split_file=False)
+    renamed(folder, {name: f"{name}.parquet" for name in SPLITS})
+    assert as_lists(read_meds(folder).splits) == SPLITS
+    folder = write_meds(tmp_path / "c", ROWS, SPLITS, layout="nested", split_file=False)
+    (folder / "data" / "cohort").mkdir()
+    renamed(folder, {name: f"cohort/{name}" for name in SPLITS})
+    assert as_lists(read_meds(folder).splits) == SPLITS
+
+
+def test_what_is_hidden_is_no_data_and_links_are_followed(tmp_path):
+    folder = write_meds(tmp_path / "meds", ROWS, SPLITS, layout="nested", split_file=False)
+    plain = as_rows(read_meds(folder).events)
+    for hidden in (".ipynb_checkpoints", "_temporary/0"):
+        (folder / "data/train" / hidden).mkdir(parents=True)
+        pq.write_table(pa.table({"x": [1]}), folder / "data/train" / hidden / "0.parquet")
+    (folder / "data/held_out").rename(tmp_path / "disk")
+    (folder / "data/held_out").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/loop").symlink_to(folder / "data/held_out")
+    events = read_meds(folder)
+    assert (as_rows(events.events), as_lists(events.splits)) == (plain, SPLITS)
+    (tmp_path / "disk").rename(tmp_path / "gone")
+    with pytest.raises(InputError, match="held_out is a link to what is not there"):
+        read_meds(folder)
+    folder = write_meds(tmp_path / "splits", ROWS, SPLITS)
+    file = folder / "metadata/subject_splits.parquet"
+    file.unlink()
+    file.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"subject_splits\.parquet is a link to what is not there"):
+        read_meds(folder)
+
+
+def test_shards_without_the_folder_data_around_them(tmp_path):
+    folder = write_meds(tmp_path / "meds", ROWS, SPLITS, layout="nested")
+    bare = open_meds(folder / "data")
+    assert as_lists(bare.splits()) == SPLITS
+    assert folder / "metadata/subject_splits.parquet" in bare.files()
+    for name in SPLITS:
+        (folder / "data" / name).rename(folder / name)
+    (folder / "data").rmdir()
+    assert as_lists(read_meds(folder).splits) == SPLITS
+    (folder / "metadata/subject_splits.parquet").unlink()
+    assert as_lists(read_meds(folder).splits) == SPLITS
+    flat = write_meds(tmp_path / "flat", ROWS)
+    assert read_meds(flat / "data").events.num_rows == len(ROWS)
+    with pytest.raises(InputError, match=r"has no folder data/ in it.*, as flat in it does\."):
+        open_meds(tmp_path)
+
+
+def test_tables_in_versions_are_refused(tmp_path):
+    for kind, mark in {
+        "Delta Lake": "data/_delta_log/0.json",
+        "Hudi": "data/.hoodie/hoodie.properties",
+        "Iceberg": "metadata/v1.metadata.json",
+    }.items():
+        folder = write_meds(tmp_path / kind, ROWS)
+        (folder / mark).parent.mkdir(exist_ok=True)
+        (folder / mark).touch()
+        with pytest.raises(
+            InputError, match=rf"is a table of {kind}, .*export the current one as plain Parquet"
+        ):
+            open_meds(folder)
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.decimal128(38, 0), pa.decimal128(24, 2)], ids=str)
+def test_whole_numbers_of_other_types_are_ids(tmp_path, kind):
+    types = {"subject_id": kind, "hadm_id": kind}
+    events = read_meds(write_meds(tmp_path, ROWS, SPLITS, types=types), "hadm_id")
+    assert as_rows(events.events) == bag(ROWS, visits=True)
+    for wrong in (1.5, 2.0**53, float("inf")):
+        table = pq.read_table(tmp_path / "data/0.parquet")
+        table = table.set_column(0, "subject_id", pa.array([wrong] * len(table)))
+        pq.write_table(table, tmp_path / "data/0.parquet")
+        with pytest.raises(
+            InputError, match=r"0\.parquet has values in the column subject_id that do not fit"
+        ):
+            read_meds(tmp_path, "hadm_id")
+
+
+def test_visit_ids_in_text(tmp_path):
+    folder = write_meds(tmp_path, ROWS, SPLITS, types={"hadm_id": pa.string()})
+    assert as_rows(read_meds(folder, "hadm_id").events) == bag(ROWS, visits=True)
+    rows = [Row(1, DAY, "A"), *[Row(1, DAY, "B")] * 4]
+    folder = write_meds(tmp_path / "words", rows)
+    shard = folder / "data/1.parquet"
+    table = pq.read_table(shard).drop_columns(["hadm_id"])
+    pq.write_table(table.append_column("visit", pa.array(["V-7", " V-7", "7.0", " ", None])), shard)
+    visits = read_meds(folder, "visit").events["visit_id"].to_pylist()
+    assert visits == [hashed_id("V-7"), hashed_id("V-7"), 7, None, None]
 
 
 def test_the_split_file_wins_over_folders(tmp_path):
@@ -218,8 +356,10 @@ def test_folder_mistakes(tmp_path):
         read_meds(tmp_path)
     (tmp_path / "data" / "directory.parquet").mkdir(parents=True)
     (tmp_path / "data" / ".hidden.parquet").write_text("")
-    (tmp_path / "data" / "0.csv").write_text("subject_id,time,code")
     with pytest.raises(InputError, match=r"data holds no \.parquet file"):
+        read_meds(tmp_path)
+    (tmp_path / "data" / "0.csv").write_text("subject_id,time,code")
+    with pytest.raises(InputError, match=r"0\.csv is among the shards, but is not called \.parquet"):
         read_meds(tmp_path)
 
 
@@ -233,8 +373,8 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path, column):
 @pytest.mark.parametrize(
     ("column", "kind", "meant"),
     [
-        ("subject_id", pa.float64(), "integers"),
         ("subject_id", pa.string(), "integers"),
+        ("subject_id", pa.bool_(), "integers"),
         ("time", pa.string(), "timestamps or dates"),
         ("time", pa.int64(), "timestamps or dates"),
         ("code", pa.list_(pa.string()), "strings"),
@@ -565,7 +705,7 @@ def test_codes_that_are_no_text_are_refused(tmp_path):
     file = folder / "data/1.parquet"
     code = pa.array([b"caf\xe9"]).view(pa.string())
     pq.write_table(pq.ParquetFile(file).read().set_column(2, "code", code), file)
-    with pytest.raises(InputError, match=r"1\.parquet has codes that are not UTF-8 text") as error:
+    with pytest.raises(InputError, match=r"1\.parquet has in the column code, row 1 .* not UTF-8") as error:
         read_meds(folder)
     assert "caf" not in str(error.value)
 

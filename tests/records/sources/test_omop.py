@@ -97,6 +97,9 @@ def test_births_with_missing_parts_are_filled_in_and_counted(tmp_path, form):
         person(8, year_of_birth=2000, day_of_birth=29),
         person(9, year_of_birth=None),
         person(10, year_of_birth=1899, month_of_birth=12, day_of_birth=31),
+        person(11, birth_datetime="1900-01-01"),
+        person(12, birth_datetime="1951-01-01 03:00:00"),
+        person(13, birth_datetime="9999-12-31", month_of_birth=None),
     ]
     folder = write_omop(tmp_path, {"person": persons, "visit_occurrence": []}, form=form)
     events, counts = read_all(open_omop(folder))
@@ -110,8 +113,12 @@ def test_births_with_missing_parts_are_filled_in_and_counted(tmp_path, form):
         (7, datetime(1950, 1, 1)),
         (8, datetime(2000, 2, 29)),
         (10, datetime(1899, 12, 31)),
+        (11, datetime(1950, 2, 3)),
+        (12, datetime(1951, 1, 1, 3)),  # a day off, as a zone makes it
+        (13, datetime(1950, 1, 1)),
     ]
-    assert counts.changed["birth month or day filled in"] == 5
+    assert counts.changed["birth month or day filled in"] == 6
+    assert counts.changed["birth_datetime outside of the year of birth, which was taken"] == 2
     assert counts.dropped["no year of birth"] == 1
 
 
@@ -238,8 +245,8 @@ def test_events_known_by_the_day_never_precede_their_visit_or_birth(tmp_path, fo
     ]
     tables = {
         "person": [
-            person(2, birth_datetime="2000-01-01 12:00:00"),
-            person(1, birth_datetime="1990-05-05 06:00:00"),
+            person(2, year_of_birth=2000, birth_datetime="2000-01-01 12:00:00"),
+            person(1, year_of_birth=1990, birth_datetime="1990-05-05 06:00:00"),
         ],
         "visit_occurrence": [
             visit(2, 2, visit_start_datetime="2000-01-01 11:00:00"),
@@ -309,10 +316,15 @@ def test_visits_of_5_3_and_5_4(tmp_path, discharge):
         ("20000102", datetime(2000, 1, 2)),
         ("2000-01-02 03:04", datetime(2000, 1, 2, 3, 4)),
         ("2000-01-02T03:04:05Z", datetime(2000, 1, 2, 3, 4, 5)),
-        ("2000-01-02 03:04:05+02:00", datetime(2000, 1, 2, 1, 4, 5)),
+        ("2000-01-02 03:04:05+02:00", datetime(2000, 1, 2, 3, 4, 5)),  # as clocks there show it
+        ("2000-01-01 21:00:00-04", datetime(2000, 1, 1, 21)),
+        ("2000-01-01 21:00:00.25 -0430", datetime(2000, 1, 1, 21, 0, 0, 250_000)),
+        ("2000-01-02 03:04:05 UTC", datetime(2000, 1, 2, 3, 4, 5)),
         ("2000-01-02 03:04:05.1234567", datetime(2000, 1, 2, 3, 4, 5, 123456)),
         (" 2000-01-02 03:04:05 ", datetime(2000, 1, 2, 3, 4, 5)),
-        ("2201-01-02 03:04:05", datetime(2201, 1, 2, 3, 4, 5)),
+        ("2201-01-02 03:04:05", MIDNIGHT),  # no zone explains it
+        ("1999-12-30 23:59:59", MIDNIGHT),
+        ("1999-12-31 00:00:01", datetime(1999, 12, 31, 0, 0, 1)),
         ("  ", MIDNIGHT),
         ("NULL", MIDNIGHT),
     ],
@@ -325,6 +337,37 @@ def test_spellings_of_times(tmp_path, text, time):
     )
     events, _ = read_all(open_omop(tmp_path))
     assert [event[1] for event in rows_of(events, "PROCEDURE")] == [datetime(2000, 1, 1, 0, 0, 1), time]
+
+
+def test_a_day_that_a_zone_moves_keeps_events_within_life(tmp_path):
+    start = "condition_start_datetime"
+    conditions = [
+        condition(1, 1, "2000-03-01", **{start: "2000-03-02 01:00:00"}),  # an evening of the day of death
+        condition(1, 2, "2000-03-01", **{start: "2000-03-01 23:00:00"}),
+        condition(1, 3, "2000-03-02", **{start: "2000-03-02 01:00:00"}),  # after death, also by its date
+        condition(1, 4, "1950-02-03", **{start: "1950-02-02 20:00:00"}),
+        condition(1, 5, "1950-02-02", **{start: "1950-02-02 20:00:00"}),
+        condition(1, 6, "1990-01-01", **{start: "1989-12-31 20:00:00"}),
+        condition(1, 7, "1990-01-01", **{start: "2020-12-31 20:00:00"}),
+    ]
+    tables = {
+        "person": [person(1)],
+        "visit_occurrence": [],
+        "condition_occurrence": conditions,
+        "death": [row(person_id=1, death_date="2000-03-01")],
+    }
+    events, counts = read_all(open_omop(write_omop(tmp_path, tables)))
+    assert [event[1] for event in rows_of(events)] == [
+        datetime(2000, 3, 1, 23, 59, 59, 999999),
+        datetime(2000, 3, 1, 23),
+        datetime(2000, 3, 2, 1),
+        datetime(1950, 2, 3),
+        datetime(1950, 2, 2, 20),
+        datetime(1989, 12, 31, 20),
+        datetime(1990, 1, 1),
+    ]
+    assert counts.changed["datetime outside of life on a date within, moved to that date"] == 2
+    assert counts.changed["datetime far from its date, which was taken"] == 1
 
 
 _conditions = st.builds(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.csv import write_csv
 
 from behrt_jax.data.events import EventCounts
 from behrt_jax.errors import InputError
@@ -69,7 +70,14 @@ def test_types_that_parquet_exports_have(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "layout", ["condition_occurrence_000{}", "condition_occurrence/part-0-{}", "CONDITION_OCCURRENCE/a=1/{}"]
+    "layout",
+    [
+        "condition_occurrence_000{}",
+        "condition_occurrence/part-0-{}",
+        "CONDITION_OCCURRENCE/a=1/{}",
+        "condition_occurrence.parquet/{}",
+        "condition_occurrence.CSV/{}",
+    ],
 )
 @pytest.mark.parametrize("form", ["csv", "csv.gz", "parquet"])
 def test_tables_in_parts(tmp_path, layout, form):
@@ -77,6 +85,11 @@ def test_tables_in_parts(tmp_path, layout, form):
     for part in (0, 1):
         file = tmp_path / f"{layout.format(part)}.{form}"
         write_table(file, "condition_occurrence", [condition(1, 100 + part)])
+    empty = tmp_path / f"{layout.format(2)}.{form}"  # a part without rows
+    if form == "parquet":
+        pq.write_table(pa.table({}), empty)
+    else:
+        empty.write_bytes(gzip.compress(b"\n") if form == "csv.gz" else b"")
     for name in ("_SUCCESS", f".0.{form}", f"_new/0.{form}"):
         hidden = file.parent / name
         hidden.parent.mkdir(exist_ok=True)
@@ -86,6 +99,91 @@ def test_tables_in_parts(tmp_path, layout, form):
     source = open_omop(tmp_path)
     assert source.units() == 1 + 2 + 2  # person, both parts, observation_period twice: starts and ends
     assert codes_of(read_all(source)[0], "CONDITION") == ["CONDITION//100", "CONDITION//101"]
+
+
+def test_folders_of_parts_that_cannot_be_read_are_named(tmp_path):
+    write_omop(tmp_path, {"person": [person(1)], "observation": []})
+    folder = tmp_path / "condition_occurrence"
+    folder.mkdir()
+    (folder / "_SUCCESS").touch()
+    with pytest.raises(InputError, match=r"condition_occurrence holds no file of \.csv\.gz, "):
+        open_omop(tmp_path)
+    write_table(folder / "0.parquet", "condition_occurrence", [condition(1, 100)])
+    (folder / "_delta_log").mkdir()
+    with pytest.raises(
+        InputError, match=r"condition_occurrence is a table of Delta Lake, .*as plain Parquet"
+    ):
+        open_omop(tmp_path)
+    assert open_omop(tmp_path, skip=["Condition_Occurrence"]).options()["skip"] == ["condition_occurrence"]
+
+
+def test_a_table_that_is_broken_or_not_wanted_is_skipped(tmp_path):
+    write_omop(tmp_path, HISTORY)
+    plain, _ = read_all(open_omop(tmp_path))
+    (tmp_path / "drug_exposure.csv").write_text("no table")
+    (tmp_path / "._site_concept.csv").write_bytes(b"\x00\x05")  # what macOS leaves is no table of concepts
+    with pytest.raises(InputError, match=r"drug_exposure\.csv has no column person_id"):
+        open_omop(tmp_path)
+    source = open_omop(tmp_path, skip=["DRUG_EXPOSURE"])
+    rest = [row for row in rows_of(plain, "") if not row[2].startswith("DRUG//")]
+    assert rows_of(read_all(source)[0], "") == rest
+    assert tmp_path / "drug_exposure.csv" not in source.files()
+    (tmp_path / "drug_exposure.csv").rename(tmp_path / "drug_exposure.csv.bz2")
+    (tmp_path / "device_exposure.sql").touch()  # no data
+    with pytest.raises(InputError, match=r"drug_exposure\.csv\.bz2 is not read.*--omop\.skip drug_exposure"):
+        open_omop(tmp_path)
+    assert rows_of(read_all(open_omop(tmp_path, skip=["drug_exposure"]))[0], "") == rest
+    (tmp_path / "drug_exposure.csv.bz2").unlink()
+    for wrong in ("drug", "person"):
+        with pytest.raises(InputError, match=rf"--omop\.skip names {wrong}, which is no table of"):
+            open_omop(tmp_path, skip=[wrong])
+
+
+@pytest.mark.parametrize(
+    "text", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str
+)
+def test_text_that_is_not_utf8_is_named_by_row(tmp_path, text):
+    write_omop(tmp_path, {"person": [person(1)]}, form="parquet")
+    broken = pa.array([b"a", None, b"caf\xe9"]).view(pa.string())
+    if pa.types.is_dictionary(text):
+        broken = pa.DictionaryArray.from_arrays(pa.array([0, None, 1]), broken.drop_null())
+    columns = {
+        "person_id": [1] * 3,
+        "condition_concept_id": [0] * 3,
+        "condition_start_date": ["2000-01-01"] * 3,
+    }
+    table = pa.table(columns | {"condition_source_value": broken})
+    if pa.types.is_large_string(text):
+        large = pa.array([b"a", None, b"caf\xe9"], pa.large_binary()).view(pa.large_string())
+        table = table.set_column(3, "condition_source_value", large)
+    pq.write_table(table, tmp_path / "condition_occurrence.parquet")
+    where = r"condition_occurrence\.parquet has in the column condition_source_value, row 3 .* not UTF-8"
+    if pa.types.is_dictionary(text):  # which Arrow refuses without telling where
+        where = r"condition_occurrence\.parquet holds text that is not UTF-8"
+    with pytest.raises(InputError, match=where) as error:
+        read_all(open_omop(tmp_path))
+    assert "caf" not in str(error.value)
+
+
+def test_whole_numbers_as_pandas_writes_a_column_with_gaps(tmp_path):
+    write_omop(tmp_path, {"person": [person(1)]})
+    dated = {
+        "person_id": [1] * 3,
+        "condition_concept_id": [5] * 3,
+        "condition_start_date": ["2000-01-01"] * 3,
+    }
+    visits = [
+        row(visit_occurrence_id=v, person_id=1, visit_concept_id=9, visit_start_date="2000-01-01")
+        for v in (7, 8)
+    ]
+    write_table(tmp_path / "visit_occurrence.csv", "visit_occurrence", visits)
+    for name, column in {"csv": ["7.0", "8.00", ""], "parquet": [7.0, 8.0, float("nan")]}.items():
+        file = tmp_path / f"condition_occurrence.{name}"
+        table = pa.table(dated | {"visit_occurrence_id": column})
+        write_csv(table, file) if name == "csv" else pq.write_table(table, file)
+        events, _ = read_all(open_omop(tmp_path))
+        assert [event[4] for event in rows_of(events)] == [7, 8, None]
+        file.unlink()
 
 
 def test_large_parquet_files_are_cut_into_units(tmp_path, monkeypatch):
@@ -120,12 +218,13 @@ def spoil(folder: Path, table: str, old: str, new: bytes) -> None:
 
 
 SPOILT = [
-    ("condition_occurrence", "777001", b"777001.0", "column person_id, data row 3", "whole number"),
+    ("condition_occurrence", "777001", b"777001.5", "column person_id, data row 3", "whole number"),
+    ("condition_occurrence", "777001", b" Person_Id", "column person_id, data row 3", "header comes again"),
     ("condition_occurrence", "777001", b"seven", "person_id.*row 3", "whole number"),
     ("condition_occurrence", "777001", b"9223372036854775808", "person_id.*row 3", "whole number"),
     ("condition_occurrence", "777002", b"1.5", "visit_occurrence_id.*row 3", "whole number"),
-    ("condition_occurrence", "2000-07-07", b"2000-13-07", "condition_start_date.*row 3", "2001-02-03"),
-    ("condition_occurrence", "2000-07-07", b"soon", "condition_start_date.*row 3", "2001-02-03"),
+    ("condition_occurrence", "2000-07-07", b"2000-13-07", "condition_start_date.*row 3", "2019-07-08"),
+    ("condition_occurrence", "2000-07-07", b"soon", "condition_start_date.*row 3", "2019-07-08"),
     ("condition_occurrence", "2000-07-07", b"2000-07-07,1", "9 values in data row 3", "quotes"),
     ("condition_occurrence", ",secret", b"", "7 values in data row 3", "mend the row"),
     ("condition_occurrence", "secret", b"caf\xe9 secret", "condition_source_value.*row 3", "UTF-8"),
@@ -257,8 +356,9 @@ def test_truncated_and_false_gzip(tmp_path):
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("person_id", pa.array([7.0]), r"double in the column person_id: write it as whole numbers"),
-        ("person_id", pa.array(["7.0"]), r"column person_id, data row 1, .*whole numbers"),
+        ("person_id", pa.array([7.5]), r"column person_id, data row 1, .*whole numbers"),
+        ("person_id", pa.array([2.0**53]), r"column person_id, data row 1, .*whole numbers"),
+        ("person_id", pa.array(["7.5"]), r"column person_id, data row 1, .*whole numbers"),
         ("person_id", pa.array([2**64 - 1], pa.uint64()), r"column person_id, data row 1, .*whole numbers"),
         ("condition_concept_id", pa.array([True]), "bool in the column condition_concept_id"),
         ("condition_start_date", pa.array([20000101]), "int64 in the column condition_start_date.*dates"),

@@ -15,7 +15,7 @@ from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.errors import InputError
 from behrt_jax.records.sources import columns as text_columns
 from behrt_jax.records.sources import files as csv_reading
-from behrt_jax.records.sources.columns import TextIds, hashed_id, parse_numbers, parse_times
+from behrt_jax.records.sources.columns import TextIds, cast_column, hashed_id, parse_numbers
 from behrt_jax.records.sources.files import Piece, read_csv
 from behrt_jax.records.sources.synthea import SyntheaSource, open_synthea
 from tests.records.synthea_folder import ERAS, write_synthea, write_text
@@ -191,7 +191,7 @@ def test_mixed_clocks(tmp_path):
         tmp_path, *(condition(start=start) for start in [*starts, " 2009-01-08 07:30 UTC"])
     )
     day = "2009-01-08 "
-    expected = ["10:00:00", "00:00:00", "08:00:00", "10:00:00.123456", "07:30:00"]
+    expected = ["10:00:00", "00:00:00", "10:00:00", "10:00:00.123456", "07:30:00"]
     assert times(events) == [day + time for time in expected]
 
 
@@ -375,6 +375,38 @@ def test_folders_that_are_none(tmp_path):
     raised(lambda: open_synthea(tmp_path), "conditions.csv", "CONDITIONS.csv.gz", "keep one")
 
 
+def test_tables_that_are_skipped(tmp_path):
+    tables = {"patients": PATIENTS, "encounters": VISITS, "conditions": [condition()], "observations": []}
+    folder = write_synthea(tmp_path, tables, "2023")
+    (folder / "observations.csv").write_text("no table\n")
+    raised(lambda: open_synthea(folder), "observations.csv has no column PATIENT")
+    source = open_synthea(folder, skip=["Observations", "encounters"])
+    assert source.options() == {"skip": ["encounters", "observations"]}
+    events, counts = read_all(source)
+    assert [code for code in events["code"].to_pylist() if "//38822007" in code] == ["DX//38822007"]
+    assert counts.changed == {"unknown visit": 1}
+    for wrong in ("patients", "claims"):
+        raised(
+            lambda wrong=wrong: open_synthea(folder, [wrong]),
+            f"--synthea.skip names {wrong}, which is no table",
+        )
+    (folder / "observations.csv").unlink()
+    (folder / "observations.csv").mkdir()
+    raised(lambda: open_synthea(folder), "observations.csv is a folder", "one CSV file")
+    assert open_synthea(folder, ["observations"]).units() == 3
+    (folder / "observations.csv").rmdir()
+    (folder / "observations.csv.zip").touch()
+    (folder / "devices.txt").touch()  # no data
+    raised(lambda: open_synthea(folder), "observations.csv.zip is not read", "--synthea.skip observations")
+
+
+def test_a_header_that_comes_again_is_named(tmp_path):
+    folder = write_synthea(tmp_path, {"patients": PATIENTS, "conditions": [condition()]}, "2023")
+    text = (folder / "conditions.csv").read_text()
+    (folder / "conditions.csv").write_text(text + text.splitlines()[0] + "\n")
+    raised(lambda: read_all(open_synthea(folder)), "conditions.csv", "data row 2", "header comes again")
+
+
 def test_colliding_ids(tmp_path, monkeypatch):
     def lengths(texts):
         return np.array([len(text) for text in texts.to_pylist()], dtype=np.int64)
@@ -401,7 +433,9 @@ def test_colliding_ids(tmp_path, monkeypatch):
 def test_times_come_back(moments, zone):
     texts = [moment.isoformat(" ") + zone for moment in moments if moment.year >= 1000]
     piece = Piece(Path("f"), 1, pa.table({"t": pa.array(texts, pa.string())}))
-    assert parse_times(piece, "t").to_pylist() == [moment for moment in moments if moment.year >= 1000]
+    assert cast_column(piece, "t", "time").to_pylist() == [
+        moment for moment in moments if moment.year >= 1000
+    ]
 
 
 @given(st.lists(st.floats(width=32) | st.text(max_size=5), max_size=5))

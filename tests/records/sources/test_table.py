@@ -6,6 +6,7 @@ from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +19,7 @@ from behrt_jax.errors import InputError
 from behrt_jax.records.sources import files as csv_reading
 from behrt_jax.records.sources import table as table_source
 from behrt_jax.records.sources.columns import hashed_id
-from behrt_jax.records.sources.table import TableSource, open_table
+from behrt_jax.records.sources.table import TableSource, WithBirths, open_table
 
 ALL = TableColumns(value="value", visit="visit", birth="birth")
 BIG = 2**62 + 1
@@ -115,7 +116,7 @@ def test_three_columns_are_enough(tmp_path):
 def test_types_of_time(tmp_path, kind):
     moments = pa.array([dt.datetime(1961, 3, 4), None], pa.timestamp("us"))
     if pa.types.is_timestamp(kind) and kind.tz:
-        moments = moments.cast(pa.timestamp("us", "UTC"))
+        moments = pc.assume_timezone(moments, kind.tz)  # what clocks there show
     if pa.types.is_dictionary(kind):
         times = moments.cast(pa.string()).dictionary_encode()
     else:
@@ -172,6 +173,8 @@ def test_text_ids(tmp_path):
         "0",
         "-0",
         "1.0",
+        "1.5",
+        "123456789012345.00",
         "9" * 18,
         "9" * 19,
     ]
@@ -179,8 +182,8 @@ def test_text_ids(tmp_path):
     rows, _ = read_all(
         open_table(write(tmp_path / "t.csv", "subject_id,time,code\n" + lines), TableColumns())
     )
-    hashed = {text: hashed_id(text) for text in ("007", "+7", "a b", str(2**63), "-0", "1.0", "9" * 19)}
-    assert [row[0] for row in rows] == [hashed[t] if t in hashed else int(t) for t in texts]
+    hashed = {text: hashed_id(text) for text in ("007", "+7", "a b", str(2**63), "-0", "1.5", "9" * 19)}
+    assert [row[0] for row in rows] == [hashed[t] if t in hashed else int(t.split(".")[0]) for t in texts]
 
 
 def test_nulls_are_counted(tmp_path):
@@ -193,11 +196,13 @@ def test_nulls_are_counted(tmp_path):
 
 
 def test_births_that_differ(tmp_path):
-    lines = "1,2020-01-01,x,1950-01-02\n1,2020-01-01,x,1950-01-01\n2,2020-01-01,x,\n"
+    lines = (
+        "1,2020-01-01,x,1950-01-02\n1,2020-01-01,x,1950-01-01\n2,2020-01-01,x,\n1,2020-01-01,x,1900-01-01\n"
+    )
     file = write(tmp_path / "t.csv", "subject_id,time,code,birth\n" + lines)
     rows, counts = read_all(open_table(file, TableColumns(birth="birth")))
     assert rows[0] == (1, dt.datetime(1950, 1, 1), "MEDS_BIRTH", None, None)
-    assert (len(rows), counts.read, counts.changed) == (4, 4, {"births differ": 1})
+    assert (len(rows), counts.read, counts.changed) == (5, 5, {"births differ": 1})
 
 
 def test_values_that_are_not_finite(tmp_path):
@@ -299,6 +304,13 @@ HEADER = "subject_id,time,code,value\n"
         ),
         ("subject_id,code,value\n", ("no column time", "table.time", "subject_id, code, value")),
         ("subject_id,time,code,code,value\n", ("more than one column code", "table.code")),
+        ("subject_id,\0time,code,value\n", ("no text in UTF-8", "save it as CSV")),
+        ("subject_id;time;code;value\n", ("one column, whose name holds ;", "by commas", "decimal point")),
+        ("subject_id\ttime\tcode\tvalue\n", ("one column, whose name holds tabs", "by commas")),
+        (
+            "subject_id,time,code,value\nsubject_id,time,code,value\n",
+            ("column time, data row 1", "header comes again"),
+        ),
     ],
 )
 def test_broken_csv(tmp_path, text, says):
@@ -309,7 +321,8 @@ def test_broken_csv(tmp_path, text, says):
 @pytest.mark.parametrize(
     ("column", "values", "says"),
     [
-        ("subject_id", [1.0, 2.0], ("double in the column subject_id", "table.subject", "integers or text")),
+        ("subject_id", [True, False], ("bool in the column subject_id", "table.subject", "integers or text")),
+        ("subject_id", [1.0, 2.5], ("column subject_id", "signed 64-bit", "double")),
         ("subject_id", [2**63, 1], ("column subject_id", "signed 64-bit")),
         ("time", [1, 2], ("int64 in the column time", "table.time", "timestamps")),
         ("time", ["2020-01-01", "2020-13-01"], ("column time, data row 2", "like 2019-07-08")),
@@ -364,3 +377,52 @@ def test_files_that_are_none(tmp_path):
 
 def test_default_codes():
     assert TableSource.default_codes == ()
+
+
+def with_births(tmp_path, births, codes=(), events=None):
+    """Rows and counts of a table of events whose births are given apart."""
+    lines = events or "1,2020-01-01,x,\n2,2020-01-02,x,\nward 7,2020-01-03,x,\n1,1950-01-01,MEDS_BIRTH,\n"
+    source = open_table(
+        write(tmp_path / "t.csv", "subject_id,time,code,value\n" + lines), TableColumns(value="value")
+    )
+    file = None if births is None else write(tmp_path / "births.csv", "subject_id,birth,note\n" + births)
+    return read_all(WithBirths(source, file, codes))
+
+
+def test_a_table_of_births_takes_the_place_of_those_of_the_records(tmp_path):
+    births = "1,1960-05-06,a\nward 7,1970-01-01,b\n1,1900-01-01,c\n2,,d\n"
+    rows, counts = with_births(tmp_path, births)
+    moments = {row[0]: row[1] for row in rows if row[2] == "MEDS_BIRTH"}
+    assert moments == {1: dt.datetime(1960, 5, 6), hashed_id("ward 7"): dt.datetime(1970, 1, 1)}
+    assert (counts.read, counts.dropped) == (6, {"birth, another given by --births": 1})
+    assert counts.changed == {"births differ": 1}
+    rows, counts = with_births(tmp_path, "2,1960-05-06,a\n")  # the others keep their own
+    assert sorted(row[0] for row in rows if row[2] == "MEDS_BIRTH") == [1, 2]
+    with pytest.raises(InputError, match=r"^--births needs .*subject_id and birth.*other.csv has no"):
+        write(tmp_path / "other.csv", "subject_id,dob\n")
+        WithBirths(open_table(tmp_path / "t.csv", TableColumns()), tmp_path / "other.csv", ())
+
+
+def test_births_of_other_codes(tmp_path):
+    events = (
+        "1,1960-05-06,SNOMED/3950001,\n2,,BIRTH_YEAR//1950,\n3,,YEAR_OF_BIRTH,1940\n4,,BIRTH_YEAR//old,\n"
+        "5,2001-01-01,x,1\n"
+    )
+    rows, counts = with_births(tmp_path, None, ("SNOMED/3950001$", "BIRTH_YEAR", "YEAR_OF"), events)
+    assert [row[:3] for row in rows] == [
+        (1, dt.datetime(1960, 5, 6), "MEDS_BIRTH"),
+        (2, dt.datetime(1950, 1, 1), "MEDS_BIRTH"),
+        (3, dt.datetime(1940, 1, 1), "MEDS_BIRTH"),
+        (4, None, "BIRTH_YEAR//old"),
+        (5, dt.datetime(2001, 1, 1), "x"),
+    ]
+    assert counts.changed == {"code of births -> MEDS_BIRTH": 3}
+
+
+@pytest.mark.parametrize("kind", [pa.date32(), pa.timestamp("ns"), pa.string()])
+def test_births_in_parquet(tmp_path, kind):
+    source = open_table(write(tmp_path / "t.csv", "subject_id,time,code\n1,2020-01-01,x\n"), TableColumns())
+    births = pa.array([dt.date(1960, 5, 6)], pa.date32()).cast(pa.timestamp("s")).cast(kind)
+    pq.write_table(pa.table({"subject_id": [1], "birth": births}), tmp_path / "births.parquet")
+    rows, _ = read_all(WithBirths(source, tmp_path / "births.parquet", ()))
+    assert (1, dt.datetime(1960, 5, 6), "MEDS_BIRTH", None, None) in rows
