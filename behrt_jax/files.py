@@ -1,4 +1,4 @@
-"""Files and folders written whole, by one process at a time; files of data; JSON; digests of files."""
+"""Files and folders: written whole, by one process at a time; found as data; JSON; digests of files."""
 
 import dataclasses
 import errno
@@ -46,8 +46,13 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all, and have it on the disk."""
-    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and have it on the disk."""
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -493,7 +498,11 @@ def _sha256(file: Path) -> str:
         raise InputError(f"cannot read {file} ({error.strerror}).") from error
 
 
-@cache
 def say_unrecorded(folder: Path) -> None:
     """Log, once for each folder, that an older version wrote it without records of its files."""
+    _say_unrecorded(folder.absolute())
+
+
+@cache
+def _say_unrecorded(folder: Path) -> None:
     _logger.warning("%s was written without digests of its files: damage to them is not noticed.", folder)

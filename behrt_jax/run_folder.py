@@ -6,15 +6,17 @@
     parameters.json counts of parameters, total and trainable, by group
     metrics.jsonl   one JSON object a line, append only
     summary.json    best and last figures; SUMMARY.txt is the same for a person
-    checkpoints/    adapter/    plots/    vocabulary.parquet    report.html
+    checkpoints/    adapter/    plots/    vocabulary.parquet    preparation.json    report.html
+    files.json      size and SHA-256 of each of these files that is read again, and of itself
 
-Everything is strict JSON: a number that is not finite is written as ``null``.
+Everything is strict JSON: a number that is not finite is written as ``null``. Checkpoints and adapters have
+digests of their own in their folders.
 """
 
 import json
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias, TypeGuard
@@ -22,12 +24,18 @@ from typing import TypeAlias, TypeGuard
 from behrt_jax.errors import InputError
 from behrt_jax.files import (
     JsonObject,
+    check_files,
+    digest_of,
+    is_sealed,
     json_text,
     leftover_of,
     locked,
     read_json,
     remove_leftovers,
-    write_text,
+    say_unrecorded,
+    sealed,
+    write_bytes,
+    write_json,
 )
 
 Records: TypeAlias = Sequence[JsonObject]
@@ -41,14 +49,14 @@ SUMMARY_TEXT_FILE = "SUMMARY.txt"
 CHECKPOINTS_FOLDER = "checkpoints"
 PLOTS_FOLDER = "plots"
 REPORT_FILE = "report.html"
-
 VOCABULARY_FILE = "vocabulary.parquet"
-LOCK_FILE = ".lock"
-
+PREPARATION_FILE = "preparation.json"
+"""Rules by which the data were prepared, beside the vocabulary; of an adapter too: see `data.prepared`."""
+FILES_FILE = "files.json"
 LOCK_FILE = ".lock"
 
 _SIGNS_OF_A_RUN = (CONFIG_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
-_BEFORE_CONFIG = ("vocabulary.parquet", PARAMETERS_FILE)
+_BEFORE_CONFIG = (VOCABULARY_FILE, PREPARATION_FILE, PARAMETERS_FILE, FILES_FILE)
 """What a run writes before its config.json."""
 
 
@@ -135,13 +143,97 @@ def read_config(folder: Path) -> JsonObject:
     Raises:
         InputError: it is missing, or is not what a run writes.
     """
-    record = read_json(folder / CONFIG_FILE)
+    record = read_json(checked(folder, CONFIG_FILE))
     if not (isinstance(record, dict) and all(isinstance(record.get(n), dict) for n in ("settings", "data"))):
         raise InputError(
             f"{folder / CONFIG_FILE} is not as a run writes it (settings or data are not there): bring the "
             "run's own back, or give another run."
         )
     return record
+
+
+# The digests of a run's files. While a file is replaced its record allows the old state and the new, so that
+# a run that is killed in between can be read.
+
+_MEND = "bring the file back from a copy, or train the run again."
+_States: TypeAlias = Sequence[JsonObject | None]
+"""What a file may be, as `files.digest_of` has it; None: not there. Of metrics.jsonl its beginning."""
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files of a run, each whole or not at all and in this order, and record their digests.
+
+    Raises:
+        InputError: files.json is damaged.
+    """
+    record = _recorded(folder)
+    if record is None:  # a new run, or one of an older version
+        known = (file for file in folder.glob("*.*") if file.suffix in (".json", ".jsonl", ".parquet"))
+        record = {file.name: [digest_of(file.read_bytes())] for file in known}
+    new: dict[str, _States] = {name: [digest_of(content)] for name, content in contents.items()}
+    either = {name: [*states, *record.get(name, [None])] for name, states in new.items()}
+    write_json(folder / FILES_FILE, sealed({"files": record | either}))
+    for name, content in contents.items():
+        write_bytes(folder / name, content)
+    write_json(folder / FILES_FILE, sealed({"files": record | new}))
+
+
+def record_metrics(folder: Path) -> None:
+    """Record what metrics.jsonl holds by now, to which later lines may be added."""
+    path = folder / METRICS_FILE
+    if path.exists():
+        write_files(folder, {METRICS_FILE: path.read_bytes()})
+
+
+def checked(folder: Path, name: str) -> Path:
+    """The path of a file of a run, whose content was compared with its record; it may not be there.
+
+    Raises:
+        InputError: the file is missing or damaged, or the run has not written it.
+    """
+    record, path = _recorded(folder), folder / name
+    if record is None:
+        config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
+        if isinstance(config, dict) and config.get("recorded"):
+            raise InputError(f"{folder / FILES_FILE} is missing: {_MEND}")
+        say_unrecorded(folder)
+        return path
+    problems = []
+    for state in record.get(name, [None]):
+        if state is not None:
+            try:
+                check_files(folder, {name: state}, _MEND)
+                return path
+            except InputError as error:
+                problems.append(error)
+        elif not path.exists():
+            return path
+        else:
+            problems.append(InputError(f"{path} is not of this run, which has written none: remove it."))
+    raise problems[0]
+
+
+def read_document(folder: Path, name: str) -> JsonObject:
+    """The object in a JSON file of a run, which must be there.
+
+    Raises:
+        InputError: as :func:`checked`, or the file holds no JSON object.
+    """
+    value = read_json(checked(folder, name))
+    if not isinstance(value, dict):
+        raise InputError(f"{folder / name} holds no JSON object: {_MEND}")
+    return value
+
+
+def _recorded(folder: Path) -> dict[str, _States] | None:
+    """Name -> states of each file; None where there is no record."""
+    path = folder / FILES_FILE
+    if not path.exists():
+        return None
+    record = read_json(path)
+    if not (isinstance(record, dict) and is_sealed(record)):
+        raise InputError(f"{path} is damaged (it is not what the run wrote): {_MEND}")
+    return record["files"]
 
 
 def append_metrics(path: Path, record: JsonObject) -> None:
@@ -152,18 +244,27 @@ def append_metrics(path: Path, record: JsonObject) -> None:
 
 
 def read_metrics(path: Path) -> list[JsonObject]:
-    """All records, in the order written; none where the file does not exist yet.
+    """All records, in the order written; none where the file does not exist yet. What files.json knows of
+    them is compared.
 
     A last line without its newline is what an interrupted writer leaves: it is taken if it is whole
     and left out if it is not.
 
     Raises:
-        InputError: any other line is not a JSON object with an integer ``step``.
+        InputError: any other line is not a JSON object with an integer ``step``; the file is gone or changed
+            since it was recorded.
     """
-    if not path.exists():
+    content = path.read_bytes() if path.exists() else None
+    states = (_recorded(path.parent) or {}).get(path.name, [])
+    if states and not any(
+        content is None if state is None else digest_of((content or b"")[: state["bytes"]]) == state
+        for state in states
+    ):
+        raise InputError(f"{path} is missing or damaged: {_MEND}")
+    if content is None:
         return []
     # A line that was written whole ends with a newline, so the last piece is empty, or torn.
-    *lines, rest = path.read_bytes().split(b"\n")
+    *lines, rest = content.split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         record = _record(line)
@@ -188,7 +289,7 @@ def truncate_metrics(path: Path, step: int) -> int:
     """Drop the records past `step`, and a torn last line, so that a run resumed there has each step once.
 
     Returns the number of records dropped (a torn line is no record). The file is rewritten whole or
-    not at all; a missing file stays missing.
+    not at all, and recorded; a missing file stays missing.
 
     Raises:
         InputError: as :func:`read_metrics`.
@@ -197,7 +298,7 @@ def truncate_metrics(path: Path, step: int) -> int:
         return 0
     records = read_metrics(path)
     kept = [record for record in records if record["step"] <= step]
-    write_text(path, "".join(map(json_text, kept)))
+    write_files(path.parent, {path.name: "".join(map(json_text, kept)).encode()})
     return len(records) - len(kept)
 
 

@@ -10,15 +10,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from behrt_jax import files
 from behrt_jax.errors import InputError
-from behrt_jax.files import read_json, write_json, write_text
+from behrt_jax.files import json_text, read_json, write_json, write_text
 from behrt_jax.run_folder import (
     append_metrics,
+    checked,
     open_run_folder,
     prepare_run_folder,
     read_config,
+    read_document,
     read_metrics,
+    record_metrics,
     truncate_metrics,
+    write_files,
 )
 
 shared_folder = settings(
@@ -223,6 +228,7 @@ records = st.lists(
 def test_metrics_come_back_as_written_one_line_each(tmp_path, records):
     path = tmp_path / "metrics.jsonl"
     path.unlink(missing_ok=True)
+    (tmp_path / "files.json").unlink(missing_ok=True)
     assert read_metrics(path) == []
     for number, record in enumerate(records, start=1):
         append_metrics(path, record)
@@ -237,6 +243,7 @@ def test_metrics_come_back_as_written_one_line_each(tmp_path, records):
 def test_a_torn_last_line_is_left_out_and_all_others_are_kept(tmp_path, records, data):
     path = tmp_path / "metrics.jsonl"
     path.unlink(missing_ok=True)
+    (tmp_path / "files.json").unlink(missing_ok=True)
     for record in records:
         append_metrics(path, record)
     content = path.read_bytes()
@@ -264,6 +271,7 @@ def test_a_broken_line_elsewhere_is_an_error_that_names_it(tmp_path, bad):
 def test_truncating_drops_and_counts_what_is_past_the_step(tmp_path, records, step):
     path = tmp_path / "metrics.jsonl"
     path.unlink(missing_ok=True)
+    (tmp_path / "files.json").unlink(missing_ok=True)
     for record in records:
         append_metrics(path, record)
     dropped = truncate_metrics(path, step)
@@ -280,3 +288,97 @@ def test_truncating_a_missing_file_does_nothing(tmp_path):
 def test_metrics_that_are_not_finite_are_null(tmp_path):
     append_metrics(tmp_path / "m.jsonl", {"step": np.int32(3), "loss": np.float32("nan")})
     assert (tmp_path / "m.jsonl").read_text() == '{"step": 3, "loss": null}\n'
+
+
+def started(folder, **more):
+    """A run folder in which these documents were written beside its config.json."""
+    values = {**more, "config": {"recorded": True, "settings": {}}}
+    write_files(folder, {f"{name}.json": json_text(value).encode() for name, value in values.items()})
+    return folder
+
+
+def test_recorded_files_are_read_as_they_were_written(tmp_path):
+    started(tmp_path, summary={"loss": 1.5})
+    assert read_document(tmp_path, "summary.json") == {"loss": 1.5}
+    write_files(tmp_path, {"summary.json": b'{"loss": 1.25}'})
+    assert read_document(tmp_path, "summary.json") == {"loss": 1.25}
+    assert checked(tmp_path, "task.json") == tmp_path / "task.json"  # was never written, and is not there
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda run: (run / "summary.json").write_text('{"loss": 1.6}\n'),
+            "summary.json is damaged, its",
+        ),
+        (lambda run: (run / "summary.json").write_text("{}"), "summary.json is damaged, it has 2 bytes"),
+        (lambda run: (run / "summary.json").unlink(), "summary.json is missing"),
+        (lambda run: (run / "files.json").unlink(), "files.json is missing"),
+        (lambda run: (run / "files.json").write_text('{"files": {}}'), "files.json is damaged"),
+        (lambda run: (run / "files.json").write_text("[]"), "files.json is damaged"),
+    ],
+)
+def test_a_file_that_is_not_what_the_run_wrote(tmp_path, spoil, message):
+    spoil(started(tmp_path, summary={"loss": 1.5}))
+    with pytest.raises(InputError, match=message):
+        read_document(tmp_path, "summary.json")
+
+
+def test_a_file_that_the_run_has_not_written(tmp_path):
+    (started(tmp_path) / "summary.json").write_text("{}")
+    with pytest.raises(InputError, match=r"summary\.json is not of this run"):
+        read_document(tmp_path, "summary.json")
+
+
+@pytest.mark.parametrize("fails", range(4))
+def test_a_run_killed_while_it_writes_can_be_read(tmp_path, monkeypatch, fails):
+    started(tmp_path, summary={"loss": 1.5})
+    writes = []
+    whole = files.written_whole
+
+    def killed(path):
+        writes.append(path)
+        if len(writes) > fails:
+            raise KeyboardInterrupt
+        return whole(path)
+
+    monkeypatch.setattr(files, "written_whole", killed)
+    with pytest.raises(KeyboardInterrupt):  # four writes: the record, the two, the record
+        write_files(tmp_path, {"summary.json": b'{"loss": 1}', "task.json": b'{"kind": 2}'})
+    monkeypatch.undo()
+    assert read_document(tmp_path, "summary.json") == {"loss": 1.5 if fails < 2 else 1}
+    assert checked(tmp_path, "task.json").exists() == (fails == 3)
+    write_files(tmp_path, {"summary.json": b"{}"})
+    assert read_document(tmp_path, "summary.json") == {}
+
+
+def test_a_run_of_an_older_version_is_read_and_recorded_when_it_goes_on(tmp_path, caplog):
+    for name in ("config.json", "summary.json"):
+        (tmp_path / name).write_text('{"loss": 1.5}')
+    with caplog.at_level("WARNING"):
+        assert read_document(tmp_path, "config.json") == read_document(tmp_path, "summary.json")
+    assert len(caplog.records) == 1 and "without digests of its files" in caplog.text
+    write_files(tmp_path, {"config.json": b"{}"})
+    assert read_document(tmp_path, "summary.json") == {"loss": 1.5}
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"summary\.json is missing"):
+        checked(tmp_path, "summary.json")
+
+
+def test_metrics_are_those_that_were_recorded_and_may_go_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    record_metrics(tmp_path)  # there are none
+    assert read_metrics(path) == []
+    append_metrics(path, {"step": 1, "loss": 2.5})
+    record_metrics(tmp_path)
+    append_metrics(path, {"step": 2})
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    whole = path.read_bytes()
+    for content in (whole.replace(b"2.5", b"2.4"), whole[:10], None):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(InputError, match=r"metrics\.jsonl is missing or damaged"):
+            read_metrics(path)
+    path.write_bytes(whole)
+    assert truncate_metrics(path, 1) == 1
+    assert read_metrics(path) == [{"step": 1, "loss": 2.5}]

@@ -1,24 +1,23 @@
 """An adapter on disk: what was trained, without the frozen base it belongs to.
 
-A folder. ``adapter.safetensors`` holds every LoRA leaf and every trained leaf of the parameters (head,
-embeddings, ...) as float32, under keys such as ``lora/behrt/encoder/layer_0/attention/query/a`` and
-``params/mlm_head/dense/kernel``.
-``adapter_config.json`` holds the configuration, the table of tensors and the fingerprints of the
-vocabulary, of the frozen base and of the tensor file, and the codes that the adapter added to the vocabulary
-(`new_codes`), in the order of their rows ``params/new_codes/rows``. Beside them lie the vocabulary and the
-rules that `data.prepared.rule_files` gives, so that other subjects can be prepared as those of the run were.
-On disk a model is always layer by layer, so that an adapter fits its base whether or not the layers are
-stacked in memory (`models.stacked_layers`).
+A folder. ``adapter.safetensors`` holds every LoRA leaf and every trained leaf of the
+parameters (head, embeddings, ...) as float32, under keys such as
+``lora/behrt/encoder/layer_0/attention/query/a`` and ``params/mlm_head/dense/kernel``.
+``adapter_config.json`` holds the configuration, the table of tensors, the fingerprints of the vocabulary and
+of the frozen base, the digests of the tensor file, of what else lies in the folder and of itself, and the
+codes that the adapter added to the vocabulary (`new_codes`), in the order of their rows
+``params/new_codes/rows``. On disk a model is always layer by layer, so that an adapter fits its base whether
+or not the layers are stacked in memory (`models.stacked_layers`).
 
 Source of the tensor format: https://github.com/huggingface/safetensors.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +27,18 @@ from flax.traverse_util import unflatten_dict
 import behrt_jax
 from behrt_jax.adapters.lora import label, leaves_by_path
 from behrt_jax.config import from_stored
-from behrt_jax.data.prepared import PREPARATION, VOCABULARY
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, replace_folder
+from behrt_jax.files import (
+    SEAL,
+    JsonObject,
+    check_files,
+    digest_of,
+    is_sealed,
+    json_text,
+    replace_folder,
+    say_unrecorded,
+    sealed,
+)
 from behrt_jax.models.stacked_layers import Tree, count_stacked_layers, stack_layers, unstack_layers
 
 CONFIG_FILE = "adapter_config.json"
@@ -61,6 +69,8 @@ class AdapterConfig:
     """Digest of the tensor file."""
     tensors: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Shape of each tensor."""
+    files: Mapping[str, JsonObject] = field(default_factory=dict)
+    """Size and SHA-256 of each other file of the folder."""
 
 
 def save_adapter(
@@ -69,9 +79,9 @@ def save_adapter(
     lora: Tree,
     trained: Tree,
     config: AdapterConfig,
-    rules: Mapping[str, bytes] = MappingProxyType({}),
+    beside: Mapping[str, bytes] | None = None,
 ) -> list[Path]:
-    """Write an adapter folder in one go, in place of an older one, and return its two files of its own.
+    """Write an adapter folder in one go, in place of an older one, and return its files.
 
     Args:
         folder: new, or that of an adapter.
@@ -80,7 +90,7 @@ def save_adapter(
         trained: mirrors ``params`` with a bool for each leaf: the True ones are written, the others are the
             base.
         config: its settings must be ready for JSON.
-        rules: `data.prepared.rule_files` of the run, where they are to lie beside it.
+        beside: other files of the folder, by name.
 
     Raises:
         InputError: ``folder`` holds files that are no adapter's, or safetensors is not installed.
@@ -88,7 +98,8 @@ def save_adapter(
             there is not one new code for each trained row of them.
     """
     serialise = _import_safetensors().save
-    _refuse_other_files(folder)
+    beside = beside or {}
+    _refuse_other_files(folder, {CONFIG_FILE, TENSOR_FILE, *beside})
     flat_params, marks = _flatten(params), _flatten(trained)
     if flat_params.keys() != marks.keys():
         raise ValueError("trained must mark every leaf of params, and no other")
@@ -107,10 +118,11 @@ def save_adapter(
         base_fingerprint=config.base_fingerprint or fingerprint_tree(base),
         tensors_sha256=hashlib.sha256(data).hexdigest(),
         tensors={key: list(values.shape) for key, values in tensors.items()},
+        files={name: digest_of(content) for name, content in beside.items()},
     )
-    text = json.dumps(asdict(whole), indent=2) + "\n"
-    replace_folder(folder, {CONFIG_FILE: text.encode(), TENSOR_FILE: data, **rules})
-    return [folder / CONFIG_FILE, folder / TENSOR_FILE]
+    files = {CONFIG_FILE: json_text(sealed(asdict(whole)), 2).encode(), TENSOR_FILE: data, **beside}
+    replace_folder(folder, files)
+    return [folder / name for name in files]
 
 
 def load_adapter(
@@ -191,20 +203,23 @@ def _import_safetensors() -> ModuleType:
     return safetensors.numpy
 
 
-def _refuse_other_files(folder: Path) -> None:
+def _refuse_other_files(folder: Path, own: Set[str]) -> None:
     """Replacing a folder deletes what is in it: raise InputError unless this is an adapter's or absent."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder for the adapter")
-    own = (CONFIG_FILE, TENSOR_FILE, VOCABULARY, PREPARATION)
     other = sorted(path.name for path in folder.iterdir() if path.name not in own)
     if other:
         raise InputError(f"{folder} holds {other[0]}, which is no adapter's; give a folder of its own")
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """The configuration; raises InputError where it is missing, damaged or of another format version."""
+    """The configuration, once the files beside it are checked.
+
+    Raises:
+        InputError: it or one of them is missing or damaged, or it is of another format version.
+    """
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text())
@@ -220,7 +235,13 @@ def read_config(folder: Path) -> AdapterConfig:
     for entry in ("vocabulary_fingerprint", "base_fingerprint", "tensors_sha256", "tensors"):
         if entry not in config:
             raise InputError(f"{path} has no entry {entry}; save the adapter again")
-    return from_stored(AdapterConfig, config)
+    if SEAL not in config and "files" not in config:
+        say_unrecorded(folder)
+    elif not is_sealed(config):
+        raise InputError(f"{path} is damaged (it is not what was written); save the adapter again")
+    read = from_stored(AdapterConfig, config)
+    check_files(folder, read.files, "save the adapter again, or copy the whole folder.")
+    return read
 
 
 def _read_tensors(folder: Path, config: AdapterConfig) -> dict[str, np.ndarray]:

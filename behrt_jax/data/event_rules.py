@@ -38,6 +38,7 @@ _PLACEHOLDERS = np.array(
     "datetime64[us]",
 ).astype(np.int64)
 """Days, in microseconds since 1970, that often stand for an unknown birth."""
+PLACEHOLDER_BIRTH = "birth on a placeholder's day, kept"
 _GIVES_WAY = np.int64(1 << 62)
 
 Duplicates = Literal["keep", "drop", "count"]
@@ -109,7 +110,7 @@ def select_events(
        they are counted, the first event's code gets a suffix of ``REPEATS``, and is counted as changed).
 
     Of several births the earliest is taken that is no placeholder such as 1900-01-01 (changed: ``births
-    differ``, in subjects). A death on a day before birth, or at an age that cannot be, such as one in the
+    differ``, in subjects); an only one is kept, and told. A death on a day before birth, or at an age that cannot be, such as one in the
     year 9999, is none. Of deaths on several days (changed: ``deaths differ``, in subjects) the first is
     taken; but with an event more than 60 days after it, on the last of these days or before, the last
     (changed too; https://github.com/OHDSI/Themis/issues/6).
@@ -286,8 +287,10 @@ def _births(
     np.minimum.at(best, subject[rows], ranks)
     np.maximum.at(worst, subject[rows], ranks)
     known = best != _NEVER
+    births = births_of_ranks(best)
     counts.change("births differ", int(np.count_nonzero(known & (best != worst))))
-    return np.where(known, births_of_ranks(best), _NEVER)
+    counts.change(PLACEHOLDER_BIRTH, int(np.count_nonzero(known & (births != best))))
+    return np.where(known, births, _NEVER)
 
 
 def birth_ranks(births: np.ndarray) -> np.ndarray:

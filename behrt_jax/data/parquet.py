@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +32,7 @@ def readable(file: Path, message: str | None = None) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         problem = (
             message or f"{file} is no readable Parquet file (cut short, or another format): write it again."
         )
@@ -49,7 +50,30 @@ def open_parquet(file: Path) -> pq.ParquetFile:
     with readable(file):
         columns = [field.name for field in pq.read_schema(file) if not pt.is_nested(field.type)]
         texts = [name for name in columns if name in ("code", "split", "description")]
-        return pq.ParquetFile(file, read_dictionary=texts, coerce_int96_timestamp_unit=INT96_UNIT)
+        return open_whole(file, read_dictionary=texts)
+
+
+def open_whole(file: Path, **options: Any) -> pq.ParquetFile:
+    """Open a file whose footer is whole; checksums of pages, where it has them, are compared on reading.
+
+    Args:
+        file: to be opened within `readable`.
+        options: of ``pyarrow.parquet.ParquetFile``.
+
+    Raises:
+        ValueError: counts of rows that contradict each other.
+    """
+    opened = pq.ParquetFile(
+        file, page_checksum_verification=True, coerce_int96_timestamp_unit=INT96_UNIT, **options
+    )
+    metadata, flat = opened.metadata, not any(map(pt.is_nested, opened.schema_arrow.types))
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    counts = [group.num_rows for group in groups]
+    chunks = [[group.column(place).num_values for place in range(group.num_columns)] for group in groups]
+    agree = all(set(values) <= {count} for count, values in zip(counts, chunks, strict=True)) or not flat
+    if not (agree and min(counts, default=0) >= 0 and sum(counts) == metadata.num_rows):
+        raise ValueError("counts of rows that differ")
+    return opened
 
 
 def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...]) -> None:
@@ -66,7 +90,9 @@ def require_columns(file: Path, opened: pq.ParquetFile, required: tuple[str, ...
 def read_columns(file: Path, opened: pq.ParquetFile, columns: list[str]) -> pa.Table:
     """All rows of some columns, at once; InputError where the file is damaged."""
     with readable(file):
-        return opened.read(columns=columns)
+        table = sound(file, opened.read(columns=columns))
+        check_rows(table.num_rows, opened.metadata.num_rows)
+        return table
 
 
 def read_tables(
@@ -76,33 +102,62 @@ def read_tables(
     rows = sum(opened.metadata.row_group(group).num_rows for group in row_groups)
     with readable(file):
         if rows <= CHUNK_ROWS:
-            yield opened.read_row_groups(list(row_groups), columns=columns)
+            table = sound(file, opened.read_row_groups(list(row_groups), columns=columns))
+            check_rows(table.num_rows, rows)
+            yield table
             return
+        read = 0
         for batch in opened.iter_batches(CHUNK_ROWS, row_groups=list(row_groups), columns=columns):
-            yield pa.Table.from_batches([batch])
+            yield sound(file, pa.Table.from_batches([batch]))
+            read += batch.num_rows
+        check_rows(read, rows)
 
 
-def refuse_broken_text(
-    file: Path, column: str, values: pa.Array | pa.ChunkedArray, first_row: int = 1
-) -> None:
-    """Refuse text that is not UTF-8 (Parquet holds any bytes), naming the row; other columns pass.
+def check_rows(read: int, rows: int) -> None:
+    """Raise ValueError where pages gave other rows than the footer has: a page's own count may be damaged."""
+    if read != rows:
+        raise ValueError(f"{read} rows in place of {rows}")
+
+
+def sound(file: Path, table: pa.Table, first_row: int = 1) -> pa.Table:
+    """A table as it was read, once `refuse_broken` has looked at all of its columns."""
+    for name in table.column_names:
+        refuse_broken(file, name, table[name], first_row)
+    return table
+
+
+def refuse_broken(file: Path, column: str, values: pa.Array | pa.ChunkedArray, first_row: int = 1) -> None:
+    """Refuse what its type cannot hold, such as text that is not UTF-8 (Parquet holds any bytes).
 
     ``first_row`` is the number of the first value's row in the file.
     """
-    nested = pt.is_dictionary(values.type) or pt.is_list(values.type) or pt.is_large_list(values.type)
-    kind = values.type.value_type if nested else values.type
-    if not (pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)):
-        return
     try:
         values.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raw = pa.binary() if kind == values.type or pt.is_dictionary(values.type) else pa.list_(pa.binary())
-        texts = values.cast(kind) if pt.is_dictionary(values.type) else values
-        row = next((row for row, text in enumerate(texts.cast(raw)) if not _is_utf8(text.as_py())), 0)
+    except pa.ArrowException as error:
+        if "UTF8" not in str(error):
+            raise InputError(f"{file} is damaged in the column {column}: write it again.") from error
         raise InputError(
-            f"{file} has in the column {column}, row {first_row + row} (counted from 1), text that is "
-            "not UTF-8: write the column again as UTF-8."
+            f"{file} has in the column {column}, row {first_row + _first_broken(values)} (counted from 1), "
+            "text that is not UTF-8: write the column again as UTF-8."
         ) from error
+
+
+def _first_broken(values: pa.Array | pa.ChunkedArray) -> int:
+    """Place of the first text that is not UTF-8."""
+    row = 0
+    for chunk in values.chunks if isinstance(values, pa.ChunkedArray) else [values]:
+        coded = pt.is_dictionary(chunk.type)
+        texts = chunk.dictionary if coded else chunk
+        listed = pt.is_list(texts.type) or pt.is_large_list(texts.type)
+        texts = texts.cast(pa.list_(pa.binary()) if listed else pa.binary())
+        broken = [place for place, text in enumerate(texts) if not _is_utf8(text.as_py())]
+        if coded:  # whose indices may be damaged too
+            indices = chunk.indices.to_numpy(zero_copy_only=False)
+            broken = np.flatnonzero(np.isin(indices, broken)).tolist()
+        if broken:
+            return row + broken[0]
+        row += len(chunk)
+    return 0
 
 
 def _is_utf8(text: bytes | list[bytes | None] | None) -> bool:
@@ -176,12 +231,12 @@ def cast_or_refuse(
     file: Path, column: str, values: pa.ChunkedArray, target: pa.DataType, safe: bool = True
 ) -> pa.ChunkedArray:
     """A column in another type; InputError where a value does not fit, or text is not UTF-8."""
-    refuse_broken_text(file, column, values)
+    refuse_broken(file, column, values)
     try:
         if pt.is_int64(target) and not pt.is_null(values.type):
             return pa.chunked_array([whole_numbers(chunk) for chunk in values.chunks], target)
         return plain_times(values) if pt.is_timestamp(target) else values.cast(target, safe=safe)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise InputError(
             f"{file} has values in the column {column} that do not fit into {target}: mend or drop them."
         ) from error

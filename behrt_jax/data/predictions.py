@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from behrt_jax.data.examples import Examples
 from behrt_jax.data.labels import COLUMNS_OF_KIND, VALUE_COLUMNS, LabelKind, Labels
-from behrt_jax.data.parquet import INT96_UNIT, plain_times, refuse_broken_text
+from behrt_jax.data.parquet import open_whole, plain_times, readable, sound
 from behrt_jax.data.tasks import KINDS, Kind, Task, TaskKind
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
@@ -165,16 +165,11 @@ def read_predictions(path: Path) -> PredictionFile:
 def _read(path: Path) -> pa.Table:
     if path.is_dir():
         raise InputError(f"{path} is a folder: give one file of predictions.")
-    try:
-        with pq.ParquetFile(path, coerce_int96_timestamp_unit=INT96_UNIT) as file:
-            table = file.read()
-        for name in table.column_names:
-            refuse_broken_text(path, name, table[name])
-        return table
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist: give the file that predict wrote.") from error
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is no readable Parquet file: give the file that predict wrote.") from error
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give the file that predict wrote.")
+    message = f"{path} is no readable Parquet file: give the file that predict wrote."
+    with readable(path, message), open_whole(path) as file:
+        return sound(path, file.read())
 
 
 def _metadata(path: Path, table: pa.Table) -> PredictionMetadata:
@@ -391,7 +386,7 @@ class PredictionWriter:
         self.path = Path(path)
         self.schema, self._metadata = schema, metadata
         self._file = new_file(self.path)
-        self._writer = pq.ParquetWriter(self._file.__enter__(), self.schema)
+        self._writer = pq.ParquetWriter(self._file.__enter__(), self.schema, write_page_checksum=True)
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
         """Append rows; their columns must be those of the schema, in its order and types."""

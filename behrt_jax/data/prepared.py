@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from behrt_jax.data.event_rules import Preparation, Selected
 from behrt_jax.data.events import SPLITS, EventColumns, EventCounts, SubjectTimes
-from behrt_jax.data.parquet import readable
+from behrt_jax.data.parquet import readable, sound
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
 from behrt_jax.data.sorting import find_ids
 from behrt_jax.data.vocabulary import Vocabulary
@@ -37,13 +37,11 @@ from behrt_jax.files import (
     read_json,
     say_unrecorded,
     sealed,
-    written_whole,
 )
+from behrt_jax.run_folder import CONFIG_FILE, PREPARATION_FILE, checked
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-PREPARATION = "preparation.json"
-"""Of runs and adapters, beside their vocabulary: the part of the manifest that `read_rules` needs."""
 VOCABULARY = "vocabulary.parquet"
 EVENTS = pa.schema([("code", pa.int32()), ("age", pa.float32()), ("visit", pa.int32()), ("time", pa.int64())])
 SUBJECTS = pa.schema([("subject_id", pa.int64()), ("start", pa.int64())])
@@ -104,8 +102,8 @@ def read_rules(folder: Path, option: str) -> tuple[Vocabulary, Preparation]:
     elif (preparation := read_preparation(folder)) is None:
         raise InputError(
             f"{option}: {folder} does not tell how its data were prepared (neither {MANIFEST} nor "
-            f"{PREPARATION} is there; runs of older versions have none): give the folder of the prepared "
-            "data that it was trained on."
+            f"{PREPARATION_FILE} is there; runs of older versions have none): give the folder of the "
+            "prepared data that it was trained on."
         )
     return Vocabulary.read(folder / VOCABULARY), preparation
 
@@ -116,7 +114,9 @@ def read_preparation(folder: Path) -> Preparation | None:
     Raises:
         InputError: the file, or the vocabulary beside it, is damaged.
     """
-    file = folder / PREPARATION
+    file = folder / PREPARATION_FILE
+    if (folder / CONFIG_FILE).is_file():
+        checked(folder, PREPARATION_FILE)  # of a run, whose files are recorded
     if not file.is_file():
         return None
     stored = read_json(file)
@@ -130,18 +130,11 @@ def rule_files(vocabulary: Vocabulary, preparation: Preparation | None) -> dict[
     """Name -> content of the files that :func:`read_rules` reads; of the vocabulary alone where there is no
     more to tell.
     """
-    files = {VOCABULARY: vocabulary.to_parquet()}
+    files = {VOCABULARY: vocabulary.to_bytes()}
     if preparation is not None:
         rules = sealed({**preparation.to_json(), VOCABULARY: digest_of(files[VOCABULARY])})
-        files[PREPARATION] = json_text(rules, 2).encode()
+        files[PREPARATION_FILE] = json_text(rules, 2).encode()
     return files
-
-
-def write_rules(folder: Path, vocabulary: Vocabulary, preparation: Preparation | None) -> None:
-    """Write the :func:`rule_files` of a run into its folder."""
-    for name, content in rule_files(vocabulary, preparation).items():
-        with written_whole(folder / name) as temporary:
-            temporary.write_bytes(content)
 
 
 def check_prepared(path: Path, manifest: JsonObject, at_most: int | None = READ_THROUGH) -> None:
@@ -267,7 +260,7 @@ def _read_facts(folder: Path, split: str, name: str, schema: pa.Schema) -> pa.Ta
             raise InputError(f"{file} is missing: {_MEND}")
         return None
     with readable(file, f"{file} is damaged: run prepare again, with another output."):
-        return pq.ParquetFile(file).read().cast(schema)
+        return sound(file, pq.ParquetFile(file).read()).cast(schema)
 
 
 # Arrow files of one record batch, whose columns may be written part by part and are read as views.

@@ -38,11 +38,13 @@ def hash_splits(
         Split name -> ascending int64 ids, for all three names; held_out may be empty.
 
     Raises:
-        InputError: a fraction out of range, or a train or tuning split that no subject fell into.
+        InputError: a fraction out of range, no subject, or none that fell into the train or tuning split.
     """
     if not may_be_empty:
         check_fractions(tuning_fraction, held_out_fraction, options)
     ids = distinct(np.asarray(subject_ids, dtype=np.int64))  # [S]
+    if not len(ids):
+        raise InputError("The data set holds no subject: give one that is not empty.")
     if exact:
         split = _exact_split_index(ids, tuning_fraction, held_out_fraction, seed)  # [S]
     else:
@@ -52,7 +54,7 @@ def hash_splits(
         if not len(splits[name]) and not may_be_empty:
             raise InputError(
                 f"None of the {len(ids)} subjects fell into the {name} split: give more subjects, another "
-                f"{options}seed, {'' if options else 'splits.exact, '}or other values of "
+                f"{options}seed, {'' if options or exact else 'splits.exact, '}or other values of "
                 f"{options}tuning_fraction and {options}held_out_fraction."
             )
     return splits

@@ -1,10 +1,10 @@
 """The vocabulary: which codes have a row in the embedding table, fitted on the train split alone."""
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.data.event_rules import REPEATS, matches
-from behrt_jax.data.parquet import readable
+from behrt_jax.data.parquet import readable, sound
 from behrt_jax.errors import InputError
-from behrt_jax.files import written_whole
+from behrt_jax.files import write_bytes
 
 SPECIAL_TOKENS = ("[PAD]", "[MASK]", "[UNK]", "[CLS]", "[SEP]")
 PAD, MASK, UNK, CLS, SEP = range(len(SPECIAL_TOKENS))
@@ -74,18 +74,17 @@ class Vocabulary:
         """SHA-256 of the codes in order: vocabularies with the same fingerprint encode alike."""
         return hashlib.sha256(json.dumps(self.codes).encode()).hexdigest()
 
-    def to_parquet(self) -> bytes:
-        """A Parquet table with the columns code, id, count and description."""
+    def write(self, path: Path) -> None:
+        """Write a Parquet table with the columns code, id, count and description."""
+        write_bytes(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Content of the file that :meth:`write` writes."""
         columns = [self.codes, np.arange(len(self), dtype=np.int32), self.counts, self.descriptions]
         arrays = [pa.array(column, type=field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-        file = BytesIO()
-        pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), file)
-        return file.getvalue()
-
-    def write(self, path: Path) -> None:
-        """Write :meth:`to_parquet` to a file, whole or not at all."""
-        with written_whole(path) as temporary:
-            temporary.write_bytes(self.to_parquet())
+        with io.BytesIO() as file:
+            pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), file)
+            return file.getvalue()
 
     @classmethod
     def read(cls, path: Path) -> "Vocabulary":
@@ -99,7 +98,7 @@ class Vocabulary:
             "give the vocabulary.parquet of a run or of prepared data."
         )
         with readable(path, problem), pq.ParquetFile(path) as file:
-            table = file.read(columns=_SCHEMA.names).cast(_SCHEMA)
+            table = sound(path, file.read(columns=_SCHEMA.names)).cast(_SCHEMA)
         codes = tuple(table["code"].to_pylist())
         in_order = np.array_equal(table["id"].to_numpy(), np.arange(len(codes)))
         if not in_order or codes[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:

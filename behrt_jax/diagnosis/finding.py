@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 from behrt_jax import run_folder
 from behrt_jax.config import from_stored
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, read_json
+from behrt_jax.files import JsonObject
 from behrt_jax.tracking.summary import Baselines, Summary
 
 Severity = Literal["error", "warning", "info"]
@@ -183,7 +183,7 @@ def read_run(folder: Path) -> RunRecord:
             f"{folder} holds no run ({run_folder.CONFIG_FILE} is not there): give the --output of one."
         )
     config, parameters, summary = (
-        read_json(folder / name) if (folder / name).is_file() else {}
+        run_folder.read_document(folder, name) if run_folder.checked(folder, name).is_file() else {}
         for name in (run_folder.CONFIG_FILE, run_folder.PARAMETERS_FILE, run_folder.SUMMARY_FILE)
     )
     facts = {name: value for name, value in (config.get("facts") or {}).items() if value is not None}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from behrt_jax.data.event_rules import REPEATS, code_prefix
+from behrt_jax.data.event_rules import PLACEHOLDER_BIRTH, REPEATS, code_prefix
 from behrt_jax.data.events import DAY, SPLITS, YEAR
 from behrt_jax.data.sequences import Sequences, SequenceSet, day_text, events_by_day, set_fingerprint
 from behrt_jax.data.sorting import leads, place_in
@@ -285,6 +285,13 @@ def check_ages(data: SequenceSet) -> Iterator[Finding]:
             f"{above:,} of {tokens:,} events have an age above {OLDEST:.0f} years.",
             "A placeholder for an unknown birth is likely, and the age embedding learns it.",
             "Mend the births in the source, or leave such subjects out.",
+        )
+    if placeholders := data.counts.changed.get(PLACEHOLDER_BIRTH):
+        yield Finding.warning(
+            "placeholder-births",
+            f"{placeholders:,} subjects are born on a day such as 1900-01-01, and have no other birth.",
+            "Such a day often stands for an unknown birth, and ages are then wrong by decades.",
+            "Leave the births out where they are unknown, and see --births and --without_birth of prepare.",
         )
     if off:
         yield Finding.error(

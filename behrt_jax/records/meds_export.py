@@ -136,7 +136,7 @@ def _write_shards(
             shards[split] = shards.get(split, 0) + 1
             file.parent.mkdir(parents=True, exist_ok=True)
             shard = _sorted(part)
-            pq.write_table(shard, file, row_group_size=_ROW_GROUP)
+            pq.write_table(shard, file, row_group_size=_ROW_GROUP, write_page_checksum=True)
             codes.update(shard["code"].unique().to_pylist())
             files.append(file)
     if not files:
@@ -155,13 +155,13 @@ def _write_metadata(
         "parent_codes": pa.nulls(len(texts), pa.list_(pa.string())),
     }
     files = [folder / "codes.parquet"]
-    pq.write_table(pa.table(columns), files[0])
+    pq.write_table(pa.table(columns), files[0], write_page_checksum=True)
     if splits:
         files.append(folder / "subject_splits.parquet")
         ids = [np.unique(np.asarray(splits.get(name, ()), np.int64)) for name in SPLITS]
         names = np.repeat(SPLITS, [len(part) for part in ids])
         table = pa.table({"subject_id": np.concatenate(ids), "split": pa.array(names, pa.string())})
-        pq.write_table(table, files[-1])
+        pq.write_table(table, files[-1], write_page_checksum=True)
     files.append(folder / "dataset.json")
     files[-1].write_text(json.dumps(about, indent=2) + "\n")
     return files

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from behrt_jax import run_folder
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, read_json, write_text
+from behrt_jax.files import JsonObject, write_text
 from behrt_jax.tracking import summary as outcome
 from behrt_jax.tracking.console import format_duration, table_cells
 from behrt_jax.tracking.plots import best_validation
@@ -81,10 +81,10 @@ def write_report(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise InputError(f"there is no run folder {folder}: give the --output of a run.")
-    config = _read(folder / run_folder.CONFIG_FILE)
-    summary = outcome.Summary(**_read(folder / run_folder.SUMMARY_FILE))
+    config = _read(folder, run_folder.CONFIG_FILE)
+    summary = outcome.Summary(**_read(folder, run_folder.SUMMARY_FILE))
     metrics = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
-    parameters = _read(folder / run_folder.PARAMETERS_FILE)
+    parameters = _read(folder, run_folder.PARAMETERS_FILE)
     made_with = config.get("settings", {}).get("name")
     what = f"Pretraining run with the configuration {made_with}" if made_with else "Pretraining run"
     sections = [
@@ -99,14 +99,9 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> JsonObject:
-    """The object in a JSON file; empty where there is no such file."""
-    if not path.exists():
-        return {}
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object: mend it or delete it.")
-    return value
+def _read(folder: Path, name: str) -> JsonObject:
+    """The object in a JSON file; empty where the run has written none."""
+    return run_folder.read_document(folder, name) if run_folder.checked(folder, name).exists() else {}
 
 
 def _outcome(summary: outcome.Summary, metrics: run_folder.Records) -> str:

@@ -2,8 +2,9 @@
 
 A step's folder holds, as separate Orbax items, the trees ``params``, ``lora`` and ``opt_state``, the
 JSON values ``cursor`` and ``config``, and ``contents``: the metrics, and path, dtype and shape of
-every leaf. A tree without leaves has no item. Opening changes nothing on disk, so that a run in
-progress can be read; leftovers of a killed run are removed by the first save.
+every leaf. A tree without leaves has no item. ``files.json`` has size and SHA-256 of each file: it is
+written before the step's folder gets its name, and what is read is compared with it. Opening changes nothing
+on disk, so that a run in progress can be read; leftovers of a killed run are removed by the first save.
 
 Source: Orbax (https://orbax.readthedocs.io), its v0 ``CheckpointManager``.
 """
@@ -23,7 +24,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, check_room
+from behrt_jax.files import (
+    JsonObject,
+    check_files,
+    check_room,
+    digests_of,
+    is_sealed,
+    read_json,
+    say_unrecorded,
+    sealed,
+    write_json,
+)
 from behrt_jax.models.stacked_layers import Tree
 
 if TYPE_CHECKING:
@@ -32,6 +43,8 @@ if TYPE_CHECKING:
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 """Errors that Orbax and the file system raise on a checkpoint that is damaged."""
+
+FILES_FILE, ORBAX_METADATA = "files.json", "_CHECKPOINT_METADATA"
 
 _logger = logging.getLogger(__name__)
 
@@ -89,13 +102,29 @@ class ContentsOnDisk:
         return self._whole[step]
 
     def check_arrays(self, step: int, trees: Iterable[str]) -> None:
-        """Read these trees through, unless the step is known to be whole.
+        """Check the files of these trees, unless the step is known to be whole.
 
         Raises one of `UNREADABLE` where one is damaged.
         """
-        if not self._whole.get(step):
-            for name in trees:
-                _read_through(self._folder / str(step) / name, len(self.contents(step).leaves[name]))
+        if self._whole.get(step):
+            return
+        folder = self._folder / str(step)
+        for name in trees:
+            if (folder / FILES_FILE).is_file():
+                self.check_files(step, name)
+            else:
+                _read_through(folder / name, len(self.contents(step).leaves[name]))
+
+    def check_files(self, step: int, item: str) -> None:
+        """Compare the files of an item with their digests; raises ValueError where one is damaged."""
+        folder = self._folder / str(step)
+        if not (folder / FILES_FILE).is_file():
+            return say_unrecorded(self._folder.parent)
+        record = read_json(folder / FILES_FILE)
+        if not (isinstance(record, dict) and is_sealed(record)):
+            raise ValueError(f"{FILES_FILE} is not what was written")
+        files = {name: one for name, one in record["files"].items() if name.startswith(f"{item}/")}
+        return check_files(folder, files, "it is not what was written", at_most=None)
 
 
 @dataclass
@@ -235,12 +264,22 @@ class Checkpoints:
         """Orbax is slow to import: it is when there is something to read or to save."""
         import orbax.checkpoint as ocp
 
+        def record_files() -> None:
+            """Called once all files of a step are written, before their folder gets its name."""
+            if jax.process_index() == 0:
+                [folder] = self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")
+                files = digests_of(folder)
+                files.pop(ORBAX_METADATA, None)  # gets the time of its completion yet
+                write_json(folder / FILES_FILE, sealed({"files": files}))
+
         options = ocp.CheckpointManagerOptions(
             create=False,
             preservation_policy=LatestAndBest(self._on_disk.best_of if self._keep_best else None),
             # Where a folder cannot be made in the background, threads wait for it for minutes and keep
             # the process from ending.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.options.AsyncOptions(
+                create_directories_asynchronously=False, post_finalization_callback=record_files
+            ),
         )
         return ocp.CheckpointManager(self._folder, options=options)
 
@@ -310,6 +349,19 @@ class Checkpoints:
         """Step of the whole checkpoint with the lowest finite ``metrics["loss"]``; None without any."""
         self.wait()
         return self._on_disk.best_of(self._manager.all_steps())
+
+    def refuse_damaged(self) -> None:
+        """For a reader of the best checkpoint, which would take another one where it cannot be read.
+
+        Raises:
+            InputError: one of the checkpoints is damaged.
+        """
+        for step in self._manager.all_steps():
+            if not self._on_disk.is_whole(step):
+                raise InputError(
+                    f"{self._folder / str(step)} is damaged: bring it back from a copy, or delete it, so "
+                    "that another checkpoint of the run is taken."
+                )
 
     def remove_older(self) -> None:
         """Remove what is neither the latest nor the best, as a process that died in a save may leave it."""
@@ -383,4 +435,5 @@ class Checkpoints:
     def _read_json(self, step: int, name: str) -> JsonObject:
         import orbax.checkpoint as ocp
 
+        self._on_disk.check_files(step, name)
         return self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore()}))[name]

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
-from behrt_jax.files import JsonObject, read_json, write_text
-from behrt_jax.run_folder import CONFIG_FILE
+from behrt_jax.files import JsonObject, write_text
+from behrt_jax.run_folder import CONFIG_FILE, read_document
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.feeding import one_step
 from behrt_jax.training.runtime import default_folder, host_fingerprint
@@ -181,7 +181,7 @@ def choose_micro_batches(
     if config.train.micro_batches is not None:
         return config.train.micro_batches
     if config.resume and (folder / CONFIG_FILE).is_file():
-        began_with = read_json(folder / CONFIG_FILE).get("facts", {}).get("micro_batches")
+        began_with = read_document(folder, CONFIG_FILE).get("facts", {}).get("micro_batches")
         if began_with is not None:
             return began_with
     mesh = assembly.mesh

@@ -20,7 +20,14 @@ from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.stacked_layers import Tree, count_stacked_layers, with_layout_of
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE, read_config
+from behrt_jax.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    VOCABULARY_FILE,
+    checked,
+    read_config,
+)
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import replicated_shapes, shardings_of
 from behrt_jax.training.step import TrainState
@@ -42,12 +49,13 @@ def open_pretrained(run: Path) -> Pretrained:
     Raises:
         InputError: there is no such run, it is not finished, or it is none of pretraining.
     """
-    check_finished(run, "--init", (CONFIG_FILE, SUMMARY_FILE, "vocabulary.parquet"))
+    check_finished(run, "--init", (CONFIG_FILE, SUMMARY_FILE, VOCABULARY_FILE))
     settings = stored_settings(run)
     if "masking" not in settings:
         raise InputError(f"--init: {run} is no run of pretraining: give the folder that pretrain.py wrote.")
     model = from_stored(ModelConfig, settings["model"])
-    return Pretrained(run, model, Vocabulary.read(run / "vocabulary.parquet"), read_preparation(run))
+    vocabulary = Vocabulary.read(checked(run, VOCABULARY_FILE))
+    return Pretrained(run, model, vocabulary, read_preparation(run))
 
 
 class EncoderParameters(NamedTuple):
@@ -87,6 +95,7 @@ def read_parameters(run: Path, option: str, shapes: Tree) -> tuple[Tree, int]:
         InputError: there is no checkpoint, it cannot be read, or its parameters have other shapes.
     """
     with open_checkpoints(run / CHECKPOINTS_FOLDER) as checkpoints:
+        checkpoints.refuse_damaged()
         step = checkpoints.best_step()
         step = checkpoints.latest_step() if step is None else step
         if step is None:
@@ -103,13 +112,14 @@ def check_finished(run: Path, option: str, files: Sequence[str] = (CONFIG_FILE, 
     """Check that the folder holds a finished run.
 
     Raises:
-        InputError: one of its files is not there; names the option and the file.
+        InputError: one of its files is not there, or is damaged; names the option and the file.
     """
     for name in files:
         if not (run / name).is_file():
             raise InputError(
                 f"{option}: {run} holds no finished run ({name} is not there): give the folder of one."
             )
+        checked(run, name)
 
 
 def stored_settings(run: Path) -> JsonObject:
@@ -170,7 +180,7 @@ def check_vocabulary(init: InitConfig, vocabulary: Vocabulary) -> None:
     """
     if init.run is None:
         return
-    theirs = Vocabulary.read(init.run / "vocabulary.parquet")
+    theirs = Vocabulary.read(checked(init.run, VOCABULARY_FILE))
     if theirs.codes == vocabulary.codes:
         return
     if len(theirs) != len(vocabulary):

@@ -12,7 +12,7 @@ from behrt_jax.config import FinetuneConfig
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.errors import DivergenceError
-from behrt_jax.files import JsonObject, write_json, write_text
+from behrt_jax.files import JsonObject, json_text, write_text
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
     METRICS_FILE,
@@ -21,7 +21,9 @@ from behrt_jax.run_folder import (
     SUMMARY_TEXT_FILE,
     append_metrics,
     read_metrics,
+    record_metrics,
     shown_files,
+    write_files,
 )
 from behrt_jax.tracking.console import Console, format_duration, open_console
 from behrt_jax.tracking.plots import plot_curves
@@ -202,10 +204,11 @@ def write_results(
     folder = run.folder
     if best is not None:
         record = task_record(config, run, best[1])
-        write_json(folder / TASK_FILE, record)
+        write_files(folder, {TASK_FILE: json_text(record, 2).encode()})
         if config.lora is not None:
             try_write_adapter(console, folder / "adapter", run, best[0], record)
-    write_json(folder / SUMMARY_FILE, dict(summary))
+    record_metrics(folder)
+    write_files(folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
     write_text(folder / SUMMARY_TEXT_FILE, _text(config, summary))
     plot_curves(read_metrics(folder / METRICS_FILE), {}, folder / PLOTS_FOLDER)
     console.log(f"Stopped: {summary['stop_reason']}.")

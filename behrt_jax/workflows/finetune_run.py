@@ -12,14 +12,14 @@ from behrt_jax.config import FinetuneConfig, TaskConfig
 from behrt_jax.data.batches import TaskBatches
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.labels import Labels, LabelTables
-from behrt_jax.data.prepared import rule_files, write_rules
+from behrt_jax.data.prepared import rule_files
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold, mean_predictions
-from behrt_jax.files import JsonObject, write_json
+from behrt_jax.files import JsonObject, json_text
 from behrt_jax.models.behrt import BEHRTForTask
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, PARAMETERS_FILE
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh
@@ -47,6 +47,7 @@ from behrt_jax.workflows.run import (
     parameter_report,
     run_record,
     settings,
+    write_start,
 )
 
 TASK_FILE = "task.json"
@@ -134,8 +135,6 @@ def open_finetuning(
     assembly = assemble(config, setup, objective, schedule.total_steps, mesh)
     if config.resume:
         check_same_run(folder, config, _fingerprint(data, labelled))
-    write_rules(folder, labelled.vocabulary, data.preparation)
-    write_json(folder / PARAMETERS_FILE, parameters)
     facts = {
         "task": task.to_json(),
         "model": settings(model),
@@ -143,7 +142,8 @@ def open_finetuning(
         "total_steps": schedule.total_steps,
     }
     description = {"fingerprint": _fingerprint(data, labelled), **labelled.counts}
-    write_json(folder / CONFIG_FILE, run_record(config, description, facts, {}))
+    rules = rule_files(labelled.vocabulary, data.preparation)
+    write_start(folder, rules, parameters, run_record(config, description, facts, {}))
     counts = labelled.vocabulary.counts
     return Finetuning(
         folder,
@@ -222,7 +222,7 @@ def try_write_adapter(
 ) -> None:
     """Write an adapter folder; where safetensors is not installed, say so and go on."""
     codes = run.labelled.vocabulary.codes[len(run.labelled.base_codes) :]
-    (folder / TASK_FILE).unlink(missing_ok=True)  # of the run before it was resumed
+    task = json_text({**record, "base": str(run.pretrained.run.resolve())}, 2).encode()
     try:
         adapter = AdapterConfig(
             lora=record["lora"],
@@ -231,12 +231,10 @@ def try_write_adapter(
             new_codes=codes,
         )
         trained = run.assembly.setup.mask["params"]
-        rules = rule_files(run.labelled.vocabulary, run.preparation)
-        save_adapter(folder, variables["params"], variables["lora"], trained, adapter, rules)
+        beside = {TASK_FILE: task, **rule_files(run.labelled.vocabulary, run.preparation)}
+        save_adapter(folder, variables["params"], variables["lora"], trained, adapter, beside)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
-        return
-    write_json(folder / TASK_FILE, {**record, "base": str(run.pretrained.run.resolve())})
 
 
 def loss_of_base_rate(labelled: LabelledData) -> float:

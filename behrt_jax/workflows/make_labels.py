@@ -123,7 +123,7 @@ def _write(
     table = table.replace_schema_metadata({"behrt_jax": json.dumps(account)})
     assert config.output is not None
     with new_file(config.output) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def _ends_of(histories: Iterable[label_makers.SplitHistory]) -> dict[str, str]:

@@ -13,8 +13,16 @@ from behrt_jax.config import FinetuneConfig, LoRAConfig
 from behrt_jax.data.batches import TaskBatch, TaskBatches, reading_ahead
 from behrt_jax.data.labels import read_label_tables
 from behrt_jax.errors import DivergenceError
-from behrt_jax.files import JsonObject, write_json, write_text
-from behrt_jax.run_folder import METRICS_FILE, SUMMARY_FILE, SUMMARY_TEXT_FILE, append_metrics, shown_files
+from behrt_jax.files import JsonObject, json_text, write_text
+from behrt_jax.run_folder import (
+    METRICS_FILE,
+    SUMMARY_FILE,
+    SUMMARY_TEXT_FILE,
+    append_metrics,
+    record_metrics,
+    shown_files,
+    write_files,
+)
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import Devices, put_rows, replicated
 from behrt_jax.training.feeding import AHEAD
@@ -345,12 +353,13 @@ def write_population(
         "wall_seconds": seconds,
     }
     if run.labelled.tasks:
-        write_json(run.folder / TASK_FILE, {"tasks": variation.names})
+        write_files(run.folder, {TASK_FILE: json_text({"tasks": variation.names}, 2).encode()})
         lines = [f"Each predicts its own task: predict.py --model {run.folder / MEMBERS_FOLDER / 'K'}."]
     else:
         together, lines = _predict_together(config, run, variation, found)
         summary |= together
-    write_json(run.folder / SUMMARY_FILE, summary)
+    record_metrics(run.folder)
+    write_files(run.folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
 
     columns = ("member", "best step", "tuning loss", "of the base rate", "tuning AUROC")
     table = [
@@ -400,7 +409,8 @@ def _predict_together(
     chosen = [int(np.argmin([best.loss for best in found]))] if searched else list(range(variation.size))
     outputs = np.array([found[k].outputs for k in chosen])  # [K, N, O]
     calibration = calibrate(config.task, kind, outputs, labelled.tuning_targets)
-    write_json(run.folder / TASK_FILE, {**task_record(config, run, calibration), "members": chosen})
+    record = {**task_record(config, run, calibration), "members": chosen}
+    write_files(run.folder, {TASK_FILE: json_text(record, 2).encode()})
     together: JsonObject = {
         "predicting_members": chosen,
         "baselines": {"base rate": {"loss": loss_of_base_rate(labelled)}},

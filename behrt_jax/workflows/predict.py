@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import CONFIG_FILE as ADAPTER_FILE
-from behrt_jax.adapters.files import load_adapter
+from behrt_jax.adapters.files import load_adapter, read_config
 from behrt_jax.config import (
     FreezingConfig,
     LoRAConfig,
@@ -43,7 +43,7 @@ from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import mean_predictions
 from behrt_jax.files import JsonObject, read_json, work_folder
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, VOCABULARY_FILE, checked, read_document
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh, replicated, replicated_shapes
@@ -241,7 +241,7 @@ def prepare_input(config: PredictConfig, folder: Path, console: Console) -> None
 
 def known(model: Path, what: Literal["data", "labels"]) -> Path | None:
     """The prepared data of a run or an adapter, or the labels that it was fine-tuned on, where it knows."""
-    if (model / TASK_FILE).is_file() and (path := read_json(model / TASK_FILE).get(what)):
+    if (model / TASK_FILE).is_file() and (path := _record(model).get(what)):
         return Path(path)
     if not (model / CONFIG_FILE).is_file():
         return None
@@ -304,7 +304,7 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
     elif is_adapter:
         setup, members, vocabulary = _from_adapters([folder], base, mesh)
     else:
-        vocabulary = Vocabulary.read(folder / "vocabulary.parquet")
+        vocabulary = Vocabulary.read(checked(folder, VOCABULARY_FILE))
         setup = _set_up(record, len(vocabulary) - record["new_codes"], mesh)
         members = [_restored(folder, setup, mesh)]
     freezing = from_stored(FreezingConfig, record["freezing"])
@@ -327,7 +327,10 @@ def _record(folder: Path) -> JsonObject:
             f"--model: {folder} holds no fine-tuned model ({TASK_FILE} is not there): give a finished run of "
             "finetune.py, or the adapter in it."
         )
-    return read_json(folder / TASK_FILE)
+    if (folder / ADAPTER_FILE).is_file():
+        read_config(folder)  # which checks what lies beside it
+        return read_json(folder / TASK_FILE)
+    return read_document(folder, TASK_FILE)
 
 
 def _set_up(record: JsonObject, vocabulary_size: int, mesh: Mesh) -> Setup:
@@ -361,6 +364,7 @@ def _from_adapters(
 def _restored(folder: Path, setup: Setup, mesh: Mesh) -> Variables:
     shapes = replicated_shapes(setup.shapes, mesh)
     with open_checkpoints(folder / CHECKPOINTS_FOLDER) as checkpoints:
+        checkpoints.refuse_damaged()
         step = checkpoints.best_step()
         if step is None:
             raise InputError(f"--model: {folder} has no checkpoint with a validation: train it further.")

@@ -18,23 +18,23 @@ from behrt_jax.data.batches import (
     training_batches,
     validation_batches,
 )
-from behrt_jax.data.prepared import rule_files, write_rules
+from behrt_jax.data.prepared import rule_files
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import DivergenceError, InputError
 from behrt_jax.evaluation.masked_codes import Cooccurrence, MaskedCodeResults, MaskedSplit, Unigram, assess
 from behrt_jax.evaluation.oracle import oracle_of
-from behrt_jax.files import JsonObject, write_json, write_text
+from behrt_jax.files import JsonObject, json_text, write_text
 from behrt_jax.records.load import load_sequences
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
-    CONFIG_FILE,
     METRICS_FILE,
-    PARAMETERS_FILE,
     PLOTS_FOLDER,
     SUMMARY_FILE,
     SUMMARY_TEXT_FILE,
     read_metrics,
+    record_metrics,
+    write_files,
 )
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.tracking.plots import plot_curves
@@ -73,6 +73,7 @@ from behrt_jax.workflows.run import (
     run_record,
     save,
     settings,
+    write_start,
 )
 
 
@@ -280,9 +281,9 @@ def examine_before(
     record = RunRecord(settings(config), run.parameters, facts, baselines)
     examination = Examination(console, record, run.folder / METRICS_FILE)
     examination.before()
-    write_rules(run.folder, run.data.vocabulary, run.data.preparation)
-    write_json(run.folder / PARAMETERS_FILE, run.parameters)
-    write_json(run.folder / CONFIG_FILE, run_record(config, run.description, asdict(facts), baselines))
+    began = run_record(config, run.description, asdict(facts), baselines)
+    rules = rule_files(run.data.vocabulary, run.data.preparation)
+    write_start(run.folder, rules, run.parameters, began)
     return examination
 
 
@@ -338,7 +339,8 @@ def write_summary(
         summary["first_step_seconds"] = ended.startup["first step"]
         summary["startup_seconds"] = dict(ended.startup)
     summary["findings"] = examination.after(summary)
-    write_json(folder / SUMMARY_FILE, summary)
+    record_metrics(folder)
+    write_files(folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
     write_text(folder / SUMMARY_TEXT_FILE, summary_text(summary, config.name))
     plot_curves(metrics, baselines, folder / PLOTS_FOLDER)
     write_report(folder)

@@ -24,14 +24,16 @@ from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.data.batches import TaskBatches, TrainingBatches
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, resolved
+from behrt_jax.files import JsonObject, json_text, resolved
 from behrt_jax.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
+    PARAMETERS_FILE,
     open_run_folder,
     read_config,
     read_metrics,
     truncate_metrics,
+    write_files,
 )
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import flat
@@ -286,7 +288,22 @@ def run_record(
         "data": dict(data),
         "facts": dict(facts),
         "baselines": dict(baselines),
+        "recorded": True,  # in files.json, which belongs to the run
     }
+
+
+def write_start(folder: Path, rules: Mapping[str, bytes], parameters: JsonObject, record: JsonObject) -> None:
+    """Write what a run folder begins with; config.json comes last, so that where it is all is there.
+
+    Args:
+        folder: of the run.
+        rules: `data.prepared.rule_files` of its data.
+        parameters: of :func:`parameter_report`.
+        record: of :func:`run_record`.
+    """
+    documents = {PARAMETERS_FILE: parameters, CONFIG_FILE: record}
+    texts = {name: json_text(value, 2).encode() for name, value in documents.items()}
+    write_files(folder, {**rules, **texts})
 
 
 def settings(config: Any) -> JsonObject:

@@ -21,7 +21,7 @@ from behrt_jax.errors import InputError
 from behrt_jax.files import read_json, write_json, write_text
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.records.load import load_sequences
-from behrt_jax.run_folder import CONFIG_FILE, PARAMETERS_FILE, SUMMARY_FILE
+from behrt_jax.run_folder import CONFIG_FILE, FILES_FILE, PARAMETERS_FILE, SUMMARY_FILE, VOCABULARY_FILE
 from behrt_jax.training.devices import make_mesh, put_rows
 from behrt_jax.training.freezing import count_parameters
 from behrt_jax.training.state import assemble_pretraining
@@ -130,7 +130,7 @@ def _time_in_turns(
 
 # The runs of the freezing study: one for each kind of data, masks, regime and seed.
 
-LEFT_BEFORE_THE_START = {"vocabulary.parquet", PARAMETERS_FILE}
+LEFT_BEFORE_THE_START = {VOCABULARY_FILE, PARAMETERS_FILE, FILES_FILE}
 """Files of a run that may be there before its config.json is."""
 
 Masks = Literal["fresh", "once"]

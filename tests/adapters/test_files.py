@@ -1,4 +1,5 @@
 import hashlib
+import json
 import struct
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import behrt_jax
-from behrt_jax.adapters.files import AdapterConfig, fingerprint_tree, load_adapter, save_adapter
+from behrt_jax.adapters.files import AdapterConfig, fingerprint_tree, load_adapter, read_config, save_adapter
 from behrt_jax.errors import InputError
 
 WIDTH, RANK = 8, 2
@@ -53,14 +54,14 @@ def train_groups(params, *modules):
     return jax.tree_util.tree_map_with_path(trains, params)
 
 
-def save(folder, params, lora, trained=None, **overrides):
+def save(folder, params, lora, trained=None, beside=None, **overrides):
     config = {
         "lora": {"rank": RANK, "alpha": 4.0, "targets": ("query",)},
         "model": {"hidden_size": WIDTH},
         "vocabulary_fingerprint": "vocabulary-1",
     }
     trained = train_groups(params, "embeddings", "mlm_head") if trained is None else trained
-    return save_adapter(folder, params, lora, trained, AdapterConfig(**{**config, **overrides}))
+    return save_adapter(folder, params, lora, trained, AdapterConfig(**{**config, **overrides}), beside)
 
 
 def assert_identical(found, expected):
@@ -226,6 +227,39 @@ def test_a_damaged_or_foreign_configuration_is_refused(folder):
     path.unlink()
     with pytest.raises(InputError, match=r"adapter_config\.json is missing"):
         load_adapter(folder, params)
+
+
+@given(st.data())
+def test_a_configuration_with_a_flipped_byte_is_refused_or_the_same(data):
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "adapter"
+        save(folder, make_params(), make_lora(), beside={"task.json": b'{"threshold": 0.5}'})
+        path = folder / data.draw(st.sampled_from(["adapter_config.json", "task.json"]))
+        whole = read_config(folder)
+        content = bytearray(path.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.sampled_from([1, 2, 4, 32, 128]))
+        path.write_bytes(content)
+        try:
+            assert read_config(folder) == whole and path.name == "adapter_config.json"
+        except InputError as error:
+            assert path.name in str(error)
+
+
+def test_a_missing_file_beside_the_tensors_is_refused(folder):
+    files = save(folder, make_params(), make_lora(), beside={"task.json": b"{}"})
+    assert [file.name for file in files] == ["adapter_config.json", "adapter.safetensors", "task.json"]
+    save(folder, make_params(), make_lora(), beside={"task.json": b"{ }"})
+    (folder / "task.json").unlink()
+    with pytest.raises(InputError, match=r"task\.json is missing"):
+        load_adapter(folder, make_params())
+
+
+def test_a_configuration_of_an_older_version_is_read(folder):
+    save(folder, make_params(), make_lora())
+    path = folder / "adapter_config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({name: stored[name] for name in stored if name not in ("files", "sha256")}))
+    load_adapter(folder, make_params())
 
 
 def test_a_missing_tensor_file_is_refused(folder):

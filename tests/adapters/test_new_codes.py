@@ -16,6 +16,7 @@ from behrt_jax.adapters.new_codes import new_rows, with_new_codes
 from behrt_jax.config import LoRAConfig, OptimizerConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError
+from behrt_jax.files import sealed
 from behrt_jax.models.behrt import BEHRTForTask, example_batch
 from behrt_jax.training.freezing import REGIMES, optimizer_labels, stop_frozen, trainable
 from behrt_jax.training.optimizer import make_optimizer
@@ -196,7 +197,7 @@ def test_rows_and_names_of_new_codes_must_match(extended, tmp_path):
     save(tmp_path / "adapter", variables)
     file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "new_codes": list(NEW[:2])}))
+    file.write_text(json.dumps(sealed({**config, "new_codes": list(NEW[:2])})))
     base = {name: tree for name, tree in variables["params"].items() if name != "new_codes"}
     with pytest.raises(InputError, match=r"new_codes/rows has shape \[3, 12\] where \[2, 12\]"):
         load_adapter(tmp_path / "adapter", base)

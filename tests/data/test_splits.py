@@ -69,6 +69,8 @@ def test_wrong_fractions(tuning, held_out, message):
 def test_an_empty_split_is_an_error(tuning, empty):
     with pytest.raises(InputError, match=rf"None of the 4 subjects fell into the {empty} split: give more"):
         hash_splits(np.arange(4), tuning, 0.0, seed=0)
+    with pytest.raises(InputError, match="holds no subject"):
+        hash_splits(np.arange(0), tuning, 0.0, seed=0)
 
 
 @given(st.integers(1, 60), st.floats(0.01, 0.9), st.floats(0, 0.9), st.integers(0, 5))

@@ -4,7 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from behrt_jax.data.prepared import read_prepared
+from behrt_jax.data import events
+from behrt_jax.data.event_rules import PLACEHOLDER_BIRTH
+from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.vocabulary import UNK
 from tests.diagnosis.audited import (
     OUTCOME,
@@ -75,14 +77,16 @@ def aged(years):
 def in_seconds(data):
     for part in data.splits.values():
         part.times[:] //= 1_000_000
+        part.ages[:] = (part.times + DAY) / events.YEAR
     return data
 
 
 def far(data):
     part = data.splits["train"]
-    last = part.offsets[1] - 1
+    ends = part.offsets[1:] - 1
+    last = ends[np.argmin(part.ages[ends])]  # of a subject who is young enough
     part.ages[last] += np.float32(70)
-    part.times[last] += 70 * round(YEAR)
+    part.times[last] += round(70 * events.YEAR)
     return data
 
 
@@ -123,6 +127,13 @@ def test_an_injected_fault_is_caught(fault, prepared, tmp_path):
     assert list(found) == [name]
     assert seen in found[name]
     assert findings(tmp_path / "spoilt", tmp_path)[name]["severity"] == severity
+
+
+def test_births_on_the_day_of_a_placeholder(prepared, tmp_path):
+    counts = read_manifest(prepared)["events"] | {"changed": {PLACEHOLDER_BIRTH: 3}}
+    found = findings(rewrite(prepared, tmp_path / "spoilt", lambda data: data, events=counts), tmp_path)
+    assert alarms(found).keys() == {"placeholder-births"}
+    assert found["placeholder-births"]["seen"].startswith("3 subjects are born on a day such as 1900-01-01")
 
 
 def test_files_changed_after_preparing_by_an_older_version(prepared, tmp_path):

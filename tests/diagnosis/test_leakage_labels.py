@@ -10,6 +10,7 @@ from behrt_jax.data.events import DAY
 from behrt_jax.data.prepared import read_deaths, read_prepared
 from tests.diagnosis.audited import OUTCOME, YEAR, Task, alarms, findings, planted, prepare, rewrite
 from tests.records.meds_folder import HOUR, Row, born, write_meds
+from tests.records.prepare.test_pipeline import without_digests
 
 DEFINED = ("--horizon_days", "365", "--outcome_codes", OUTCOME)
 
@@ -130,6 +131,7 @@ def test_subjects_without_events_are_known_and_their_histories_empty(prepared, t
     assert findings(folder, tmp_path, more)["label-subject-unknown"]["seen"].startswith("2 of")
     births = pa.table({"subject_id": ids, "time": pa.array(np.zeros(2, np.int64), pa.timestamp("us"))})
     pq.write_table(births, folder / "train" / "births.parquet")
+    without_digests(folder)
     found = findings(folder, tmp_path, more)
     assert "label-subject-unknown" not in found
     for name in ("label-before-birth", "label-without-history"):

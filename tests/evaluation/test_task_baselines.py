@@ -101,6 +101,27 @@ def test_regression_and_boosting_find_the_code_that_decides(kind):
             np.testing.assert_allclose(predicted.sum(axis=1), 1)
 
 
+def test_unknown_ages_stand_at_the_mean():
+    data, _ = data_of("binary")
+    rng = np.random.default_rng(1)
+    ages = [
+        rng.uniform(20, 80, len(part)).astype(np.float32)
+        for part in (data.train, data.tuning, data.evaluated)
+    ]
+    for part in ages:
+        part[::3] = np.nan
+    parts = dict(zip(("train", "tuning", "evaluated"), ages, strict=True))
+    data = replace(data, **{name: replace(getattr(data, name), ages=part) for name, part in parts.items()})
+    filled = np.nanmean(ages[0])
+    same = {name: np.where(np.isnan(part), filled, part) for name, part in parts.items()}
+    same = replace(data, **{name: replace(getattr(data, name), ages=part) for name, part in same.items()})
+    spread = np.nanstd(ages[0]) / np.std(same.train.ages)  # of the known alone
+    found = regression_baseline(data).predictions
+    assert np.isfinite(found).all() and spread > 1
+    np.testing.assert_allclose(found, regression_baseline(same).predictions, atol=0.02)
+    assert np.isfinite(boosting_baseline(data).predictions).all()
+
+
 def test_strength_is_chosen_on_tuning_and_boosting_sees_the_most_frequent_codes():
     data, _ = data_of("binary")
     assert "chosen on tuning" in regression_baseline(data).note

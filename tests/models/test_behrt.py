@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from behrt_jax.models.behrt import BEHRT, BEHRTForMLM, PatientEmbedding, example_batch
+from behrt_jax.models.behrt import BEHRT, BEHRTForMLM, PatientEmbedding, age_bins, example_batch
 from behrt_jax.presets import LARGE, MEDIUM, PAPER, SMALL
 from tests.models.rows import VOCABULARY, padded_segment, random_batch, tiny_model
 
@@ -101,6 +101,11 @@ def test_every_input_matters(name):
     real = batch.segment_ids > 0
     difference = logits_of(model, variables, batch) - logits_of(model, variables, changed)
     assert np.abs(difference[real]).max() > 1e-3
+
+
+def test_an_unknown_age_has_the_last_row():
+    ages = np.array([-0.5, 0.0, 4.99, 5.0, 104.9, 105.0, 9999.0, np.nan], np.float32)
+    assert age_bins(ages, 5.0, 22).tolist() == [0, 0, 0, 1, 20, 21, 21, 21]
 
 
 def test_age_zero_and_visit_zero_are_not_padding():

@@ -307,20 +307,48 @@ def cut_array_data(step_folder):
     path.write_bytes(path.read_bytes()[:5000])
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def flipped_array_data(step_folder):
+    flip(largest_file(step_folder))
+
+
+def flipped_cursor(step_folder):
+    path = step_folder / "cursor" / "metadata"
+    path.write_text(path.read_text().replace("1.5", "1.6"))
+
+
+def flipped_digests(step_folder):
+    flip(step_folder / "files.json")
+
+
 def read_all(checkpoints, step, trees):
     checkpoints.read_cursor(step)
     checkpoints.restore(step, params=trees[0], lora=trees[1], opt_state=trees[2])
 
 
+TEARS = [empty, without_contents, cut_cursor, without_opt_state, without_array_data, cut_array_data]
+
+
 @pytest.mark.parametrize(
-    "tear", [empty, without_contents, cut_cursor, without_opt_state, without_array_data, cut_array_data]
+    ("tear", "version"),
+    [
+        *((tear, version) for tear in TEARS for version in ("this", "older")),
+        *((tear, "this") for tear in (flipped_array_data, flipped_cursor, flipped_digests)),
+    ],
 )
-def test_a_torn_checkpoint_does_not_count(folder, trees, tear, caplog):
+def test_a_torn_checkpoint_does_not_count(folder, trees, tear, version, caplog):
     # Arrays large enough to get a data file of their own.
     wide = arrays({"kernel": floats(64, 64)})
     trees = (wide, {}, arrays({"mu": floats(64, 64)}))
     with open_checkpoints(folder) as checkpoints:
         save(checkpoints, 40, trees, loss=1.0)
+    if version == "older":
+        (folder / "40" / "files.json").unlink()
     shutil.copytree(folder / "40", folder / "20")  # the whole one before it
     tear(folder / "40")
     before = sorted(folder.rglob("*"))
@@ -330,6 +358,8 @@ def test_a_torn_checkpoint_does_not_count(folder, trees, tear, caplog):
         assert [record.message for record in caplog.records if "40 is damaged" in record.message]
         with pytest.raises(InputError, match="40 is damaged"):
             read_all(checkpoints, 40, trees)
+        with pytest.raises(InputError, match="40 is damaged: bring it back"):
+            checkpoints.refuse_damaged()
         assert sorted(folder.rglob("*")) == before  # reading changes nothing
         save(checkpoints, 30, trees, loss=3.0)
     assert steps_on_disk(folder) == [20, 30]

@@ -95,8 +95,9 @@ def test_frozen_at_random_is_told_before_training_and_everywhere_after(tmp_path,
     assert "frozen-at-random" in capsys.readouterr().out
     # A folder as older versions left it, without facts, still shows what was found then.
     record = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**record, "facts": {}, "settings": {}}))
-    (folder / "parameters.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"baselines": record["baselines"]}))
+    for name in ("parameters.json", "files.json"):
+        (folder / name).unlink()
     assert only(examined(folder), "frozen-at-random").when == "before"
 
 

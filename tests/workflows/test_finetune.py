@@ -37,7 +37,7 @@ def test_each_regime_learns_more_than_the_base_rate_and_leaves_the_whole_folder(
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "parameters.json", "metrics.jsonl", "summary.json", "SUMMARY.txt", "checkpoints",
-        "vocabulary.parquet", "preparation.json", "plots", "task.json",
+        "vocabulary.parquet", "preparation.json", "plots", "task.json", "files.json",
         *(["adapter"] if name == "lora" else []),
     }  # fmt: skip
     summary, validation = read(folder, "summary.json"), records(folder, "tuning")
@@ -207,15 +207,21 @@ def test_wrong_labels_are_one_clear_error_before_anything_is_written(case, tmp_p
     assert not output.exists()
 
 
-def test_some_unknown_subjects_and_repeated_labels_are_counted(case, tmp_path):
+def test_some_unknown_subjects_repeated_labels_and_those_before_birth_are_counted(case, tmp_path):
     def change(table):
         strangers = replaced(table.slice(0, 7), "subject_id", pa.array(np.arange(7)))
-        return pa.concat_tables([table, strangers, table.slice(0, 4)])
+        times = pa.array([TIME - 200 * 365 * DAY] * 2, pa.timestamp("us"))
+        train = of_splits(case, "train")(table).slice(0, 1)
+        tuning = of_splits(case, "tuning")(table).slice(0, 1)
+        early = replaced(pa.concat_tables([train, tuning]), "prediction_time", times)
+        return pa.concat_tables([table, strangers, table.slice(0, 4), early])
 
     labels = labels_with(case, tmp_path / "labels.parquet", change)
     config = changed(replace(case.config(), labels=labels, output=tmp_path / "run"), "train", max_steps=1)
+    config = changed(config, "task", outside_life="leave_out")
     counts = finetune(config, ONE).summary["data"]
-    assert (counts["labels"], counts["duplicate_labels"], counts["labels_of_unknown_subjects"]) == (307, 4, 7)
+    assert (counts["labels"], counts["duplicate_labels"], counts["labels_of_unknown_subjects"]) == (309, 4, 7)
+    assert (counts["labels_before_birth"], counts["labels_after_death"]) == (2, 0)
 
 
 @pytest.mark.slow

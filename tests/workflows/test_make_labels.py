@@ -19,6 +19,7 @@ from behrt_jax.data.sorting import ragged_indices
 from behrt_jax.data.vocabulary import matching_codes
 from behrt_jax.workflows import make_labels
 from tests.diagnosis.audited import OUTCOME, prepare_clinical
+from tests.records.prepare.test_pipeline import without_digests
 
 TASKS = {
     "first_occurrence": ("--codes", OUTCOME),
@@ -196,6 +197,7 @@ def test_data_of_an_older_version_do_not_know_who_died(tmp_path, capsys):
     data = prepare_clinical(tmp_path, 300)
     for file in data.rglob("deaths.parquet"):
         file.unlink()
+    without_digests(data, subject_facts={})
     make("next_visit", data, tmp_path / "next.parquet")
     capsys.readouterr()
     arguments = ["--task", "readmission", "--data", str(data), "--output", str(tmp_path / "a.parquet")]

@@ -33,6 +33,7 @@ from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.finetune import finetune
 from behrt_jax.workflows.labelled_data import check_codes, label_data, read_labelled
 from behrt_jax.workflows.patient import PatientModel
+from behrt_jax.workflows.predict import known as known_files
 from behrt_jax.workflows.predict import open_finetuned, predict
 from tests.records.meds_folder import DAY, Row, born, events_table, write_meds
 from tests.records.memory_source import MemorySource
@@ -98,6 +99,24 @@ def test_the_two_keys_are_enough_to_predict(case, tmp_path, kind):
     with pytest.raises(InputError, match=r"keys\.parquet has no value in any of its 300 rows"):
         finetune(replace(case.config(kind), labels=keys, output=tmp_path / "run"), ONE)
     assert not (tmp_path / "evaluation").exists() and not (tmp_path / "run").exists()
+
+
+def test_labels_before_birth_are_left_out_of_predictions_or_kept(case, tmp_path):
+    labelled, known = case.labelled("binary"), case.predicted(tmp_path / "known.parquet")
+    table, file = pq.read_table(labelled.labels), tmp_path / "labels.parquet"
+    held_out = table.filter(pa.array(np.isin(table["subject_id"].to_numpy(), labelled.splits["held_out"])))
+    times = pa.array([-(10**16)] * 3, pa.timestamp("us"))
+    early = held_out.slice(0, 3).set_column(1, "prediction_time", times)
+    assert table.column_names[1] == "prediction_time"
+    pq.write_table(pa.concat_tables([early, table]), file)
+    with pytest.raises(InputError, match=r"3 of .* labels of held_out .* before the subject's birth"):
+        case.predicted(tmp_path / "refused.parquet", labels=file)
+    assert not (tmp_path / "refused.parquet").exists()
+    assert case.predicted(tmp_path / "out.parquet", labels=file, outside_life="leave_out").equals(known)
+    counts = read_predictions(tmp_path / "out.parquet").metadata["counts"]
+    assert (counts["examples"], counts["outside_life"]) == (len(known), 3)
+    kept = case.predicted(tmp_path / "kept.parquet", labels=file, outside_life="keep")
+    assert len(kept) == len(known) + 3
 
 
 def test_the_adapter_on_its_base_predicts_what_the_run_predicts(case, tmp_path):
@@ -465,11 +484,8 @@ def test_a_model_knows_its_data_and_labels(case, tmp_path):
     for model in (case.run(), case.run() / "adapter"):
         path = tmp_path / f"{model.name}.parquet"
         assert case.predicted(path, model=model, data=None, labels=None).equals(known)
-    bare = shutil.copytree(case.run() / "adapter", tmp_path / "bare")
-    task = json.loads((bare / "task.json").read_text())
-    (bare / "task.json").write_text(json.dumps({key: one for key, one in task.items() if key != "data"}))
-    with pytest.raises(InputError, match="--data is missing"):
-        case.predicted(tmp_path / "p.parquet", model=bare, data=None)
+    assert known_files(case.base, "data") == case.data and known_files(case.base, "labels") is None
+    assert known_files(case.run() / "plots", "data") is None
 
 
 def test_codes_that_the_model_does_not_know_are_counted_and_too_many_refused(case, newcomers, tmp_path):
@@ -565,6 +581,12 @@ def test_bins_of_values_that_mean_something_else_are_told(tmp_path):
 def test_a_run_of_an_older_version_predicts_but_cannot_be_prepared_like(case, meds, tmp_path):
     old = shutil.copytree(case.run(), tmp_path / "old")
     (old / "preparation.json").unlink()
+    with pytest.raises(InputError, match=r"preparation\.json is missing"):
+        read_rules(old, "--like")
+    (old / "files.json").unlink()
+    config = json.loads((old / "config.json").read_text())
+    del config["recorded"]
+    (old / "config.json").write_text(json.dumps(config))
     known, found = (
         case.predicted(tmp_path / "known.parquet"),
         case.predicted(tmp_path / "p.parquet", model=old),

@@ -69,6 +69,7 @@ def test_a_run_leaves_the_whole_folder(finished):
     assert names == {
         "config.json", "parameters.json", "metrics.jsonl", "summary.json", "SUMMARY.txt", "checkpoints",
         "adapter", "vocabulary.parquet", "preparation.json", "plots", "report.html",
+        "files.json",
     }  # fmt: skip
     assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "accuracy.png"}
     assert {path.name for path in (folder / "adapter").iterdir()} == {

@@ -23,7 +23,16 @@ from behrt_jax.data.event_rules import code_prefix
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EventColumns, EventCounts
 from behrt_jax.data.sorting import ascending, distinct
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, work_folder
+from behrt_jax.files import (
+    JsonObject,
+    check_files,
+    digests_of,
+    is_sealed,
+    read_json,
+    sealed,
+    work_folder,
+    write_json,
+)
 from behrt_jax.records.prepare.manifest import describe_counts, input_files
 from behrt_jax.records.sources.source import Source
 
@@ -414,7 +423,8 @@ def read_shard(
         work = temporary / "shard"
         units = range(source.units())[index::shards]
         spills = spill_in_parallel(source, units, reading, work, config.workers, told)
-        (work / "reading.json").write_text(json.dumps(_identity(source, config, reading, options)))
+        record = _identity(source, config, reading, options) | {"digests": digests_of(work)}
+        write_json(work / "reading.json", sealed(record))
         work.replace(place)
     counts = [describe_counts(spill.counts) for spill in spills]
     return {"shard": config.shard, "units": len(units), "events": counts}
@@ -424,7 +434,7 @@ def load_shards(source: Source, config: PrepareConfig, reading: Reading, options
     """Spill files that the jobs with ``shard`` have left beside the output.
 
     Raises:
-        InputError: a shard is missing, or was read with other options or of another input.
+        InputError: a shard is missing or damaged, or was read with other options or of another input.
     """
     if config.output is None:
         raise InputError("merge needs an output: give the one that the shards were read for.")
@@ -448,10 +458,14 @@ def load_shards(source: Source, config: PrepareConfig, reading: Reading, options
     spills = []
     for index in range(shards):
         place = folder / f"{index}-of-{shards}"
-        if json.loads((place / "reading.json").read_text()) != identity:
+        record, mend = read_json(place / "reading.json"), f"remove {place} and read this shard again."
+        if not (isinstance(record, dict) and is_sealed(record)):
+            raise InputError(f"{place / 'reading.json'} is damaged: {mend}")
+        if {name: record.get(name) for name in identity} != identity:
             raise InputError(
                 f"{place} was read with other options or of another input: remove it and read it again."
             )
+        check_files(place, record["digests"], mend, at_most=None)
         spills += [Spill.load(part) for part in sorted(place.iterdir()) if part.is_dir()]
     return spills
 
@@ -459,7 +473,7 @@ def load_shards(source: Source, config: PrepareConfig, reading: Reading, options
 def _identity(source: Source, config: PrepareConfig, reading: Reading, options: JsonObject) -> JsonObject:
     """All that must be the same for all shards."""
     boundaries = reading.boundaries.tolist()
-    return {"options": options, "files": input_files(source, config.input), "boundaries": boundaries}
+    return {"options": options, "input": input_files(source, config.input), "boundaries": boundaries}
 
 
 # Spill files read back in partitions: runs of neighbouring buckets, chosen when their sizes are known.

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from behrt_jax.data.parquet import CHUNK_ROWS, INT96_UNIT, readable, refuse_broken_text
+from behrt_jax.data.parquet import CHUNK_ROWS, check_rows, open_whole, readable, sound
 from behrt_jax.errors import InputError
 
 BLOCK_BYTES = 1 << 22
@@ -150,12 +150,6 @@ def read_csv(
     for name in columns:
         if header.count(name) != 1:
             raise InputError(f"{file} has {header.count(name)} columns called {name}: it must have one.")
-    ragged: list[pa_csv.InvalidRow] = []
-
-    def refuse(row: pa_csv.InvalidRow) -> str:
-        ragged.append(row)
-        return "error"
-
     quoted = separator == ","
     first_row = 1
     try:
@@ -169,7 +163,6 @@ def read_csv(
                     delimiter=separator,
                     quote_char='"' if quoted else False,
                     newlines_in_values=quoted,
-                    invalid_row_handler=refuse,
                 ),
                 convert_options=pa_csv.ConvertOptions(
                     include_columns=list(columns),
@@ -194,7 +187,7 @@ def read_csv(
     except (pa.ArrowException, EOFError, OSError, zlib.error) as error:
         if "Empty CSV file" in str(error):  # a header without a line end, and nothing after it
             return
-        raise _explained(file, header, ragged, str(error), block_bytes) from error
+        raise _explained(file, header, str(error), block_bytes) from error
 
 
 def _header(file: Path) -> bytes:
@@ -213,15 +206,13 @@ def _open_bytes(file: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(file)) if file.name.lower().endswith(".gz") else file.open("rb")
 
 
-def _explained(
-    file: Path, header: list[str], ragged: list[pa_csv.InvalidRow], message: str, block_bytes: int
-) -> InputError:
+def _explained(file: Path, header: list[str], message: str, block_bytes: int) -> InputError:
     """The parser's error in our words: its own would quote the row."""
-    if ragged:
-        row = ragged[0]
+    if ragged := re.search(r"Row #(\d+): Expected (\d+) columns, got (\d+)", message):
+        row, expected, found = map(int, ragged.groups())
         return InputError(
-            f"{file} has {row.actual_columns} values in data row {(row.number or 0) - 1}, but its header "
-            f"has {row.expected_columns} columns: mend the row (a comma within a value needs quotes)."
+            f"{file} has {found} values in data row {row - 1}, but its header has {expected} columns: mend "
+            "the row (a comma within a value needs quotes)."
         )
     encoding = re.match(r"In CSV column #(\d+): Row #(\d+): .*invalid UTF8", message)
     if encoding:
@@ -342,13 +333,7 @@ def open_parquet(file: Path, texts: list[str] | None = None, damage: Damage | No
     """
     with readable(file, damage and damage(file, None)):
         # Pages come one by one, so that a file of one huge row group needs little memory.
-        return pq.ParquetFile(
-            file,
-            read_dictionary=texts,
-            buffer_size=1 << 20,
-            pre_buffer=False,
-            coerce_int96_timestamp_unit=INT96_UNIT,
-        )
+        return open_whole(file, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False)
 
 
 def read_part(
@@ -363,9 +348,11 @@ def read_part(
     while True:
         with readable(part.file, damage and damage(part.file, row)):
             batch = next(batches, None)
-        if batch is None:
-            return
-        for name in columns:
-            refuse_broken_text(part.file, name, batch[name], row + 1)
-        yield Piece(part.file, row + 1, pa.Table.from_batches([batch]))
+            if batch is None:
+                groups = part.row_groups or range(opened.metadata.num_row_groups)
+                counts = row_counts(opened.metadata)
+                check_rows(row - part.first_row, sum(counts[group] for group in groups))
+                return
+            table = sound(part.file, pa.Table.from_batches([batch]), row + 1)
+        yield Piece(part.file, row + 1, table)
         row += batch.num_rows

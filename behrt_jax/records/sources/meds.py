@@ -285,7 +285,7 @@ def _convert(file: Path, table: pa.Table, visit_column: str | None) -> pa.Table:
         wanted[VISIT_FIELD.name] = (visit_column, VISIT_FIELD.type)
         if visit_column in table.column_names and is_text(table[visit_column].type):
             texts = table[visit_column].combine_chunks()
-            parquet.refuse_broken_text(file, visit_column, texts)
+            parquet.refuse_broken(file, visit_column, texts)
             place = table.column_names.index(visit_column)
             table = table.set_column(place, visit_column, pa.chunked_array([text_ids(texts)]))
     return pa.table(

@@ -419,6 +419,13 @@ def test_shards_are_merged_once_all_are_there(tmp_path):
     prepare(source, replace(config, shard="1/2", workers=1))
     with pytest.raises(InputError, match=r"0-of-2 was read with other options"):
         prepare(source, replace(config, merge=True, codes=("DIAGNOSIS//1",)))
+    for name in ("0/spill.json", "reading.json"):
+        file = tmp_path / "out.shards" / "1-of-2" / name
+        whole = file.read_text()
+        file.write_text(whole.replace("1", "2", 1))
+        with pytest.raises(InputError, match=rf"{name} is damaged.* read this shard again"):
+            prepare(source, replace(config, merge=True))
+        file.write_text(whole)
     prepare(source, replace(config, merge=True))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]

@@ -753,3 +753,13 @@ def test_the_mimic_iv_demo_in_pieces(monkeypatch):
     assert [len(tables) for tables in read] == [1, 9, 1]
     assert as_rows(pa.concat_tables([table for tables in read for table in tables])) == whole
     assert (counts.read, counts.dropped, counts.changed) == (916_166, {}, {})
+
+
+def test_times_of_spark_keep_their_century(tmp_path):
+    far = pa.array([253_402_300_799_000_000, -11_676_096_000_000_000, None], pa.timestamp("us"))  # 9999, 1600
+    folder = write_meds(tmp_path, [Row(1, DAY, "A"), Row(1, DAY, "B"), Row(1, DAY, "C")], {"train": [1]})
+    file = next((folder / "data").rglob("*.parquet"))
+    table = pq.ParquetFile(file).read()
+    pq.write_table(table.set_column(1, "time", far), file, use_deprecated_int96_timestamps=True)
+    assert pq.ParquetFile(file).schema.column(1).physical_type == "INT96"
+    assert read_meds(folder).events["time"].combine_chunks().equals(far)

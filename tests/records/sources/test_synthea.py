@@ -291,6 +291,7 @@ ROW = f"2009-01-08,,{ANN},e1,1,x\n"
     ("text", "says"),
     [
         (HEADER + ROW + f"2009-01-08,,{ANN},e1,1\n", ("5 values in data row 2", "6 columns", "mend")),
+        ((HEADER + ROW).encode() + b"caf\xe9,1\n", ("2 values in data row 2", "6 columns")),
         (HEADER + ROW * 2 + ROW.strip() + ",y\n", ("7 values in data row 3", "quotes")),
         (
             (HEADER + ROW).encode() + "2009-01-08,,p,e1,1,Ménière\n".encode("latin-1"),

@@ -426,3 +426,11 @@ def test_births_in_parquet(tmp_path, kind):
     pq.write_table(pa.table({"subject_id": [1], "birth": births}), tmp_path / "births.parquet")
     rows, _ = read_all(WithBirths(source, tmp_path / "births.parquet", ()))
     assert (1, dt.datetime(1960, 5, 6), "MEDS_BIRTH", None, None) in rows
+
+
+def test_times_of_spark_keep_their_century(tmp_path):
+    far = [dt.datetime(9999, 12, 31, 23, 59, 59), dt.datetime(1600, 1, 1)]
+    content = pa.table({"subject_id": [1, 1], "time": pa.array(far, pa.timestamp("us")), "code": ["a", "b"]})
+    pq.write_table(content, tmp_path / "t.parquet", use_deprecated_int96_timestamps=True)
+    rows, _ = read_all(open_table(tmp_path / "t.parquet", TableColumns()))
+    assert [row[1] for row in rows] == far
