@@ -6,7 +6,7 @@
 - unchanged: all that was read is as before: it was a mutation of blanks, say, or of what nobody reads.
 - other: what was read differs, in a file of other people's, which has no digest. Of inputs alone.
 - silent: what was read differs in a folder of our own.
-- traceback: any other exception, or an error of several lines.
+- traceback: any other exception, or one that Python prints to the terminal by itself.
 
 All is read in this process by the functions that the commands use; nothing is trained but the models read.
 """
@@ -383,9 +383,7 @@ def _reading(subject: Subject, place: Path, files: Files) -> tuple[Outcome, str]
         read = str(subject.read(place))
         return ("traceback", unraisable[0]) if unraisable else ("unchanged", read)
     except InputError as error:
-        lines = str(error).splitlines()
-        one_line = len(lines) == 1 and not unraisable
-        return ("named" if one_line else "traceback"), "\n".join([*lines, *unraisable])
+        return ("traceback" if unraisable else "named"), "\n".join([str(error), *unraisable])
     except Exception:
         return "traceback", traceback.format_exc()
     finally:

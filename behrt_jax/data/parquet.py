@@ -32,7 +32,7 @@ def readable(file: Path, message: str | None = None) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         problem = (
             message or f"{file} is no readable Parquet file (cut short, or another format): write it again."
         )

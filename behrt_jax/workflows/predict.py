@@ -41,6 +41,7 @@ from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import mean_predictions
+from behrt_jax.evaluation.task_baselines import CountModel, count_codes
 from behrt_jax.files import JsonObject, read_json, work_folder
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
 from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, VOCABULARY_FILE, checked, read_document
@@ -52,7 +53,12 @@ from behrt_jax.training.runtime import use_compilation_cache
 from behrt_jax.training.state import Setup, set_up_task
 from behrt_jax.training.step import Variables, with_new_rows
 from behrt_jax.training.validation import OutputStep, make_output_step, score
-from behrt_jax.workflows.finetune_run import MEMBERS_FOLDER, TASK_FILE, Calibration
+from behrt_jax.workflows.finetune_run import (
+    MEMBERS_FOLDER,
+    TASK_FILE,
+    Calibration,
+    blended,
+)
 from behrt_jax.workflows.labelled_data import (
     announce_codes,
     check_codes,
@@ -274,6 +280,8 @@ class Finetuned(NamedTuple):
     model: ModelConfig
     max_length: int | None
     calibration: Calibration
+    blend: tuple[CountModel, float] | None
+    """What predictions are blended with, and its share."""
     trained: JsonObject
     """Regime, and counts of parameters, for the record of predictions."""
 
@@ -307,7 +315,7 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         vocabulary = Vocabulary.read(checked(folder, VOCABULARY_FILE))
         setup = _set_up(record, len(vocabulary) - record["new_codes"], mesh)
         members = [_restored(folder, setup, mesh)]
-    freezing = from_stored(FreezingConfig, record["freezing"])
+    freezing, blend = from_stored(FreezingConfig, record["freezing"]), record.get("blend")
     return Finetuned(
         Task.from_json(record["task"]),
         setup,
@@ -317,6 +325,7 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         setup.predictor.model.config,
         record["max_length"],
         Calibration(**record["calibration"]),
+        None if blend is None else (CountModel.from_json(blend["count_model"]), blend["share"]),
         {"regime": "+".join(freezing.groups) or freezing.regime, **record["parameters"]},
     )
 
@@ -351,8 +360,9 @@ def _from_adapters(
     record = _record(folders[0])
     pretrained = open_pretrained(base or Path(record["base"]))
     setup = _set_up(record, len(pretrained.vocabulary), mesh)
-    head = setup.init(jax.random.key(0))["params"]["task_head"]
-    params = {"behrt": read_encoder(pretrained, mesh).params, "task_head": head}
+    first = setup.init(jax.random.key(0))["params"]
+    heads = {name: head for name, head in first.items() if name.endswith("_head")}
+    params = {"behrt": read_encoder(pretrained, mesh).params, **heads}
     members, new_codes = [], ()
     for folder in folders:
         found, lora, config = load_adapter(folder, params, pretrained.vocabulary.fingerprint())
@@ -453,12 +463,11 @@ def _open(config: PredictConfig, folder: Path, mesh: Mesh) -> _Encoder:
         if predictor.lora is not None:
             params = lora.merge(params, variables["lora"], predictor.lora)
         pooling = config.pooling or predictor.model.pooling
-        opened = _Encoder(
-            found.model, found.vocabulary, found.preparation, params["behrt"], pooling, found.max_length
-        )
+        parts = {name: params[name] for name in ("behrt", "pooling_head") if name in params}
+        opened = _Encoder(found.model, found.vocabulary, found.preparation, parts, pooling, found.max_length)
     else:
         pretrained = open_pretrained(folder)
-        params = read_encoder(pretrained, mesh).params
+        params = {"behrt": read_encoder(pretrained, mesh).params}
         known_codes = pretrained.vocabulary, pretrained.preparation
         opened = _Encoder(pretrained.model, *known_codes, params, config.pooling or "mean", None)
     if opened.pooling == "cls" and not opened.model.cls_token:
@@ -490,7 +499,7 @@ def _vectors(
     network = PatientEmbedding(encoder.model, len(encoder.vocabulary), encoder.pooling)
 
     def embed_step(params: Any, batch: TaskBatch) -> jax.Array:
-        return network.apply({"params": {"behrt": params}}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
+        return network.apply({"params": params}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
 
     step = jax.jit(embed_step)
     pieces = _pieces(config, encoder.model, encoder.max_length, data, wanted, delays, mesh)
@@ -514,6 +523,10 @@ def outputs_of(
         config, model, finetuned.max_length, data, chosen, delays, mesh
     ):
         outputs = np.stack([score(step, one, batches, mesh) for one in finetuned.members])
+        if finetuned.blend is not None:
+            counts, share = finetuned.blend
+            beside = counts.outputs(count_codes(examples, len(finetuned.vocabulary)))
+            outputs = blended(outputs, beside, share)
         seen = None
         if ids is not None:
             whole = find_examples(
