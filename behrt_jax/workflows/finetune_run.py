@@ -327,12 +327,31 @@ def judge(config: FinetuneConfig, labelled: LabelledData, outputs: np.ndarray) -
         if config.task.blend == "counts":
             shares = np.linspace(0, 1, 21)
             mixed = [blended(outputs, beside, share).mean(axis=0) for share in shares]
-            found = [task_metrics(task.kind, one, targets) for one in mixed]
-            best = int(np.argmin([one["loss"] for one in found]))
-            said["blend"] = {"share": float(shares[best]), **found[best]}
-            blend = {"share": float(shares[best]), "count_model": counts.to_json()}
-            outputs = blended(outputs, beside, float(shares[best]))
+            losses = [np.asarray(task_losses(task.of.loss, one, targets), np.float64) for one in mixed]
+            place = safest(losses, labelled.tuning.subject_ids)
+            share = float(shares[place])
+            said["blend"] = {"share": share, **task_metrics(task.kind, mixed[place], targets)}
+            blend = {"share": share, "count_model": counts.to_json()}
+            outputs = blended(outputs, beside, share)
     return Judged(calibrate(config.task, task.kind, outputs, targets), blend, said)
+
+
+def safest(losses: Sequence[np.ndarray], subjects: np.ndarray) -> int:
+    """The last place whose loss is within a standard error of the least (Breiman et al. 1984): where few
+    labels cannot tell, the simpler model, here the largest share of counts, is the safer one.
+
+    Args:
+        losses: from the least simple to the simplest, float64 ``[examples]`` each.
+        subjects: theirs.
+    """
+    best = int(np.argmin([one.mean() for one in losses]))
+    alike = [best]
+    for place in range(best + 1, len(losses)):
+        more = losses[place] - losses[best]
+        low, high = mean_interval(more, subjects)
+        if more.mean() <= (high - low) / (2 * 1.96):
+            alike.append(place)
+    return alike[-1]
 
 
 def examined(console: Console, run: Finetuning, summary: JsonObject) -> list[Finding]:

