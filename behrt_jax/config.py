@@ -410,6 +410,10 @@ class FinetuneConfig:
     train: TaskTrainConfig = field(default_factory=TaskTrainConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     population: PopulationConfig = field(default_factory=PopulationConfig)
+    max_unknown: float | None = None
+    """Largest share of tokens that the pretrained model does not know, or whose bins of values are not those
+    that it learned. Default: half of them; of 1,000 tokens and more three times the share of its training,
+    but at least a tenth of all more than that."""
     extend_vocabulary: bool = False
     """Codes of the data that the pretrained model has no embedding for get a row of their own, trained with
     the adapter. Off: they are read as [UNK]."""
@@ -473,6 +477,9 @@ class PrepareConfig:
     """Folder (or, for a table, file) to read."""
     output: Path | None = None
     """Folder to write; made anew, never overwritten with other options."""
+    like: Path | None = None
+    """Folder of prepared data, a run or an adapter: prepare other subjects as it was, with its vocabulary,
+    bins of values and rules. No split is needed, any may be empty, and one subject is enough."""
     codes: tuple[str, ...] = ()
     """Regular expressions; a code is kept if one matches at its start. Default: diagnoses, medications
     and procedures, as the source names them."""
@@ -518,9 +525,10 @@ class PrepareConfig:
     omop: SkippedTables = field(default_factory=SkippedTables)
     synthea: SkippedTables = field(default_factory=SkippedTables)
     splits: SplitOptions = field(default_factory=SplitOptions)
-    tuning_fraction: float = 0.1
-    """Share of subjects in the tuning split where the source has no splits."""
-    held_out_fraction: float = 0.1
+    tuning_fraction: float | None = None
+    """Share of subjects in the tuning split where the source has no splits. Default: 0.1; with --like, where
+    neither share is given, all subjects are held_out."""
+    held_out_fraction: float | None = None
     """Share of subjects in the held_out split, likewise."""
     seed: int = 0
     """Seed of that split."""
@@ -535,6 +543,15 @@ class PrepareConfig:
     """Also write all events, selected or not, as a MEDS 0.4 data set into this new folder."""
     dry_run: bool = False
     """Read and report, but write no data set."""
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Shares of the tuning and the held_out split, where the source has no splits."""
+        given = self.tuning_fraction, self.held_out_fraction
+        if self.like is not None and given == (None, None):
+            return 0.0, 1.0
+        tuning, held_out = (0.1 if share is None else share for share in given)
+        return tuning, held_out
 
 
 # Labels, predictions, and their evaluation.
@@ -596,12 +613,25 @@ class PredictConfig:
     """Folder of the pretraining run that an adapter belongs to; the run that the adapter names where not
     given."""
     data: Path | None = None
-    """Folder of the prepared data."""
+    """Folder of the prepared data; without it and `input`, the one that the model was fine-tuned on, with its
+    labels where none are given."""
+    source: Literal["meds", "omop", "synthea", "table"] | None = None
+    """Of `input`; the same as that of the model's own data where not given."""
+    input: Path | None = None
+    """Records to predict, in place of prepared data: they are prepared as the model's own data were, in a
+    folder beside `output` that is removed in the end."""
+    visit_column: str | None = None
+    """Of `input`, as in prepare."""
+    table: TableColumns = field(default_factory=TableColumns)
     labels: Path | None = None
     """Label table whose subjects and prediction times are predicted; its values, if it has any, are only
-    copied."""
-    split: Literal["train", "tuning", "held_out", "all"] = "held_out"
-    """Subjects to predict."""
+    copied. With `data` or `input` and without labels, each subject is predicted at its last event."""
+    split: Literal["train", "tuning", "held_out", "all"] | None = None
+    """Subjects to predict. Default: held_out, of `input` all."""
+    max_unknown: float | None = None
+    """Largest share of tokens that the model does not know, or whose bins of values are not those that it
+    learned. Default: half of them; of 1,000 tokens and more three times the share of its training, but
+    at least a tenth of all more than that."""
     output: Path | None = None
     """Parquet file to write."""
     embeddings: bool = False

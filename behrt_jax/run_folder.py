@@ -6,7 +6,7 @@
     parameters.json counts of parameters, total and trainable, by group
     metrics.jsonl   one JSON object a line, append only
     summary.json    best and last figures; SUMMARY.txt is the same for a person
-    checkpoints/    adapter/    plots/    vocabulary.parquet    report.html
+    checkpoints/    adapter/    plots/    vocabulary.parquet    preparation.json    report.html
     files.json      size and SHA-256 of each of these files that is read again, and of itself
 
 Everything is strict JSON: a number that is not finite is written as ``null``. Checkpoints and adapters have
@@ -50,11 +50,13 @@ CHECKPOINTS_FOLDER = "checkpoints"
 PLOTS_FOLDER = "plots"
 REPORT_FILE = "report.html"
 VOCABULARY_FILE = "vocabulary.parquet"
+PREPARATION_FILE = "preparation.json"
+"""Rules by which the data were prepared, beside the vocabulary; of an adapter too: see `data.prepared`."""
 FILES_FILE = "files.json"
 LOCK_FILE = ".lock"
 
 _SIGNS_OF_A_RUN = (CONFIG_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
-_BEFORE_CONFIG = (VOCABULARY_FILE, PARAMETERS_FILE, FILES_FILE)
+_BEFORE_CONFIG = (VOCABULARY_FILE, PREPARATION_FILE, PARAMETERS_FILE, FILES_FILE)
 """What a run writes before its config.json."""
 
 

@@ -1,6 +1,6 @@
 """An adapter on disk: what was trained, without the frozen base it belongs to.
 
-A folder with two files. ``adapter.safetensors`` holds every LoRA leaf and every trained leaf of the
+A folder. ``adapter.safetensors`` holds every LoRA leaf and every trained leaf of the
 parameters (head, embeddings, ...) as float32, under keys such as
 ``lora/behrt/encoder/layer_0/attention/query/a`` and ``params/mlm_head/dense/kernel``.
 ``adapter_config.json`` holds the configuration, the table of tensors, the fingerprints of the vocabulary and

@@ -5,11 +5,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from behrt_jax.config import from_stored
 from behrt_jax.data.events import (
     BIRTH_CODE,
     DAY,
@@ -24,6 +26,7 @@ from behrt_jax.data.events import (
 from behrt_jax.data.sorting import ascending, leads, sort_rows
 from behrt_jax.data.splits import hash_words
 from behrt_jax.errors import InputError
+from behrt_jax.files import JsonObject
 
 _NEVER = np.iinfo(np.int64).max
 _LONGEST_LIFE = int(150 * YEAR)
@@ -538,24 +541,27 @@ BIRTHS_FROM = f"{BIRTH_CODE} events with a time"
 def nothing_left(
     by_code: Mapping[str, int],
     counts: EventCounts,
-    options: str = "data.",
+    options: str | None = "data.",
     births_from: str = BIRTHS_FROM,
 ) -> InputError:
     """The error of a data set from which the rules leave nothing.
 
     ``by_code`` is code, or prefix of codes -> events read, markers of birth and death aside; ``options``
-    goes before the names of the options. Where subjects lack a birth, it says where the source has them from.
+    goes before the names of the options, None where the rules are those of another data set. Where subjects
+    lack a birth, it says where the source has them from.
     """
     by_prefix = Counter()
     for name, count in by_code.items():
         by_prefix[code_prefix(name)] += count
     prefixes = ", ".join(re.escape(prefix) for prefix, count in by_prefix.most_common(10) if count)
     rules = ", ".join(f"{rule}: {count}" for rule, count in counts.dropped.items())
+    mend = f"choose {options}codes and {options}exclude_codes to fit the codes of the data set"
+    if options is None:
+        mend = "write the codes as in the data that the model was trained on"
     return InputError(
-        f"No event is left after filtering ({rules}): choose {options}codes and {options}exclude_codes to "
-        f"fit the codes of the data set (most frequent prefixes: {prefixes or 'none'}), and see that "
-        f"subjects have a birth: {births_from}. Else prepare takes births from a table (--births FILE), or "
-        "does without (--without_birth first_event or unknown)."
+        f"No event is left after filtering ({rules}): {mend} (most frequent prefixes: {prefixes or 'none'}), "
+        f"and see that subjects have a birth: {births_from}. Else prepare takes births from a table "
+        "(--births FILE), or does without (--without_birth first_event or unknown)."
     )
 
 
@@ -637,3 +643,70 @@ class ValueBins:
         is_bin = np.zeros(len(names), bool)
         is_bin[of_bin.ravel()] = True
         return replace(events, codes=codes, names=names), is_bin
+
+
+# All rules together, kept with what was prepared or trained by them.
+
+
+@dataclass(frozen=True, eq=False)
+class Preparation:
+    """Rules by which events became tokens, so that those of other subjects become the same.
+
+    The vocabulary is kept beside them.
+    """
+
+    source: str
+    """Kind of the source: meds, omop, synthea, table, or the name of a generator."""
+    options: JsonObject
+    """Options that decided what was prepared, as `manifest.json` has them."""
+    value_edges: Mapping[str, Sequence[float]] | None = None
+    """Code -> the values that end its quantile bins; None where no values were asked for."""
+
+    @property
+    def choice(self) -> CodeChoice:
+        """The codes that are read, and what for."""
+        names = ("codes", "exclude_codes", "value_codes", "static_codes")
+        return CodeChoice(**{name: tuple(self.options.get(name) or ()) for name in names})
+
+    @property
+    def bins(self) -> ValueBins | None:
+        """Bins of values, as they were fitted."""
+        if self.value_edges is None:
+            return None
+        edges = np.array(list(self.value_edges.values()), np.float32)
+        return ValueBins(tuple(self.value_edges), edges.reshape(-1, self.options["value_bins"] - 1))
+
+    @property
+    def life(self) -> LifeRules:
+        """Treatment of ages that are unknown or cannot be."""
+        return from_stored(LifeRules, self.options)
+
+    @property
+    def delays(self) -> tuple[str, ...]:
+        """How long after their time events are known."""
+        return tuple(self.options.get("delays") or ())
+
+    def other_bins(self, other: "Preparation", codes: Sequence[str]) -> np.ndarray:
+        """Codes that end in a bin of values whose edges are not those of the other: bool ``[codes]``."""
+        ours, theirs = self.value_edges or {}, other.value_edges or {}
+        changed = {code for code in {*ours, *theirs} if ours.get(code) != theirs.get(code)}
+        counted = "|".join(map(re.escape, REPEATS))
+        found = (re.fullmatch(rf"(.+)//Q\d+({counted})?", code) if changed else None for code in codes)
+        return np.array([bin_of is not None and bin_of[1] in changed for bin_of in found], bool)
+
+    def to_json(self) -> JsonObject:
+        """The part of a manifest that says the same."""
+        edges = {} if self.value_edges is None else {"value_edges": dict(self.value_edges)}
+        return {"source": self.source, "options": dict(self.options), **edges}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], file: Path) -> "Preparation":
+        """Of a manifest, or of what :meth:`to_json` gave; ``file`` is named where it is neither."""
+        try:
+            found = cls(values["source"], values["options"], values.get("value_edges"))
+            choice, bins = found.choice, found.bins  # or they would fail later
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{file} does not tell how events became tokens: it is damaged.") from error
+        choice.read([])
+        assert bins is None or len(bins.codes) == len(bins.edges)
+        return found

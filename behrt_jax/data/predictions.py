@@ -55,6 +55,8 @@ class PredictionMetadata(TypedDict, total=False):
     max_tokens: int
     trained: JsonObject
     counts: dict[str, int]
+    input: str | None
+    codes: JsonObject
 
 
 @dataclass(frozen=True, eq=False)

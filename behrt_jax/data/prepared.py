@@ -19,14 +19,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.data.event_rules import Selected
+from behrt_jax.data.event_rules import Preparation, Selected
 from behrt_jax.data.events import SPLITS, EventColumns, EventCounts, SubjectTimes
 from behrt_jax.data.parquet import readable, sound
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
 from behrt_jax.data.sorting import find_ids
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import READ_THROUGH, SEAL, JsonObject, check_files, is_sealed, say_unrecorded
+from behrt_jax.files import (
+    READ_THROUGH,
+    SEAL,
+    JsonObject,
+    check_files,
+    digest_of,
+    is_sealed,
+    json_text,
+    read_json,
+    say_unrecorded,
+    sealed,
+)
+from behrt_jax.run_folder import CONFIG_FILE, PREPARATION_FILE, checked
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -70,6 +82,61 @@ def read_manifest(path: Path) -> JsonObject:
     return manifest
 
 
+def read_rules(folder: Path, option: str) -> tuple[Vocabulary, Preparation]:
+    """What events of other subjects need to become the tokens of prepared data, of a run or of an adapter.
+
+    Args:
+        folder: of any of them.
+        option: that names it, for messages.
+
+    Raises:
+        InputError: it is none of them, or a run or adapter that does not keep its rules (an older version
+            made it, or its data were made in memory).
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        preparation = Preparation.from_json(manifest, folder / MANIFEST)
+        if VOCABULARY in (records := manifest.get("files", {})):
+            check_files(folder, {VOCABULARY: records[VOCABULARY]}, _MEND)
+    elif (preparation := read_preparation(folder)) is None:
+        raise InputError(
+            f"{option}: {folder} does not tell how its data were prepared (neither {MANIFEST} nor "
+            f"{PREPARATION_FILE} is there; runs of older versions have none): give the folder of the "
+            "prepared data that it was trained on."
+        )
+    return Vocabulary.read(folder / VOCABULARY), preparation
+
+
+def read_preparation(folder: Path) -> Preparation | None:
+    """The rules that a run or an adapter keeps; None where it has none.
+
+    Raises:
+        InputError: the file, or the vocabulary beside it, is damaged.
+    """
+    file = folder / PREPARATION_FILE
+    if (folder / CONFIG_FILE).is_file():
+        checked(folder, PREPARATION_FILE)  # of a run, whose files are recorded
+    if not file.is_file():
+        return None
+    stored = read_json(file)
+    if not isinstance(stored, dict) or not is_sealed(stored) or VOCABULARY not in stored:
+        raise InputError(f"{file} is damaged (it is not what the run wrote): copy it from the run again.")
+    check_files(folder, {VOCABULARY: stored[VOCABULARY]}, "copy it from the run again.")
+    return Preparation.from_json(stored, file)
+
+
+def rule_files(vocabulary: Vocabulary, preparation: Preparation | None) -> dict[str, bytes]:
+    """Name -> content of the files that :func:`read_rules` reads; of the vocabulary alone where there is no
+    more to tell.
+    """
+    files = {VOCABULARY: vocabulary.to_bytes()}
+    if preparation is not None:
+        rules = sealed({**preparation.to_json(), VOCABULARY: digest_of(files[VOCABULARY])})
+        files[PREPARATION_FILE] = json_text(rules, 2).encode()
+    return files
+
+
 def check_prepared(path: Path, manifest: JsonObject, at_most: int | None = READ_THROUGH) -> None:
     """Check the files of a prepared data set against its manifest, see `files.check_files`.
 
@@ -108,6 +175,7 @@ def read_prepared(path: Path, sep_token: bool = False, verify: bool = False) -> 
         counts = EventCounts(**manifest["events"])
         fingerprint = manifest["fingerprint"]
         without = manifest["subjects_without_events"]
+        unknown = {row["code"]: row["events"] for row in manifest.get("unknown_codes", ())}
     except (KeyError, TypeError) as error:
         raise InputError(f"{path / MANIFEST} is damaged: run prepare again, with another output.") from error
     if not matches:
@@ -120,7 +188,17 @@ def read_prepared(path: Path, sep_token: bool = False, verify: bool = False) -> 
         fingerprint = set_fingerprint(vocabulary, splits)
     births = {name: read_births(path, name) for name in SPLITS}
     deaths = {name: _subject_times(read_deaths(path, name)) for name in SPLITS}
-    return SequenceSet(vocabulary, splits, counts, fingerprint, without, births, deaths)
+    return SequenceSet(
+        vocabulary,
+        splits,
+        counts,
+        fingerprint,
+        without,
+        births,
+        deaths,
+        preparation=Preparation.from_json(manifest, path / MANIFEST),
+        unknown_codes=unknown,
+    )
 
 
 def read_split(folder: Path) -> Sequences:

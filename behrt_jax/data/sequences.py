@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from behrt_jax.config import DataConfig
-from behrt_jax.data.event_rules import CodeChoice, Selected, select_events, told_without_effect
+from behrt_jax.data.event_rules import (
+    CodeChoice,
+    Preparation,
+    Selected,
+    select_events,
+    told_without_effect,
+)
 from behrt_jax.data.events import DAY, SPLITS, YEAR, EventCounts, EventSet, SubjectTimes
 from behrt_jax.data.sorting import leads, run_offsets
 from behrt_jax.data.splits import check_disjoint, hash_splits, split_index, told_split
@@ -101,6 +107,11 @@ class SequenceSet:
     notes: Sequence[str] = ()
     """To be told of how it was made: a split by hash, options without effect."""
 
+    preparation: Preparation | None = None
+    """The rules by which events became tokens, where they are known."""
+    unknown_codes: Mapping[str, int] = field(default_factory=dict)
+    """Code without a row in the vocabulary -> its events, most frequent first; where they are known."""
+
     def subject_ids(self, split: str) -> np.ndarray:
         """Subjects that can be predicted: with a sequence, then those with a birth alone; int64 ``[n]``."""
         return np.concatenate([self.splits[split].subject_ids, self.births[split].subject_ids])
@@ -160,6 +171,17 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
         subjects_without_events={
             name: len(np.unique(splits.get(name, ()))) - len(by_split[name]) for name in SPLITS
         },
+        preparation=Preparation(
+            event_set.source,
+            {
+                "codes": list(patterns),
+                "exclude_codes": list(data.exclude_codes),
+                "static_codes": [],
+                "duplicates": duplicates,
+                "delays": [],
+                "visit_column": data.visit_column,
+            },
+        ),
         notes=[*notes, *told_without_effect(idle, "--data.")],
     )
 

@@ -18,6 +18,7 @@ def hash_splits(
     held_out_fraction: float,
     seed: int,
     options: str = "data.",
+    may_be_empty: bool = False,
     exact: bool = False,
 ) -> dict[str, np.ndarray]:
     """Deal subjects out to train, tuning and held_out by a seeded hash of their ids.
@@ -28,6 +29,7 @@ def hash_splits(
         held_out_fraction: share of subjects for held_out, from 0 to below 1.
         seed: any integer.
         options: goes before the names of options in messages.
+        may_be_empty: any split may be; the shares are taken as they are, up to 0 and 1.
         exact: the shares to the subject, rounded, in the order of the hash, and at least one subject for each
             split with a share where there are three; who joins may then move others. Else each subject by
             itself, so that shares are met about.
@@ -38,7 +40,8 @@ def hash_splits(
     Raises:
         InputError: a fraction out of range, no subject, or none that fell into the train or tuning split.
     """
-    check_fractions(tuning_fraction, held_out_fraction, options)
+    if not may_be_empty:
+        check_fractions(tuning_fraction, held_out_fraction, options)
     ids = distinct(np.asarray(subject_ids, dtype=np.int64))  # [S]
     if not len(ids):
         raise InputError("The data set holds no subject: give one that is not empty.")
@@ -48,7 +51,7 @@ def hash_splits(
         split = hash_split_index(ids, tuning_fraction, held_out_fraction, seed)
     splits = {name: ids[split == index] for index, name in enumerate(SPLITS)}
     for name in ("train", "tuning"):
-        if not len(splits[name]):
+        if not len(splits[name]) and not may_be_empty:
             raise InputError(
                 f"None of the {len(ids)} subjects fell into the {name} split: give more subjects, another "
                 f"{options}seed, {'' if options or exact else 'splits.exact, '}or other values of "

@@ -63,6 +63,13 @@ class Vocabulary:
             (*self.codes, *codes), np.concatenate([self.counts, counts]), (*self.descriptions, *texts)
         )
 
+    def counted(self, counts: Mapping[str, int]) -> "Vocabulary":
+        """The same rows with the counts of other events: code -> events."""
+        rows = np.array([counts.get(code, 0) for code in self.codes], np.int64)
+        rows[: len(SPECIAL_TOKENS)] = 0
+        rows[UNK] = sum(counts.values()) - rows.sum()
+        return Vocabulary(self.codes, rows, self.descriptions)
+
     def fingerprint(self) -> str:
         """SHA-256 of the codes in order: vocabularies with the same fingerprint encode alike."""
         return hashlib.sha256(json.dumps(self.codes).encode()).hexdigest()

@@ -75,7 +75,7 @@ def check_splits(data: SequenceSet) -> Iterator[Finding]:
 
 
 def check_vocabulary(data: SequenceSet, manifest: JsonObject) -> Iterator[Finding]:
-    """Recount the vocabulary in the train split."""
+    """Recount the vocabulary in the train split; that of other subjects' data was chosen elsewhere."""
     vocabulary = data.vocabulary
     by_split = code_counts(data)
     train = by_split["train"]
@@ -86,7 +86,7 @@ def check_vocabulary(data: SequenceSet, manifest: JsonObject) -> Iterator[Findin
     rare = int(np.count_nonzero(train[codes] < least)) - unseen
     wrong = int(np.count_nonzero(vocabulary.counts[FIRST_CODE - 3 :] != train[FIRST_CODE - 3 :]))
     beyond = wrong > 0 and np.array_equal(vocabulary.counts[codes], everywhere[codes])
-    if unseen or rare or beyond:
+    if (unseen or rare or beyond) and "like" not in manifest.get("options", {}):
         reasons = [
             *([f"{unseen:,} codes have a row but no event in the train split"] if unseen else []),
             *([f"{rare:,} have fewer than {least} events there, the least for a row"] if rare else []),
@@ -116,7 +116,7 @@ def check_quantiles(data: SequenceSet, manifest: JsonObject) -> Iterator[Finding
     no division is even, nothing can be told, and nothing is said.
     """
     edges: Mapping[str, list[float]] = manifest.get("value_edges", {})
-    if not edges:
+    if not edges or "like" in manifest.get("options", {}):
         return
     by_split = code_counts(data)
     fitted_on = np.array([sum(by_split[name] for name in names) for names in _UNIONS])  # [unions, V]

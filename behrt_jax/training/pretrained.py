@@ -13,6 +13,8 @@ from jax.tree_util import tree_map_with_path
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.config import InitConfig, LoRAConfig, ModelConfig, from_stored
+from behrt_jax.data.event_rules import Preparation
+from behrt_jax.data.prepared import read_preparation
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
@@ -37,8 +39,8 @@ class Pretrained(NamedTuple):
     run: Path
     model: ModelConfig
     vocabulary: Vocabulary
-    options: JsonObject
-    """Its settings of the data: which codes were selected, and so on."""
+    preparation: Preparation | None
+    """Rules by which its data were prepared, where they are known."""
 
 
 def open_pretrained(run: Path) -> Pretrained:
@@ -52,7 +54,8 @@ def open_pretrained(run: Path) -> Pretrained:
     if "masking" not in settings:
         raise InputError(f"--init: {run} is no run of pretraining: give the folder that pretrain.py wrote.")
     model = from_stored(ModelConfig, settings["model"])
-    return Pretrained(run, model, Vocabulary.read(checked(run, VOCABULARY_FILE)), settings["data"])
+    vocabulary = Vocabulary.read(checked(run, VOCABULARY_FILE))
+    return Pretrained(run, model, vocabulary, read_preparation(run))
 
 
 class EncoderParameters(NamedTuple):

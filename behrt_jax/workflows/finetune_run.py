@@ -14,7 +14,9 @@ from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, ModelConfig, TaskConfig
 from behrt_jax.data.batches import TaskBatches
+from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.labels import Labels, LabelTables
+from behrt_jax.data.prepared import rule_files
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.diagnosis.finding import Finding, one_line, read_run
@@ -41,8 +43,11 @@ from behrt_jax.workflows import announce
 from behrt_jax.workflows.checks import check_finetune, has_members, model_of
 from behrt_jax.workflows.doctor import examine
 from behrt_jax.workflows.labelled_data import (
+    TRAINS,
     LabelledData,
+    announce_codes,
     announce_labels,
+    check_codes,
     label_data,
     label_tasks,
     split_batches,
@@ -83,6 +88,8 @@ class Finetuning(Run):
     labelled: LabelledData
     tuning: TaskBatches
     pretrained: Pretrained
+    preparation: Preparation | None = None
+    """Rules by which the data were prepared, where they are known."""
 
 
 def open_finetuning(
@@ -113,6 +120,11 @@ def open_finetuning(
         labelled = label_data(config, model, pretrained.vocabulary, data, labels, delays)
     task = labelled.task
     announce_labels(console, task.kind, labelled.counts)
+    codes = check_codes(
+        data, TRAINS, labelled.vocabulary, pretrained.preparation, config.max_unknown, config.init
+    )
+    announce_codes(console, codes)
+    labelled.counts["codes"] = codes
     if config.task.blend == "counts" and (task.kind != "binary" or labelled.tasks):
         raise InputError(
             f"task.blend is counts, which is for one task of yes or no, but this is {task.kind}"
@@ -145,7 +157,8 @@ def open_finetuning(
         CHOSEN: choice,
     }
     description = {"fingerprint": _fingerprint(data, labelled), **labelled.counts}
-    write_start(folder, labelled.vocabulary, parameters, run_record(given, description, facts, {}))
+    rules = rule_files(labelled.vocabulary, data.preparation)
+    write_start(folder, rules, parameters, run_record(given, description, facts, {}))
     counts = labelled.vocabulary.counts
     return Finetuning(
         folder,
@@ -159,6 +172,7 @@ def open_finetuning(
         labelled,
         tuning,
         pretrained,
+        data.preparation,
     )
 
 
@@ -382,6 +396,8 @@ def task_record(
         "blend": blend,
         "new_codes": new,
         "base": str(config.init),
+        "data": None if config.data is None else str(config.data.resolve()),
+        "labels": None if config.labels is None else str(config.labels.resolve()),
     }
 
 
@@ -399,7 +415,8 @@ def try_write_adapter(
             new_codes=codes,
         )
         trained = run.assembly.setup.mask["params"]
-        save_adapter(folder, variables["params"], variables["lora"], trained, adapter, {TASK_FILE: task})
+        beside = {TASK_FILE: task, **rule_files(run.labelled.vocabulary, run.preparation)}
+        save_adapter(folder, variables["params"], variables["lora"], trained, adapter, beside)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 

@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 from behrt_jax.adapters.new_codes import new_rows
 from behrt_jax.config import FinetuneConfig, ModelConfig
 from behrt_jax.data.batches import RowShape, TaskBatches, task_batches
+from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.examples import Examples, OutsideLife, find_examples, of_unknown_subjects
 from behrt_jax.data.labels import Labels, LabelTables, read_labels
 from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.sequences import SequenceSet, VocabularyMap, map_vocabulary
 from behrt_jax.data.tasks import BINARY, Task, TaskKind, fit_task
-from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.models.stacked_layers import Tree
@@ -101,6 +102,89 @@ def announce_labels(console: Console, kind: TaskKind, counts: JsonObject) -> Non
         what = "got embeddings of their own" if counts["codes_added"] else "are read as [UNK]"
         events = f"{counts['train_events_of_such_codes']:,} train events"
         console.log(f"{unknown:,} codes that the model does not know ({events}) {what}.")
+
+
+MANY_TOKENS = 1000
+"""From so many on, a share of them can be held against that of training."""
+
+
+def check_codes(
+    data: SequenceSet,
+    splits: Sequence[str],
+    vocabulary: Vocabulary,
+    preparation: Preparation | None,
+    most: float | None,
+    like: Path,
+) -> JsonObject:
+    """Count the tokens that a model does not know, and those of bins of values that are others to it.
+
+    Args:
+        data: in its own vocabulary.
+        splits: that are counted.
+        vocabulary: of the model.
+        preparation: rules of what the model was trained on, where they are known.
+        most: largest share of either; a rule where not given, see ``max_unknown``.
+        like: the model's folder, for messages.
+
+    Returns:
+        ``tokens``, and as shares of them ``unknown``, ``unknown_in_training``, ``changed_bins`` (None where
+        it is not known) and the ``limit``; ``unknown_codes``, the most frequent ones.
+
+    Raises:
+        InputError: a share is above the limit; it names the most frequent unknown codes. Or ``most`` is no
+            share.
+    """
+    if most is not None and not 0 <= most <= 1:
+        raise InputError(f"max_unknown is {most:g}: give a share from 0 to 1.")
+    parts = (data.splits[name].codes for name in splits)
+    events = np.zeros(len(data.vocabulary), np.int64)
+    for part in parts:
+        events += np.bincount(part, minlength=len(events))
+    tokens = int(events.sum())
+    unknown = vocabulary.encode(data.vocabulary.codes) == UNK
+    counts = {data.vocabulary.codes[row]: int(events[row]) for row in np.flatnonzero(unknown & (events > 0))}
+    counts = {**data.unknown_codes, **counts}
+    counts.pop(SPECIAL_TOKENS[UNK], None)
+    trained = float(vocabulary.counts[UNK] / max(vocabulary.counts.sum(), 1))
+    limit = most
+    if limit is None:
+        limit = max(min(0.5, 3 * trained), trained + 0.1) if tokens >= MANY_TOKENS else 0.5
+    changed = None
+    if preparation is not None and data.preparation is not None:
+        differs = data.preparation.other_bins(preparation, data.vocabulary.codes)
+        changed = float(events[differs & ~unknown].sum() / max(tokens, 1))
+    found = {
+        "tokens": tokens,
+        "unknown": float(events[unknown].sum() / max(tokens, 1)),
+        "unknown_in_training": trained,
+        "changed_bins": changed,
+        "limit": limit,
+        "unknown_codes": sorted(counts, key=lambda code: (-counts[code], code))[:10],
+    }
+    wrong = {
+        "are codes that the model does not know": found["unknown"],
+        "have a bin of values with other edges than the model learned": changed or 0.0,
+    }
+    codes = f" Most frequent unknown codes: {', '.join(found['unknown_codes'])}." if counts else ""
+    for what, share in wrong.items():
+        if share > limit:
+            raise InputError(
+                f"{share:.1%} of the {tokens:,} tokens {what} (the limit is {limit:.1%}; in its training "
+                f"{trained:.1%} are unknown).{codes} Prepare the records with --like {like}, write their "
+                "codes as the model's are, or give a higher --max_unknown."
+            )
+    return found
+
+
+def announce_codes(console: Console, found: JsonObject) -> None:
+    """Say what :func:`check_codes` found."""
+    bins = "not known" if found["changed_bins"] is None else f"{found['changed_bins']:.1%}"
+    console.log(
+        f"Of {found['tokens']:,} tokens {found['unknown']:.1%} are unknown to the model ([UNK]; in its "
+        f"training {found['unknown_in_training']:.1%}); with other bins of values than in training: {bins}."
+    )
+    if found["unknown_codes"]:
+        console.log(f"The most frequent unknown codes: {', '.join(found['unknown_codes'])}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -518,7 +518,8 @@ def _write_member(
     if best.outputs is None:
         return {"member": variation.names[k], "best_step": None, "tuning_losses": best.curve}
     calibration = calibrate(config.task, kind, best.outputs[None], labelled.tuning_targets)
-    record = task_record(replace(config, lora=variation.adapters[k]), run, calibration)
+    labels = config.population.labels[k] if run.labelled.tasks else config.labels
+    record = task_record(replace(config, lora=variation.adapters[k], labels=labels), run, calibration)
     folder = run.folder / MEMBERS_FOLDER / str(k)
     try_write_adapter(console, folder, run, best.variables, {"name": variation.names[k], **record})
     return {

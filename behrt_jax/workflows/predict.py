@@ -1,9 +1,9 @@
 """Predictions of a fine-tuned model for the labels of a split, or vectors of subjects, in bounded memory."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -13,8 +13,16 @@ from jax.sharding import Mesh
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import CONFIG_FILE as ADAPTER_FILE
 from behrt_jax.adapters.files import load_adapter, read_config
-from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, PredictConfig, from_stored
+from behrt_jax.config import (
+    FreezingConfig,
+    LoRAConfig,
+    ModelConfig,
+    PredictConfig,
+    PrepareConfig,
+    from_stored,
+)
 from behrt_jax.data.batches import RowShape, TaskBatch, TaskBatches, task_batches
+from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.examples import Examples, find_examples, of_unknown_subjects
 from behrt_jax.data.labels import Labels, read_labels
@@ -27,31 +35,37 @@ from behrt_jax.data.predictions import (
     prediction_rows,
     schema_of,
 )
-from behrt_jax.data.prepared import read_manifest, read_prepared
+from behrt_jax.data.prepared import read_preparation, read_rules
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import mean_predictions
 from behrt_jax.evaluation.task_baselines import CountModel, count_codes
-from behrt_jax.files import JsonObject, read_json
+from behrt_jax.files import JsonObject, read_json, work_folder
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER, VOCABULARY_FILE, checked, read_document
-from behrt_jax.tracking.console import open_console
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, VOCABULARY_FILE, checked, read_document
+from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh, replicated, replicated_shapes
-from behrt_jax.training.pretrained import open_pretrained, read_encoder
+from behrt_jax.training.pretrained import open_pretrained, read_encoder, stored_settings
 from behrt_jax.training.runtime import use_compilation_cache
 from behrt_jax.training.state import Setup, set_up_task
 from behrt_jax.training.step import Variables, with_new_rows
-from behrt_jax.training.validation import make_output_step, score
+from behrt_jax.training.validation import OutputStep, make_output_step, score
 from behrt_jax.workflows.finetune_run import (
     MEMBERS_FOLDER,
     TASK_FILE,
     Calibration,
     blended,
 )
-from behrt_jax.workflows.labelled_data import examples_of, in_vocabulary, read_labelled
+from behrt_jax.workflows.labelled_data import (
+    announce_codes,
+    check_codes,
+    examples_of,
+    in_vocabulary,
+    read_data,
+)
 
 AT_ONCE = 8192
 """Examples that are held in memory together."""
@@ -78,19 +92,22 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
     if config.embeddings:
         return embed(config, devices)
     mesh = make_mesh(devices)
-    with open_console() as console:
+    with ExitStack() as stack:
+        console = stack.enter_context(open_console())
         if reason := use_compilation_cache(config.compilation_cache):
             console.log(reason)
         finetuned = open_finetuned(config.model, config.base, mesh)
-        data, labels, delays = read_labelled(config.data, config.labels, without_values=True)
-        data, _ = in_vocabulary(data, finetuned.vocabulary)
+        records = stack.enter_context(
+            open_records(config, finetuned.vocabulary, finetuned.preparation, console)
+        )
+        data, delays = records.data, records.delays
+        labels, without = labels_to_predict(records)
         task, calibration = finetuned.task, finetuned.calibration
         if labels.kind != "none" and not task.fits(labels):
             raise InputError(
                 f"--labels: the labels are {labels.kind} ones, but the model predicts a {task.kind} task."
             )
-        splits = SPLITS if config.split == "all" else (config.split,)
-        chosen = _of_splits(labels, data, splits)
+        chosen = _of_splits(labels, data, records.splits)
         counts = {
             "examples": sum(len(part) for part in chosen.values()),
             "unknown_subjects": of_unknown_subjects(data, labels),
@@ -99,20 +116,21 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
         }
         if not counts["examples"]:
             raise InputError(
-                f"--labels: none of the {len(labels):,} labels is of a subject of the split {config.split} "
+                f"--labels: none of the {len(labels):,} labels is of a subject of {_named(records.splits)} "
                 f"({counts['unknown_subjects']:,} are of subjects that the data lacks)."
             )
         schema = schema_of(task, labels)
-        metadata = _metadata(config, finetuned) | {"counts": counts}  # complete when the file is closed
+        metadata = _metadata(config, finetuned, records) | {"counts": counts}  # complete when it is closed
         console.start(counts["examples"], 0, None)
         done = 0
-        with ExitStack() as stack:
-            writer = stack.enter_context(PredictionWriter(config.output, schema, metadata))
+        with ExitStack() as files:
+            writer = files.enter_context(PredictionWriter(config.output, schema, metadata))
             members = None
             if len(finetuned.members) > 1 and task.of.thresholded:
                 path, of_members = members_path(config.output), member_schema(len(finetuned.members))
-                members = stack.enter_context(PredictionWriter(path, of_members, metadata))
-            for part, outputs, empty, seen in _outputs(config, finetuned, data, chosen, delays, mesh):
+                members = files.enter_context(PredictionWriter(path, of_members, metadata))
+            step = jax.jit(make_output_step(finetuned.setup.predictor))
+            for part, outputs, empty, seen in outputs_of(step, config, finetuned, data, chosen, delays, mesh):
                 predicted = mean_predictions(task.kind, outputs, calibration.temperature)
                 writer.write(prediction_rows(schema, task, part, predicted, calibration.threshold, seen))
                 if members is not None:
@@ -132,11 +150,122 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
             console.log(
                 f"{counts['unknown_subjects']:,} labels are of subjects that the data lacks: left out."
             )
+        if records.labels is None:
+            console.log("No labels were given: each subject was predicted at its last event.")
+        if without:
+            console.log(f"{without:,} subjects have no event to be predicted at: left out.")
         if counts["empty_histories"]:
             empty = f"{counts['empty_histories']:,} examples"
             console.log(f"{empty} have no event yet: predicted from the age alone.")
         console.log(f"Written to {config.output}: {counts['examples']:,} predictions ({task.kind}).")
     return counts
+
+
+class Records(NamedTuple):
+    """Histories to predict."""
+
+    data: SequenceSet
+    """In the vocabulary of the model."""
+    delays: tuple[str, ...]
+    splits: tuple[str, ...]
+    """Whose subjects are predicted."""
+    folder: Path | None
+    """Of the prepared data; None where records were given and prepared for this alone."""
+    labels: Path | None
+    """Table of labels: the one that is given, or that of the model where it knows the data."""
+    codes: JsonObject
+    """What `labelled_data.check_codes` found."""
+
+
+@contextmanager
+def open_records(
+    config: PredictConfig, vocabulary: Vocabulary, preparation: Preparation | None, console: Console
+) -> Iterator[Records]:
+    """Open the prepared data, or prepare the records that are given as those of the model were.
+
+    Args:
+        config: names the model and either of the two, or neither: then the model knows its data.
+        vocabulary: of the model.
+        preparation: rules of what it was trained on, where they are known.
+        console: told what was found.
+
+    Raises:
+        InputError: both are given or none is known, they cannot be read, or the model knows too few codes.
+    """
+    assert config.model is not None and config.output is not None
+    if config.data is not None and config.input is not None:
+        raise InputError("--data and --input are both given: give prepared data, or records to prepare.")
+    for name in ("source", "visit_column", "table"):
+        if config.input is None and getattr(config, name) != getattr(PredictConfig(), name):
+            raise InputError(f"--{name} has no effect without --input, the records to prepare: leave it out.")
+    with ExitStack() as stack:
+        folder, labels = config.data, config.labels
+        if config.data is None and config.input is None:
+            folder, labels = known(config.model, "data"), labels or known(config.model, "labels")
+        if config.input is not None:
+            if config.output.exists():
+                raise InputError(f"{config.output} is there already: give another --output, or remove it.")
+            config.output.parent.mkdir(parents=True, exist_ok=True)
+            purpose = f"predicting-{config.output.name}"
+            folder = stack.enter_context(work_folder(config.output.parent, purpose)) / "prepared"
+            prepare_input(config, folder, console)
+        if folder is None:
+            raise InputError("--data is missing: give the folder that prepare wrote, or records by --input.")
+        own, delays = read_data(folder)
+        split = config.split or ("held_out" if config.input is None else "all")
+        splits = SPLITS if split == "all" else (split,)
+        codes = check_codes(own, splits, vocabulary, preparation, config.max_unknown, config.model)
+        announce_codes(console, codes)
+        data, _ = in_vocabulary(own, vocabulary)
+        yield Records(data, delays, splits, None if config.input is not None else folder, labels, codes)
+
+
+def prepare_input(config: PredictConfig, folder: Path, console: Console) -> None:
+    """Prepare the records of ``config.input`` like the model's own into a new folder, and report on it."""
+    from behrt_jax.records.prepare.manifest import (
+        read_like,  # sources are slow to import, and others need none
+    )
+    from behrt_jax.records.prepare.pipeline import prepare
+    from behrt_jax.workflows.prepare import SOURCES, open_source, report
+
+    assert config.model is not None
+    source = config.source or read_rules(config.model, "--model")[1].source
+    if source not in SOURCES:
+        raise InputError(
+            f"--source is missing: the model was trained on {source} records, which does not tell the form "
+            f"of those in --input: give one of {', '.join(SOURCES)}."
+        )
+    wanted = PrepareConfig(
+        source=source,  # pyright: ignore[reportArgumentType]
+        input=config.input,
+        output=folder,
+        like=config.model,
+        visit_column=config.visit_column,
+        table=config.table,
+    )
+    wanted, _ = read_like(wanted, "--model")
+    report(console, prepare(open_source(wanted), wanted))
+
+
+def known(model: Path, what: Literal["data", "labels"]) -> Path | None:
+    """The prepared data of a run or an adapter, or the labels that it was fine-tuned on, where it knows."""
+    if (model / TASK_FILE).is_file() and (path := _record(model).get(what)):
+        return Path(path)
+    if not (model / CONFIG_FILE).is_file():
+        return None
+    found = stored_settings(model).get(what)
+    if isinstance(found, dict):  # of pretraining
+        found = found["path"] if found["source"] == "prepared" else None
+    return None if found is None else Path(found)
+
+
+def labels_to_predict(records: Records) -> tuple[Labels, int]:
+    """The labels, else one of each subject at its last event; and how many subjects have no event."""
+    if records.labels is not None:
+        return read_labels(records.labels, without_values=True), 0
+    data = records.data
+    without = sum(len(data.subject_ids(name)) - len(data.splits[name]) for name in records.splits)
+    return last_events(data, records.splits), without
 
 
 class Finetuned(NamedTuple):
@@ -148,6 +277,8 @@ class Finetuned(NamedTuple):
     """Variables of each model whose mean predicts, one where it is no ensemble; on the devices, whole on
     each, frozen leaves shared."""
     vocabulary: Vocabulary
+    preparation: Preparation | None
+    """Rules by which its data were prepared, where they are known."""
     model: ModelConfig
     max_length: int | None
     calibration: Calibration
@@ -192,6 +323,7 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         setup,
         members,
         vocabulary,
+        read_preparation(folder),
         setup.predictor.model.config,
         record["max_length"],
         Calibration(**record["calibration"]),
@@ -255,6 +387,7 @@ def _restored(folder: Path, setup: Setup, mesh: Mesh) -> Variables:
 class _Encoder(NamedTuple):
     model: ModelConfig
     vocabulary: Vocabulary
+    preparation: Preparation | None
     params: Any
     pooling: Pooling
     max_length: int | None
@@ -274,26 +407,23 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
         InputError: something in the options, the model, the data or the labels is wrong.
     """
     assert config.model is not None and config.output is not None
-    if config.data is None:
-        raise InputError("--data is missing: give the folder that prepare wrote.")
     mesh = make_mesh(devices)
-    with open_console() as console:
+    with ExitStack() as stack:
+        console = stack.enter_context(open_console())
         if reason := use_compilation_cache(config.compilation_cache):
             console.log(reason)
         encoder = _open(config, config.model, mesh)
-        data, _ = in_vocabulary(read_prepared(config.data), encoder.vocabulary)
-        delays = tuple(read_manifest(config.data)["options"].get("delays", ()))
-        splits = SPLITS if config.split == "all" else (config.split,)
+        records = stack.enter_context(open_records(config, encoder.vocabulary, encoder.preparation, console))
+        data, unknown = records.data, 0
         if config.labels is None:
-            wanted = {name: _last_events(data, name) for name in splits}
-            unknown = 0
+            labels = last_events(data, records.splits)
         else:
             labels = read_labels(config.labels, as_written=True, without_values=True)
-            wanted = _of_splits(labels, data, splits)
             unknown = of_unknown_subjects(data, labels)
+        wanted = _of_splits(labels, data, records.splits)
         total = sum(len(part) for part in wanted.values())
         if not total:
-            raise InputError(f"There is no subject of the split {config.split} to embed.")
+            raise InputError(f"There is no subject of {_named(records.splits)} to embed.")
         schema = pa.schema(
             [
                 ("subject_id", pa.int64()),
@@ -303,8 +433,9 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
         )
         console.start(total, 0, None)
         done = 0
-        with PredictionWriter(config.output, schema, {"pooling": encoder.pooling}) as writer:
-            for part, vectors in _vectors(config, encoder, data, wanted, delays, mesh):
+        metadata = {"pooling": encoder.pooling, "codes": records.codes}
+        with PredictionWriter(config.output, schema, metadata) as writer:
+            for part, vectors in _vectors(config, encoder, data, wanted, records.delays, mesh):
                 lists = pa.FixedSizeListArray.from_arrays(
                     pa.array(vectors.reshape(-1)), encoder.model.hidden_size
                 )
@@ -335,20 +466,27 @@ def _open(config: PredictConfig, folder: Path, mesh: Mesh) -> _Encoder:
             params = lora.merge(params, variables["lora"], predictor.lora)
         pooling = config.pooling or predictor.model.pooling
         parts = {name: params[name] for name in ("behrt", "pooling_head") if name in params}
-        opened = _Encoder(found.model, found.vocabulary, parts, pooling, found.max_length)
+        opened = _Encoder(found.model, found.vocabulary, found.preparation, parts, pooling, found.max_length)
     else:
         pretrained = open_pretrained(folder)
         params = {"behrt": read_encoder(pretrained, mesh).params}
-        opened = _Encoder(pretrained.model, pretrained.vocabulary, params, config.pooling or "mean", None)
+        known_codes = pretrained.vocabulary, pretrained.preparation
+        opened = _Encoder(pretrained.model, *known_codes, params, config.pooling or "mean", None)
     if opened.pooling == "cls" and not opened.model.cls_token:
         raise InputError("pooling is cls, but the model reads no [CLS] token: give mean, max or last.")
     return opened
 
 
-def _last_events(data: SequenceSet, split: str) -> Labels:
-    part = data.splits[split]
-    times = part.times[part.offsets[1:] - 1]
-    return Labels(part.subject_ids, times, np.zeros(len(part), bool), "boolean")
+def last_events(data: SequenceSet, splits: Sequence[str]) -> Labels:
+    """Labels of no value at the last event of each subject that has any."""
+    parts = [data.splits[name] for name in splits]
+    times = np.concatenate([part.times[part.offsets[1:] - 1] for part in parts])
+    subjects = np.concatenate([part.subject_ids for part in parts])
+    return Labels(subjects, times, np.full(len(times), None), "none")
+
+
+def _named(splits: Sequence[str]) -> str:
+    return " or ".join(f"the split {name}" for name in splits)
 
 
 def _vectors(
@@ -366,11 +504,13 @@ def _vectors(
         return network.apply({"params": params}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
 
     step = jax.jit(embed_step)
-    for _, part, _, batches in _pieces(config, encoder.model, encoder.max_length, data, wanted, delays, mesh):
+    pieces = _pieces(config, encoder.model, encoder.max_length, data, wanted, delays, mesh)
+    for _, part, _, batches in pieces:
         yield part, score(step, encoder.params, batches, mesh)
 
 
-def _outputs(
+def outputs_of(
+    step: OutputStep,
     config: PredictConfig,
     finetuned: Finetuned,
     data: SequenceSet,
@@ -380,12 +520,11 @@ def _outputs(
 ) -> Iterator[tuple[Labels, np.ndarray, int, np.ndarray | None]]:
     """Labels, outputs, empty histories and codes seen of a few thousand examples at a time."""
     model, task = finetuned.model, finetuned.task
-    output_step = jax.jit(make_output_step(finetuned.setup.predictor))
     ids = finetuned.vocabulary.encode(task.classes) if task.of.tells_seen_codes else None
     for split, part, examples, batches in _pieces(
         config, model, finetuned.max_length, data, chosen, delays, mesh
     ):
-        outputs = np.stack([score(output_step, one, batches, mesh) for one in finetuned.members])
+        outputs = np.stack([score(step, one, batches, mesh) for one in finetuned.members])
         if finetuned.blend is not None:
             counts, share = finetuned.blend
             beside = counts.outputs(count_codes(examples, len(finetuned.vocabulary)))
@@ -429,7 +568,7 @@ def _pieces(
             yield split, part, examples, batches
 
 
-def _metadata(config: PredictConfig, finetuned: Finetuned) -> JsonObject:
+def _metadata(config: PredictConfig, finetuned: Finetuned, records: Records) -> JsonObject:
     def absolute(path: Path | None) -> str | None:
         return None if path is None else str(path.resolve())
 
@@ -438,9 +577,11 @@ def _metadata(config: PredictConfig, finetuned: Finetuned) -> JsonObject:
         "classes": list(finetuned.task.classes),
         "edges_days": list(finetuned.task.edges_days),
         "model": absolute(config.model),
-        "data": absolute(config.data),
-        "labels": absolute(config.labels),
-        "split": config.split,
+        "data": absolute(records.folder),
+        "input": absolute(config.input),
+        "labels": absolute(records.labels),
+        "split": "all" if records.splits == SPLITS else records.splits[0],
+        "codes": records.codes,
         "threshold": finetuned.calibration.threshold,
         "temperature": finetuned.calibration.temperature,
         "max_tokens": (finetuned.max_length or finetuned.model.positions) - finetuned.model.cls_token,

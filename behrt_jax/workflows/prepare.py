@@ -12,6 +12,7 @@ from behrt_jax.data.splits import told_split
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, check_new_folder
 from behrt_jax.records.meds_export import export_meds
+from behrt_jax.records.prepare.manifest import read_like
 from behrt_jax.records.prepare.pipeline import prepare
 from behrt_jax.records.sources.meds import open_meds
 from behrt_jax.records.sources.omop import open_omop
@@ -21,7 +22,9 @@ from behrt_jax.records.sources.table import WithBirths, open_table
 from behrt_jax.tracking.console import Console, open_console
 
 SOURCES: dict[str, Callable[[Path, PrepareConfig], Source]] = {
-    "meds": lambda path, config: open_meds(path, config.visit_column, config.splits.names),
+    "meds": lambda path, config: open_meds(
+        path, config.visit_column, config.splits.names, needs_train=config.like is None
+    ),
     "omop": lambda path, config: open_omop(path, config.ancestors, config.omop.skip),
     "synthea": lambda path, config: open_synthea(path, config.synthea.skip),
     "table": lambda path, config: open_table(path, config.table),
@@ -55,8 +58,17 @@ def prepare_records(config: PrepareConfig) -> JsonObject:
         raise InputError("--to_meds reads the source whole: give it without --shard and --merge.")
     if config.to_meds is not None:
         check_new_folder(config.to_meds, "--to_meds")
+    config, like = read_like(config)
     source = open_source(config)
     with open_console() as console:
+        if like is not None:
+            rows = f"{len(like.vocabulary):,} rows"
+            console.log(f"Preparing like {config.like}: its vocabulary ({rows}) and rules.")
+            if like.preparation.options.get("ancestors") and config.source != "omop":
+                console.log(
+                    "There concepts were replaced by their ancestors, which only an OMOP source can do: the "
+                    "codes must be those ancestors already."
+                )
         console.log(f"Reading {source.name} data: {len(source.files())} files in {source.units()} parts.")
         if source.splits():
             for option in ("tuning_fraction", "held_out_fraction", "seed", "splits.exact"):
@@ -142,7 +154,8 @@ def report(console: Console, manifest: JsonObject) -> None:
         console.log(f"Delay {delay}: {matched}.")
     _report_options(console, manifest)
     splits = manifest["splits"]
-    for name in (name for name, part in splits.items() if not part["subjects"]):
+    like = "like" in manifest["options"]
+    for name in (name for name, part in splits.items() if not part["subjects"] and not like):
         console.log(f"Warning: the {name} split has no subject with events.")
     console.table(
         "Facts about subjects (no tokens)",
@@ -162,32 +175,43 @@ def report(console: Console, manifest: JsonObject) -> None:
             for name, part in splits.items()
         ],
     )  # fmt: skip
-    console.table(
-        "Padding of the train split",
-        ("row length", "a sequence a row", "packed"),
-        [
-            (length, f"{shares['padded']:.1%}", f"{shares['packed']:.1%}")
-            for length, shares in splits["train"]["padding"].items()
-        ],
-    )
+    if padding := splits["train"]["padding"]:
+        console.table(
+            "Padding of the train split",
+            ("row length", "a sequence a row", "packed"),
+            [
+                (length, f"{shares['padded']:.1%}", f"{shares['packed']:.1%}")
+                for length, shares in padding.items()
+            ],
+        )
     console.table(
         "Most frequent codes",
         ("code", "events", "description"),
         [(row["code"], row["events"], row["description"]) for row in manifest["top_codes"][:10]],
     )
+    if like and (unknown := manifest["unknown_codes"]):
+        console.table(
+            f"Codes that the vocabulary does not know, [UNK] ({manifest['distinct_unknown_codes']:,})",
+            ("code", "events"),
+            [(row["code"], row["events"]) for row in unknown[:20]],
+        )
 
 
 def _report_options(console: Console, manifest: JsonObject) -> None:
     """How subjects were dealt out, and options that had no effect."""
     options = manifest["options"]
-    if "tuning_fraction" in options:
+    if options.get("held_out_fraction") == 1:
+        console.log("The source has no splits of its own: all its subjects are held_out.")
+    elif "tuning_fraction" in options:
         fractions = (options[name] for name in ("tuning_fraction", "held_out_fraction", "seed"))
         console.log(told_split(*fractions, exact="exact_splits" in options))
     idle = manifest.get("without_effect", {})
     for warning in told_without_effect(idle, "--"):
         console.log(warning)
     for pattern in set(options.get("value_codes", ())).difference(idle.get("value_codes", ())):
-        if not any(re.match(pattern, code) for code in manifest.get("value_edges", ())):
+        if "like" not in options and not any(
+            re.match(pattern, code) for code in manifest.get("value_edges", ())
+        ):
             console.log(
                 f"Warning: --value_codes {pattern} makes no bins: none of its codes has enough "
                 "numeric values in the train split."

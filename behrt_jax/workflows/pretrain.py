@@ -18,6 +18,7 @@ from behrt_jax.data.batches import (
     training_batches,
     validation_batches,
 )
+from behrt_jax.data.prepared import rule_files
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import DivergenceError, InputError
@@ -281,7 +282,8 @@ def examine_before(
     examination = Examination(console, record, run.folder / METRICS_FILE)
     examination.before()
     began = run_record(config, run.description, asdict(facts), baselines)
-    write_start(run.folder, run.data.vocabulary, run.parameters, began)
+    rules = rule_files(run.data.vocabulary, run.data.preparation)
+    write_start(run.folder, rules, run.parameters, began)
     return examination
 
 
@@ -296,7 +298,8 @@ def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, va
             lora=values["lora"], model=values["model"], vocabulary_fingerprint=fingerprint
         )
         trained = run.assembly.setup.mask["params"]
-        save_adapter(run.folder / "adapter", variables["params"], variables["lora"], trained, adapter)
+        rules = rule_files(run.data.vocabulary, run.data.preparation)
+        save_adapter(run.folder / "adapter", variables["params"], variables["lora"], trained, adapter, rules)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 

@@ -23,14 +23,12 @@ from behrt_jax import __version__
 from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig
 from behrt_jax.data.batches import TaskBatches, TrainingBatches
-from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, json_text, resolved
 from behrt_jax.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
     PARAMETERS_FILE,
-    VOCABULARY_FILE,
     open_run_folder,
     read_config,
     read_metrics,
@@ -247,6 +245,7 @@ FREE = (
     "data",
     "labels",
     "init",
+    "max_unknown",
     "compilation_cache",
 )
 
@@ -296,18 +295,18 @@ def run_record(
     }
 
 
-def write_start(folder: Path, vocabulary: Vocabulary, parameters: JsonObject, record: JsonObject) -> None:
+def write_start(folder: Path, rules: Mapping[str, bytes], parameters: JsonObject, record: JsonObject) -> None:
     """Write what a run folder begins with; config.json comes last, so that where it is all is there.
 
     Args:
         folder: of the run.
-        vocabulary: of its model.
+        rules: `data.prepared.rule_files` of its data.
         parameters: of :func:`parameter_report`.
         record: of :func:`run_record`.
     """
     documents = {PARAMETERS_FILE: parameters, CONFIG_FILE: record}
     texts = {name: json_text(value, 2).encode() for name, value in documents.items()}
-    write_files(folder, {VOCABULARY_FILE: vocabulary.to_bytes(), **texts})
+    write_files(folder, {**rules, **texts})
 
 
 def settings(config: Any) -> JsonObject:

@@ -183,6 +183,11 @@ def test_quantiles_fitted_on_train_and_on_all_splits(tmp_path):
     assert alarms(found) == {}
     assert "quantiles-not-recounted" not in found
 
+    # Others are prepared with what was fitted there.
+    some = [row for row in rows if row.subject in fair["held_out"]]
+    like = prepare(write_meds(tmp_path / "meds1", some), tmp_path / "like", "--like", str(tmp_path / "fair"))
+    assert not {"vocabulary-beyond-train", "quantiles-beyond-train"}.intersection(findings(like, tmp_path))
+
     # Prepared as if all were of the train split, and only then split.
     everyone = {"train": [*fair["train"], *fair["held_out"]], "tuning": fair["tuning"][:1]}
     meds = write_meds(tmp_path / "meds2", rows, splits=everyone | {"held_out": []})

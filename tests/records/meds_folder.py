@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, SPLITS, VISIT_FIELD, EventCounts, EventSet
+from behrt_jax.data.prepared import read_prepared
+from behrt_jax.data.sequences import SequenceSet
 
 DAY = 86_400_000_000
 HOUR = 3_600_000_000
@@ -166,3 +168,19 @@ def _as(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
         options = pc.AssumeTimezoneOptions(kind.tz, ambiguous="earliest", nonexistent="latest")
         return pc.call_function("assume_timezone", [values], options)
     return values.cast(kind, safe=False)
+
+
+def tokens(folder: Path) -> dict[int, tuple[list, ...]]:
+    """Subject of prepared data -> its codes by name, ages, visits and times."""
+    return tokens_of(read_prepared(folder))
+
+
+def tokens_of(data: SequenceSet) -> dict[int, tuple[list, ...]]:
+    """Likewise, of sequences in memory."""
+    found = {}
+    for part in data.splits.values():
+        for place, subject in enumerate(part.subject_ids.tolist()):
+            of = slice(part.offsets[place], part.offsets[place + 1])
+            codes = [data.vocabulary.codes[code] for code in part.codes[of]]
+            found[subject] = codes, *(column[of].tolist() for column in (part.ages, part.visits, part.times))
+    return found

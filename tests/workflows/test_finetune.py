@@ -43,7 +43,8 @@ def test_each_regime_learns_more_than_the_base_rate_and_leaves_the_whole_folder(
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "parameters.json", "metrics.jsonl", "summary.json", "SUMMARY.txt", "checkpoints",
-        "vocabulary.parquet", "plots", "task.json", "files.json", *(["adapter"] if name == "lora" else []),
+        "vocabulary.parquet", "preparation.json", "plots", "task.json", "files.json",
+        *(["adapter"] if name == "lora" else []),
     }  # fmt: skip
     summary, validation = read(folder, "summary.json"), records(folder, "tuning")
     base_rate = summary["baselines"]["base rate"]["loss"]
@@ -63,7 +64,8 @@ def test_each_regime_learns_more_than_the_base_rate_and_leaves_the_whole_folder(
     assert parameters["head"]["trainable"] == 16 + 1
     if name == "lora":
         files = {path.name for path in (folder / "adapter").iterdir()}
-        assert files == {"adapter_config.json", "adapter.safetensors", "task.json"}
+        rules = {"vocabulary.parquet", "preparation.json"}
+        assert files == {"adapter_config.json", "adapter.safetensors", "task.json", *rules}
         assert read(folder / "adapter", "task.json")["base"] == str(case.base)
 
 

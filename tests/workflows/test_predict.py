@@ -1,7 +1,11 @@
 """Prediction as a whole: from a run and from its adapter, of every kind, in parts, and without a leak."""
 
+import json
 import shutil
 from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,23 +14,29 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import EvaluateConfig, PredictConfig
+from behrt_jax.config import EvaluateConfig, PredictConfig, PrepareConfig
 from behrt_jax.data.batches import Batch
-from behrt_jax.data.events import BIRTH_CODE
+from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS, EventCounts
 from behrt_jax.data.labels import VALUE_COLUMNS
 from behrt_jax.data.predictions import read_predictions
-from behrt_jax.data.prepared import read_prepared
+from behrt_jax.data.prepared import read_prepared, read_rules
+from behrt_jax.data.sequences import Sequences, SequenceSet
+from behrt_jax.data.vocabulary import UNK, fit_vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import PatientEmbedding
+from behrt_jax.records.prepare.pipeline import prepare
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.pretrained import open_pretrained, read_encoder
 from behrt_jax.workflows import predict as embed_module
 from behrt_jax.workflows import predict as predict_module
 from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.finetune import finetune
-from behrt_jax.workflows.labelled_data import label_data, read_labelled
+from behrt_jax.workflows.labelled_data import check_codes, label_data, read_labelled
+from behrt_jax.workflows.patient import PatientModel
+from behrt_jax.workflows.predict import known as known_files
 from behrt_jax.workflows.predict import open_finetuned, predict
-from tests.records.meds_folder import DAY, Row
+from tests.records.meds_folder import DAY, Row, born, events_table, write_meds
+from tests.records.memory_source import MemorySource
 from tests.workflows.evaluated import CODES, FIRST_ID, TIME
 from tests.workflows.finetune_case import ONE
 
@@ -143,8 +153,9 @@ def test_wrong_input_is_one_clear_error_before_anything_is_written(case, tmp_pat
         "--model is missing": replace(config, model=None),
         "--model: .* holds no fine-tuned model": replace(config, model=case.base),
         "--output is missing": replace(config, output=None),
-        "--data is missing": replace(config, data=None),
-        "--labels is missing": replace(config, labels=None),
+        "--data and --input are both given": replace(config, input=case.data),
+        "--source has no effect without --input": replace(config, source="omop"),
+        "max_unknown is 1.5": replace(config, max_unknown=1.5),
         "rows is 0": replace(config, rows=0),
         "none of the 300 labels is of a subject of the split held_out .*300 are of": replace(
             config, labels=strangers
@@ -412,3 +423,223 @@ def test_wrong_options_are_one_clear_error(case, tmp_path):
     with pytest.raises(InputError, match="holds no finished run"):
         written(case, output, model=tmp_path)
     assert not output.exists()
+
+
+# New patients: records in place of prepared data, and one patient from Python.
+
+
+@pytest.fixture(scope="module")
+def newcomers(case):
+    """Rows of three held_out subjects."""
+    labelled = case.labelled("binary")
+    chosen = set(labelled.splits["held_out"][:3].tolist())
+    return [row for row in labelled.rows if row.subject in chosen]
+
+
+@pytest.fixture(scope="module")
+def meds(newcomers, tmp_path_factory):
+    """Their records as they come: no split, no preparation."""
+    return write_meds(tmp_path_factory.mktemp("new") / "meds", newcomers)
+
+
+def renamed(rows, chosen=lambda code: True):
+    """The same rows with other codes, but for births."""
+    return [
+        row._replace(code=f"X//{row.code}") if row.code != BIRTH_CODE and chosen(row.code) else row
+        for row in rows
+    ]
+
+
+def test_records_are_predicted_as_prepared_data_are(case, newcomers, meds, tmp_path):
+    known = case.predicted(tmp_path / "known.parquet")
+    given = {"data": None, "input": meds, "source": "meds"}
+    found = case.predicted(tmp_path / "new.parquet", **given)
+    subjects = pa.array(sorted({row.subject for row in newcomers}))
+    same = known.filter(pa.compute.is_in(known["subject_id"], subjects))
+    probability = "predicted_boolean_probability"
+    assert len(found) > 3 and found.drop_columns(probability).equals(same.drop_columns(probability))
+    np.testing.assert_allclose(found[probability].to_numpy(), same[probability].to_numpy(), rtol=1e-6)
+    metadata = read_predictions(tmp_path / "new.parquet").metadata
+    assert metadata["data"] is None and metadata["input"] == str(meds) and metadata["split"] == "all"
+    assert metadata["codes"]["unknown"] == 0 == metadata["codes"]["changed_bins"]
+    assert metadata["codes"]["tokens"] > 10
+    # From an adapter elsewhere, without labels: each subject at its last event.
+    adapter = shutil.copytree(case.run() / "adapter", tmp_path / "adapter")
+    last = case.predicted(tmp_path / "last.parquet", model=adapter, **(given | {"labels": None}))
+    assert last["prediction_time"].cast(pa.int64()).to_pylist() == [TIME - DAY] * 3
+    vectors = case.predicted(
+        tmp_path / "vectors.parquet",
+        model=case.base,
+        embeddings=True,
+        labels=None,
+        **{name: given[name] for name in ("data", "input", "source")},
+    )
+    assert vectors["subject_id"].to_pylist() == subjects.to_pylist()
+    names = {"known.parquet", "new.parquet", "adapter", "last.parquet", "vectors.parquet"}
+    assert {path.name for path in tmp_path.iterdir()} == names  # no work folder is left
+
+
+def test_a_model_knows_its_data_and_labels(case, tmp_path):
+    known = case.predicted(tmp_path / "known.parquet")
+    for model in (case.run(), case.run() / "adapter"):
+        path = tmp_path / f"{model.name}.parquet"
+        assert case.predicted(path, model=model, data=None, labels=None).equals(known)
+    assert known_files(case.base, "data") == case.data and known_files(case.base, "labels") is None
+    assert known_files(case.run() / "plots", "data") is None
+
+
+def test_codes_that_the_model_does_not_know_are_counted_and_too_many_refused(case, newcomers, tmp_path):
+    strangers = write_meds(tmp_path / "strangers", renamed(newcomers))
+    given = {"data": None, "source": "meds"}
+    with pytest.raises(InputError, match=r"100.0% of the \d+ tokens are codes that .* codes: .*X//CODE//\d"):
+        case.predicted(tmp_path / "p.parquet", input=strangers, **given)
+    with pytest.raises(InputError, match="codes that the model does not know"):
+        case.predicted(tmp_path / "p.parquet", input=strangers, embeddings=True, labels=None, **given)
+    assert {path.name for path in tmp_path.iterdir()} == {"strangers"}
+    allowed = case.predicted(tmp_path / "allowed.parquet", input=strangers, max_unknown=1.0, **given)
+    assert len(allowed) > 2
+    few = write_meds(tmp_path / "few", renamed(newcomers, lambda code: code == "RISK"))
+    case.predicted(tmp_path / "few.parquet", input=few, **given)
+    codes = read_predictions(tmp_path / "few.parquet").metadata["codes"]
+    assert 0 < codes["unknown"] < 0.5 and codes["unknown_codes"] == ["X//RISK"]
+    with pytest.raises(InputError, match=r"the limit is 1.0%"):
+        case.predicted(tmp_path / "p.parquet", input=few, max_unknown=0.01, **given)
+    # The same records, prepared with a vocabulary of their own: their rare codes are named too.
+    subjects = case.labelled("binary").splits["held_out"][:3, None]
+    splits = dict(zip(("train", "tuning", "held_out"), subjects, strict=True))
+    source = MemorySource([[events_table(renamed(newcomers), visits=False)]], splits)
+    prepare(source, PrepareConfig(output=tmp_path / "own", codes=(".*",), min_count=2))
+    with pytest.raises(InputError, match=r"are codes that the model does not know .*X//"):
+        case.predicted(tmp_path / "p.parquet", data=tmp_path / "own", split="all")
+    with pytest.raises(InputError, match=r"are codes that the model does not know .*X//"):
+        finetune(replace(case.config(), data=tmp_path / "own", output=tmp_path / "run"), ONE)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "p.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "unknown", "trained", "refused"),
+    [
+        (10, 5, 0.0, False),  # half of a few tokens
+        (10, 6, 0.0, True),
+        (1000, 99, 0.0, False),  # a tenth more than in training
+        (1000, 101, 0.0, True),
+        (1000, 299, 0.1, False),  # three times as in training
+        (1000, 301, 0.1, True),
+        (1000, 501, 0.3, True),
+        (1000, 690, 0.6, False),
+        (1000, 710, 0.6, True),
+    ],
+)
+def test_how_many_unknown_codes_are_too_many(tokens, unknown, trained, refused):
+    vocabulary = fit_vocabulary({"A": 1000}, 1, None)
+    vocabulary.counts[UNK] = round(1000 * trained / (1 - trained))
+    codes = np.repeat([UNK, vocabulary.encode(["A"])[0]], [unknown, tokens - unknown])
+    part = Sequences(np.array([1]), np.array([0, tokens]), codes, *([np.zeros(tokens)] * 3))
+    data = SequenceSet(
+        vocabulary, dict.fromkeys(SPLITS, part), EventCounts(), "", unknown_codes={"B": unknown}
+    )
+    check = partial(check_codes, data, ["tuning"], vocabulary, None, like=Path("runs/a"))
+    if refused:
+        with pytest.raises(InputError, match=r"unknown codes: B\. Prepare the records with --like runs/a"):
+            check(None)
+    found = check(1.0)
+    assert found["unknown"] == unknown / tokens and found["tokens"] == tokens
+    assert refused or check(None)["limit"] >= found["unknown"]
+
+
+def test_bins_of_values_that_mean_something_else_are_told(tmp_path):
+    rows = [born(subject) for subject in range(9)]
+    rows += [
+        Row(subject, day * DAY, code, value=float(subject + day + shift))
+        for subject in range(9)
+        for day in range(1, 20)
+        for code, shift in (("LAB//K", 0), ("LAB//NA", 0), ("DX", 0))
+    ]
+    splits = {"train": range(7), "tuning": [7], "held_out": [8]}
+    rules = {"codes": ("DX",), "value_codes": ("LAB",), "value_bins": 3, "duplicates": "count"}
+
+    def prepared(name, rows):
+        source = MemorySource([[events_table(rows)]], {key: np.array(ids) for key, ids in splits.items()})
+        prepare(source, PrepareConfig(output=tmp_path / name, **rules))
+        return read_prepared(tmp_path / name)
+
+    ours = prepared("ours", rows)
+    theirs = prepared(
+        "theirs", [row._replace(value=2 * row.value) if row.code == "LAB//K" else row for row in rows]
+    )
+    check = partial(check_codes, ours, ["held_out"], ours.vocabulary, like=tmp_path)
+    assert check(ours.preparation, None)["changed_bins"] == 0
+    assert check(theirs.preparation, None)["changed_bins"] == pytest.approx(1 / 3)
+    with pytest.raises(InputError, match=r"33.3% of the 57 tokens have a bin of values with other edges"):
+        check(theirs.preparation, 0.3)
+    assert check(None, None)["changed_bins"] is None
+    counted = ["LAB//K//Q1", "LAB//K//Q3//x3-5", "LAB//K//Q1x", "LAB//K", "LAB//NA//Q1", "[UNK]"]
+    differ = ours.preparation.other_bins(theirs.preparation, counted)
+    assert differ.tolist() == [True, True, False, False, False, False]
+
+
+def test_a_run_of_an_older_version_predicts_but_cannot_be_prepared_like(case, meds, tmp_path):
+    old = shutil.copytree(case.run(), tmp_path / "old")
+    (old / "preparation.json").unlink()
+    with pytest.raises(InputError, match=r"preparation\.json is missing"):
+        read_rules(old, "--like")
+    (old / "files.json").unlink()
+    config = json.loads((old / "config.json").read_text())
+    del config["recorded"]
+    (old / "config.json").write_text(json.dumps(config))
+    known, found = (
+        case.predicted(tmp_path / "known.parquet"),
+        case.predicted(tmp_path / "p.parquet", model=old),
+    )
+    assert found.equals(known)
+    assert read_predictions(tmp_path / "p.parquet").metadata["codes"]["changed_bins"] is None
+    with pytest.raises(InputError, match=r"--model: .*old does not tell how its data were prepared"):
+        case.predicted(tmp_path / "q.parquet", model=old, data=None, input=meds, source="meds")
+    with pytest.raises(InputError, match=r"--like: .*old does not tell"):
+        read_rules(old, "--like")
+    # What is there must be what the run wrote.
+    for name, change in {
+        "preparation.json": ("keep", "drop"),
+        "vocabulary.parquet": ("CODE//1", "CODE//9"),
+    }.items():
+        spoilt = shutil.copytree(case.run() / "adapter", tmp_path / name)
+        content = (spoilt / name).read_bytes()
+        damaged = content.replace(*(word.encode() for word in change))
+        (spoilt / name).write_bytes(damaged if damaged != content else content[:-1])
+        with pytest.raises(InputError, match=f"{name} is damaged"):
+            read_rules(spoilt, "--like")
+
+
+def test_one_patient_from_python_is_predicted_as_in_a_file(case, newcomers, meds, tmp_path):
+    table = case.predicted(tmp_path / "p.parquet", data=None, input=meds, source="meds")
+    model = PatientModel(case.run(), devices=ONE)
+    events = events_table(newcomers)
+    for row in table.to_pylist():
+        chosen = pa.compute.equal(events["subject_id"], row["subject_id"])
+        own = events.filter(chosen).select(["code", "time"]).to_pylist()
+        found = model.predict(own, row["prediction_time"])
+        np.testing.assert_allclose(found.predicted, [row["predicted_boolean_probability"]], rtol=1e-6)
+        assert found.codes["unknown"] == 0 and found.events.read == len(own)
+    assert model.predict(own).time == TIME - DAY
+    assert model._step._cache_size() == 1  # compiled once
+    later = [*own, {"code": "RISK", "time": datetime(2030, 1, 1)}]
+    assert model.predict(later, row["prediction_time"]).predicted == found.predicted
+    wrong = {
+        "none of 1 is left": [{"code": "RISK", "time": datetime(2030, 1, 1)}],
+        "events have no time": [{"code": "RISK"}],
+        "events have value: give each": [{"code": "RISK", "time": None, "value": 1.0}],
+        "in the column time: write it as timestamps": [{"code": "RISK", "time": "soon"}],
+        "a time of mixed or unknown types": [*own, {"code": "RISK", "time": "soon"}],
+        "events has no code in row 1": [{"code": None, "time": datetime(2030, 1, 1)}],
+        "codes that the model does not know": [own[0], {"code": "X", "time": datetime(2030, 1, 1)}],
+        "of several subjects": events,
+    }
+    for message, given in wrong.items():
+        with pytest.raises(InputError, match=message):
+            model.predict(given)
+    died = [*own, {"code": DEATH_CODE, "time": datetime(2030, 1, 1)}]
+    assert model.predict(died).predicted == model.predict(own).predicted
+    with pytest.raises(InputError, match="after the patient's death"):
+        model.predict(died, datetime(2031, 1, 1))
+    newborn = [event for event in own if event["code"] == BIRTH_CODE]
+    assert 0 < model.predict(newborn, datetime(2030, 1, 1)).predicted[0] < 1

@@ -12,13 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import main
+from behrt_jax.config import DataConfig
 from behrt_jax.data.events import DAY
-from behrt_jax.data.prepared import read_prepared
+from behrt_jax.data.prepared import read_prepared, rule_files
 from behrt_jax.data.sequences import describe
+from behrt_jax.records import meds_export
+from behrt_jax.records.load import load_events, load_sequences
 from behrt_jax.records.sources.meds import read_meds
 from behrt_jax.workflows.pretrain import pretrain
+from tests.records import omop_folder as omop
 from tests.records.meds_check import check_meds
-from tests.records.meds_folder import by_remainder, history_rows, write_meds
+from tests.records.meds_folder import by_remainder, history_rows, tokens, tokens_of, write_meds
+from tests.records.synthea_folder import write_synthea
 from tests.workflows.small_run import SMALL_RUN, changed
 
 
@@ -348,3 +353,112 @@ def test_ages_that_cannot_be_are_refused_or_dropped(meds, tmp_path, capsys):
         manifest = json.loads((tmp_path / choice / "manifest.json").read_text())
         assert manifest["options"]["implausible_ages"] == choice
         assert manifest["events"]["dropped"].get("age above 150 years") == (1 if choice == "drop" else None)
+
+
+# Other subjects, prepared like a data set that is there, from every kind of source.
+
+
+def as_meds(folder, rows):
+    return ["--source", "meds", "--input", str(write_meds(folder, rows)), "--visit_column", "hadm_id"]
+
+
+def as_table(folder, rows):
+    folder.mkdir()
+    columns = {
+        "person": [row.subject for row in rows],
+        "time": pa.array([row.time for row in rows], pa.timestamp("us")),
+        "code": [row.code for row in rows],
+        "stay": pa.array([row.visit for row in rows], pa.int64()),
+    }
+    pq.write_table(pa.table(columns), folder / "events.parquet")
+    names = ["--table.subject", "person", "--table.visit", "stay"]
+    return ["--source", "table", "--input", str(folder / "events.parquet"), *names]
+
+
+def as_omop(folder, rows):
+    born = [row for row in rows if row.code == "MEDS_BIRTH"]
+    tables = {
+        "person": [omop.person(row.subject, year_of_birth=1950 + row.subject % 9) for row in born],
+        "condition_occurrence": [
+            omop.condition(row.subject, 100 + int(row.code[-1]), day(row), visit_occurrence_id=row.subject)
+            for row in rows
+            if row.visit is not None
+        ],
+        "visit_occurrence": [omop.visit(row.subject, row.subject) for row in born],
+        "concept": [omop.concept(100 + code, f"C{code}") for code in range(8)],
+        "concept_ancestor": [
+            {"ancestor_concept_id": 100, "descendant_concept_id": 101, "min_levels_of_separation": 1}
+        ],
+    }
+    return ["--source", "omop", "--input", str(omop.write_omop(folder, tables)), "--ancestors"]
+
+
+def as_synthea(folder, rows):
+    born = {row.subject: f"{row.subject:08}-0000-0000-0000-000000000000" for row in rows}
+    tables = {
+        "patients": [{"ID": name, "BIRTHDATE": "1950-01-02"} for name in born.values()],
+        "conditions": [
+            {"PATIENT": born[row.subject], "START": day(row), "CODE": row.code[-1], "DESCRIPTION": "Text"}
+            for row in rows
+            if row.visit is not None
+        ],
+        "encounters": [],
+    }
+    return ["--source", "synthea", "--input", str(write_synthea(folder, tables))]
+
+
+def day(row):
+    return str(np.datetime64(row.time, "us").astype("datetime64[D]"))
+
+
+def prepared(output, *options):
+    assert main(["prepare", "--output", str(output), *options]) == 0
+    return tokens(output)
+
+
+@pytest.mark.parametrize("form", [as_meds, as_table, as_omop, as_synthea])
+def test_other_subjects_are_prepared_like_a_data_set(tmp_path, form, capsys):
+    rows = history_rows(subjects=60, days=6)
+    all_options = form(tmp_path / "all", rows)
+    trained = prepared(tmp_path / "first", *all_options, "--min_count", "3", "--duplicates", "count")
+    some = [row for row in rows if row.subject in (5, 6, 17)]
+    # Columns and ancestors are taken over from the same kind of source.
+    given = form(tmp_path / "some", some)[:4]
+    found = prepared(tmp_path / "new", *given, "--like", str(tmp_path / "first"))
+    assert len(found) == 3 and found == {subject: trained[subject] for subject in found}
+    assert "Preparing like" in capsys.readouterr().out
+    strangers = [row._replace(code=f"X//{row.code}") if row.visit is not None else row for row in some]
+    if form in (as_meds, as_table):  # these select by the patterns of the other
+        assert main(["prepare", *form(tmp_path / "x", strangers)[:4], "--output", str(tmp_path / "p"),
+                     "--like", str(tmp_path / "first")]) == (2 if form is as_meds else 0)  # fmt: skip
+        assert ("No event is left" if form is as_meds else "X//DIAGNOSIS//") in "".join(capsys.readouterr())
+
+
+def test_another_form_of_the_source_gives_the_same_tokens(tmp_path):
+    rows = history_rows(subjects=60, days=6)
+    trained = prepared(tmp_path / "first", *as_meds(tmp_path / "meds", rows), "--min_count", "3")
+    some = [row for row in rows if row.subject in (5, 6, 17)]
+    like = "--like", str(tmp_path / "first")
+    found = prepared(tmp_path / "new", *as_table(tmp_path / "table", some), *like)
+    assert found == {subject: trained[subject] for subject in (5, 6, 17)}
+    # Splits of their own, of which any may be empty.
+    one = write_meds(tmp_path / "one", some, splits={"tuning": [5, 6], "held_out": [17]})
+    assert prepared(tmp_path / "split", "--input", str(one), *like) == found
+    assert len(read_prepared(tmp_path / "split").splits["train"]) == 0
+
+
+def test_like_a_run_on_generated_records(tmp_path):
+    config = DataConfig(subjects=80, vocabulary_size=250)
+    data, events = load_sequences(config, sep_token=False), load_events(config)
+    (tmp_path / "run").mkdir()
+    for name, content in rule_files(data.vocabulary, data.preparation).items():
+        (tmp_path / "run" / name).write_bytes(content)
+    chosen = data.splits["train"].subject_ids[:3]
+    table = events.events.filter(pa.array(np.isin(events.events["subject_id"].to_numpy(), chosen)))
+    meds_export.write_meds([table], tmp_path / "meds", splits={}, descriptions={}, dataset_name="new")
+    found = prepared(
+        tmp_path / "new", "--input", str(tmp_path / "meds"),
+        "--like", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert found == {subject: one for subject, one in tokens_of(data).items() if subject in chosen}
+    assert len(found) == 3

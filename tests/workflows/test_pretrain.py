@@ -68,11 +68,14 @@ def test_a_run_leaves_the_whole_folder(finished):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "parameters.json", "metrics.jsonl", "summary.json", "SUMMARY.txt", "checkpoints",
-        "adapter", "vocabulary.parquet", "plots", "report.html", "files.json",
+        "adapter", "vocabulary.parquet", "preparation.json", "plots", "report.html",
+        "files.json",
     }  # fmt: skip
     assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "accuracy.png"}
     assert {path.name for path in (folder / "adapter").iterdir()} == {
         "adapter_config.json",
+        "vocabulary.parquet",
+        "preparation.json",
         "adapter.safetensors",
     }
     config = read(folder, "config.json")

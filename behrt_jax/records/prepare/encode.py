@@ -195,10 +195,12 @@ def encode_spills(
     config: PrepareConfig,
     most: int,
     told: spill.Told,
+    bins: event_rules.ValueBins | None = None,
 ) -> Encoding:
     """Load the partitions of spill files, of ``most`` events, encode them, and tell how many are done.
 
-    The source's splits are read, and it learns what other processes have read.
+    The source's splits are read, and it learns what other processes have read. Bins of values are fitted
+    where none are given.
 
     Raises:
         InputError: splits that share subjects, or a split by hash with a train or tuning split without any.
@@ -215,7 +217,8 @@ def encode_spills(
     partitions = spill.Partitions(spills, most)
     rules = EncodingRules(choice, config.duplicates, life_rules(config), split_listed(splits))
     if config.value_codes:
-        bins = fit_values(partitions, splits["train"], rules, config.value_bins, config.min_count)
+        if bins is None:
+            bins = fit_values(partitions, splits["train"], rules, config.value_bins, config.min_count)
         rules = replace(rules, bins=bins)
 
     def encoded() -> Iterator[Encoded]:
@@ -242,8 +245,9 @@ def own_splits(source: Source) -> dict[str, np.ndarray] | None:
 
 def split_by_hash(subjects: np.ndarray, config: PrepareConfig) -> dict[str, np.ndarray]:
     """See `splits.hash_splits`."""
-    fractions = config.tuning_fraction, config.held_out_fraction
-    return hash_splits(subjects, *fractions, config.seed, options="", exact=config.splits.exact)
+    # Of other subjects a split may be empty, and all go to one where no shares are given.
+    like, exact = config.like is not None, config.splits.exact and config.shares != (0.0, 1.0)
+    return hash_splits(subjects, *config.shares, config.seed, options="", exact=exact, may_be_empty=like)
 
 
 # Encoding of input whose subjects ascend from unit to unit: while it is read, without spill files.
@@ -287,8 +291,7 @@ def encode_ascending(
     counts, unselected = EventCounts(), EventCounts()  # one for each thread
     codes, seen = spill.CodeNumbers(choice.read), spill.SubjectSet()
     splits = own_splits(source)
-    fractions = config.tuning_fraction, config.held_out_fraction, config.seed
-    by_hash: SplitOf = lambda ids: hash_split_index(ids, *fractions)  # noqa: E731
+    by_hash: SplitOf = lambda ids: hash_split_index(ids, *config.shares, config.seed)  # noqa: E731
     split_of = by_hash if splits is None else split_listed(splits)
     rules = EncodingRules(choice, config.duplicates, life_rules(config), split_of)
 

@@ -3,44 +3,109 @@ subjects.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from behrt_jax import __version__
-from behrt_jax.config import PrepareConfig
+from behrt_jax.config import PrepareConfig, SkippedTables, TableColumns, from_stored
+from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import EventCounts
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.packing import pack_lengths
-from behrt_jax.data.prepared import FORMAT_VERSION
+from behrt_jax.data.prepared import FORMAT_VERSION, read_rules
 from behrt_jax.data.sequences import Sequences, describe_split, span_of_times
 from behrt_jax.data.vocabulary import Vocabulary, matching_codes
+from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.records.sources.source import Source
 
 ROW_LENGTHS = (50, 100, 200, 512)
 """Row lengths for which the padding is computed."""
 TOP_CODES = 20
+UNKNOWN_CODES = 1000
+"""Of those without a row in the vocabulary, how many are listed at most."""
 LATER_OPTIONS = ("without_birth", "implausible_ages")
 
 
-def content_options(source: Source, config: PrepareConfig, codes: tuple[str, ...]) -> JsonObject:
+class Like(NamedTuple):
+    """What other subjects are prepared like."""
+
+    vocabulary: Vocabulary
+    preparation: Preparation
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary and the bins of values, which options do not tell."""
+        edges = json.dumps(self.preparation.to_json().get("value_edges"), sort_keys=True)
+        return hashlib.sha256(f"{self.vocabulary.fingerprint()}\n{edges}".encode()).hexdigest()
+
+
+_OF_RULES = (
+    "codes", "exclude_codes", "static_codes", "value_codes", "value_bins", "duplicates", "delays",
+    "min_count", "vocabulary_size", *LATER_OPTIONS,
+)  # fmt: skip
+
+
+def read_like(config: PrepareConfig, option: str = "--like") -> tuple[PrepareConfig, Like | None]:
+    """The options with those of the folder that ``like`` names in their place, and what else it tells.
+
+    Its own options where it names none. What depends on the form of the source (columns, and whether concepts
+    are replaced by ancestors) is taken over where the source is of the same kind.
+
+    Raises:
+        InputError: the folder does not tell, or an option says something else.
+    """
+    if config.like is None:
+        return config, None
+    like = Like(*read_rules(config.like, option))
+    source, options = like.preparation.source, like.preparation.options
+    taken = {}
+    for name in _OF_RULES:
+        given, default = getattr(config, name), getattr(PrepareConfig(), name)
+        theirs = options.get(name, default)
+        taken[name] = tuple(theirs) if isinstance(theirs, list) else theirs
+        if given not in (default, taken[name]):
+            raise InputError(
+                f"--{name} has no effect with --like, which takes {name} from {config.like}: leave it out."
+            )
+    if config.source == source == "table" and config.table == TableColumns():
+        taken["table"] = from_stored(TableColumns, options["table"])
+    for kind, name in (("meds", "visit_column"), ("omop", "ancestors")):
+        if config.source == source == kind:
+            given, theirs = getattr(config, name), options.get(name)
+            if given and not theirs:
+                raise InputError(f"--{name}: {config.like} was prepared without it: leave it out.")
+            taken[name] = given or theirs
+    if not config.birth_codes:
+        taken["birth_codes"] = tuple(options.get("birth_codes", ()))
+    skipped = getattr(config, source, None) if config.source == source else None
+    if isinstance(skipped, SkippedTables) and not skipped.skip:
+        taken[source] = SkippedTables(tuple(options.get("skip", ())))
+    return replace(config, **taken), like
+
+
+def content_options(
+    source: Source, config: PrepareConfig, codes: tuple[str, ...], like: Like | None = None
+) -> JsonObject:
     """The options that decide what is prepared, with the patterns of codes as they are applied."""
     names = ["exclude_codes", "static_codes", "min_count", "vocabulary_size", "duplicates", "delays"]
     if config.value_codes:
         names += ["value_codes", "value_bins"]
+    shares = zip(("tuning_fraction", "held_out_fraction"), config.shares, strict=True)
     # Of what came later, only what was asked for: the manifests of before stay equal.
     names += [name for name in LATER_OPTIONS if getattr(config, name) != getattr(PrepareConfig, name)]
     by_hash = not source.splits()
-    split = ["tuning_fraction", "held_out_fraction", "seed"] if by_hash else []
     options = {
         "codes": codes,
         **{name: getattr(config, name) for name in names},
         **source.options(),
-        **{name: getattr(config, name) for name in split},
+        **({**dict(shares), "seed": config.seed} if by_hash else {}),
         **({"exact_splits": True} if by_hash and config.splits.exact else {}),
+        **({} if like is None else {"like": like.fingerprint()}),
     }
     # Groups of options come last, as they always have.
     ordered = sorted(options.items(), key=lambda option: isinstance(option[1], dict))
@@ -109,6 +174,8 @@ class Prepared:
     """Split -> codes that occur in it, before rare ones became [UNK]."""
     top_codes: Sequence[tuple[str, str | None, int]]
     """Code, description and events in all splits, most frequent first."""
+    unknown_codes: Sequence[tuple[str, int]]
+    """Codes without a row in the vocabulary and their events in all splits, most frequent first."""
     subjects_without_events: Mapping[str, int]
     """By split."""
     facts: Mapping[str, Mapping[str, int]]
@@ -155,6 +222,10 @@ def describe_prepared(
         "splits": described,
         "top_codes": [
             {"code": code, "description": text, "events": events} for code, text, events in prepared.top_codes
+        ],
+        "distinct_unknown_codes": len(prepared.unknown_codes),
+        "unknown_codes": [
+            {"code": code, "events": events} for code, events in prepared.unknown_codes[:UNKNOWN_CODES]
         ],
         **bins,
     }

@@ -58,10 +58,12 @@ from behrt_jax.records.prepare.encode import (
 )
 from behrt_jax.records.prepare.manifest import (
     TOP_CODES,
+    Like,
     Prepared,
     content_options,
     describe_prepared,
     input_fingerprint,
+    read_like,
 )
 from behrt_jax.records.sources.source import Source
 
@@ -95,11 +97,12 @@ def prepare(
         InputError: a wrong option or record, an output that holds something else, nothing left to train
             or tune on, or shards that are missing. Nothing is left at the output then.
     """
+    config, like = read_like(config)
     _check(config)
-    if not source.splits():
-        check_fractions(config.tuning_fraction, config.held_out_fraction, options="")
-    codes = config.codes or source.default_codes
-    options = content_options(source, config, codes)
+    if not source.splits() and config.shares != (0.0, 1.0):
+        check_fractions(*config.shares, options="")
+    codes = config.codes or (source.default_codes if like is None else ())
+    options = content_options(source, config, codes, like)
     choice = CodeChoice(codes, config.exclude_codes, config.value_codes, config.static_codes)
     choice.read([])  # wrong patterns are told before anything is read
     # A default that matches nothing is no slip.
@@ -121,11 +124,11 @@ def prepare(
         )
 
         def finished(encoding: Encoding) -> JsonObject:
-            prepared, fingerprint = finish(source, encoding, config, work, background, write)
+            prepared, fingerprint = finish(source, encoding, config, like, work, background, write)
             manifest = describe_prepared(
                 source.name, options, input_print.result, fingerprint.result, prepared
             )
-            if idle := given.without_effect(encoding.names()):
+            if like is None and (idle := given.without_effect(encoding.names())):
                 manifest["without_effect"] = idle
             manifest = sealed(manifest | {"files": digests_of(work / "prepared")})
             write_json(work / "prepared" / MANIFEST, manifest, escaped=False)
@@ -147,7 +150,8 @@ def prepare(
                 spills = spill.spill_in_parallel(
                     source, every, reading(), work / "spill", config.workers, read
                 )
-            manifest = finished(encode_spills(source, spills, choice, config, partition_events, encode))
+            bins = None if like is None else like.preparation.bins
+            manifest = finished(encode_spills(source, spills, choice, config, partition_events, encode, bins))
         if not config.dry_run and config.output is not None:
             (work / "prepared").replace(config.output)
     if config.merge and not config.dry_run and config.output is not None:
@@ -202,11 +206,13 @@ def finish(
     source: Source,
     encoding: Encoding,
     config: PrepareConfig,
+    like: Like | None,
     work: Path,
     background: Executor,
     told: spill.Told,
 ) -> tuple[Prepared, Future[str]]:
-    """Fit the vocabulary and write all of the data set but its manifest into ``work / "prepared"``.
+    """Fit the vocabulary, or take that of `like`, and write all of the data set but its manifest into
+    ``work / "prepared"``.
 
     The encoding's partitions are exhausted. Threads of ``background`` write and hash; ``told`` is called with
     the splits that are written, and how many there are.
@@ -236,10 +242,12 @@ def finish(
         check_ages(counts, life_rules(config))
         splits = encoding.splits()
         names, events = list(codes.number), codes.events
-        if not any(found.any() for found in events.values()):
-            raise nothing_left(encoding.prefixes(), counts, options="", births_from=source.births_from)
+        read = encoding.prefixes()
+        if not any(found.any() for found in events.values()) and (like is None or any(read.values())):
+            own = "" if like is None else None
+            raise nothing_left(read, counts, options=own, births_from=source.births_from)
         for name in ("train", "tuning"):
-            if not events[name].any():
+            if like is None and not events[name].any():
                 raise InputError(
                     f"No event is left in the {name} split: put subjects with selected codes into it, or "
                     "select more codes with codes."
@@ -247,12 +255,17 @@ def finish(
 
         descriptions = Descriptions(source.descriptions())
         train = {name: count for name, count in zip(names, events["train"].tolist(), strict=True) if count}
-        texts = {name: text for name in train if (text := descriptions.of(name)) is not None}
-        vocabulary = fit_vocabulary(train, config.min_count, config.vocabulary_size, None, texts, options="")
+        if like is None:
+            texts = {name: text for name in train if (text := descriptions.of(name)) is not None}
+            vocabulary = fit_vocabulary(
+                train, config.min_count, config.vocabulary_size, None, texts, options=""
+            )
+        else:
+            vocabulary = like.vocabulary.counted(train)
         ids = vocabulary.encode(names)
         everywhere = sum(events.values(), np.zeros(len(names), np.int64))  # [names]
         counts.change("rare or unseen code -> [UNK]", int(everywhere[ids == UNK].sum()))
-        top = sorted(zip((-everywhere).tolist(), names, strict=True))[:TOP_CODES]
+        ranked = sorted(zip((-everywhere).tolist(), names, (ids == UNK).tolist(), strict=True))
 
         writing = {name: background.submit(writers[name].finish, folder, ids) for name in SPLITS}
         sequences = {}
@@ -266,7 +279,8 @@ def finish(
         sequences,
         counts,
         distinct_codes={name: int(np.count_nonzero(events[name])) for name in SPLITS},
-        top_codes=[(name, descriptions.of(name), -count) for count, name in top if count],
+        top_codes=[(name, descriptions.of(name), -count) for count, name, _ in ranked[:TOP_CODES] if count],
+        unknown_codes=[(name, -count) for count, name, unknown in ranked if unknown and count],
         subjects_without_events={name: len(splits[name]) - len(sequences[name]) for name in SPLITS},
         facts={name: writer.counts() for name, writer in facts.items()},
         value_edges=encoding.bins

@@ -44,7 +44,12 @@ _SAMPLED_GROUPS = 64
 _SAMPLED_ROWS = 1 << 17
 
 
-def open_meds(path: Path, visit_column: str | None = None, split_names: Sequence[str] = ()) -> "MedsSource":
+def open_meds(
+    path: Path,
+    visit_column: str | None = None,
+    split_names: Sequence[str] = (),
+    needs_train: bool = True,
+) -> "MedsSource":
     """Open a MEDS folder: everything is checked that shows without reading the events.
 
     Args:
@@ -52,6 +57,7 @@ def open_meds(path: Path, visit_column: str | None = None, split_names: Sequence
         visit_column: column to take as ``visit_id`` (``hadm_id`` in MIMIC), integers or text; a shard
             without it has null visit ids.
         split_names: ``NAME=SPLIT`` for folders, or rows of the split file, that call a split otherwise.
+        needs_train: where there are splits, the train split must have subjects.
 
     Raises:
         InputError: the folder, a file, a column, a type or the splits are missing or wrong, or there is
@@ -80,6 +86,9 @@ def open_meds(path: Path, visit_column: str | None = None, split_names: Sequence
     if not parts:
         raise _no_event(data)
     splits, codes = metadata_file(metadata, "subject_splits"), metadata_file(metadata, "codes")
+    dealt = splits_of_folders(data, shards, parts, names) if splits is None else read_splits(splits, names)
+    if needs_train and dealt and not len(dealt["train"]):
+        raise InputError(f"{splits or data} has no train split: put subjects into one called train.")
     return MedsSource(
         data,
         visit_column,
@@ -87,7 +96,7 @@ def open_meds(path: Path, visit_column: str | None = None, split_names: Sequence
         [file for file in (codes, splits) if file is not None],
         parts,
         np.array(ranges, np.int64) if len(ranges) == len(parts) else None,
-        splits_of_folders(data, shards, parts, names) if splits is None else read_splits(splits, names),
+        dealt,
         read_descriptions(codes) if codes is not None else {},
     )
 
@@ -391,7 +400,7 @@ def splits_of_folders(
 
     Raises:
         InputError: some shards are in folders of splits, or in what looks like one, and others not; a
-            subject is in two splits; no train split; an option names what is not there.
+            subject is in two splits; an option names what is not there.
     """
     called = {shard: _names_of(data, shard) for shard in shards}
     own = {shard: {names[name] for name in called[shard] if name in names} for shard in shards}
@@ -418,7 +427,8 @@ def splits_of_folders(
         chosen = [part for part in parts if split in own[part.file]]
         ids = (ids for part in chosen for ids in read_subject_ids(part.file, part.row_groups))
         splits[split] = np.unique(np.concatenate([np.empty(0, np.int64), *(np.unique(part) for part in ids)]))
-    return check_splits(splits, data)
+    check_disjoint(splits, str(data))
+    return splits
 
 
 def _refuse_unused(names: dict[str, str], there: set[str], place: str) -> None:
@@ -432,7 +442,7 @@ def read_splits(file: Path, split_names: dict[str, str] | None = None) -> dict[s
     ``split_names`` are other names -> the split that is meant.
 
     Raises:
-        InputError: damage, wrong columns or names, a subject in two splits, no train split.
+        InputError: damage, wrong columns or names, a subject in two splits.
     """
     with parquet.open_parquet(file) as opened:
         parquet.require_columns(file, opened, ("subject_id", "split"))
@@ -454,14 +464,7 @@ def read_splits(file: Path, split_names: dict[str, str] | None = None) -> dict[s
         split: np.unique(ids[np.isin(column, [name for name in names if names[name] == split])])
         for split in SPLITS
     }
-    return check_splits(splits, file)
-
-
-def check_splits(splits: dict[str, np.ndarray], where: Path) -> dict[str, np.ndarray]:
-    """Refuse splits that share subjects or lack a train split; else give them back."""
-    check_disjoint(splits, str(where))
-    if not len(splits["train"]):
-        raise InputError(f"{where} has no train split: put subjects into one called train.")
+    check_disjoint(splits, str(file))
     return splits
 
 

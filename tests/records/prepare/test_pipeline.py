@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from behrt_jax.config import DataConfig, PrepareConfig
 from behrt_jax.data.event_rules import select_events
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS
-from behrt_jax.data.prepared import read_births, read_prepared
+from behrt_jax.data.prepared import read_births, read_prepared, read_rules
 from behrt_jax.data.sequences import build_sequences
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
 from behrt_jax.records.prepare.pipeline import prepare
+from behrt_jax.workflows.patient import encode_events
 from tests.records.meds_folder import (
     DAY,
     HOUR,
@@ -31,6 +32,8 @@ from tests.records.meds_folder import (
     event_set,
     events_table,
     history_rows,
+    tokens,
+    tokens_of,
 )
 from tests.records.memory_source import MemorySource
 
@@ -484,3 +487,91 @@ def test_visits_interrupted_again_and_again():
     ids = [7, 8, 7, 9, 7, 5, 8]
     rows = [born(1), *[Row(1, DAY + place, "A", visit) for place, visit in enumerate(ids)]]
     assert select_events(event_set(rows), (), (), "keep").visits.tolist() == [0, 1, 0, 2, 0, 3, 1]
+
+
+# Other subjects, prepared like a data set that is there.
+
+LIKE_ROWS = [
+    row._replace(value=None if row.code == "DIAGNOSIS//7" else row.value)
+    for row in history_rows(subjects=40, days=5, seed=3)
+]
+
+
+@settings(max_examples=6)
+@given(
+    duplicates=st.sampled_from(["keep", "drop", "count"]),
+    values=st.sampled_from([(), ("DIAGNOSIS//[0-3]",), (r"DIAGNOSIS",)]),
+    exclude=st.sampled_from([(), ("DIAGNOSIS//5",)]),
+    own_splits=st.booleans(),
+    chosen=st.sets(st.integers(1, 40), min_size=1, max_size=5),
+)
+def test_like_gives_the_tokens_that_training_gave(
+    tmp_path_factory, duplicates, values, exclude, own_splits, chosen
+):
+    folder = tmp_path_factory.mktemp("like")
+    splits = by_remainder(LIKE_ROWS) if own_splits else None
+    rules = {"duplicates": duplicates, "value_codes": values, "exclude_codes": exclude, "value_bins": 3}
+    first = options(folder / "first", min_count=3, vocabulary_size=16, delays=("DIAGNOSIS//1=2",), **rules)
+    manifest = prepare(source_of(LIKE_ROWS, splits), first)
+    trained = tokens(folder / "first")
+    again = PrepareConfig(output=folder / "again", like=folder / "first")
+    prepare(source_of(LIKE_ROWS, splits), again)
+    assert tokens(folder / "again") == trained
+    assert contents(folder / "again").keys() == contents(folder / "first").keys()
+    if own_splits:  # the same split files too, the vocabulary with its counts included
+        same = {name for name in contents(folder / "first") if name != "manifest.json"}
+        first_files, again_files = contents(folder / "first"), contents(folder / "again")
+        assert {name: first_files[name] for name in same} == {name: again_files[name] for name in same}
+    some = [row for row in LIKE_ROWS if row.subject in chosen]
+    new = prepare(
+        source_of(some, units=2, chunk=7), PrepareConfig(output=folder / "some", like=folder / "again")
+    )
+    assert tokens(folder / "some") == {subject: trained[subject] for subject in chosen}
+    one = [row for row in some if row.subject == min(chosen)]
+    in_memory = encode_events(events_table(one), *read_rules(folder / "again", "--like"))
+    assert tokens_of(in_memory) == {min(chosen): trained[min(chosen)]}
+    assert in_memory.counts.kept == sum(len(part.codes) for part in in_memory.splits.values())
+    assert new["options"]["delays"] == ["DIAGNOSIS//1=2"]
+    assert new["vocabulary"] == manifest["vocabulary"]
+    assert new.get("value_edges") == manifest.get("value_edges")
+    assert new["splits"]["held_out"]["subjects"] == len(chosen)
+
+
+def test_like_counts_what_the_vocabulary_does_not_know_by_code(tmp_path):
+    prepare(source_of(LIKE_ROWS, by_remainder(LIKE_ROWS)), options(tmp_path / "first"))
+    rows = [born(7), *(Row(7, day * DAY, f"NEW//{day % 3}") for day in range(8)), Row(7, DAY, "DIAGNOSIS//1")]
+    manifest = prepare(source_of(rows), options(tmp_path / "new", like=tmp_path / "first"))
+    assert manifest["unknown_codes"] == [
+        {"code": "NEW//0", "events": 3},
+        {"code": "NEW//1", "events": 3},
+        {"code": "NEW//2", "events": 2},
+    ]
+    assert manifest["distinct_unknown_codes"] == 3
+    assert manifest["events"]["changed"]["rare or unseen code -> [UNK]"] == 8
+    data = read_prepared(tmp_path / "new")
+    assert dict(data.unknown_codes) == {"NEW//0": 3, "NEW//1": 3, "NEW//2": 2}
+    assert np.count_nonzero(data.splits["held_out"].codes == UNK) == 8
+    # Shares that are given deal the subjects out as usual, and a split without any is no error.
+    shares = options(tmp_path / "dealt", like=tmp_path / "first", tuning_fraction=0.2)
+    assert prepare(source_of(rows), shares)["options"]["held_out_fraction"] == 0.1
+
+
+def test_like_refuses_rules_of_its_own_and_what_it_knows_nothing_of(tmp_path):
+    first = options(tmp_path / "first", value_codes=("DIAGNOSIS//1",))
+    prepare(source_of(LIKE_ROWS, by_remainder(LIKE_ROWS)), first)
+    given = options(tmp_path / "new", like=tmp_path / "first")
+    for change in ({"codes": ("DX",)}, {"duplicates": "count"}, {"min_count": 2}, {"value_bins": 7}):
+        with pytest.raises(InputError, match=f"--{next(iter(change))} has no effect with --like"):
+            prepare(source_of(LIKE_ROWS), replace(given, **change))
+    prepare(source_of(LIKE_ROWS), replace(given, value_codes=("DIAGNOSIS//1",)))  # it says the same
+    with pytest.raises(InputError, match=f"--like: {tmp_path} does not tell how its data were prepared"):
+        prepare(source_of(LIKE_ROWS), replace(given, like=tmp_path))
+    others = options(tmp_path / "selected", codes=("DIAGNOSIS//",))
+    prepare(source_of(LIKE_ROWS, by_remainder(LIKE_ROWS)), others)
+    strangers = [born(1), Row(1, DAY, "I10"), Row(1, DAY, "E11")]
+    with pytest.raises(InputError, match=r"No event is left .*write the codes as in the data that the model"):
+        prepare(source_of(strangers), options(tmp_path / "strangers", like=tmp_path / "selected"))
+    assert not (tmp_path / "strangers").exists()
+    # A subject with nothing but a birth can be predicted from the age.
+    prepare(source_of([born(1)]), options(tmp_path / "newborn", like=tmp_path / "selected"))
+    assert len(read_prepared(tmp_path / "newborn").subject_ids("held_out")) == 1
