@@ -183,7 +183,7 @@ def test_one_clear_error_and_nothing_written(mistake, data, tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(data, tmp_path, monkeypatch, capsys):
-    def fail(table, file):
+    def fail(table, file, **options):
         Path(file).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
