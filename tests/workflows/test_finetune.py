@@ -1,6 +1,7 @@
 """Fine-tuning as a whole: what each regime leaves behind, resuming, and wrong input."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -245,7 +246,12 @@ def test_wrong_settings_are_one_clear_error_before_anything_is_written(case, tmp
     config = replace(case.config(), output=tmp_path / "run")
     nothing = tmp_path / "nothing"
     nothing.mkdir()
+    assert config.init is not None
+    empty = tmp_path / "empty"
+    shutil.copytree(config.init, empty, ignore=shutil.ignore_patterns("checkpoints"))
     cases = {
+        # Before labels are read: they are not there either.
+        r"--init: .*empty has no checkpoint": replace(config, init=empty, labels=nothing),
         r"--init is missing": replace(config, init=None),
         r"--init: .*nothing holds no finished run": replace(config, init=nothing),
         r"--init: .* is no run of pretraining": replace(config, init=case.run()),
