@@ -3,8 +3,10 @@
 ``behrt-jax COMMAND``, ``python -m behrt_jax COMMAND`` and the scripts of ``experiments/`` all come from here.
 """
 
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
@@ -149,15 +151,30 @@ def run_command(command: Command[C], arguments: Sequence[str], prog: str) -> int
     output = None
     with lasting_streams():
         try:
-            config = parse(command, arguments, prog)
-            output = getattr(config, "output", None)
-            _check_outputs(config)
-            module, _, function = command.run.partition(":")
-            return command.status(getattr(import_module(module), function)(config))
+            with _holding_back(signal.SIGINT):
+                config = parse(command, arguments, prog)
+                output = getattr(config, "output", None)
+                _check_outputs(config)
+                module, _, name = command.run.partition(":")
+                function = getattr(import_module(module), name)
+            return command.status(function(config))
         except (Exception, KeyboardInterrupt) as error:
             line, status = explain(error, output)
             print(f"error: {' '.join(printable(line).split(chr(10)))}", file=sys.stderr)
             return status
+
+
+@contextmanager
+def _holding_back(number: int) -> Iterator[None]:
+    """Let a signal wait: libraries that are interrupted while they are imported may crash."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def parse(command: Command[C], arguments: Sequence[str], prog: str) -> C:

@@ -302,9 +302,14 @@ class PretrainConfig:
 class TaskConfig:
     """Use that is made of the labels."""
 
-    pooling: Literal["mean", "max", "last", "cls"] = "mean"
-    """From the vectors of a subject's events to one: their mean, their maximum, the last one, or that of
-    [CLS], which only models with model.cls_token have."""
+    pooling: Literal["auto", "mean", "max", "last", "attention", "cls"] = "auto"
+    """From the vectors of a subject's events to one: their mean, their maximum, the last one, their mean
+    weighted by a learned attention, or that of [CLS], which only models with model.cls_token have. auto: the
+    one of the first four that does best on tuning in the search."""
+    blend: Literal["off", "counts"] = "off"
+    """counts: predictions are blended with those of logistic regression on counts of codes, by the largest
+    share of these whose loss on tuning is within a standard error of the least. Binary tasks alone; takes
+    scikit-learn."""
     intervals: int = 10
     """Survival: number of time intervals, each with about as many events."""
     label_fraction: float = 1.0
@@ -325,12 +330,14 @@ class TaskConfig:
 class TaskTrainConfig:
     """Length, batch, validation and stopping of a fine-tuning run."""
 
-    epochs: int = 20
-    """Passes over the train examples."""
+    epochs: int | None = None
+    """Passes over the train examples, at most. Where not given, 20, and more of few labels: as many as make
+    800 steps, with 40 steps or more between validations."""
     max_steps: int | None = None
     """Stop after this many steps in all, if that comes first."""
-    batch_size: int = 128
-    """Examples a step, on average: packing turns them into rows."""
+    batch_size: int | None = None
+    """Examples a step, on average: packing turns them into rows. Where not given, 128, and less of fewer than
+    2,000 labels: a sixteenth of them, 16 at least."""
     micro_batches: int | None = None
     """Parts a batch is cut into, one after the other inside the step: less memory, same result; by a rule
     where not given."""
@@ -362,6 +369,20 @@ class PopulationConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """What is tried before a fine-tuning run: members on one frozen base, in one program, of which the one
+    with the least loss on tuning says how the run is trained. They vary in task.pooling where that is auto,
+    and about the given optimizer.learning_rate and lora.rank; with adapters, some train the embeddings too.
+    Not with regimes that train the base; of a population, in the pooling alone.
+    """
+
+    size: int = 8
+    """Number of members; 0 for no search, which leaves pooling auto the attention."""
+    labels: int = 2000
+    """Most train labels that they learn from, and most tuning labels they are judged by, drawn by seed."""
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Fine-tune a pretrained BEHRT on labels at prediction times."""
 
@@ -387,6 +408,7 @@ class FinetuneConfig:
     """Precision of matrix products; the pretrained model's where not given."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TaskTrainConfig = field(default_factory=TaskTrainConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     population: PopulationConfig = field(default_factory=PopulationConfig)
     extend_vocabulary: bool = False
     """Codes of the data that the pretrained model has no embedding for get a row of their own, trained with

@@ -73,7 +73,7 @@ def no_space(path: Path | None, error: BaseException) -> str:
     where = "" if path is None else f" for {path}"
     return (
         f"there is no space left{where} ({_first_line(error)}): free some, or give a place on another disk. "
-        "A run goes on from its last checkpoint with --resume."
+        "A training run goes on from its last checkpoint with --resume."
     )
 
 

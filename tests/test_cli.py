@@ -279,6 +279,17 @@ def test_whatever_ends_a_command_is_one_line(error, status, tmp_path, monkeypatc
     assert line.startswith("error: ")
 
 
+def test_an_interruption_waits_until_libraries_are_imported(monkeypatch, capsys):
+    def parsing(*_):
+        signal.raise_signal(signal.SIGINT)
+        reached.append(True)
+
+    reached = []
+    monkeypatch.setattr("behrt_jax.cli.parse", parsing)
+    assert main(["doctor"]) == 130
+    assert reached and capsys.readouterr().err.startswith("error: interrupted by SIGINT")
+
+
 STREAMS = """
 import os, sys
 from behrt_jax.tracking.console import lasting_streams, open_console

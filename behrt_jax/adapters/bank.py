@@ -102,7 +102,8 @@ def _read(folder: Path, base: Tree, fingerprint: str, vocabulary_fingerprint: st
     if changed:
         raise InputError(
             f"{folder}: this adapter cannot share a base with others, since it has trained {changed[0]}. "
-            "Train it with freezing.regime lora_pretrained, without extend_vocabulary, or use it alone."
+            "Train it with freezing.regime lora_pretrained, without extend_vocabulary and without "
+            "task.pooling attention, or use it alone."
         )
     head = {name: f"params/task_head/dense/{name}" for name in ("kernel", "bias")}
     if not set(head.values()) <= tensors.keys():

@@ -107,10 +107,10 @@ def select_events(
        they are counted, the first event's code gets a suffix of ``REPEATS``, and is counted as changed).
 
     Of several births the earliest is taken that is no placeholder such as 1900-01-01 (changed: ``births
-    differ``, in subjects); an only one is kept, and told. A death on a day before birth, or at an age that cannot be, such as one in the
-    year 9999, is none. Of deaths on several days (changed: ``deaths differ``, in subjects) the first is
-    taken; but with an event more than 60 days after it, on the last of these days or before, the last
-    (changed too; https://github.com/OHDSI/Themis/issues/6).
+    differ``, in subjects); an only one is kept, and told. A death on a day before birth, or at an age that
+    cannot be, such as one in the year 9999, is none. Of deaths on several days (changed: ``deaths differ``,
+    in subjects) the first is taken; but with an event more than 60 days after it, on the last of these days
+    or before, the last (changed too; https://github.com/OHDSI/Themis/issues/6).
 
     A visit is a visit id where the event has one, else a calendar day. Events are in the order of time,
     so one visit may be interrupted by another.

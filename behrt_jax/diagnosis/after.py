@@ -90,8 +90,8 @@ def gain_over_pairs(run: RunRecord) -> Iterator[Finding]:
     if run.setting("data", "source") == "uniform" or not (is_number(loss) and is_number(pairs)):
         return
     gap = (run.summary.get("gaps") or {}).get("co-occurrence") or {}
-    low, high = gap.get("low"), gap.get("high")
-    known = is_number(low) and is_number(high)
+    known = is_number(gap.get("low")) and is_number(gap.get("high"))
+    low, high = (gap["low"], gap["high"]) if known else (0.0, 0.0)
     if known and low <= 0 <= high:
         yield Finding.info(
             "no-gain-over-co-occurrence",

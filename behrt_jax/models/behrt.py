@@ -259,7 +259,9 @@ class BEHRTForMLM(nn.Module):
         return head(hidden, decode)
 
 
-Pooling = Literal["cls", "mean", "max", "last"]
+Pooling = Literal["cls", "mean", "max", "last", "attention", "each"]
+EACH: tuple[Pooling, ...] = ("mean", "max", "last", "attention")
+"""Poolings among which a search chooses; "each" computes all, and its parameters say which counts."""
 
 
 def pool_segments(hidden: jax.Array, segment_ids: jax.Array, how: Pooling, segments: int) -> jax.Array:
@@ -296,6 +298,33 @@ def pool_segments(hidden: jax.Array, segment_ids: jax.Array, how: Pooling, segme
     else:
         raise ValueError(f"pooling must be cls, mean, max or last, not {how!r}")
     return jnp.where(present, pooled, 0.0)
+
+
+class PoolingHead(nn.Module):
+    """Poolings with parameters: attention, by a learned query for each head, and a choice among `EACH`."""
+
+    heads: int
+    how: Pooling
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, segment_ids: jax.Array, segments: int) -> jax.Array:
+        """Pool each segment's tokens; arguments and result as of :func:`pool_segments`."""
+        batch, length, width = hidden.shape
+        # Zero queries weigh all alike: attention begins as the mean.
+        query = self.param("query", nn.initializers.zeros, (width, self.heads))
+        scores = (hidden.astype(jnp.float32) @ query).swapaxes(1, 2)[:, None]  # [B, 1, H, L]
+        ids = jnp.arange(1, segments + 1, dtype=segment_ids.dtype)
+        member = (segment_ids[:, None, :] == ids[None, :, None])[:, :, None]  # [B, S, 1, L]
+        weights = jax.nn.softmax(jnp.where(member, scores, -1e30), axis=-1)  # [B, S, H, L]
+        by_head = hidden.reshape(batch, length, self.heads, width // self.heads)
+        attended = jnp.einsum("bshl,blhd->bshd", weights.astype(hidden.dtype), by_head)
+        present = member.any(axis=-1)  # [B, S, 1]
+        attended = jnp.where(present, attended.reshape(batch, segments, width), 0.0)
+        if self.how == "attention":
+            return attended
+        chosen = jax.lax.stop_gradient(self.param("choice", nn.initializers.ones, (len(EACH),)))
+        pooled = [pool_segments(hidden, segment_ids, how, segments) for how in EACH[:-1]]
+        return jnp.einsum("p,pbsd->bsd", chosen.astype(hidden.dtype), jnp.stack([*pooled, attended]))
 
 
 class TaskHead(nn.Module):
@@ -335,7 +364,10 @@ class PatientEmbedding(nn.Module):
         if self.pooling == "cls" and not self.config.cls_token:
             raise ValueError("cls pooling needs sequences with a [CLS] token: set model.cls_token")
         hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(batch, deterministic, rows, packed)
-        return pool_segments(hidden, jnp.asarray(batch.segment_ids), self.pooling, segments)
+        ids = jnp.asarray(batch.segment_ids)
+        if self.pooling in ("attention", "each"):
+            return PoolingHead(self.config.heads, self.pooling, name="pooling_head")(hidden, ids, segments)
+        return pool_segments(hidden, ids, self.pooling, segments)
 
 
 class BEHRTForTask(nn.Module):

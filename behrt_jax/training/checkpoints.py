@@ -12,8 +12,10 @@ Source: Orbax (https://orbax.readthedocs.io), its v0 ``CheckpointManager``.
 import json
 import logging
 import math
+import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,9 +67,9 @@ class Contents(NamedTuple):
 class ContentsOnDisk:
     """The contents of each step in a folder, read when first asked for."""
 
-    def __init__(self, folder: Path, read_json: Callable[[int, str], JsonObject]):
-        """`read_json` reads a JSON item of a step by its name."""
-        self._folder = folder
+    def __init__(self, folder: Path, plain: Path, read_json: Callable[[int, str], JsonObject]):
+        """`plain` is the path for libraries, `read_json` reads a JSON item of a step by its name."""
+        self._folder, self._plain = folder, plain
         self._read_json = read_json
         self._contents: dict[int, Contents] = {}
         self._whole: dict[int, bool] = {}
@@ -113,7 +115,7 @@ class ContentsOnDisk:
             if (folder / FILES_FILE).is_file():
                 self.check_files(step, name)
             else:
-                _read_through(folder / name, len(self.contents(step).leaves[name]))
+                _read_through(self._plain / str(step) / name, len(self.contents(step).leaves[name]))
 
     def check_files(self, step: int, item: str) -> None:
         """Compare the files of an item with their digests; raises ValueError where one is damaged."""
@@ -255,7 +257,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep_best: bool):
         self._folder = folder
-        self._on_disk = ContentsOnDisk(folder, self._read_json)
+        self._link: tempfile.TemporaryDirectory[str] | None = None
+        self._plain = self._plain_path()
+        self._on_disk = ContentsOnDisk(folder, self._plain, self._read_json)
         self._prepared = False
         self._keep_best = keep_best
 
@@ -281,7 +285,16 @@ class Checkpoints:
                 create_directories_asynchronously=False, post_finalization_callback=record_files
             ),
         )
-        return ocp.CheckpointManager(self._folder, options=options)
+        return ocp.CheckpointManager(self._plain, options=options)
+
+    def _plain_path(self) -> Path:
+        """The folder, by a link where its path has what Orbax takes for a pattern or tensorstore for `/`."""
+        if not re.search(r"[][*?\\]", str(self._folder)):
+            return self._folder
+        self._link = tempfile.TemporaryDirectory(prefix="checkpoints-")
+        link = Path(self._link.name) / "checkpoints"
+        link.symlink_to(self._folder, target_is_directory=True)
+        return link
 
     def save(
         self,
@@ -339,6 +352,8 @@ class Checkpoints:
         """Wait, and free threads and files."""
         if "_manager" in self.__dict__:
             self._manager.close()
+        if self._link is not None:
+            self._link.cleanup()
 
     def latest_step(self) -> int | None:
         """Highest step with a whole checkpoint; None without any."""

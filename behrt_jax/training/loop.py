@@ -29,6 +29,11 @@ IN_FLIGHT = 4
 """Calls that the host may be ahead of the devices: enough that they never wait for it."""
 
 
+USUAL_EPOCHS, LEAST_STEPS, LEAST_BETWEEN = 20, 800, 40
+"""Of a fine-tuning run whose epochs are not given: few labels take more of them, with validations that are no
+less than so many steps apart, lest early stopping ends the run at the first rise of a few labels' loss."""
+
+
 @dataclass
 class Cursor:
     """The place of a run, beside its arrays; saved with each checkpoint."""
@@ -72,11 +77,13 @@ class Schedule:
     @classmethod
     def of(cls, config: TrainConfig | TaskTrainConfig, steps_per_epoch: int) -> "Schedule":
         """The schedule of a run whose epochs have so many steps."""
-        total = config.epochs * steps_per_epoch
+        epochs = config.epochs or max(USUAL_EPOCHS, -(-LEAST_STEPS // steps_per_epoch))
+        total = epochs * steps_per_epoch
+        apart = steps_per_epoch if config.epochs else max(steps_per_epoch, LEAST_BETWEEN)
         return cls(
             min(total, config.max_steps or total),
             steps_per_epoch,
-            config.validate_every or steps_per_epoch,
+            config.validate_every or apart,
             config.log_every,
             config.patience,
         )

@@ -37,6 +37,8 @@ class Members(NamedTuple):
     """Factor of each on the optimizer's learning rates, float32 `[members]`."""
     scales: jax.Array
     """Scale of each one's adapters over that of the largest rank, float32 `[members]`."""
+    embedding: jax.Array
+    """Factor of each on the learning rate of the embeddings, float32 `[members]`: 0 where they stay."""
 
 
 class PopulationState(NamedTuple):
@@ -69,14 +71,20 @@ def largest(configs: Sequence[LoRAConfig]) -> LoRAConfig:
 
 
 def make_members(
-    keys: jax.Array, rates: Sequence[float], configs: Sequence[LoRAConfig] | None = None
+    keys: jax.Array,
+    rates: Sequence[float],
+    configs: Sequence[LoRAConfig] | None = None,
+    embedding: Sequence[float] | None = None,
 ) -> Members:
-    """Members with these keys, factors on the learning rate `[members]` and adapters."""
+    """Members with these keys, factors on the learning rate `[members]`, adapters, and factors on that of the
+    embeddings.
+    """
     scales = [1.0] * len(rates)
     if configs is not None:
         most = lora.scale(largest(configs))
         scales = [lora.scale(config) / most for config in configs]
-    return Members(keys, jnp.asarray(rates, jnp.float32), jnp.asarray(scales, jnp.float32))
+    columns = (rates, scales, embedding or [1.0] * len(rates))
+    return Members(keys, *(jnp.asarray(column, jnp.float32) for column in columns))
 
 
 def init_population(
@@ -153,7 +161,7 @@ def make_population_step(
         words = jax.random.key_data(keys) if keys.ndim else None
 
         def step_of(of_member):
-            trained, opt_state, (words, rate, scale), fields = of_member
+            trained, opt_state, (words, rate, scale, embedding), fields = of_member
             scaled = partial(_scaled, scale=scale)
             own_objective = objective._replace(
                 loss=lambda variables, *rest: objective.loss(scaled(variables), *rest),
@@ -162,7 +170,7 @@ def make_population_step(
             )
             update = make_update_step(
                 own_objective,
-                _at_rate(optimizer, rate),
+                _at_rate(optimizer, rate, embedding),
                 mask,
                 keys if words is None else jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys)),
                 clip_norm=clip_norm,
@@ -172,7 +180,8 @@ def make_population_step(
             alone, totals = update(alone, batch._replace(**fields))
             return part(alone.variables, mask, trains=True), alone.opt_state, totals
 
-        each = state.trained, state.opt_state, (words, members.rates, members.scales), dict(own)
+        factors = (words, members.rates, members.scales, members.embedding)
+        each = state.trained, state.opt_state, factors, dict(own)
         trained, opt_state, totals = _map(step_of, each, at_once)
         return PopulationState(state.step + 1, state.frozen, trained, opt_state), totals
 
@@ -208,12 +217,18 @@ def member(state: PopulationState, number: int, config: LoRAConfig | None) -> Va
     return {**variables, "lora": lora.cut(variables["lora"], config.rank)}
 
 
-def _at_rate(optimizer: optax.GradientTransformation, rate: jax.Array) -> optax.GradientTransformation:
+def _at_rate(
+    optimizer: optax.GradientTransformation, rate: jax.Array, embedding: jax.Array
+) -> optax.GradientTransformation:
     """AdamW's update, weight decay included, is proportional to its learning rate."""
 
     def update(updates, state, params=None):
         updates, state = optimizer.update(updates, state, params)
-        return jax.tree.map(lambda leaf: rate * leaf, updates), state
+        return jax.tree.map(
+            lambda group, leaf: rate * (embedding if group == "embedding" else 1.0) * leaf,
+            lora.labels(updates),  # pyright: ignore[reportArgumentType]
+            updates,
+        ), state
 
     return optax.GradientTransformation(optimizer.init, update)
 

@@ -205,6 +205,12 @@ def check_finetune(config: FinetuneConfig) -> None:
             "--from_scratch leaves encoder and embeddings at random values, which this regime would never "
             "train: add --config scratch or --freezing.regime full.",
         )
+    require(config.search.size >= 0, f"search.size is {config.search.size}: give 0 or more.")
+    positive("search.labels", config.search.labels)
+    require(
+        config.task.blend == "off" or find_spec("sklearn") is not None,
+        "task.blend is counts, which takes scikit-learn, which is not installed: pip install scikit-learn.",
+    )
     if has_members(config):
         _check_population(config)
         require(

@@ -11,6 +11,7 @@ import jax
 from behrt_jax.config import FinetuneConfig
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.diagnosis import finding
 from behrt_jax.errors import DivergenceError
 from behrt_jax.files import JsonObject, json_text, write_text
 from behrt_jax.run_folder import (
@@ -38,10 +39,11 @@ from behrt_jax.training.validation import make_output_step, score, task_metrics
 from behrt_jax.workflows.checks import check_finetune, has_members
 from behrt_jax.workflows.finetune_run import (
     TASK_FILE,
-    Calibration,
     Finetuning,
-    calibrate,
+    Judged,
     check_readable,
+    examined,
+    judge,
     loss_of_base_rate,
     open_finetuning,
     task_record,
@@ -96,6 +98,7 @@ def finetune_on(
         ThreadPoolExecutor(1) as beside,
     ):
         run = open_finetuning(config, folder, data, labels, delays, devices, console)
+        config = run.config
         assembly, labelled, schedule, mesh = run.assembly, run.labelled, run.schedule, run.assembly.mesh
         program = one_step(assembly, assembly.step(run.micro_batches))
         output_step = jax.jit(make_output_step(assembly.setup.predictor))
@@ -140,8 +143,7 @@ def finetune_on(
             if best_step is not None and not divergence:
                 variables = best_variables(checkpoints, best_step, state)
                 outputs = score(output_step, variables, run.tuning, mesh)
-                fitted = calibrate(config.task, labelled.task.kind, outputs[None], labelled.tuning_targets)
-                best = variables, fitted
+                best = variables, judge(config, labelled, outputs[None])
         stop_reason, status = exit_status(stop_reason, interruption)
         seconds = time.perf_counter() - begun.clock
         summary = _summary(run, best, best_step, stop_reason, seconds)
@@ -167,7 +169,7 @@ def _start(
 
 def _summary(
     run: Finetuning,
-    best: tuple[Variables, Calibration] | None,
+    best: tuple[Variables, Judged] | None,
     best_step: int | None,
     stop_reason: str,
     seconds: float,
@@ -185,7 +187,8 @@ def _summary(
         "stop_reason": stop_reason,
         "wall_seconds": seconds,
         "baselines": {"base rate": {"loss": loss_of_base_rate(run.labelled)}},
-        "calibration": None if best is None else asdict(best[1]),
+        **({} if best is None else best[1].said),
+        "calibration": None if best is None else asdict(best[1].calibration),
         "data": run.labelled.counts,
         "parameters": {key: value for key, value in run.parameters.items() if key != "adapters"},
     }
@@ -195,7 +198,7 @@ def write_results(
     console: Console,
     config: FinetuneConfig,
     run: Finetuning,
-    best: tuple[Variables, Calibration] | None,
+    best: tuple[Variables, Judged] | None,
     summary: JsonObject,
 ) -> None:
     """Write task.json, the adapter, summary.json, SUMMARY.txt and plots; `best` are the variables of the best
@@ -203,13 +206,15 @@ def write_results(
     """
     folder = run.folder
     if best is not None:
-        record = task_record(config, run, best[1])
+        record = task_record(config, run, best[1].calibration, best[1].blend)
         write_files(folder, {TASK_FILE: json_text(record, 2).encode()})
         if config.lora is not None:
             try_write_adapter(console, folder / "adapter", run, best[0], record)
     record_metrics(folder)
+    found = examined(console, run, summary)
+    summary = {**summary, "findings": finding.to_json(found)}
     write_files(folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
-    write_text(folder / SUMMARY_TEXT_FILE, _text(config, summary))
+    write_text(folder / SUMMARY_TEXT_FILE, _text(config, summary, found))
     plot_curves(read_metrics(folder / METRICS_FILE), {}, folder / PLOTS_FOLDER)
     console.log(f"Stopped: {summary['stop_reason']}.")
     console.log(_verdict(summary))
@@ -231,7 +236,7 @@ def _verdict(summary: JsonObject) -> str:
     )
 
 
-def _text(config: FinetuneConfig, summary: JsonObject) -> str:
+def _text(config: FinetuneConfig, summary: JsonObject, found: Sequence[finding.Finding]) -> str:
     title = f"Fine-tuning run: {config.name} ({summary['task']})"
     best, parameters = summary["best"], summary["parameters"]
     took = format_duration(summary["wall_seconds"])
@@ -247,6 +252,9 @@ def _text(config: FinetuneConfig, summary: JsonObject) -> str:
     if calibration := summary["calibration"]:
         fitted = [f"{name} {value:.4g}" for name, value in calibration.items() if value is not None]
         lines.append(f"Fitted on tuning: {', '.join(fitted)}.")
+    if blend := summary.get("blend"):
+        lines.append(f"Blended: {blend['share']:.0%} of the count model. On tuning: {_figures(blend)}.")
+    lines += [finding.one_line(one) for one in found]
     return "\n\n".join(lines).encode("ascii", "replace").decode("ascii") + "\n"
 
 

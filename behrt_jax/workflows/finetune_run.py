@@ -2,33 +2,44 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
-from behrt_jax.config import FinetuneConfig, TaskConfig
+from behrt_jax.adapters.lora import GROUPS
+from behrt_jax.config import FinetuneConfig, ModelConfig, TaskConfig
 from behrt_jax.data.batches import TaskBatches
 from behrt_jax.data.labels import Labels, LabelTables
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.tasks import KINDS, TaskKind
+from behrt_jax.diagnosis.finding import Finding, one_line, read_run
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold, mean_predictions
+from behrt_jax.evaluation.masked_codes import mean_interval
+from behrt_jax.evaluation.task_baselines import CountModel, count_codes, fit_count_model
 from behrt_jax.files import JsonObject, json_text
-from behrt_jax.models.behrt import BEHRTForTask
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER
+from behrt_jax.models.behrt import BEHRTForTask, Pooling
+from behrt_jax.models.losses import task_losses
+from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, read_config
 from behrt_jax.tracking.console import Console
+from behrt_jax.tracking.summary import Summary
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh
+from behrt_jax.training.freezing import regime
 from behrt_jax.training.loop import Schedule
 from behrt_jax.training.pretrained import Pretrained, open_pretrained
 from behrt_jax.training.runtime import keep_freed_memory, use_compilation_cache
-from behrt_jax.training.state import assemble, set_up_task
+from behrt_jax.training.state import Setup, assemble, set_up_task
 from behrt_jax.training.step import Variables, task_objective
 from behrt_jax.training.validation import task_metrics
 from behrt_jax.workflows import announce
-from behrt_jax.workflows.checks import check_finetune, model_of
+from behrt_jax.workflows.checks import check_finetune, has_members, model_of
+from behrt_jax.workflows.doctor import examine
 from behrt_jax.workflows.labelled_data import (
     LabelledData,
     announce_labels,
@@ -66,6 +77,8 @@ def check_readable(config: FinetuneConfig) -> None:
 class Finetuning(Run):
     """A fine-tuning run that is about to begin."""
 
+    config: FinetuneConfig
+    """Its settings, in which nothing is to be chosen any more."""
     batches: TaskBatches
     labelled: LabelledData
     tuning: TaskBatches
@@ -100,16 +113,17 @@ def open_finetuning(
         labelled = label_data(config, model, pretrained.vocabulary, data, labels, delays)
     task = labelled.task
     announce_labels(console, task.kind, labelled.counts)
-    network = BEHRTForTask(model, len(pretrained.vocabulary), task.outputs, config.task.pooling)
-    setup = set_up_task(
-        network,
-        config.lora,
-        config.freezing,
-        mesh,
-        first_outputs=None if labelled.tasks else labelled.base_outputs(),
-        new_codes=len(labelled.vocabulary) - len(pretrained.vocabulary),
-        packed=config.task.packed,
-    )
+    if config.task.blend == "counts" and (task.kind != "binary" or labelled.tasks):
+        raise InputError(
+            f"task.blend is counts, which is for one task of yes or no, but this is {task.kind}"
+            f"{', several of them' if labelled.tasks else ''}: leave it out."
+        )
+    given = config
+    choice = _choice_before(folder) if config.resume else None
+    choice = choice or choose(console, config, model, labelled, pretrained, mesh)
+    config = with_choice(config, choice)
+    assert config.task.pooling != "auto"
+    setup = task_setup(config, model, labelled, pretrained, mesh, config.task.pooling)
     parameters = parameter_report(config.freezing, setup)
     announce.parameters(console, parameters, setup.predictor.product)
     batches, tuning, micro_batches = split_batches(config, model, labelled, mesh)
@@ -122,19 +136,107 @@ def open_finetuning(
     objective = task_objective(setup.predictor, task.of.loss)
     assembly = assemble(config, setup, objective, schedule.total_steps, mesh)
     if config.resume:
-        check_same_run(folder, config, _fingerprint(data, labelled))
+        check_same_run(folder, given, _fingerprint(data, labelled))
     facts = {
         "task": task.to_json(),
         "model": settings(model),
         "micro_batches": micro_batches,
         "total_steps": schedule.total_steps,
+        CHOSEN: choice,
     }
     description = {"fingerprint": _fingerprint(data, labelled), **labelled.counts}
-    write_start(folder, labelled.vocabulary, parameters, run_record(config, description, facts, {}))
+    write_start(folder, labelled.vocabulary, parameters, run_record(given, description, facts, {}))
     counts = labelled.vocabulary.counts
     return Finetuning(
-        folder, assembly, batches, schedule, micro_batches, parameters, counts, labelled, tuning, pretrained
+        folder,
+        assembly,
+        batches,
+        schedule,
+        micro_batches,
+        parameters,
+        counts,
+        config,
+        labelled,
+        tuning,
+        pretrained,
     )
+
+
+def task_setup(
+    config: FinetuneConfig,
+    model: ModelConfig,
+    labelled: LabelledData,
+    pretrained: Pretrained,
+    mesh: Mesh,
+    pooling: Pooling,
+) -> Setup:
+    """The model of a task, with an untrained head that says of each example what is true on average."""
+    return set_up_task(
+        BEHRTForTask(model, len(pretrained.vocabulary), labelled.task.outputs, pooling),
+        config.lora,
+        config.freezing,
+        mesh,
+        first_outputs=None if labelled.tasks else labelled.base_outputs(),
+        new_codes=len(labelled.vocabulary) - len(pretrained.vocabulary),
+        packed=config.task.packed,
+    )
+
+
+CHOSEN = "chosen"
+"""Among the facts in config.json: what was chosen before training."""
+CHOICE = ("pooling", "learning_rate", "rank", "embeddings")
+"""What that is."""
+
+
+def _choice_before(folder: Path) -> JsonObject | None:
+    """What the run that is resumed has chosen; None where it has not come so far."""
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    return read_config(folder).get("facts", {}).get(CHOSEN)
+
+
+def with_choice(config: FinetuneConfig, choice: JsonObject) -> FinetuneConfig:
+    """The settings as chosen: ``pooling``, ``learning_rate``, ``rank`` (where there are adapters), and
+    whether ``embeddings`` train.
+    """
+    config = with_embeddings(config) if choice["embeddings"] else config
+    lora = config.lora and replace(config.lora, rank=choice["rank"])
+    return replace(
+        config,
+        task=replace(config.task, pooling=choice["pooling"]),
+        optimizer=replace(config.optimizer, learning_rate=choice["learning_rate"]),
+        lora=lora,
+    )
+
+
+def with_embeddings(config: FinetuneConfig) -> FinetuneConfig:
+    """The settings with embeddings that train beside what trains already."""
+    trained = regime(config.freezing).groups | {"embedding"}
+    groups = tuple(group for group in GROUPS if group in trained)
+    return replace(config, freezing=replace(config.freezing, groups=groups))
+
+
+def choose(
+    console: Console,
+    config: FinetuneConfig,
+    model: ModelConfig,
+    labelled: LabelledData,
+    pretrained: Pretrained,
+    mesh: Mesh,
+) -> JsonObject:
+    """Pooling, learning rate and rank: as given, or as the best member of a search on tuning has them.
+
+    Arguments as of the functions here; returns what :func:`with_choice` takes.
+    """
+    trained = regime(config.freezing).groups
+    varies = config.task.pooling == "auto" or not has_members(config)
+    if varies and config.search.size and not labelled.tasks and not trained & {"base", "embedding"}:
+        from behrt_jax.workflows.population import search  # which opens runs as well
+
+        return search(console, config, model, labelled, pretrained, mesh)
+    pooling = "attention" if config.task.pooling == "auto" else config.task.pooling
+    rank = None if config.lora is None else config.lora.rank
+    return dict(zip(CHOICE, (pooling, config.optimizer.learning_rate, rank, False), strict=True))
 
 
 def _fingerprint(data: SequenceSet, labelled: LabelledData) -> str:
@@ -175,8 +277,98 @@ def calibrate(config: TaskConfig, kind: TaskKind, outputs: np.ndarray, targets: 
     return Calibration(temperature, fit_threshold(probabilities, targets[:, 0] > 0.5, config.threshold))
 
 
-def task_record(config: FinetuneConfig, run: Finetuning, calibration: Calibration) -> JsonObject:
-    """All that prediction needs beside the parameters, ready for JSON."""
+MOST_COUNTED = 20_000
+"""Train examples that a count model is fitted on."""
+
+
+class Judged(NamedTuple):
+    """What the tuning split says of a trained model, and what is fitted there."""
+
+    calibration: Calibration
+    blend: JsonObject | None
+    """What predictions are blended with: ``count_model``, and its ``share``."""
+    said: JsonObject
+    """For the summary: ``baselines``, ``gaps`` (model's loss less count model's, in nats), ``blend``."""
+
+
+def judge(config: FinetuneConfig, labelled: LabelledData, outputs: np.ndarray) -> Judged:
+    """Compare a model with a count model (where scikit-learn is installed, and the task is one of yes or no),
+    blend them if that is asked, and calibrate.
+
+    Args:
+        config: of the run.
+        labelled: of one task.
+        outputs: of the tuning examples, float32 ``[members, examples, outputs]``.
+    """
+    task, targets, blend = labelled.task, labelled.tuning_targets, None
+    baselines: JsonObject = {"base rate": {"loss": loss_of_base_rate(labelled)}}
+    said: JsonObject = {"baselines": baselines}
+    if (counts := _count_model(config, labelled)) is not None:
+        beside = counts.outputs(count_codes(labelled.tuning, len(labelled.vocabulary)))  # [N, 1]
+        baselines["count model"] = task_metrics(task.kind, beside, targets)
+        own, theirs = (task_losses(task.of.loss, one, targets) for one in (outputs.mean(axis=0), beside))
+        difference = np.asarray(own) - np.asarray(theirs)
+        low, high = mean_interval(difference, labelled.tuning.subject_ids)
+        said["gaps"] = {"count model": {"nats": float(difference.mean()), "low": low, "high": high}}
+        if config.task.blend == "counts":
+            shares = np.linspace(0, 1, 21)
+            mixed = [blended(outputs, beside, share).mean(axis=0) for share in shares]
+            losses = [np.asarray(task_losses(task.of.loss, one, targets), np.float64) for one in mixed]
+            place = safest(losses, labelled.tuning.subject_ids)
+            share = float(shares[place])
+            said["blend"] = {"share": share, **task_metrics(task.kind, mixed[place], targets)}
+            blend = {"share": share, "count_model": counts.to_json()}
+            outputs = blended(outputs, beside, share)
+    return Judged(calibrate(config.task, task.kind, outputs, targets), blend, said)
+
+
+def safest(losses: Sequence[np.ndarray], subjects: np.ndarray) -> int:
+    """The last place whose loss is within a standard error of the least (Breiman et al. 1984): where few
+    labels cannot tell, the simpler model, here the largest share of counts, is the safer one.
+
+    Args:
+        losses: from the least simple to the simplest, float64 ``[examples]`` each.
+        subjects: theirs.
+    """
+    best = int(np.argmin([one.mean() for one in losses]))
+    alike = [best]
+    for place in range(best + 1, len(losses)):
+        more = losses[place] - losses[best]
+        low, high = mean_interval(more, subjects)
+        if more.mean() <= (high - low) / (2 * 1.96):
+            alike.append(place)
+    return alike[-1]
+
+
+def examined(console: Console, run: Finetuning, summary: JsonObject) -> list[Finding]:
+    """Show the doctor's findings of a run that ended, errors first; the summary need not be written yet."""
+    record = read_run(run.folder)
+    found = examine(replace(record, summary=Summary(**summary), baselines=summary.get("baselines") or {}))
+    for one in found:
+        console.log(one_line(one))
+    return found
+
+
+def blended(outputs: np.ndarray, beside: np.ndarray, share: float) -> np.ndarray:
+    """Outputs ``[members, examples, 1]`` with a share of a count model's, ``[examples, 1]``: log odds."""
+    return ((1 - share) * outputs + share * beside).astype(np.float32)
+
+
+def _count_model(config: FinetuneConfig, labelled: LabelledData) -> CountModel | None:
+    if labelled.task.kind != "binary" or find_spec("sklearn") is None:
+        return None
+    some = labelled.drawn(MOST_COUNTED, config.train.seed)
+    targets = [found[:, 0] > 0.5 for found in (some.train_targets, some.tuning_targets)]
+    if targets[0].all() or not targets[0].any():
+        return None
+    histories = [count_codes(part, len(labelled.vocabulary)) for part in (some.train, some.tuning)]
+    return fit_count_model(histories[0], targets[0], histories[1], targets[1])
+
+
+def task_record(
+    config: FinetuneConfig, run: Finetuning, calibration: Calibration, blend: JsonObject | None = None
+) -> JsonObject:
+    """All that prediction needs beside the parameters, ready for JSON; `blend` is that of :class:`Judged`."""
     new = len(run.labelled.vocabulary) - len(run.labelled.base_codes)
     return {
         "task": run.labelled.task.to_json(),
@@ -187,6 +379,7 @@ def task_record(config: FinetuneConfig, run: Finetuning, calibration: Calibratio
         "freezing": settings(config.freezing),
         "parameters": {name: run.parameters[name] for name in ("total", "trainable")},
         "calibration": asdict(calibration),
+        "blend": blend,
         "new_codes": new,
         "base": str(config.init),
     }

@@ -124,6 +124,21 @@ class LabelledData:
     tasks: Mapping[str, "LabelledData"] = field(default_factory=dict)
     """Where these are examples of several tasks: those of each, by the name of its label table."""
 
+    def drawn(self, most: int, seed: int) -> "LabelledData":
+        """With that many examples of each split at most, drawn at random; of one task."""
+
+        def some(count: int, place: int) -> np.ndarray:
+            return np.random.default_rng([seed, place]).permutation(count) < most
+
+        train, tuning = some(len(self.train), 0), some(len(self.tuning), 1)
+        return replace(
+            self,
+            train=self.train.take(train),
+            train_targets=self.train_targets[train],
+            tuning=self.tuning.take(tuning),
+            tuning_targets=self.tuning_targets[tuning],
+        )
+
     def base_outputs(self) -> np.ndarray:
         """Outputs that tell of each example what is true on average in train, float32 ``[outputs]``."""
         return self.task.of.base_outputs(self.train_targets, self.task.outputs)
@@ -247,15 +262,26 @@ def examples_of(
     )
 
 
+LEAST_AT_ONCE, MOST_AT_ONCE = 16, 128
+"""Examples of a batch whose size is not given."""
+
+
+def batch_size(config: FinetuneConfig, examples: int) -> int:
+    """Examples a step, as given, or by the number of train examples."""
+    return config.train.batch_size or min(MOST_AT_ONCE, max(LEAST_AT_ONCE, examples // 16))
+
+
 def split_batches(
     config: FinetuneConfig, model: ModelConfig, labelled: LabelledData, mesh: Mesh
 ) -> tuple[TaskBatches, TaskBatches, int]:
     """Batches of the train and the tuning split, and the number of micro-batches of a step."""
-    length, size = config.task.max_length or model.positions, config.train.batch_size
+    length = config.task.max_length or model.positions
+    size = batch_size(config, len(labelled.train))
     shape = RowShape(length, config.task.packed, model.cls_token, mesh.size)
     seed = config.train.seed
     train = task_batches(labelled.train, labelled.train_targets, shape, batch_size=size, seed=seed)
-    tuning = task_batches(labelled.tuning, labelled.tuning_targets, shape, batch_size=size, seed=None)
+    of_tuning = config.train.batch_size or MOST_AT_ONCE
+    tuning = task_batches(labelled.tuning, labelled.tuning_targets, shape, batch_size=of_tuning, seed=None)
     rows = -(-train.rows_per_batch // mesh.size)
     width = model.ffn_size or 4 * model.hidden_size
     platform = mesh.devices.flat[0].platform

@@ -3,17 +3,21 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from behrt_jax.config import FinetuneConfig, LoRAConfig
+from behrt_jax.config import FinetuneConfig, LoRAConfig, ModelConfig, PopulationConfig
 from behrt_jax.data.batches import TaskBatch, TaskBatches, reading_ahead
 from behrt_jax.data.labels import read_label_tables
+from behrt_jax.diagnosis.finding import to_json
 from behrt_jax.errors import DivergenceError
 from behrt_jax.files import JsonObject, json_text, write_text
+from behrt_jax.models.behrt import EACH, Pooling
 from behrt_jax.run_folder import (
     METRICS_FILE,
     SUMMARY_FILE,
@@ -26,7 +30,8 @@ from behrt_jax.run_folder import (
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import Devices, put_rows, replicated
 from behrt_jax.training.feeding import AHEAD
-from behrt_jax.training.freezing import part, whole
+from behrt_jax.training.freezing import part, regime, whole
+from behrt_jax.training.loop import Schedule
 from behrt_jax.training.population import (
     Members,
     PopulationState,
@@ -37,21 +42,33 @@ from behrt_jax.training.population import (
     member,
     population_predict,
 )
-from behrt_jax.training.pretrained import read_encoder
-from behrt_jax.training.state import init_state, run_keys, with_encoder
+from behrt_jax.training.pretrained import Pretrained, read_encoder
+from behrt_jax.training.state import assemble, init_state, run_keys, with_encoder
 from behrt_jax.training.step import task_objective
 from behrt_jax.training.validation import make_output_step, score, task_metrics
+from behrt_jax.workflows.checks import has_members
 from behrt_jax.workflows.finetune_run import (
+    CHOICE,
     MEMBERS_FOLDER,
     TASK_FILE,
     Finetuning,
     calibrate,
+    examined,
+    judge,
     loss_of_base_rate,
     open_finetuning,
     task_record,
+    task_setup,
     try_write_adapter,
+    with_embeddings,
 )
-from behrt_jax.workflows.labelled_data import LabelledData, read_data, read_labelled
+from behrt_jax.workflows.labelled_data import (
+    LabelledData,
+    batch_size,
+    read_data,
+    read_labelled,
+    split_batches,
+)
 from behrt_jax.workflows.run import RunResult, open_folder, settings
 
 SEARCHES = ("learning_rate", "rank")
@@ -82,6 +99,7 @@ def finetune_population(config: FinetuneConfig, devices: Devices | None = None) 
         data, labels, delays = read_labelled(config.data, config.labels)
     with open_console() as console, open_folder(config) as (folder, config):
         run = open_finetuning(config, folder, data, labels, delays, devices, console)
+        config = run.config
         variation = vary(config, run.labelled)
         found = train_population(console, config, run, variation, make_population(config, run, variation))
         summary = write_population(console, config, run, variation, found, time.perf_counter() - started)
@@ -101,6 +119,10 @@ class Variation:
     """Each member's own examples."""
     tuning: list[np.ndarray]
     """The tuning examples of all that are its own, bool ``[examples]``."""
+    embedding: Sequence[float] | None = None
+    """Factors on the learning rate of the embeddings, where they train: 0 where a member leaves them."""
+    poolings: Sequence[Pooling] | None = None
+    """Where the model computes each pooling: the member's own."""
     weights: np.ndarray | None = None
     """Where members learn from other examples: which of the train examples of all, bool
     ``[members, examples]``."""
@@ -188,12 +210,18 @@ def make_population(config: FinetuneConfig, run: Finetuning, variation: Variatio
     if not config.from_scratch:
         encoder = read_encoder(run.pretrained, mesh)
         first = with_encoder(first, encoder.params, run.labelled.first_rows(encoder.params))
-    given = first.variables["params"].get("new_codes")
+    # What comes from the base, where it trains, is not drawn anew.
+    rows = first.variables["params"].get("new_codes")
+    embeddings = None
+    if "embedding" in regime(config.freezing).groups:
+        embeddings = first.variables["params"]["behrt"]["embeddings"]
 
     def init(key: jax.Array, adapters: LoRAConfig | None) -> Any:
         variables = setup.init_with(key, adapters)
-        if given is not None:  # what the rows begin with comes from the base
-            variables["params"]["new_codes"] = given
+        if rows is not None:
+            variables["params"]["new_codes"] = rows
+        if embeddings is not None:
+            variables["params"]["behrt"]["embeddings"] = embeddings
         return variables
 
     configs = variation.adapters
@@ -203,12 +231,15 @@ def make_population(config: FinetuneConfig, run: Finetuning, variation: Variatio
         predictor = predictor._replace(lora=largest(with_adapters))
     alike = len(set(variation.seeds)) == 1
     step_keys = keys[0].step if alike else jnp.stack([key.step for key in keys])
-    members = make_members(step_keys, variation.rates, with_adapters or None)
+    members = make_members(step_keys, variation.rates, with_adapters or None, variation.embedding)
     first_keys = jnp.stack([jax.random.clone(key.init) for key in keys])
     state = init_population(init, first_keys, configs, first.variables, setup.mask, optimizer)
     head = state.trained["params"]["task_head"]["dense"]
     if head["bias"] is not None:  # it trains: each member begins with the base rate of its own train examples
         head["bias"] = jnp.stack([jnp.asarray(one.base_outputs()) for one in variation.labelled])
+    if variation.poolings is not None:
+        chosen = [[float(how == own) for how in EACH] for own in variation.poolings]  # [K, P]
+        state.trained["params"]["pooling_head"]["choice"] = jnp.asarray(chosen, jnp.float32)
     state, members = jax.device_put((state, members), replicated(mesh))
     step = make_population_step(
         task_objective(predictor, run.labelled.task.of.loss),
@@ -245,9 +276,16 @@ class Best:
 
 
 def train_population(
-    console: Console, config: FinetuneConfig, run: Finetuning, variation: Variation, population: Population
+    console: Console,
+    config: FinetuneConfig,
+    run: Finetuning,
+    variation: Variation,
+    population: Population,
+    keep: bool = True,
 ) -> list[Best]:
     """Train all members on the same batches and validate them every epoch. The first state is used up.
+
+    Metrics and variables are only kept with `keep`.
 
     Raises:
         DivergenceError: the loss of a member was never finite; of a search, that of all members.
@@ -281,27 +319,32 @@ def train_population(
                 best.waited += 1
                 if metrics[k]["loss"] < best.loss:
                     best.loss, best.step, best.waited, best.outputs = metrics[k]["loss"], number, 0, mine
+                    if not keep:
+                        continue
                     alone = member(state, k, variation.adapters[k])
                     # The frozen leaves go on with the state, which the next step uses up.
                     best.variables = jax.tree.map(np.asarray, part(alone, mask, trains=True))
                     if on_train is not None and variation.weights is not None:
                         best.of_unseen = on_train[k, ~variation.weights[k]]
-            train_losses = np.asarray(totals["loss"] / jnp.maximum(totals["targets"], 1.0))
-            append_metrics(
-                run.folder / METRICS_FILE,
-                {
-                    **run.schedule.line(number, "tuning"),
-                    "loss": float(np.mean([one["loss"] for one in metrics])),
-                    "members": [{"loss": one["loss"], "auroc": one.get("auroc")} for one in metrics],
-                    "train_losses": train_losses.tolist(),
-                },
-            )
-            shown = "  ".join(f"{one['loss']:.4f}" for one in metrics)
-            console.log(f"epoch {number / batches.steps_per_epoch:.1f}  validation losses {shown}")
+            if keep:
+                train_losses = np.asarray(totals["loss"] / jnp.maximum(totals["targets"], 1.0))
+                append_metrics(
+                    run.folder / METRICS_FILE,
+                    {
+                        **run.schedule.line(number, "tuning"),
+                        "loss": float(np.mean([one["loss"] for one in metrics])),
+                        "members": [{"loss": one["loss"], "auroc": one.get("auroc")} for one in metrics],
+                        "train_losses": train_losses.tolist(),
+                    },
+                )
+                shown = "  ".join(f"{one['loss']:.4f}" for one in metrics)
+                console.log(f"epoch {number / batches.steps_per_epoch:.1f}  validation losses {shown}")
             patience = config.train.patience
             if patience is not None and all(best.waited >= patience for best in found):
                 break
     console.close()
+    if not keep:
+        return found
     diverged = [name for name, best in zip(variation.names, found, strict=True) if best.outputs is None]
     if len(diverged) > (len(found) - 1 if config.population.vary in SEARCHES else 0):
         raise DivergenceError(
@@ -311,6 +354,94 @@ def train_population(
     for best in found:
         best.variables = whole(best.variables, last)
     return found
+
+
+SEARCH_STEPS, SEARCH_BATCH = 400, 64
+"""Most steps and examples a step of a search: it only has to tell its members apart."""
+LEVELS = ((3.0, 1.0, True), (1.0, 1.0, False), (1.0, 1.0, True), (3.0, 0.25, False))
+"""In a search: factors on learning rate and rank, and whether embeddings train. A base may not tell codes
+apart whose difference it has never needed, such as the bins of a value that nothing else depends on."""
+MOST_EMBEDDINGS = 32_000_000
+"""Parameters of all members' embeddings, with which they train; of larger ones they stay."""
+
+
+def search(
+    console: Console,
+    config: FinetuneConfig,
+    model: ModelConfig,
+    labelled: LabelledData,
+    pretrained: Pretrained,
+    mesh: Mesh,
+) -> JsonObject:
+    """Train a few members for a short while, in one program, and take the settings of the best on tuning.
+
+    Args:
+        console: told what was tried.
+        config: of the run.
+        model: of the run.
+        labelled: of one task.
+        pretrained: the base.
+        mesh: the devices.
+
+    Returns:
+        What `finetune_run.with_choice` takes; and ``tried``, the same of each member with its least loss on
+        tuning.
+    """
+    free, alone = config.task.pooling == "auto", not has_members(config)
+    size = config.search.size if alone else min(config.search.size, len(EACH))
+    poolings: tuple[Pooling, ...] = EACH if free else (config.task.pooling,)  # pyright: ignore[reportAssignmentType]
+    # A population varies in the rest by itself.
+    levels = [LEVELS[k // len(poolings) % len(LEVELS)] if alone else (1.0, 1.0, False) for k in range(size)]
+    own: list[Pooling] = [poolings[k % len(poolings)] for k in range(size)]
+    some = labelled.drawn(config.search.labels, config.train.seed)
+    given = config.lora
+    adapters = [given and replace(given, rank=max(1, round(given.rank * rank))) for _, rank, _ in levels]
+    rows = len(labelled.vocabulary) * model.embedding_size
+    free_rows = [wide and size * rows <= MOST_EMBEDDINGS and given is not None for _, _, wide in levels]
+    short = replace(
+        with_embeddings(config) if any(free_rows) else config,
+        population=PopulationConfig(size=size),
+        train=replace(
+            config.train,
+            max_steps=min(config.train.max_steps or SEARCH_STEPS, SEARCH_STEPS),
+            batch_size=min(SEARCH_BATCH, batch_size(config, len(some.train))),
+        ),
+    )
+    setup = task_setup(short, model, labelled, pretrained, mesh, "each" if free else own[0])
+    batches, tuning, parts = split_batches(short, model, some, mesh)
+    schedule = Schedule.of(short.train, batches.steps_per_epoch)
+    objective = task_objective(setup.predictor, some.task.of.loss)
+    assembly = assemble(short, setup, objective, schedule.total_steps, mesh)
+    run = Finetuning(
+        Path(), assembly, batches, schedule, parts, {}, np.zeros(0), short, some, tuning, pretrained
+    )
+    variation = replace(
+        vary(short, some),
+        names=own,
+        seeds=[config.train.seed] * size,
+        rates=[rate for rate, _, _ in levels],
+        adapters=adapters,
+        embedding=[float(wide) for wide in free_rows],
+        poolings=own if free else None,
+    )
+    console.log(
+        f"Searching: {size} members on {len(some.train):,} train and {len(some.tuning):,} tuning labels."
+    )
+    found = train_population(console, short, run, variation, make_population(short, run, variation), False)
+    tried = [
+        {
+            "pooling": how,
+            "learning_rate": config.optimizer.learning_rate * rate,
+            "rank": one and one.rank,
+            "embeddings": wide,
+            "loss": best.loss if np.isfinite(best.loss) else None,
+            "step": best.step,
+        }
+        for how, rate, one, wide, best in zip(own, variation.rates, adapters, free_rows, found, strict=True)
+    ]
+    console.table("Search", tuple(tried[0]), [tuple(map(str, row.values())) for row in tried])
+    chosen = tried[int(np.argmin([best.loss for best in found]))]
+    return {**{name: chosen[name] for name in CHOICE}, "tried": tried}
 
 
 def own_fields(batch: TaskBatch, variation: Variation) -> dict[str, np.ndarray]:
@@ -359,6 +490,7 @@ def write_population(
         together, lines = _predict_together(config, run, variation, found)
         summary |= together
     record_metrics(run.folder)
+    summary["findings"] = to_json(examined(console, run, summary))
     write_files(run.folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
 
     columns = ("member", "best step", "tuning loss", "of the base rate", "tuning AUROC")
@@ -407,13 +539,13 @@ def _predict_together(
     searched = config.population.vary in SEARCHES
     chosen = [int(np.argmin([best.loss for best in found]))] if searched else list(range(variation.size))
     outputs = np.array([found[k].outputs for k in chosen])  # [K, N, O]
-    calibration = calibrate(config.task, kind, outputs, labelled.tuning_targets)
-    record = {**task_record(config, run, calibration), "members": chosen}
+    judged = judge(config, labelled, outputs)
+    record = {**task_record(config, run, judged.calibration, judged.blend), "members": chosen}
     write_files(run.folder, {TASK_FILE: json_text(record, 2).encode()})
     together: JsonObject = {
         "predicting_members": chosen,
-        "baselines": {"base rate": {"loss": loss_of_base_rate(labelled)}},
-        "calibration": asdict(calibration),
+        **judged.said,
+        "calibration": asdict(judged.calibration),
     }
     lines = [f"Predicts: {', '.join(variation.names[k] for k in chosen)}."]
     if variation.weights is not None:  # each train example by the one member that did not learn from it

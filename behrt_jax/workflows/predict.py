@@ -33,6 +33,7 @@ from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import mean_predictions
+from behrt_jax.evaluation.task_baselines import CountModel, count_codes
 from behrt_jax.files import JsonObject, read_json
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
 from behrt_jax.run_folder import CHECKPOINTS_FOLDER, VOCABULARY_FILE, checked, read_document
@@ -44,7 +45,12 @@ from behrt_jax.training.runtime import use_compilation_cache
 from behrt_jax.training.state import Setup, set_up_task
 from behrt_jax.training.step import Variables, with_new_rows
 from behrt_jax.training.validation import make_output_step, score
-from behrt_jax.workflows.finetune_run import MEMBERS_FOLDER, TASK_FILE, Calibration
+from behrt_jax.workflows.finetune_run import (
+    MEMBERS_FOLDER,
+    TASK_FILE,
+    Calibration,
+    blended,
+)
 from behrt_jax.workflows.labelled_data import examples_of, in_vocabulary, read_labelled
 
 AT_ONCE = 8192
@@ -65,6 +71,8 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
         raise InputError("--model is missing: give the folder of a fine-tuning run.")
     if config.output is None:
         raise InputError("--output is missing: give a Parquet file to write.")
+    if config.output.exists():
+        raise InputError(f"{config.output} is there already: give another --output, or remove it.")
     if config.rows < 1:
         raise InputError(f"rows is {config.rows}: give 1 or more.")
     if config.embeddings:
@@ -143,6 +151,8 @@ class Finetuned(NamedTuple):
     model: ModelConfig
     max_length: int | None
     calibration: Calibration
+    blend: tuple[CountModel, float] | None
+    """What predictions are blended with, and its share."""
     trained: JsonObject
     """Regime, and counts of parameters, for the record of predictions."""
 
@@ -176,7 +186,7 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         vocabulary = Vocabulary.read(checked(folder, VOCABULARY_FILE))
         setup = _set_up(record, len(vocabulary) - record["new_codes"], mesh)
         members = [_restored(folder, setup, mesh)]
-    freezing = from_stored(FreezingConfig, record["freezing"])
+    freezing, blend = from_stored(FreezingConfig, record["freezing"]), record.get("blend")
     return Finetuned(
         Task.from_json(record["task"]),
         setup,
@@ -185,6 +195,7 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         setup.predictor.model.config,
         record["max_length"],
         Calibration(**record["calibration"]),
+        None if blend is None else (CountModel.from_json(blend["count_model"]), blend["share"]),
         {"regime": "+".join(freezing.groups) or freezing.regime, **record["parameters"]},
     )
 
@@ -219,8 +230,9 @@ def _from_adapters(
     record = _record(folders[0])
     pretrained = open_pretrained(base or Path(record["base"]))
     setup = _set_up(record, len(pretrained.vocabulary), mesh)
-    head = setup.init(jax.random.key(0))["params"]["task_head"]
-    params = {"behrt": read_encoder(pretrained, mesh).params, "task_head": head}
+    first = setup.init(jax.random.key(0))["params"]
+    heads = {name: head for name, head in first.items() if name.endswith("_head")}
+    params = {"behrt": read_encoder(pretrained, mesh).params, **heads}
     members, new_codes = [], ()
     for folder in folders:
         found, lora, config = load_adapter(folder, params, pretrained.vocabulary.fingerprint())
@@ -322,10 +334,11 @@ def _open(config: PredictConfig, folder: Path, mesh: Mesh) -> _Encoder:
         if predictor.lora is not None:
             params = lora.merge(params, variables["lora"], predictor.lora)
         pooling = config.pooling or predictor.model.pooling
-        opened = _Encoder(found.model, found.vocabulary, params["behrt"], pooling, found.max_length)
+        parts = {name: params[name] for name in ("behrt", "pooling_head") if name in params}
+        opened = _Encoder(found.model, found.vocabulary, parts, pooling, found.max_length)
     else:
         pretrained = open_pretrained(folder)
-        params = read_encoder(pretrained, mesh).params
+        params = {"behrt": read_encoder(pretrained, mesh).params}
         opened = _Encoder(pretrained.model, pretrained.vocabulary, params, config.pooling or "mean", None)
     if opened.pooling == "cls" and not opened.model.cls_token:
         raise InputError("pooling is cls, but the model reads no [CLS] token: give mean, max or last.")
@@ -350,7 +363,7 @@ def _vectors(
     network = PatientEmbedding(encoder.model, len(encoder.vocabulary), encoder.pooling)
 
     def embed_step(params: Any, batch: TaskBatch) -> jax.Array:
-        return network.apply({"params": {"behrt": params}}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
+        return network.apply({"params": params}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
 
     step = jax.jit(embed_step)
     for _, part, _, batches in _pieces(config, encoder.model, encoder.max_length, data, wanted, delays, mesh):
@@ -373,6 +386,10 @@ def _outputs(
         config, model, finetuned.max_length, data, chosen, delays, mesh
     ):
         outputs = np.stack([score(output_step, one, batches, mesh) for one in finetuned.members])
+        if finetuned.blend is not None:
+            counts, share = finetuned.blend
+            beside = counts.outputs(count_codes(examples, len(finetuned.vocabulary)))
+            outputs = blended(outputs, beside, share)
         seen = None
         if ids is not None:
             whole = find_examples(

@@ -125,6 +125,7 @@ def _finetune(
     cache = folder / f"compiled-{name.split('-')[0]}"
     # One validation, at the end.
     steps = ["--train.max_steps", str(config.steps), "--train.validate_every", str(config.steps)]
+    steps += ["--train.batch_size", "128", "--task.pooling", "mean", "--search.size", "0"]
     places = ["--output", str(folder / name), "--compilation_cache", str(cache)]
     started = time.perf_counter()
     _run("finetune.py", ["--config", config.config, *given, *steps, *options, *places])

@@ -21,6 +21,8 @@ from behrt_jax.config import (
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
+    SearchConfig,
+    TaskConfig,
     TaskTrainConfig,
     TrainConfig,
 )
@@ -52,6 +54,7 @@ from behrt_jax.records.load import generated_code_count, load_sequences
 from behrt_jax.run_folder import SUMMARY_FILE
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import make_mesh
+from behrt_jax.training.loop import USUAL_EPOCHS
 from behrt_jax.training.validation import make_output_step, score
 from behrt_jax.workflows.finetune import finetune_on
 from behrt_jax.workflows.labelled_data import examples_of
@@ -81,6 +84,8 @@ class ForecastStudyConfig:
     """Folder of all runs; what is there already is not made again."""
 
 
+_FIXED = {"task": TaskConfig(pooling="mean"), "search": SearchConfig(size=0)}
+"""The study compares ways of training: nothing is chosen beside them."""
 _FEW = {"batch_size": 256, "patience": 8, "log_every": 50}
 FORECAST_BASE = replace(
     PRETRAIN["small_latent"],
@@ -100,16 +105,18 @@ FORECAST_BASE = replace(
 FORECASTS = (
     replace(
         FINETUNE["full"],
+        **_FIXED,
         optimizer=OptimizerConfig(learning_rate=3e-4),
         train=TaskTrainConfig(epochs=5, **_FEW),
     ),
     replace(
         FINETUNE["lora"],
+        **_FIXED,
         lora=LoRAConfig(rank=2, targets=("query", "key", "value", "out", "intermediate", "output")),
         optimizer=OptimizerConfig(learning_rate=3e-3),
         train=TaskTrainConfig(epochs=5, **_FEW),
     ),
-    replace(FINETUNE["scratch"], train=TaskTrainConfig(epochs=8, **_FEW)),
+    replace(FINETUNE["scratch"], **_FIXED, train=TaskTrainConfig(epochs=8, **_FEW)),
 )
 """Study of forecasts: a base for generated records, and ways of fine-tuning it."""
 
@@ -299,7 +306,7 @@ def forecast_study(
         held_out = np.flatnonzero(np.isin(labels.subject_ids, data.splits["held_out"].subject_ids))
         truth = labels.values[held_out]
         draws = subject_draws(labels.subject_ids[held_out], DRAWS, seed=0)
-        best = _figures(truth, oracle[held_out], draws)
+        best = figures_of(truth, oracle[held_out], draws)
         console.log(
             f"Onset of condition {condition} within {config.horizon_days} days: {int(truth.sum()):,} of "
             f"{len(truth):,} held_out subjects; best possible AUROC {best.values['auroc']:.4f}."
@@ -311,16 +318,17 @@ def forecast_study(
                 run = config.output / f"{finetune.name}_{fraction:g}"
                 task = replace(finetune.task, label_fraction=fraction)
                 # Fewer labels make fewer steps an epoch.
-                train = replace(finetune.train, epochs=round(finetune.train.epochs / math.sqrt(fraction)))
+                epochs = round((finetune.train.epochs or USUAL_EPOCHS) / math.sqrt(fraction))
+                train = replace(finetune.train, epochs=epochs)
                 if not (run / SUMMARY_FILE).is_file():
                     made = replace(finetune, task=task, train=train, init=pretrained, output=run)
                     finetune_on(made, data, labels)
                 outputs, trained = _held_out_outputs(run, data, labels.take(held_out))
-                compared[finetune.name] = _figures(truth, outputs, draws)
+                compared[finetune.name] = figures_of(truth, outputs, draws)
                 rows.append(_row(finetune.name, fraction, compared[finetune.name], best, trained))
-            baselines = _baselines(base.model, data, labels, held_out, fraction)
+            baselines = fitted_baselines(base.model, data, labels, held_out, fraction)
             for name, predicted in baselines.items():
-                compared[name] = _figures(truth, predicted, draws)
+                compared[name] = figures_of(truth, predicted, draws)
                 rows.append(_row(name, fraction, compared[name], best, None))
             _compare(rows, fraction, compared)
         _show(console, rows)
@@ -403,9 +411,10 @@ def _held_out_outputs(run: Any, data: SequenceSet, labels: Labels) -> tuple[np.n
     return model.task.of.predictions(outputs, model.calibration.temperature)[:, 0], model.trained
 
 
-def _baselines(
+def fitted_baselines(
     model: ModelConfig, data: SequenceSet, labels: Labels, held_out: np.ndarray, fraction: float
 ) -> dict[str, np.ndarray]:
+    """Probabilities of the labels at some rows, by logistic regression and gradient boosting."""
     task = Task("binary")
     parts = {name: examples_of(data, name, labels, model, None, ()) for name in ("train", "tuning")}
     parts["train"] = parts["train"].of_some_subjects(fraction, 0)
@@ -429,7 +438,8 @@ def _baselines(
     return {baseline.name: baseline.predictions for baseline in found if baseline.predictions is not None}
 
 
-def _figures(labels: np.ndarray, probabilities: np.ndarray, draws: SubjectDraws) -> Figures:
+def figures_of(labels: np.ndarray, probabilities: np.ndarray, draws: SubjectDraws) -> Figures:
+    """Figures of some probabilities, and of draws of their subjects."""
     return bootstrap(binary_scorer(labels, probabilities, line=False), draws)
 
 

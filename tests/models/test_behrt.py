@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from behrt_jax.models.behrt import BEHRT, BEHRTForMLM, PatientEmbedding, age_bins, example_batch
+from behrt_jax.models.behrt import BEHRT, EACH, BEHRTForMLM, PatientEmbedding, age_bins, example_batch
 from behrt_jax.presets import LARGE, MEDIUM, PAPER, SMALL
 from tests.models.rows import VOCABULARY, padded_segment, random_batch, tiny_model
 
@@ -148,7 +148,7 @@ def test_dropout_needs_a_key_and_changes_the_output():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["cls", "mean", "max"])
+@pytest.mark.parametrize("how", ["cls", "mean", "max", "attention"])
 def test_pooled_packed_subjects_equal_padded_ones(how):
     config = tiny_model(cls_token=True)
     model = PatientEmbedding(config, VOCABULARY, how)
@@ -158,12 +158,39 @@ def test_pooled_packed_subjects_equal_padded_ones(how):
     pooled = jax.jit(model.apply, static_argnames="segments")(variables, batch, segments=4)
     chex.assert_shape(pooled, (4, 4, config.hidden_size))
     hidden = jax.device_get(jax.jit(behrt.apply)({"params": variables["params"]["behrt"]}, batch))
-    reduce = {"cls": lambda x: x[0], "mean": lambda x: x.mean(0), "max": lambda x: x.max(0)}[how]
+    reduce = {"cls": lambda x: x[0], "mean": lambda x: x.mean(0), "max": lambda x: x.max(0)}.get(how)
+    if how == "attention":  # begins as the mean, and then weighs by a query for each head
+        np.testing.assert_array_equal(variables["params"]["pooling_head"]["query"], 0.0)
+        query = jax.random.normal(jax.random.key(2), (config.hidden_size, config.heads))
+        variables["params"]["pooling_head"]["query"] = query
+        pooled = jax.jit(model.apply, static_argnames="segments")(variables, batch, segments=4)
+
+        def reduce(own):
+            weights = jax.nn.softmax(own @ query, axis=0)  # [L, H]
+            parts = np.split(own, config.heads, axis=1)
+            return np.concatenate([weights[:, h] @ part for h, part in enumerate(parts)])
+
     for row in range(4):
         for segment in (1, 2, 3):
             own = hidden[row, batch.segment_ids[row] == segment]
             np.testing.assert_allclose(pooled[row, segment - 1], reduce(own), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(pooled[:, 3], 0.0)
+
+
+def test_a_search_computes_every_pooling_and_takes_the_chosen_one():
+    config, batch = tiny_model(layers=1), random_batch(9)
+    each = PatientEmbedding(config, VOCABULARY, "each")
+    variables = jax.jit(each.init, static_argnames="segments")(jax.random.key(0), batch, segments=4)
+    query = jax.random.normal(jax.random.key(2), (config.hidden_size, config.heads))
+    for place, how in enumerate(EACH):
+        choice = jnp.arange(len(EACH)) == place
+        heads = {"query": query, "choice": choice.astype(jnp.float32)}
+        found = each.apply({"params": {**variables["params"], "pooling_head": heads}}, batch, segments=4)
+        own = {"behrt": variables["params"]["behrt"]}
+        if how == "attention":
+            own["pooling_head"] = {"query": query}
+        alone = PatientEmbedding(config, VOCABULARY, how).apply({"params": own}, batch, segments=4)
+        np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_cls_pooling_without_a_cls_token_is_refused():

@@ -177,11 +177,15 @@ def test_a_full_disk_is_told_before_a_save_and_leaves_what_is_there(folder, smal
     assert steps_on_disk(folder) == [10]
 
 
-def test_a_folder_is_found_by_a_path_with_dots(folder, small_trees):
-    with open_checkpoints(folder / ".." / folder.name) as checkpoints:
+@pytest.mark.parametrize("name", ["a/../b", "a[b]*?", "back\\slash", "line\n{c} $d %20:~#"])
+def test_any_path_will_do(tmp_path, small_trees, name):
+    (tmp_path / "a").mkdir()
+    with open_checkpoints(tmp_path / name / "checkpoints") as checkpoints:
         save(checkpoints, 10, small_trees, loss=1.0)
-    with open_checkpoints(folder / ".." / folder.name) as checkpoints:
+    with open_checkpoints(tmp_path / name / "checkpoints") as checkpoints:
         assert checkpoints.best_step() == 10
+        assert checkpoints.restore(10, params=small_trees[0]).params["kernel"].shape == (2, 2)
+    assert steps_on_disk(tmp_path / name / "checkpoints") == [10]
 
 
 def test_saving_a_step_again(folder, small_trees):

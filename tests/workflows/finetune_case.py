@@ -19,6 +19,8 @@ from behrt_jax.config import (
     OptimizerConfig,
     PredictConfig,
     PretrainConfig,
+    SearchConfig,
+    TaskConfig,
     TaskTrainConfig,
     TrainConfig,
 )
@@ -35,6 +37,8 @@ LORA = FinetuneConfig(
     freezing=FreezingConfig("lora_pretrained"),
     optimizer=OptimizerConfig(learning_rate=2e-2, schedule="constant", warmup_fraction=0.0),
     train=TaskTrainConfig(epochs=5, batch_size=32, log_every=2),
+    task=TaskConfig(pooling="mean"),
+    search=SearchConfig(size=0),
 )
 CONFIGS = {
     "lora": LORA,

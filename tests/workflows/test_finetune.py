@@ -9,11 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from behrt_jax.cli import main
+from behrt_jax.config import SearchConfig, TaskConfig
 from behrt_jax.errors import InputError
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh
+from behrt_jax.training.loop import Schedule
+from behrt_jax.workflows import population
 from behrt_jax.workflows.finetune import finetune
+from behrt_jax.workflows.finetune_run import CHOICE, safest
+from behrt_jax.workflows.labelled_data import batch_size
 from behrt_jax.workflows.predict import open_finetuned
 from tests.records.meds_folder import DAY
 from tests.workflows.evaluated import FIRST_ID, TIME
@@ -263,3 +269,87 @@ def test_wrong_settings_are_one_clear_error_before_anything_is_written(case, tmp
     with pytest.raises(InputError, match="holds a run already"):
         finetune(replace(config, output=case.run()), ONE)
     assert before == {path: path.read_bytes() for path in case.run().iterdir() if path.is_file()}
+
+
+# What the run chooses by itself, and the count model beside it.
+
+
+def test_a_search_chooses_on_tuning_and_a_resumed_run_keeps_to_it(case, tmp_path, monkeypatch):
+    config = replace(
+        changed(case.config(), "train", epochs=1, max_steps=2),
+        task=TaskConfig(),
+        search=SearchConfig(size=5, labels=40),
+        output=tmp_path / "run",
+    )
+    finetune(config, ONE)
+    chosen = read(tmp_path / "run", "config.json")["facts"]["chosen"]
+    tried = chosen["tried"]
+    assert [one["pooling"] for one in tried] == ["mean", "max", "last", "attention", "mean"]
+    assert [one["rank"] for one in tried] == [2, 2, 2, 2, 2]
+    assert [one["embeddings"] for one in tried] == [True] * 4 + [False]
+    best = min(tried, key=lambda one: one["loss"])
+    assert {name: best[name] for name in CHOICE} == {name: chosen[name] for name in CHOICE}
+    trained = read(tmp_path / "run", "parameters.json")["embedding"]["trainable"]
+    assert (trained > 0) == chosen["embeddings"]
+    task = read(tmp_path / "run", "task.json")
+    assert (task["pooling"], task["lora"]["rank"]) == (chosen["pooling"], chosen["rank"])
+    assert read(tmp_path / "run", "config.json")["settings"]["task"]["pooling"] == "auto"
+    monkeypatch.setattr(population, "search", None)  # it is not made again
+    finetune(changed(replace(config, resume=True), "train", epochs=1, max_steps=3), ONE)
+    assert read(tmp_path / "run", "config.json")["facts"]["chosen"] == chosen
+    assert read(tmp_path / "run", "task.json")["pooling"] == chosen["pooling"]
+
+
+def test_predictions_are_blended_with_a_count_model(case, tmp_path):
+    config = changed(changed(case.config(), "task", blend="counts", pooling="attention"), "train", epochs=1)
+    finetune(replace(config, output=tmp_path / "run"), ONE)
+    summary, task = read(tmp_path / "run", "summary.json"), read(tmp_path / "run", "task.json")
+    counts, blend = summary["baselines"]["count model"], summary["blend"]
+    assert 0 < task["blend"]["share"] == blend["share"] <= 1  # an encoder that has hardly been trained
+    assert blend["loss"] < max(counts["loss"], summary["best"]["loss"])
+    assert summary["gaps"]["count model"]["nats"] == pytest.approx(summary["best"]["loss"] - counts["loss"])
+    whole = case.predicted(tmp_path / "a.parquet", model=tmp_path / "run", split="tuning")
+    from_adapter = case.predicted(tmp_path / "b.parquet", model=tmp_path / "run" / "adapter", split="tuning")
+    name = "predicted_boolean_probability"
+    np.testing.assert_allclose(whole[name], from_adapter[name], rtol=1e-5)
+    yes, probabilities = whole["boolean_value"].to_numpy(), whole[name].to_numpy()
+    temperature = task["calibration"]["temperature"]
+    odds = np.log(probabilities / (1 - probabilities)) * temperature
+    loss = np.mean(np.logaddexp(0, np.where(yes, -odds, odds)))
+    assert loss == pytest.approx(blend["loss"], rel=1e-4)
+
+
+def test_where_few_labels_cannot_tell_the_simpler_model_is_taken():
+    rng = np.random.default_rng(0)
+    best = rng.normal(size=400)
+    noise = [best + 0.01, best, best + 0.02 + rng.normal(size=400), best + 0.5 + 0.1 * rng.normal(size=400)]
+    subjects = np.arange(400)
+    assert safest(noise, subjects) == 2  # 0.02 is within 1 / 20, and 0.5 beyond 0.1 / 20
+    assert safest([one[:3] for one in noise[:2]], subjects[:3]) == 1
+
+
+def test_a_blend_is_for_tasks_of_yes_or_no(case, tmp_path):
+    config = changed(case.config("regression"), "task", blend="counts")
+    with pytest.raises(InputError, match="blend is counts, which is for one task of yes or no"):
+        finetune(replace(config, output=tmp_path / "run"), ONE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_and_batch_follow_the_number_of_labels(case):
+    config = changed(case.config(), "train", epochs=None, batch_size=None)
+    assert [batch_size(config, n) for n in (50, 1000, 10_000)] == [16, 62, 128]
+    schedules = [Schedule.of(config.train, steps) for steps in (13, 79)]
+    assert [(one.total_steps, one.validate_every) for one in schedules] == [(806, 40), (1580, 79)]
+
+
+def test_the_doctor_examines_a_finetuning_run(case, capsys):
+    folder = case.run()
+    stored = read(folder, "summary.json")["findings"]
+    ids = [finding["id"] for finding in stored]
+    assert {"few-labels", "mean-pooling"} <= set(ids)
+    assert all(finding["id"] in (folder / "SUMMARY.txt").read_text() for finding in stored)
+    capsys.readouterr()
+    assert main(["doctor", "--run", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ids)
+    assert "--data." not in shown and "--model." not in shown and "--init.run" not in shown
