@@ -179,17 +179,23 @@ def test_resume_refuses_other_settings_and_other_data(finished):
 
 
 def test_resume_refuses_a_run_whose_metrics_or_checkpoints_are_gone(finished, tmp_path):
-    for gone, message in (
-        ("metrics.jsonl", r"metrics\.jsonl is gone, but there is a checkpoint of step"),
-        ("checkpoints", r"has no checkpoint that is whole, but \d+ validations"),
-        ("config.json", r"config\.json is not as a run writes it"),
+    for version, gone, message in (
+        ("this", "metrics.jsonl", r"metrics\.jsonl is missing or damaged"),
+        ("this", "checkpoints", r"has no checkpoint that is whole, but \d+ validations"),
+        ("this", "config.json", r"config\.json is damaged"),
+        ("older", "metrics.jsonl", r"metrics\.jsonl is gone, but there is a checkpoint of step"),
+        ("older", "config.json", r"config\.json is not as a run writes it"),
     ):
-        folder = tmp_path / gone
+        folder = tmp_path / version / gone
         shutil.copytree(finished.folder, folder)
+        if version == "older":  # without digests
+            (folder / "files.json").unlink()
+            config = {**read(folder, "config.json"), "recorded": False}
+            (folder / "config.json").write_text(json.dumps(config))
         if gone == "config.json":
             (folder / gone).write_text("{}")
         else:
-            (folder / gone).rename(tmp_path / f"{gone}.away")
+            (folder / gone).rename(folder.with_name(f"{gone}.away"))
         with pytest.raises(InputError, match=message):
             pretrain(replace(SMALL_RUN, output=folder, resume=True), ONE)
 

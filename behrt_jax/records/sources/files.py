@@ -310,17 +310,25 @@ def row_counts(metadata: pq.FileMetaData) -> list[int]:
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
-def column_ranges(metadata: pq.FileMetaData, parts: Sequence[Part], column: str) -> list[tuple[int, int]]:
-    """Smallest and largest int64 of a column in each part; none where the footer does not tell all."""
-    ranges = []
-    for part in parts:
+def column_ranges(opened: pq.ParquetFile, parts: Sequence[Part], column: str) -> list[tuple[int, int]]:
+    """Smallest and largest int64 of a column in each part; none where the footer does not tell all.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    metadata, ranges = opened.metadata, []
+    paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
+    for part in parts if column in paths else ():
         found = []
-        for group in map(metadata.row_group, part.row_groups):
-            names = [group.column(place).path_in_schema for place in range(group.num_columns)]
-            statistics = group.column(names.index(column)).statistics if column in names else None
-            if statistics is None or not statistics.has_min_max or not isinstance(statistics.min, int):
-                return []
-            found += [statistics.min, statistics.max]
+        for group in part.row_groups:
+            with readable(part.file):
+                # A damaged footer is an error where a column is read, but where it is asked for the column
+                # by itself it ends the process.
+                next(opened.iter_batches(1, [group], [column]), None)
+                statistics = metadata.row_group(group).column(paths.index(column)).statistics
+                if statistics is None or not statistics.has_min_max or not isinstance(statistics.min, int):
+                    return []
+                found += [statistics.min, statistics.max]
         ranges.append((min(found), max(found)))
     return ranges if all(most < 1 << 63 for _, most in ranges) else []  # reading refuses larger ids
 

@@ -77,7 +77,7 @@ def open_meds(
                 _convert(shard, opened.schema_arrow.empty_table(), visit_column)
                 own = cut_parts(shard, opened.metadata, parquet.CHUNK_ROWS)
                 parts += own
-                ranges += column_ranges(opened.metadata, own, "subject_id")
+                ranges += column_ranges(opened, own, "subject_id")
     if visit_column is not None and visit_column not in columns:
         raise InputError(
             f"The option visit_column is {visit_column}, but no shard of {data} has it: choose from "

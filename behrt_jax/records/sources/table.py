@@ -67,7 +67,7 @@ def open_table(path: Path, columns: TableColumns) -> "TableSource":
             schema = file.schema_arrow
             names = schema.names
             parts = reading.cut_parts(path, file.metadata, UNIT_ROWS, beyond=True)
-            ranges = reading.column_ranges(file.metadata, parts, columns.subject)
+            ranges = reading.column_ranges(file, parts, columns.subject)
     else:
         raise InputError(f"{path} is neither .csv, .csv.gz nor .parquet: write it as one of them.")
     for option, name in vars(columns).items():
