@@ -358,6 +358,12 @@ def resolved(path: Path) -> Path:
         raise InputError(f"{path} leads nowhere ({error}): give another path.") from error
 
 
+def check_new_folder(path: Path, option: str) -> None:
+    """Raise InputError, which names the option, unless `path` is a folder without files or does not exist."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} holds other files: give an {option} that is new or empty.")
+
+
 def check_writable(path: Path, option: str) -> None:
     """Try whether something can be written at `path`, which need not exist; leaves nothing behind.
 

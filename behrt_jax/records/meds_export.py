@@ -13,7 +13,7 @@ from behrt_jax.config import PrepareConfig
 from behrt_jax.data.events import EVENT_SCHEMA, SPLITS, VISIT_FIELD
 from behrt_jax.data.splits import check_disjoint, split_index
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, work_folder
+from behrt_jax.files import JsonObject, check_new_folder, work_folder
 from behrt_jax.records.prepare.encode import split_by_hash
 from behrt_jax.records.prepare.spill import Partitions, Reading, choose_boundaries, spill_units
 from behrt_jax.records.sources.source import Source
@@ -100,10 +100,7 @@ def write_meds(
     check_disjoint(splits, "The splits to write")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(folder.parent, f"writing-{folder.name}") as work:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise InputError(
-                f"{folder} is there already: give a new folder for the MEDS data set, or remove it."
-            )
+        check_new_folder(folder, "--to_meds")
         unfinished = work / "meds"
         files, codes, visits = _write_shards(tables, unfinished, splits)
         texts = {code: descriptions.get(code) for code in sorted(codes)}

@@ -21,7 +21,7 @@ from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation import task_baselines
 from behrt_jax.evaluation.performance import EvaluationRecord, age_groups, assess_predictions, sex_groups
-from behrt_jax.files import work_folder, write_json, write_text
+from behrt_jax.files import check_new_folder, work_folder, write_json, write_text
 from behrt_jax.run_folder import PLOTS_FOLDER, REPORT_FILE, SUMMARY_TEXT_FILE
 from behrt_jax.tracking import evaluation_report
 from behrt_jax.tracking.console import Console, open_console
@@ -72,13 +72,8 @@ def _checked(config: EvaluateConfig) -> Path:
             "--no_baselines."
         )
     output = config.output.expanduser().absolute()
-    _check_new(output)
+    check_new_folder(output, "--output")
     return output
-
-
-def _check_new(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} holds other files: give an --output that is new or empty.")
 
 
 def _judge(config: EvaluateConfig, file: PredictionFile, console: Console) -> EvaluationRecord:
@@ -114,7 +109,7 @@ def _judge(config: EvaluateConfig, file: PredictionFile, console: Console) -> Ev
 def _write(output: Path, title: str, record: EvaluationRecord) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(output.parent, f"evaluating-{output.name}") as work:
-        _check_new(output)
+        check_new_folder(output, "--output")
         folder = work / "evaluation"
         folder.mkdir()
         write_json(folder / FIGURES_FILE, record)

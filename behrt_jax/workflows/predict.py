@@ -71,6 +71,8 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
         raise InputError("--model is missing: give the folder of a fine-tuning run.")
     if config.output is None:
         raise InputError("--output is missing: give a Parquet file to write.")
+    if config.output.exists():
+        raise InputError(f"{config.output} is there already: give another --output, or remove it.")
     if config.rows < 1:
         raise InputError(f"rows is {config.rows}: give 1 or more.")
     if config.embeddings:

@@ -10,7 +10,7 @@ from behrt_jax.config import PrepareConfig
 from behrt_jax.data.event_rules import told_without_effect
 from behrt_jax.data.splits import told_split
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, check_new_folder
 from behrt_jax.records.meds_export import export_meds
 from behrt_jax.records.prepare.pipeline import prepare
 from behrt_jax.records.sources.meds import open_meds
@@ -53,6 +53,8 @@ def prepare_records(config: PrepareConfig) -> JsonObject:
         raise InputError("--output is missing: give a folder to write, or add --dry_run.")
     if config.to_meds is not None and (config.shard is not None or config.merge):
         raise InputError("--to_meds reads the source whole: give it without --shard and --merge.")
+    if config.to_meds is not None:
+        check_new_folder(config.to_meds, "--to_meds")
     source = open_source(config)
     with open_console() as console:
         console.log(f"Reading {source.name} data: {len(source.files())} files in {source.units()} parts.")

@@ -134,20 +134,23 @@ def begin(
         leaves_not_finite(state.variables),
     )
     if config.resume:
-        _check_metrics(run.folder, cursor.step)
+        check_metrics(run.folder, run.schedule, cursor.step)
         checkpoints.remove_older()
     truncate_metrics(run.folder / METRICS_FILE, cursor.step)
     console.start(run.schedule.total_steps, cursor.step, run.schedule.steps_per_epoch)
     return Begun(state, cursor, telemetry, started - cursor.seconds)
 
 
-def _check_metrics(folder: Path, step: int) -> None:
-    """Refuse to go on where metrics or checkpoints of the run are gone.
+def check_metrics(folder: Path, schedule: Schedule, step: int) -> None:
+    """Refuse to go on after `step` where metrics or checkpoints of the run are gone.
 
     A run dies at most between the line of a validation and its checkpoint.
+
+    Raises:
+        InputError: names what is gone.
     """
     metrics = read_metrics(folder / METRICS_FILE)
-    if step and not metrics and not (folder / METRICS_FILE).exists():
+    if step >= schedule.next_line(0) and not (folder / METRICS_FILE).exists():
         raise InputError(
             f"--resume: {folder / METRICS_FILE} is gone, but there is a checkpoint of step {step}: bring it "
             "back, or make an empty file of that name to go on without the figures up to there."

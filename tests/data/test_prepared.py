@@ -398,6 +398,23 @@ def test_a_static_code_with_a_time_is_no_fact(tmp_path):
     assert manifest["events"]["dropped"]["code not selected"] == 3
 
 
+def test_what_is_timed_at_birth_is_a_static_fact(tmp_path):
+    birth = 3 * DAY
+    rows = [
+        *ALWAYS,
+        born(7, birth),
+        Row(7, birth, "Gender/M"),
+        Row(7, birth + 1, "Gender/F"),
+        Row(7, 9 * DAY, "DX//a"),
+    ]
+    rows += [born(8, birth), Row(8, birth, "Gender/F")]  # without an event
+    splits = SPLIT_IDS | {"train": [*SPLIT_IDS["train"], 7, 8]}
+    config = PrepareConfig(output=tmp_path / "out", codes=("DX//",), static_codes=("Gender/",), min_count=1)
+    prepare(source_of(rows, splits), config)
+    facts = read_static(tmp_path / "out", "train").to_pydict()
+    assert facts == {"subject_id": [7, 8], "code": ["Gender/M", "Gender/F"]}
+
+
 def test_the_earliest_death_of_each_subject(tmp_path):
     deaths = [Row(5, 900 * DAY, DEATH_CODE), Row(1, 800 * DAY, DEATH_CODE), Row(5, 700 * DAY, DEATH_CODE)]
     prepare(source_of([*ALWAYS, *deaths], SPLIT_IDS), PrepareConfig(output=tmp_path / "out", min_count=1))

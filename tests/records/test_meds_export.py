@@ -126,11 +126,11 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "set").mkdir()
     write_meds(tables(ROWS), tmp_path / "set", splits={}, **OPTIONS)
     before = content(tmp_path / "set")
-    with pytest.raises(InputError, match="set is there already: give a new folder"):
+    with pytest.raises(InputError, match="set holds other files: give an --to_meds that is new"):
         write_meds(tables(ROWS[:5]), tmp_path / "set", splits={}, **OPTIONS)
     assert content(tmp_path / "set") == before
     (tmp_path / "file").write_text("text")
-    with pytest.raises(InputError, match="file is there already"):
+    with pytest.raises(InputError, match="file holds other files"):
         write_meds(tables(ROWS), tmp_path / "file", splits={}, **OPTIONS)
 
 

@@ -116,8 +116,8 @@ def test_folders_may_be_relative(meds, tmp_path, monkeypatch, capsys):
     (tmp_path / "input").symlink_to(meds)
     assert run(Path("input"), Path("prepared"), "--to_meds", "exported") == 0
     written = capsys.readouterr().out
-    assert "Written: prepared: " in written
-    assert "Written as MEDS: exported: data/" in written
+    assert f"Written: {tmp_path / 'prepared'}: " in written
+    assert f"Written as MEDS: {tmp_path / 'exported'}: data/" in written
     check_meds(tmp_path / "exported")
 
 

@@ -7,7 +7,9 @@ import pytest
 
 from behrt_jax.config import InitConfig, LoRAConfig, PretrainConfig
 from behrt_jax.errors import InputError
-from behrt_jax.workflows.run import check_same_run, settings
+from behrt_jax.run_folder import append_metrics
+from behrt_jax.training.loop import Schedule
+from behrt_jax.workflows.run import check_metrics, check_same_run, settings
 
 CONFIG = PretrainConfig(lora=LoRAConfig(rank=4))
 
@@ -37,6 +39,22 @@ def test_a_run_to_start_from_may_be_named_by_another_path(tmp_path, monkeypatch)
     check_same_run(folder, replace(CONFIG, init=InitConfig(tmp_path / "runs" / "a")), "f")
     with pytest.raises(InputError, match=r"init\.run is .*runs/b, but the run"):
         check_same_run(folder, replace(CONFIG, init=InitConfig(tmp_path / "runs" / "b")), "f")
+
+
+def test_metrics_and_checkpoints_that_are_gone_are_missed_and_those_not_due_are_not(tmp_path):
+    schedule = Schedule(total_steps=100, steps_per_epoch=50, validate_every=50, log_every=20, patience=None)
+    check_metrics(tmp_path, schedule, 0)
+    check_metrics(tmp_path, schedule, 19)  # interrupted before the first line
+    with pytest.raises(InputError, match=r"metrics\.jsonl is gone, but there is a checkpoint of step 20"):
+        check_metrics(tmp_path, schedule, 20)
+    lines = [{"step": 20, "split": "train"}, {"step": 50, "split": "tuning"}]
+    for line in lines:  # it died between the line of its first validation and the checkpoint
+        append_metrics(tmp_path / "metrics.jsonl", line)
+    for step in (0, 50):
+        check_metrics(tmp_path, schedule, step)
+    append_metrics(tmp_path / "metrics.jsonl", {"step": 100, "split": "tuning"})
+    with pytest.raises(InputError, match="no checkpoint that is whole, but 2 validations"):
+        check_metrics(tmp_path, schedule, 0)
 
 
 def test_adapters_are_not_added_on_the_way(tmp_path):
