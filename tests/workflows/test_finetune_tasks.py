@@ -263,7 +263,7 @@ def test_a_table_without_labels_of_a_split_is_named_before_anything_is_written(c
     assert not output.exists()
 
 
-TWO = (Path("a.parquet"), Path("b.parquet"))
+TWO = (Path("a.parquet").absolute(), Path("b.parquet").absolute())
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ TWO = (Path("a.parquet"), Path("b.parquet"))
         ("lora", None, {"vary": "task", "labels": TWO[:1]}, r"population\.labels has 1 tables"),
         ("lora", TWO[0], {"vary": "task", "labels": TWO}, "--labels is given beside population.vary task"),
         ("lora", None, {"vary": "task", "labels": TWO, "size": 3}, "size is 3, but .* has 2 tables"),
-        ("lora", None, {"vary": "task", "labels": (TWO[0], Path("x") / TWO[0])}, "two tables called a"),
+        ("lora", None, {"vary": "task", "labels": (TWO[0], Path("x/a.parquet"))}, "two tables called a"),
         ("lora", None, {"vary": "task", "labels": TWO, "values": (1, 2)}, "vary in task"),
         ("lora", TWO[0], {"labels": TWO}, r"population\.vary is seed: add --population\.vary task"),
         ("lora", TWO[0], {"vary": "fold", "size": 2, "labels": TWO}, r"population\.vary is fold"),
