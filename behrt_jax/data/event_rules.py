@@ -91,7 +91,11 @@ class Selected:
 
 
 def select_events(
-    event_set: EventSet, codes: tuple[str, ...], exclude_codes: tuple[str, ...], duplicates: Duplicates
+    event_set: EventSet,
+    codes: tuple[str, ...],
+    exclude_codes: tuple[str, ...],
+    duplicates: Duplicates,
+    life: LifeRules = LifeRules(),
 ) -> Selected:
     """Apply the rules below in this order, and number each subject's visits.
 
@@ -123,14 +127,15 @@ def select_events(
         codes: regular expressions, matched at the start of a code; none selects all.
         exclude_codes: regular expressions likewise.
         duplicates: what the last rule does.
+        life: what becomes of events without an age, or at one that cannot be.
 
     Raises:
         InputError: a pattern is no regular expression, ages cannot be, or no event is left.
     """
     columns = event_columns(event_set.events)
     wanted = selects(columns.names, codes, exclude_codes)
-    selected = select_columns(columns, wanted, duplicates, event_set.counts)
-    check_ages(event_set.counts, LifeRules())
+    selected = select_columns(columns, wanted, duplicates, event_set.counts, life)
+    check_ages(event_set.counts, life)
     count_repeated(selected.codes, len(columns.names), event_set.counts)
     if not len(selected.codes):
         events = np.bincount(columns.codes, minlength=len(columns.names)).tolist()

@@ -141,7 +141,9 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
     check_disjoint(splits, f"The {event_set.source} source")
     patterns = data.codes or (MEDS_CODES if data.source == "meds" else ())
     duplicates = data.duplicates or ("keep" if data.source == "latent" else "drop")
-    selected = select_events(event_set, patterns, data.exclude_codes, duplicates)
+    # Generated lives may be as long as their histories.
+    life = LifeRules(implausible_ages="refuse" if data.source == "meds" else "keep")
+    selected = select_events(event_set, patterns, data.exclude_codes, duplicates, life)
     split = split_index(selected.subject_ids, splits)  # [S]
     event_split = np.repeat(split, np.diff(selected.offsets))  # [N]
     counts.drop("subject in no split", int(np.count_nonzero(event_split < 0)))

@@ -210,7 +210,8 @@ def test_the_command_reads_its_options(monkeypatch, tmp_path):
     assert run("--quick", "--seeds", "2", "--output", str(tmp_path), "--pretrain.lora.rank", "4") == 0
     assert seen[0].seeds == 2 and seen[0].output == tmp_path
     assert seen[0].pretrain.lora == replace(FREEZING_STUDIES["quick"].pretrain.lora, rank=4)
-    assert run() == 0 and seen[1] == FREEZING_STUDIES["large"]
+    large = FREEZING_STUDIES["large"]
+    assert run() == 0 and seen[1] == replace(large, output=large.output.absolute())
     assert seen[1].pretrain.lora == LoRAConfig(rank=16)
     assert run("--config", "huge") == 2
 
