@@ -11,6 +11,7 @@ import numpy as np
 from behrt_jax.config import DataConfig
 from behrt_jax.data.event_rules import (
     CodeChoice,
+    LifeRules,
     Preparation,
     Selected,
     select_events,
