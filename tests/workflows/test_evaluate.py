@@ -154,9 +154,9 @@ def test_sex_comes_from_static_facts(tmp_path):
     without_digests(case.data)
     record, output = judge(case, baselines=False)
     groups = {group["group"]: group for group in record["groups"]["sex"]}
-    assert list(groups) == ["female", "male"]
+    assert list(groups) == ["F", "M"]
     of_file = read_predictions(case.predictions).subject_ids
-    assert groups["male"]["counts"]["examples"] == np.count_nonzero(of_file % 3 == 0)
+    assert groups["M"]["counts"]["examples"] == np.count_nonzero(of_file % 3 == 0)
     assert "By sex" in (output / "SUMMARY.txt").read_text()
 
 
