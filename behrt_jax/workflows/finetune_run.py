@@ -273,6 +273,9 @@ class Calibration:
     """Divides the outputs."""
     threshold: float | None = None
     """Binary: probability from which on a prediction is positive."""
+    loss: float | None = None
+    """Log loss of the tuning split at this temperature, which is what its predictions have; None where there
+    are no probabilities."""
 
 
 def calibrate(config: TaskConfig, kind: TaskKind, outputs: np.ndarray, targets: np.ndarray) -> Calibration:
@@ -284,11 +287,15 @@ def calibrate(config: TaskConfig, kind: TaskKind, outputs: np.ndarray, targets: 
         outputs: of the tuning examples, float32 ``[members, examples, outputs]``.
         targets: theirs, float32 ``[examples, targets]``.
     """
-    temperature = fit_temperature(kind, outputs, targets)
-    if not KINDS[kind].thresholded:
+    of, temperature = KINDS[kind], fit_temperature(kind, outputs, targets)
+    if not of.tempered:
         return Calibration(temperature)
-    probabilities = mean_predictions(kind, outputs, temperature)[:, 0]
-    return Calibration(temperature, fit_threshold(probabilities, targets[:, 0] > 0.5, config.threshold))
+    predicted = mean_predictions(kind, outputs, temperature)
+    loss = float(-np.log(np.maximum(of.of_truth(predicted, targets), 1e-300)).mean())
+    if not of.thresholded:
+        return Calibration(temperature, loss=loss)
+    threshold = fit_threshold(predicted[:, 0], targets[:, 0] > 0.5, config.threshold)
+    return Calibration(temperature, threshold, loss)
 
 
 MOST_COUNTED = 20_000

@@ -211,6 +211,11 @@ def test_every_split_and_all_of_them(case, tmp_path):
     close(
         together, pa.concat_tables([part.replace_schema_metadata(together.schema.metadata) for part in parts])
     )
+    # What training says of the tuning split is what its predictions are worth.
+    chances = parts[1]["predicted_boolean_probability"].to_numpy()
+    of_truth = np.where(parts[1]["boolean_value"].to_numpy(), chances, 1 - chances)
+    recorded = json.loads((case.run() / "summary.json").read_text())["calibration"]["loss"]
+    assert recorded == pytest.approx(-np.log(of_truth).mean(), rel=1e-5)
 
 
 def test_no_subject_is_named_on_the_console(case, tmp_path, capsys):
