@@ -17,7 +17,7 @@ OUTPUT = Path("/runs/a")
 def raised(error, cause=None):
     try:
         raise error from cause
-    except type(error) as caught:
+    except BaseException as caught:
         return caught
 
 

@@ -158,18 +158,23 @@ def test_pooled_packed_subjects_equal_padded_ones(how):
     pooled = jax.jit(model.apply, static_argnames="segments")(variables, batch, segments=4)
     chex.assert_shape(pooled, (4, 4, config.hidden_size))
     hidden = jax.device_get(jax.jit(behrt.apply)({"params": variables["params"]["behrt"]}, batch))
-    reduce = {"cls": lambda x: x[0], "mean": lambda x: x.mean(0), "max": lambda x: x.max(0)}.get(how)
+    query = jax.random.normal(jax.random.key(2), (config.hidden_size, config.heads))
     if how == "attention":  # begins as the mean, and then weighs by a query for each head
         np.testing.assert_array_equal(variables["params"]["pooling_head"]["query"], 0.0)
-        query = jax.random.normal(jax.random.key(2), (config.hidden_size, config.heads))
         variables["params"]["pooling_head"]["query"] = query
         pooled = jax.jit(model.apply, static_argnames="segments")(variables, batch, segments=4)
 
-        def reduce(own):
-            weights = jax.nn.softmax(own @ query, axis=0)  # [L, H]
-            parts = np.split(own, config.heads, axis=1)
-            return np.concatenate([weights[:, h] @ part for h, part in enumerate(parts)])
+    def attended(own):
+        weights = jax.nn.softmax(own @ query, axis=0)  # [L, H]
+        parts = np.split(own, config.heads, axis=1)
+        return np.concatenate([weights[:, h] @ part for h, part in enumerate(parts)])
 
+    reduce = {
+        "cls": lambda x: x[0],
+        "mean": lambda x: x.mean(0),
+        "max": lambda x: x.max(0),
+        "attention": attended,
+    }[how]
     for row in range(4):
         for segment in (1, 2, 3):
             own = hidden[row, batch.segment_ids[row] == segment]

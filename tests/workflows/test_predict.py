@@ -619,16 +619,22 @@ def test_one_patient_from_python_is_predicted_as_in_a_file(case, newcomers, meds
     table = case.predicted(tmp_path / "p.parquet", data=None, input=meds, source="meds")
     model = PatientModel(case.run(), devices=ONE)
     events = events_table(newcomers)
-    for row in table.to_pylist():
+    rows, found = table.to_pylist(), None
+
+    def events_of(row):
         chosen = pa.compute.equal(events["subject_id"], row["subject_id"])
-        own = events.filter(chosen).select(["code", "time"]).to_pylist()
+        return events.filter(chosen).select(["code", "time"]).to_pylist()
+
+    for row in rows:
+        own = events_of(row)
         found = model.predict(own, row["prediction_time"])
         np.testing.assert_allclose(found.predicted, [row["predicted_boolean_probability"]], rtol=1e-6)
         assert found.codes["unknown"] == 0 and found.events.read == len(own)
+    row, own = rows[-1], events_of(rows[-1])
     assert model.predict(own).time == TIME - DAY
     assert model._step._cache_size() == 1  # compiled once
     later = [*own, {"code": "RISK", "time": datetime(2030, 1, 1)}]
-    assert model.predict(later, row["prediction_time"]).predicted == found.predicted
+    assert found and model.predict(later, row["prediction_time"]).predicted == found.predicted
     wrong = {
         "none of 1 is left": [{"code": "RISK", "time": datetime(2030, 1, 1)}],
         "events have no time": [{"code": "RISK"}],
