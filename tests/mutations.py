@@ -35,7 +35,7 @@ from behrt_jax.config import PrepareConfig, TableColumns
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.labels import read_labels
 from behrt_jax.data.predictions import read_predictions
-from behrt_jax.data.prepared import read_deaths, read_manifest, read_prepared, read_static
+from behrt_jax.data.prepared import read_deaths, read_manifest, read_preparation, read_prepared, read_static
 from behrt_jax.errors import InputError
 from behrt_jax.records.prepare.pipeline import prepare
 from behrt_jax.workflows.prepare import open_source
@@ -295,21 +295,22 @@ def runs(folder: Path) -> list[Subject]:
     def read_pretraining(run: Path) -> object:
         told, found = read_run(run), open_pretrained(run)
         params, step = read_encoder(found, mesh)
-        figures = (told.settings, told.parameters, told.facts, told.metrics, told.summary, found.options)
+        figures = (told.settings, told.parameters, told.facts, told.metrics, told.summary, found.preparation)
         return digest(*figures, found.vocabulary.codes, step, *leaves(params))
 
     def read_finetuning(run: Path) -> object:
         record = predict._record(run)
         vocabulary = Vocabulary.read(checked(run, VOCABULARY_FILE))
         restored = predict._restored(run, set_up(record, len(vocabulary) - record["new_codes"]), mesh)
-        return digest(record, vocabulary.codes, read_metrics(run / METRICS_FILE), *leaves(restored))
+        metrics, preparation = read_metrics(run / METRICS_FILE), read_preparation(run)
+        return digest(record, vocabulary.codes, metrics, preparation, *leaves(restored))
 
     def read_adapter(run: Path) -> object:
         record = predict._record(run)
         setup = set_up(record, len(open_pretrained(base).vocabulary))
         head = setups.setdefault("head", setup.init(jax.random.key(0))["params"]["task_head"])
         params, lora, config = load_adapter(run, {"behrt": encoder, "task_head": head})
-        return digest(record, config, *leaves(params, lora))
+        return digest(record, config, read_preparation(run), *leaves(params, lora))
 
     return [
         Subject("run of pretraining", base, read_pretraining),

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -458,7 +459,10 @@ def test_large_lora_with_adapters_on_out_prints_the_figures(tmp_path):
 def test_a_signal_saves_and_the_run_goes_on_later(sent, tmp_path):
     command = [sys.executable, SCRIPT, "--config", "small_lora", "--output", tmp_path / "run",
                "--train.epochs", "4", "--data.subjects", "1000"]  # fmt: skip
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heard = partial(signal.signal, sent, signal.SIG_DFL)  # where the tests run under nohup, too
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard
+    )
     deadline = time.monotonic() + 200
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:

@@ -110,7 +110,7 @@ def test_read_ahead_and_scanned_are_bit_identical(static, compiled_as_trained):
 
 
 @pytest.mark.slow
-def test_going_on_in_the_middle_of_an_epoch_is_bit_identical():
+def test_going_on_in_the_middle_of_an_epoch_is_bit_identical(compiled_as_trained):
     with fed(SCAN) as (feed, state, schedule):
         whole = run(feed, state, schedule)
     with fed(SCAN, total_steps=2) as (feed, state, schedule):
