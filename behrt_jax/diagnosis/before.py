@@ -53,8 +53,7 @@ def frozen_at_random(run: RunRecord) -> Iterator[Finding]:
             "Adapters cannot make up for random embeddings or a random head: the loss stays near "
             "ln(vocabulary).",
             f"From scratch use --freezing.regime {'lora' if adapted else 'full'}; or give a pretrained run "
-            "with "
-            f"{run.option('init.run')}.",
+            f"with {run.option('init.run')}.",
         )
     if base is not None:
         yield Finding(
@@ -85,8 +84,7 @@ def trainable_share(run: RunRecord) -> Iterator[Finding]:
             "Adapters are meant to replace the training of the base: hardly anything is saved over "
             "full training.",
             f"Use --freezing.regime {'lora_pretrained' if run.finetunes else 'lora'}, or a configuration "
-            "without "
-            "adapters.",
+            "without adapters.",
         )
     elif percent > MOST_TRAINABLE:
         large = ", ".join(f"{group} {count:,}" for group, count in trainable.items() if count)
@@ -160,9 +158,8 @@ def validation_size(run: RunRecord) -> Iterator[Finding]:
         f"Validation is on {targets:,} masked codes{of}; {known or 'its interval cannot be told'}.",
         "Differences between runs on other data that are smaller than this say nothing, and the best "
         "epoch is chosen partly by chance.",
-        f"Put more subjects into the tuning split ({run.option('data.tuning_fraction')}), or compare runs on "
-        "the "
-        "same one.",
+        f"Put more subjects into the tuning split ({run.option('data.tuning_fraction')}), or compare runs "
+        "on the same one.",
     )
 
 

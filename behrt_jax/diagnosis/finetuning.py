@@ -86,8 +86,7 @@ def tuning_too_small(run: RunRecord) -> Iterator[Finding]:
                 "tuning-too-small",
                 f"The tuning labels{f' of {name}' if name else ''} are {_counted(size)}.",
                 "The best epoch, temperature and threshold are chosen on them, partly by chance, and the "
-                "figures "
-                "there say little.",
+                "figures there say little.",
                 "Label more subjects of tuning, prepare with a larger --tuning_fraction, or cross-validate: "
                 "--population.size 5 --population.vary fold.",
             )
@@ -111,8 +110,7 @@ def gain_over_base_rate(run: RunRecord) -> Iterator[Finding]:
             f"The best validation loss, {loss:.4f}, is not below that of the base rate, {base:.4f}.",
             "The model has learned nothing of use.",
             "Try another learning rate, more epochs or more labels; see what the count model finds "
-            "(behrt-jax "
-            "evaluate).",
+            "(behrt-jax evaluate).",
         )
 
 
@@ -153,8 +151,7 @@ def schedule_at_zero(run: RunRecord) -> Iterator[Finding]:
     yield Finding.warning(
         "schedule-at-zero",
         f"The learning rate came to zero at step {steps:,}, and the best validation is step {best_step:,}: "
-        "the "
-        "loss was still falling.",
+        "the loss was still falling.",
         "The schedule ended the training, not the labels: the model could learn more.",
         "Leave --train.epochs and --train.max_steps out, or raise them: early stopping ends the run.",
     )

@@ -51,11 +51,9 @@ TELLING = {
         "outcome-code-in-input",
         "The presence of one of {} codes in the input alone predicts a positive label: {}.",
         "Is it a cause or a sign that is known before the outcome, as a laboratory value may be, or the "
-        "outcome "
-        "under another name, or only written once the outcome is known?",
+        "outcome under another name, or only written once the outcome is known?",
         "See what these codes mean and when they are written. Where that is after the prediction, say so "
-        "with "
-        "delays, or leave them out with exclude_codes; else nothing is to be done.",
+        "with delays, or leave them out with exclude_codes; else nothing is to be done.",
     ),
     "prediction time": Finding.error(
         "label-revealed-at-prediction-time",

@@ -183,8 +183,8 @@ def check_unknown_codes(data: SequenceSet) -> Iterator[Finding]:
             "To a model all these codes are the same one: it can learn nothing from them, and their number "
             "makes it seem better at predicting codes than it is.",
             "Lower prepare's --min_count (or --vocabulary_size's limit), map codes to a coarser level, "
-            "prepare "
-            "more subjects; where train has few and another split many, the splits know different codes.",
+            "prepare more subjects; where train has few and another split many, the splits know different "
+            "codes.",
         )
 
 

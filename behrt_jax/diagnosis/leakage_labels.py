@@ -427,8 +427,7 @@ def check_follow_up(
             f"without any event or death {when}{by_labels}.",
             "That nothing was recorded is no proof that nothing happened; the model learns who is not seen "
             "again. (Follow-up is seen by the selected codes and by deaths, not by the end of the data, "
-            "which "
-            "says nothing where dates are shifted by subject.)",
+            "which says nothing where dates are shifted by subject.)",
             "Leave such labels out, or censor them; keep those where a discharge ends the follow-up by "
             "definition.",
         )
