@@ -16,53 +16,32 @@ from behrt_jax.data.events import (
     BIRTH_CODE,
     DAY,
     DEATH_CODE,
-    YEAR,
     EventColumns,
     EventCounts,
     EventSet,
     SubjectTimes,
     event_columns,
 )
+from behrt_jax.data.lives import (
+    DEFAULT_RULES,
+    LONGEST_LIFE,
+    NEVER,
+    TOO_OLD,
+    LifeRules,
+    births_of,
+    check_ages,
+    deaths_of,
+    too_old,
+)
 from behrt_jax.data.sorting import ascending, leads, sort_rows
 from behrt_jax.data.splits import hash_words
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 
-_NEVER = np.iinfo(np.int64).max
-_LONGEST_LIFE = int(150 * YEAR)
-_HIDDEN_AGES = int(300 * YEAR), int(330 * YEAR)
-"""Ages, from and to, by which MIMIC-III hides those over 89: they are taken as they are."""
-_CARE_AFTER_DEATH = 60 * DAY
-_PLACEHOLDERS = np.array(
-    ["0001-01-01", "1753-01-01", "1800-01-01", "1899-12-30", "1899-12-31", "1900-01-01", "1901-01-01"],
-    "datetime64[us]",
-).astype(np.int64)
-"""Days, in microseconds since 1970, that often stand for an unknown birth."""
-PLACEHOLDER_BIRTH = "birth on a placeholder's day, kept"
-_GIVES_WAY = np.int64(1 << 62)
-
 Duplicates = Literal["keep", "drop", "count"]
 
 REPEATS = ("//x2", "//x3-5", "//x6+")
 """Suffixes by ``duplicates="count"`` of a code that occurs 2, 3 to 5, or 6 and more times in a visit."""
-
-
-WithoutBirth = Literal["drop", "first_event", "unknown"]
-ImplausibleAges = Literal["refuse", "drop", "keep"]
-TOO_OLD = "age above 150 years"
-"""The rule that drops events at an age that cannot be."""
-
-
-@dataclass(frozen=True)
-class LifeRules:
-    """What becomes of events whose age is not known or cannot be."""
-
-    without_birth: WithoutBirth = "drop"
-    """Of subjects without a birth, events are dropped, or their age counts from the first event left, or is
-    unknown (NaN)."""
-    implausible_ages: ImplausibleAges = "refuse"
-    """Events at an age above 150 years (but of 300 to 330, as MIMIC-III has them) are dropped, or kept; to
-    ``refuse`` them is up to the caller, by their count: see `check_ages`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +74,7 @@ def select_events(
     codes: tuple[str, ...],
     exclude_codes: tuple[str, ...],
     duplicates: Duplicates,
-    life: LifeRules = LifeRules(),
+    life: LifeRules = DEFAULT_RULES,
 ) -> Selected:
     """Apply the rules below in this order, and number each subject's visits.
 
@@ -144,25 +123,12 @@ def select_events(
     return selected
 
 
-def check_ages(counts: EventCounts, life: LifeRules) -> None:
-    """Refuse events at an age that cannot be, unless they are to be dropped or kept.
-
-    Raises:
-        InputError: there are some; it says how many.
-    """
-    if life.implausible_ages == "refuse" and (events := counts.dropped.get(TOO_OLD)):
-        raise InputError(
-            f"{events:,} events are at an age above 150 years, so their time or their subject's birth is "
-            "wrong (another unit, or damage): mend them, or prepare with --implausible_ages drop or keep."
-        )
-
-
 def select_columns(
     events: EventColumns,
     wanted: np.ndarray | None,
     duplicates: Duplicates,
     counts: EventCounts,
-    life: LifeRules = LifeRules(),
+    life: LifeRules = DEFAULT_RULES,
 ) -> Selected:
     """Apply the rules of :func:`select_events` to columns; it may be that no event is left.
 
@@ -187,9 +153,9 @@ def select_columns(
     starts = np.flatnonzero(leads([subject]))  # [S]
     offsets = np.append(starts, len(subject))
     present = subject[starts]
-    alone = births != _NEVER
+    alone = births != NEVER
     alone[present] = False
-    dead = deaths != _NEVER
+    dead = deaths != NEVER
     # A subject's first event is of its first visit.
     visit -= np.repeat(visit[starts], np.diff(offsets))
     return Selected(
@@ -233,7 +199,7 @@ def apply_rules(
     code, time = events.codes, events.times
     subjects, subject = rank_ids(events.subject_ids)
     born, died = events.of_code(BIRTH_CODE), events.of_code(DEATH_CODE)
-    births = _births(born, events, subject, len(subjects), counts)
+    births = births_of(born, events, subject, len(subjects), counts)
 
     keep = ~(born | died)  # [N]
     counts.drop("birth or death marker", len(keep) - int(np.count_nonzero(keep)))
@@ -248,7 +214,7 @@ def apply_rules(
         drop("code not selected", ~wanted[code])
     if events.timed is not None:
         drop("null time (static)", ~events.timed)
-    unborn = births == _NEVER  # [S]
+    unborn = births == NEVER  # [S]
     starts = births
     if unborn.any():
         if life.without_birth == "drop":
@@ -259,13 +225,13 @@ def apply_rules(
                 np.minimum.at(births, subject[rows], time[rows])
             what = "age from the first event" if life.without_birth == "first_event" else "age unknown"
             counts.change(f"no birth, {what}", len(rows))
-        starts = np.where(births == _NEVER, -_NEVER, births)
+        starts = np.where(births == NEVER, -NEVER, births)
     drop("before birth", time < starts[subject])
-    if len(time) and life.implausible_ages != "keep" and time.max() > births.min(initial=0) + _LONGEST_LIFE:
-        drop(TOO_OLD, _too_old(time, births[subject]))
-    deaths = _deaths(died, events, subject, births, keep, counts, life)
-    if (deaths != _NEVER).any():
-        ends = np.where(deaths == _NEVER, _NEVER, (deaths // DAY + 1) * DAY)
+    if len(time) and life.implausible_ages != "keep" and time.max() > births.min(initial=0) + LONGEST_LIFE:
+        drop(TOO_OLD, too_old(time, births[subject]))
+    deaths = deaths_of(died, events, subject, births, keep, counts, life)
+    if (deaths != NEVER).any():
+        ends = np.where(deaths == NEVER, NEVER, (deaths // DAY + 1) * DAY)
         drop("after death", time >= ends[subject])
 
     columns = [subject, time, code, *also]
@@ -273,76 +239,6 @@ def apply_rules(
         # The time decides the day, so that only visit ids tell events of one time apart.
         columns[2:2] = [events.named, np.where(events.named, events.visits, 0)]
     return subjects, births, deaths, [column[keep] for column in columns]
-
-
-def _too_old(times: np.ndarray, births: np.ndarray) -> np.ndarray:
-    """At an age that cannot be: bool ``[n]``; not where no birth is known."""
-    begin = np.minimum(births, _NEVER - _HIDDEN_AGES[1])  # so that sums stay within 64 bits
-    least, most = (begin + age for age in _HIDDEN_AGES)
-    return (births != _NEVER) & (times > begin + _LONGEST_LIFE) & ((times < least) | (times > most))
-
-
-def _births(
-    born: np.ndarray, events: EventColumns, subject: np.ndarray, subjects: int, counts: EventCounts
-) -> np.ndarray:
-    """Birth of each subject, int64 ``[subjects]``, ``_NEVER`` where none is known."""
-    rows = np.flatnonzero(born if events.timed is None else born & events.timed)
-    ranks = birth_ranks(events.times[rows])
-    best, worst = np.full(subjects, _NEVER), np.full(subjects, -_NEVER)
-    np.minimum.at(best, subject[rows], ranks)
-    np.maximum.at(worst, subject[rows], ranks)
-    known = best != _NEVER
-    births = births_of_ranks(best)
-    counts.change("births differ", int(np.count_nonzero(known & (best != worst))))
-    counts.change(PLACEHOLDER_BIRTH, int(np.count_nonzero(known & (births != best))))
-    return np.where(known, births, _NEVER)
-
-
-def birth_ranks(births: np.ndarray) -> np.ndarray:
-    """Numbers, int64 ``[n]``, of which the smallest is that of the birth to take: placeholders come last."""
-    return np.where(np.isin(births, _PLACEHOLDERS), births + _GIVES_WAY, births)
-
-
-def births_of_ranks(ranks: np.ndarray) -> np.ndarray:
-    """The births of which these are the `birth_ranks`."""
-    births = ranks - _GIVES_WAY
-    return np.where(np.isin(births, _PLACEHOLDERS), births, ranks)
-
-
-def _deaths(
-    died: np.ndarray,
-    events: EventColumns,
-    subject: np.ndarray,
-    births: np.ndarray,
-    keep: np.ndarray,
-    counts: EventCounts,
-    life: LifeRules,
-) -> np.ndarray:
-    """Death of each subject, int64 ``[subjects]``, ``_NEVER`` where none is known; ``keep`` as so far."""
-    rows = np.flatnonzero(died if events.timed is None else died & events.timed)
-    first = np.full(len(births), _NEVER)
-    if not len(rows):
-        return first
-    of, time = subject[rows], events.times[rows]
-    early = time // DAY < np.where(births == _NEVER, -_NEVER, births)[of] // DAY
-    late = ~early & (life.implausible_ages != "keep") & _too_old(time, births[of])
-    counts.change("death before birth, passed over", int(np.count_nonzero(early)))
-    counts.change(f"death at an {TOO_OLD}, passed over", int(np.count_nonzero(late)))
-    of, time = of[~(early | late)], time[~(early | late)]
-    last = np.full(len(births), -_NEVER)
-    np.minimum.at(first, of, time)
-    np.maximum.at(last, of, time)
-    differ = (first != _NEVER) & (first // DAY != last // DAY)  # [S]
-    if differ.any():
-        counts.change("deaths differ", int(np.count_nonzero(differ)))
-        of = np.flatnonzero(keep & differ[subject])
-        care, of = events.times[of], subject[of]
-        between = (care > first[of] + _CARE_AFTER_DEATH) & (care // DAY <= last[of] // DAY)
-        false = np.zeros(len(births), bool)
-        false[of[between]] = True
-        counts.change("care between deaths, the last taken", int(np.count_nonzero(false)))
-        first = np.where(false, last, first)
-    return first
 
 
 def rank_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

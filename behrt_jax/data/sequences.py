@@ -11,13 +11,13 @@ import numpy as np
 from behrt_jax.config import DataConfig
 from behrt_jax.data.event_rules import (
     CodeChoice,
-    LifeRules,
     Preparation,
     Selected,
     select_events,
     told_without_effect,
 )
 from behrt_jax.data.events import DAY, SPLITS, YEAR, EventCounts, EventSet, SubjectTimes
+from behrt_jax.data.lives import LifeRules
 from behrt_jax.data.sorting import leads, run_offsets
 from behrt_jax.data.splits import check_disjoint, hash_splits, split_index, told_split
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK, Vocabulary, fit_vocabulary

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from behrt_jax.data.event_rules import PLACEHOLDER_BIRTH, REPEATS, code_prefix
+from behrt_jax.data.event_rules import REPEATS, code_prefix
 from behrt_jax.data.events import DAY, SPLITS, YEAR
+from behrt_jax.data.lives import PLACEHOLDER_BIRTH
 from behrt_jax.data.sequences import Sequences, SequenceSet, day_text, events_by_day, set_fingerprint
 from behrt_jax.data.sorting import leads, place_in
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, matching_codes

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from behrt_jax.config import PredictConfig
-from behrt_jax.data.event_rules import Preparation, check_ages
+from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, SPLITS, VISIT_FIELD, EventCounts, event_columns
 from behrt_jax.data.labels import Labels
+from behrt_jax.data.lives import check_ages
 from behrt_jax.data.parquet import cast_column, refuse_nulls
 from behrt_jax.data.prepared import read_rules
 from behrt_jax.data.sequences import Sequences, SequenceSet

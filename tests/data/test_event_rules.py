@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.data.event_rules import LifeRules, Selected, first_in_visit, select_columns, select_events
+from behrt_jax.data.event_rules import Selected, first_in_visit, select_columns, select_events
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EventCounts, event_columns
+from behrt_jax.data.lives import LifeRules
 from behrt_jax.data.sequences import ages_in_years
 from behrt_jax.errors import InputError
 from tests.records.meds_folder import DAY, HOUR, Row, born, event_set, history_rows

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from behrt_jax.data import events
-from behrt_jax.data.event_rules import PLACEHOLDER_BIRTH
+from behrt_jax.data.lives import PLACEHOLDER_BIRTH
 from behrt_jax.data.prepared import read_manifest, read_prepared
 from behrt_jax.data.vocabulary import UNK
 from tests.diagnosis.audited import (

@@ -17,6 +17,7 @@ import pyarrow as pa
 from behrt_jax.config import PrepareConfig
 from behrt_jax.data import event_rules
 from behrt_jax.data.events import SPLITS, EventColumns, EventCounts
+from behrt_jax.data.lives import LifeRules
 from behrt_jax.data.prepared import SubjectFacts, subject_facts
 from behrt_jax.data.sequences import ages_in_years
 from behrt_jax.data.sorting import ascending, distinct
@@ -76,7 +77,7 @@ class EncodingRules:
     """The codes that become tokens, and those that are static facts."""
     duplicates: event_rules.Duplicates
     """Treatment of a code that comes again in a visit."""
-    life: event_rules.LifeRules
+    life: LifeRules
     """Treatment of ages that are unknown or cannot be."""
     split_of: SplitOf
     """Gives the subjects' splits."""
@@ -122,9 +123,9 @@ class EncodingRules:
         return Encoded(parts, selected.names, by_code, counts, facts)
 
 
-def life_rules(config: PrepareConfig) -> event_rules.LifeRules:
+def life_rules(config: PrepareConfig) -> LifeRules:
     """As the options have them."""
-    return event_rules.LifeRules(config.without_birth, config.implausible_ages)
+    return LifeRules(config.without_birth, config.implausible_ages)
 
 
 @functools.lru_cache(maxsize=4)  # the names are the same in many partitions

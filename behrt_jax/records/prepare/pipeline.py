@@ -30,9 +30,10 @@ from pathlib import Path
 import numpy as np
 
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.event_rules import CodeChoice, check_ages, matches, nothing_left
+from behrt_jax.data.event_rules import CodeChoice, matches, nothing_left
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.examples import parse_delay
+from behrt_jax.data.lives import check_ages
 from behrt_jax.data.prepared import (
     MANIFEST,
     VOCABULARY,

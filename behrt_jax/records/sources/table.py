@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from behrt_jax.config import TableColumns
-from behrt_jax.data.event_rules import birth_ranks, births_of_ranks, matches
+from behrt_jax.data.event_rules import matches
 from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, EventCounts
+from behrt_jax.data.lives import birth_ranks, births_of_ranks
 from behrt_jax.data.parquet import CHUNK_ROWS, whole_numbers
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, refuse_versions
@@ -197,7 +198,7 @@ class TableSource(Source):
 def birth_events(pieces: Iterable[tuple[pa.Array, pa.Array]], counts: EventCounts) -> Iterator[pa.Table]:
     """One event for each subject with a birth, at the one to take where there are several.
 
-    That is the earliest that is no placeholder, as `event_rules.select_events` has it. It holds 24 bytes for
+    That is the earliest that is no placeholder, as for any source (`lives.births_of`). It holds 24 bytes for
     each subject. Pieces are subject ids (int64) and births (timestamps) of some rows, either may be null.
     Counted are the events, and as changed ``births differ``.
     """
