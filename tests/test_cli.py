@@ -287,7 +287,11 @@ def test_an_interruption_waits_until_libraries_are_imported(monkeypatch, capsys)
 
     reached = []
     monkeypatch.setattr("behrt_jax.cli.parse", parsing)
-    assert main(["doctor"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        assert main(["doctor"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert reached and capsys.readouterr().err.startswith("error: interrupted by SIGINT")
 
 
