@@ -50,6 +50,7 @@ from behrt_jax.workflows.finetune_run import (
     try_write_adapter,
 )
 from behrt_jax.workflows.labelled_data import read_labelled
+from behrt_jax.workflows.population import finetune_population, search
 from behrt_jax.workflows.run import (
     RunResult,
     begin,
@@ -75,8 +76,6 @@ def finetune(config: FinetuneConfig, devices: Devices | None = None) -> RunResul
     check_finetune(config)
     check_readable(config)
     if has_members(config):
-        from behrt_jax.workflows.population import finetune_population
-
         return finetune_population(config, devices)
     data, labels, delays = read_labelled(config.data, config.labels)
     return finetune_on(config, data, labels, delays, devices)
@@ -97,7 +96,7 @@ def finetune_on(
         open_folder(config) as (folder, config),
         ThreadPoolExecutor(1) as beside,
     ):
-        run = open_finetuning(config, folder, data, labels, delays, devices, console)
+        run = open_finetuning(config, folder, data, labels, delays, devices, console, search)
         config = run.config
         assembly, labelled, schedule, mesh = run.assembly, run.labelled, run.schedule, run.assembly.mesh
         program = one_step(assembly, assembly.step(run.micro_batches))

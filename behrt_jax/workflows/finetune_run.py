@@ -1,7 +1,7 @@
 """A fine-tuning run, of a single model or a population: its opening, and the model that it leaves behind."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,6 +92,10 @@ class Finetuning(Run):
     """Rules by which the data were prepared, where they are known."""
 
 
+Search = Callable[[Console, FinetuneConfig, ModelConfig, LabelledData, Pretrained, Mesh], JsonObject]
+"""From a console, the settings, and a run's model, labels, base and devices to what :func:`with_choice` takes."""
+
+
 def open_finetuning(
     config: FinetuneConfig,
     folder: Path,
@@ -100,8 +104,11 @@ def open_finetuning(
     delays: Sequence[str],
     devices: Devices | None,
     console: Console,
+    search: Search,
 ) -> Finetuning:
     """Work out everything that can go wrong, and say what will be trained on what, in the run's folder.
+
+    `search` finds settings that are left open (`population.search`).
 
     Raises:
         InputError: something in the configuration, the data or the labels is wrong.
@@ -132,7 +139,7 @@ def open_finetuning(
         )
     given = config
     choice = _choice_before(folder) if config.resume else None
-    choice = choice or choose(console, config, model, labelled, pretrained, mesh)
+    choice = choice or choose(search, console, config, model, labelled, pretrained, mesh)
     config = with_choice(config, choice)
     assert config.task.pooling != "auto"
     setup = task_setup(config, model, labelled, pretrained, mesh, config.task.pooling)
@@ -231,6 +238,7 @@ def with_embeddings(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def choose(
+    search: Search,
     console: Console,
     config: FinetuneConfig,
     model: ModelConfig,
@@ -245,8 +253,6 @@ def choose(
     trained = regime(config.freezing).groups
     varies = config.task.pooling == "auto" or not has_members(config)
     if varies and config.search.size and not labelled.tasks and not trained & {"base", "embedding"}:
-        from behrt_jax.workflows.population import search  # which opens runs as well
-
         return search(console, config, model, labelled, pretrained, mesh)
     pooling = "attention" if config.task.pooling == "auto" else config.task.pooling
     rank = None if config.lora is None else config.lora.rank

@@ -98,7 +98,7 @@ def finetune_population(config: FinetuneConfig, devices: Devices | None = None) 
     else:
         data, labels, delays = read_labelled(config.data, config.labels)
     with open_console() as console, open_folder(config) as (folder, config):
-        run = open_finetuning(config, folder, data, labels, delays, devices, console)
+        run = open_finetuning(config, folder, data, labels, delays, devices, console, search)
         config = run.config
         variation = vary(config, run.labelled)
         found = train_population(console, config, run, variation, make_population(config, run, variation))
