@@ -93,7 +93,7 @@ class Finetuning(Run):
 
 
 Search = Callable[[Console, FinetuneConfig, ModelConfig, LabelledData, Pretrained, Mesh], JsonObject]
-"""From a console, the settings, and a run's model, labels, base and devices to what :func:`with_choice` takes."""
+"""From a console, settings, model, labels, base and devices of a run to what :func:`with_choice` takes."""
 
 
 def open_finetuning(
