@@ -13,7 +13,6 @@ import sys
 import textwrap
 import time
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -461,12 +460,14 @@ def test_large_lora_with_adapters_on_out_prints_the_figures(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_the_run_goes_on_later(sent, tmp_path):
-    command = [sys.executable, SCRIPT, "--config", "small_lora", "--output", tmp_path / "run",
-               "--train.epochs", "4", "--data.subjects", "1000"]  # fmt: skip
-    heard = partial(signal.signal, sent, signal.SIG_DFL)  # where the tests run under nohup, too
-    run = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard
+    # Through a process that hears the signal again, where the tests run under nohup.
+    heard = (
+        "import os, signal, sys; "
+        "signal.signal(int(sys.argv[1]), signal.SIG_DFL); os.execv(sys.argv[2], sys.argv[2:])"
     )
+    command = [sys.executable, "-c", heard, str(int(sent)), sys.executable, SCRIPT, "--config", "small_lora",
+               "--output", tmp_path / "run", "--train.epochs", "4", "--data.subjects", "1000"]  # fmt: skip
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 200
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
