@@ -622,6 +622,8 @@ class PredictConfig:
     folder beside `output` that is removed in the end."""
     visit_column: str | None = None
     """Of `input`, as in prepare."""
+    births: Path | None = None
+    """Of the subjects of `input`, as in prepare."""
     table: TableColumns = field(default_factory=TableColumns)
     labels: Path | None = None
     """Label table whose subjects and prediction times are predicted; its values, if it has any, are only
