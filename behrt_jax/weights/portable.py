@@ -279,13 +279,14 @@ def expected_shapes(
     model: ModelConfig, vocabulary_size: int, task: JsonObject | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Path -> shape of each parameter of a model, layer by layer; `task` as in `PortableConfig`."""
-    network, options = BEHRTForMLM(model, vocabulary_size), {}
+    batch, segments = example_batch(model), ()
+    network: BEHRTForMLM | BEHRTForTask = BEHRTForMLM(model, vocabulary_size)
     if task is not None:
-        outputs = Task.from_json(task["task"]).outputs
-        network, options = BEHRTForTask(model, vocabulary_size, outputs, task["pooling"]), {"segments": 1}
+        outputs, segments = Task.from_json(task["task"]).outputs, (1,)
+        network = BEHRTForTask(model, vocabulary_size, outputs, task["pooling"])
 
     def init() -> Tree:
-        return unstack_layers(network.init(jax.random.key(0), example_batch(model), **options)["params"])
+        return unstack_layers(network.init(jax.random.key(0), batch, *segments)["params"])
 
     return {path: leaf.shape for path, leaf in _flat(jax.eval_shape(init)).items()}
 
