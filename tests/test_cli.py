@@ -5,21 +5,20 @@ import importlib
 import inspect
 import json
 import os
+import re
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.cli import COMMANDS, main, parse
+from behrt_jax.cli import COMMANDS, Command, main, parse
+from behrt_jax.config import FinetuneConfig
 from behrt_jax.errors import DivergenceError, InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.workflows.run import RunResult
@@ -95,6 +94,63 @@ def test_the_script_of_a_command_has_its_options(name, monkeypatch, capsys):
     assert of_script[1] == options
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_starts_with_what_everybody_needs_and_has_every_option_once(name, monkeypatch, capsys):
+    import tyro
+
+    command = COMMANDS[name]
+    monkeypatch.setenv("COLUMNS", "100")
+    _, shown = help_of(lambda: main([name, "--help"]), capsys)
+    first, others = shown.split("What everybody needs:\n")[1].split("\n\n", 1)
+    named = re.compile(r"^  --([a-z_.]+)", re.MULTILINE)
+    assert named.findall(first) == list(command.first) and len(command.first) == 5
+    of_parser = ["--help"], command.named.get(command.default, command.options())
+    _, expected = help_of(lambda: tyro.cli(command.options, args=of_parser[0], default=of_parser[1],
+                                           use_underscores=True, config=(tyro.conf.AvoidSubcommands,)),
+                          capsys)  # fmt: skip
+    options = re.findall(r"^\W+--([a-z_.]+)", expected, re.MULTILINE)
+    short = [option for option in command.first if option not in options]
+    assert sorted(named.findall(first + "\n" + others)) == sorted(options + short)
+    assert short in ([], ["config"], ["config", "data"])
+
+
+@pytest.mark.parametrize(("columns", "width"), [("40", 80), ("93", 93), ("300", 100)])
+def test_help_is_as_wide_as_can_be_read(columns, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    for name in COMMANDS:
+        _, shown = help_of(lambda name=name: main([name, "--help"]), capsys)
+        longest = max(map(len, shown.splitlines()))
+        assert width - 12 < longest <= width, name
+
+
+def test_help_shows_the_values_of_the_named_configuration(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setitem(sys.modules, "tyro", None)  # which it does without
+    _, small = help_of(lambda: main(["pretrain", "--config", "small", "--help"]), capsys)
+    _, large = help_of(lambda: main(["pretrain", "-h", "--config", "large_lora"]), capsys)
+    assert re.search(r"--model.layers INT +Number of transformer blocks. \(default: 2\)", small)
+    assert re.search(r"--model.layers INT +Number of transformer blocks. \(default: 6\)", large)
+    assert "Shown are the values of large_lora." in large
+    assert "\nlora: Low-rank adapters" in large and "--lora.rank" not in small
+    assert re.search(r"--lora.targets \[STR ...\] .*\(default: query key value out\)", large, re.DOTALL)
+
+
+def test_plain_words_are_the_values_of_one_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["a"], ["--run", "a"], ["a", "--output", "b"], ["--output", "b", "a"],
+                      ["--output=b", "a"]):  # fmt: skip
+        config = parse(COMMANDS["doctor"], arguments, "doctor")
+        assert config.run == tmp_path / "a"
+        assert config.output == (tmp_path / "b" if len(arguments) > 1 and "--run" not in arguments else None)
+    several = Command(FinetuneConfig, "", positional="labels")
+    config = parse(several, ["--resume", "--train.epochs", "2", "a", "--population.values", "1", "2"], "x")
+    assert (config.labels, config.resume, config.train.epochs) == (tmp_path / "a", True, 2)
+    assert config.population.values == (1.0, 2.0)
+    for command, arguments in (("doctor", ["a", "b"]), ("evaluate", ["a"])):
+        with pytest.raises(SystemExit):
+            parse(COMMANDS[command], arguments, command)
+
+
 def test_statuses_of_what_ran(tmp_path):
     stopped = RunResult(tmp_path, {}, 143)
     assert COMMANDS["pretrain"].status(stopped) == COMMANDS["finetune"].status(stopped) == 143
@@ -117,76 +173,6 @@ def test_what_commands_need_is_told_where_it_is_not_there(monkeypatch, capsys):
     assert main(["predict"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "pip install 'behrt-jax[commands]'" in line
-
-
-# The command as it is installed, without the repository.
-
-INSTALLED = textwrap.dedent("""
-    import sys
-    from importlib.metadata import Distribution
-    from pathlib import Path
-
-    folder, *arguments = sys.argv[1:]
-    of_repository = [path for path in sys.path if Path(path, "experiments", "pretrain.py").exists()]
-    sys.path[:] = [folder, *(path for path in sys.path if path not in ("", *of_repository))]
-    import behrt_jax
-
-    assert Path(behrt_jax.__file__).parents[1] == Path(folder), behrt_jax.__file__
-    (distribution,) = Distribution.discover(name="behrt-jax", path=[folder])
-    (script,) = distribution.entry_points.select(group="console_scripts", name="behrt-jax")
-    sys.argv[:] = ["behrt-jax", *arguments]
-    sys.exit(script.load()())
-""")
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A folder with a wheel of the package unpacked in it, and nothing else."""
-    root = tmp_path_factory.mktemp("wheel")
-    source, built, folder = (root / name for name in ("source", "built", "folder"))
-    shutil.copytree(ROOT / "behrt_jax", source / "behrt_jax", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", build, built], cwd=source, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    (file,) = built.glob("*.whl")
-    zipfile.ZipFile(file).extractall(folder)
-    return folder
-
-
-def run_installed(wheel, cwd, *arguments):
-    """Output of the installed command, which must end well."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", INSTALLED, str(wheel), *arguments],
-        capture_output=True, text=True, check=False, cwd=cwd, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_installed_command_has_the_named_configurations(wheel, tmp_path):
-    assert run_installed(wheel, tmp_path, "--help").startswith("usage: behrt-jax COMMAND")
-    options = run_installed(wheel, tmp_path, "pretrain", "--config", "large_lora", "--help")
-    assert "Shown are the values of large_lora." in " ".join(options.split())
-
-
-def test_the_wheel_has_every_module_of_the_package(wheel):
-    def modules(folder):
-        return sorted(str(path.relative_to(folder)) for path in folder.glob("behrt_jax/**/*.py"))
-
-    assert modules(wheel) == modules(ROOT)
-    assert {path.name.partition("-")[0] for path in wheel.iterdir()} == {"behrt_jax"}
-
-
-@pytest.mark.slow
-def test_the_installed_command_runs_a_named_configuration(wheel, tmp_path):
-    options = "--data.subjects", "200", "--train.max_steps", "2", "--output", "run"
-    run_installed(wheel, tmp_path, "pretrain", "--config", "small_lora", *options)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["name"] == "small_lora"
 
 
 # Options of pretraining.
