@@ -101,7 +101,7 @@ def test_help_starts_with_what_everybody_needs_and_has_every_option_once(name, m
     command = COMMANDS[name]
     monkeypatch.setenv("COLUMNS", "100")
     _, shown = help_of(lambda: main([name, "--help"]), capsys)
-    first, others = shown.split("What everybody needs:\n")[1].split("\n\n", 1)
+    first, _, others = shown.split("What everybody needs:\n")[1].partition("\n\n")
     named = re.compile(r"^  --([a-z_.]+)", re.MULTILINE)
     assert named.findall(first) == list(command.first) and len(command.first) == 5
     of_parser = ["--help"], command.named.get(command.default, command.options())
