@@ -113,7 +113,7 @@ def save_adapter(
         ValueError: ``trained`` does not mirror ``params``, what is written fits no parameter group,
             there is not one new code for each trained row of them, or there are adapters without settings.
     """
-    serialise = _import_safetensors().save
+    serialise = import_safetensors().save
     beside = beside or {}
     _refuse_other_files(folder, {CONFIG_FILE, TENSOR_FILE, OWN_FILE, FORMER_TENSOR_FILE, *beside})
     flat_params, marks = _flatten(params), _flatten(trained)
@@ -218,12 +218,12 @@ def fingerprint_tree(tree: Tree) -> str:
     return digest.hexdigest()
 
 
-def _import_safetensors() -> ModuleType:
+def import_safetensors() -> ModuleType:
     """The module ``safetensors.numpy``; raises InputError, which names the package, where it is missing."""
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise InputError("adapter files need the package safetensors: pip install safetensors") from error
+        raise InputError("files of weights need the package safetensors: pip install safetensors") from error
     return safetensors.numpy
 
 
@@ -307,7 +307,7 @@ def _read_tensors(folder: Path, config: AdapterConfig) -> dict[str, np.ndarray]:
 
 def _read_file(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
     """Content of a tensor file, and its tensors as they are here."""
-    _import_safetensors()
+    import_safetensors()
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
