@@ -295,7 +295,10 @@ def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, va
     try:
         fingerprint = run.data.vocabulary.fingerprint()
         adapter = AdapterConfig(
-            lora=values["lora"], model=values["model"], vocabulary_fingerprint=fingerprint
+            lora=values["lora"],
+            model=values["model"],
+            vocabulary_fingerprint=fingerprint,
+            base=str(run.folder.resolve()),
         )
         trained = run.assembly.setup.mask["params"]
         rules = rule_files(run.data.vocabulary, run.data.preparation)
