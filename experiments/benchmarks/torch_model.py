@@ -54,6 +54,7 @@ class SeparateSelfAttention(nn.Module):
     batch_first = True
     in_proj_bias = None
     _qkv_same_embed_dim = True
+    out_proj: nn.Module
 
     def __init__(self, heads: int, dropout: float, linears: Mapping[str, nn.Module]) -> None:
         """Take the `linears` `[hidden, hidden]`, by the names that they get."""
@@ -381,7 +382,7 @@ def gradients_as_params(module: TorchBEHRTForMLM, collection: str = "params") ->
 def _places(module: TorchBEHRTForMLM) -> Iterator[tuple[Path, _Place]]:
     """Every leaf of our tree, its path with the collection in front."""
     path, behrt = ("params", "behrt", "embeddings"), module.behrt
-    of = behrt.embeddings
+    of: Any = behrt.embeddings
     yield (*path, "code", "embedding"), _Place(of.code_embedding.weight)
     for name in ("age", "visit", "position"):
         yield (*path, name, "embedding"), _Place(getattr(of, f"{name}_embedding").embedding.weight)
