@@ -273,14 +273,13 @@ def read_config(folder: Path) -> AdapterConfig:
 
 def _saved_by_peft(folder: Path, config: JsonObject) -> AdapterConfig:
     """What can be told of a folder that PEFT has saved, with its tensors as the table."""
-    settings = peft.settings_of(config, folder / CONFIG_FILE)
     data, found = _read_file(folder / TENSOR_FILE)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     if MARK in header.get("__metadata__", {}):
         raise InputError(f"{folder / OWN_FILE} is missing; copy the whole adapter folder")
-    shapes = {key: list(values.shape) for key, values in found.items()}
-    layers = [key.split("/", 1)[1].removesuffix("/a") for key in sorted(shapes) if key.endswith("/a")]
-    settings = replace(settings, targets=tuple(layers))
+    shapes = {key: list(values.shape) for key, values in sorted(found.items())}
+    layers = {tuple(key.split("/")[1:-1]): shape[-1] for key, shape in shapes.items() if key.endswith("/a")}
+    settings = peft.settings_of(config, layers, folder / CONFIG_FILE)
     return AdapterConfig(lora=asdict(settings), vocabulary_fingerprint=None, tensors=shapes)
 
 
@@ -300,8 +299,6 @@ def _read_tensors(folder: Path, config: AdapterConfig) -> dict[str, np.ndarray]:
         _check_shape(folder, key, tensors[key].shape, table[key])
     if config.tensors_sha256 and hashlib.sha256(data).hexdigest() != config.tensors_sha256:
         raise InputError(f"{path} is damaged (its digest differs); save the adapter again")
-    if config.base_fingerprint is None:
-        _scale_as_peft(folder, config, tensors)
     return {key: tensors[key] for key in sorted(tensors)}
 
 
@@ -341,18 +338,6 @@ def tensors_of(data: bytes) -> dict[str, np.ndarray]:
             )
         found[name] = values.astype(np.float32, copy=False).reshape(tensor["shape"])
     return found
-
-
-def _scale_as_peft(folder: Path, config: AdapterConfig, tensors: dict[str, np.ndarray]) -> None:
-    """Fold into ``b`` what PEFT scales single layers by, beyond the scale of all."""
-    stored, settings = (
-        json.loads((folder / CONFIG_FILE).read_text()),
-        from_stored(LoRAConfig, config.lora or {}),
-    )
-    for key, values in tensors.items():
-        if key.startswith("lora/") and key.endswith("/b"):
-            layer = tuple(key.split("/")[1:-1])
-            tensors[key] = values * np.float32(peft.factor_of(stored, settings, layer, values.shape[0]))
 
 
 def _check_shape(folder: Path, key: str, found: Iterable[int], expected: Iterable[int]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from behrt_jax.adapters.lora import scale
+from behrt_jax.adapters.targets import scale
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
@@ -53,7 +53,8 @@ def peft_config(
     if ranks and settings is None:
         raise ValueError("adapters need their settings: give lora")
     settings = settings or LoRAConfig(rank=1, alpha=1.0)
-    of_rank = {rank: _alpha(settings, rank) for rank in {settings.rank, *ranks.values()}}
+    common = _alpha(settings, (), settings.rank)
+    alphas = {path: _alpha(settings, path, rank) for path, rank in ranks.items()}
     trained = [_split(key)[1:] for key in tensors if key.startswith("params/")]
     others = [tuple(path.split("/")) for path in frozen]
     return {
@@ -62,7 +63,7 @@ def peft_config(
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": settings.rank,
-        "lora_alpha": of_rank[settings.rank],
+        "lora_alpha": common,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rank_stabilised,
         "fan_in_fan_out": False,
@@ -70,17 +71,13 @@ def peft_config(
         "target_modules": _targets(ranks, [*trained, *others]) or NO_TARGET,
         "modules_to_save": _whole_modules(trained, [*others, *((*path, "a") for path in ranks)]) or None,
         "rank_pattern": {torch_module(path): r for path, r in ranks.items() if r != settings.rank},
-        "alpha_pattern": {
-            torch_module(path): of_rank[r]
-            for path, r in ranks.items()
-            if of_rank[r] != of_rank[settings.rank]
-        },
+        "alpha_pattern": {torch_module(path): alpha for path, alpha in alphas.items() if alpha != common},
     }
 
 
-def _alpha(settings: LoRAConfig, rank: int) -> float:
-    """The alpha at which PEFT scales an adapter of this rank as we do; whole where it can be."""
-    alpha = scale(settings) * (rank**0.5 if settings.rank_stabilised else rank)
+def _alpha(settings: LoRAConfig, path: Path, rank: int) -> float:
+    """The alpha at which PEFT scales a product of this rank as we do that at `path`; whole where it can be."""
+    alpha = scale(settings, path) * (rank**0.5 if settings.rank_stabilised else rank)
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
 
 
@@ -137,8 +134,13 @@ def turned(key: str, values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values.T if key.rpartition("/")[2] in TRANSPOSED else values)
 
 
-def settings_of(config: JsonObject, where: object) -> LoRAConfig:
-    """Settings of adapters that PEFT has saved; it names layers by their names in PyTorch.
+def settings_of(config: JsonObject, ranks: Mapping[Path, int], where: object) -> LoRAConfig:
+    """Settings of adapters that PEFT has saved.
+
+    Args:
+        config: content of its ``adapter_config.json``.
+        ranks: of the adapters, by path of the layer.
+        where: what messages call the file.
 
     Raises:
         InputError: it is no LoRA, has settings that change what is computed and that are not to be had here,
@@ -153,30 +155,28 @@ def settings_of(config: JsonObject, where: object) -> LoRAConfig:
         raise InputError(
             f"{where}: an adapter of PEFT with {', '.join(wrong)} cannot be read; train one of plain LoRA."
         )
+    names = {path: "/".join(path) for path in ranks}
     try:
+        rank, common = int(config["r"]), float(config["lora_alpha"])
+        alphas = {path: _alpha_there(config, path) for path in ranks}
         return LoRAConfig(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
+            rank=rank,
+            alpha=common,
             dropout=float(config.get("lora_dropout", 0.0)),
+            targets=tuple(names.values()),
+            rank_pattern=tuple(f"{names[path]}={own}" for path, own in ranks.items() if own != rank),
+            alpha_pattern=tuple(f"{names[path]}={own}" for path, own in alphas.items() if own != common),
             rank_stabilised=bool(config.get("use_rslora", False)),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: r and lora_alpha must be numbers; save the adapter again.") from error
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise InputError(f"{where}: r, lora_alpha and alpha_pattern are damaged; save it again.") from error
 
 
-def factor_of(config: JsonObject, settings: LoRAConfig, path: Path, rank: int) -> float:
-    """What PEFT scales the adapter of one layer by, over what :func:`adapters.lora.scale` says of all.
-
-    Args:
-        config: of PEFT.
-        settings: :func:`settings_of` it.
-        path: of the layer, as ours.
-        rank: of its adapter.
-    """
-    alphas, module = config.get("alpha_pattern") or {}, torch_module(path)
-    matching = (value for key, value in alphas.items() if re.match(rf"(.*\.)?({key})$", module))
-    alpha = float(next(matching, config["lora_alpha"]))
-    return alpha / (rank**0.5 if settings.rank_stabilised else rank) / scale(settings)
+def _alpha_there(config: JsonObject, path: Path) -> float:
+    """Alpha of the layer at `path`: of the first pattern that matches the end of its name, or that of all."""
+    patterns, module = config.get("alpha_pattern") or {}, torch_module(path)
+    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return float(next(matching, config["lora_alpha"]))
 
 
 def _split(key: str) -> Path:

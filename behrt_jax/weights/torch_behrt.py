@@ -250,7 +250,7 @@ def _oriented(
 def _adapters(
     found: Mapping[str, tuple[np.ndarray, np.ndarray]], alpha: float | None, where: str
 ) -> tuple[Tree, LoRAConfig | None]:
-    """Our tree of adapters, all of the largest rank, and its settings."""
+    """Our tree of adapters, and its settings."""
     if not found:
         return {}, None
     if alpha is None:
@@ -258,14 +258,16 @@ def _adapters(
             f"{where} has adapters on {len(found)} layers, and does not tell their scale: give --alpha, "
             "where their product is scaled by alpha / rank."
         )
-    rank = max(a.shape[1] for a, _ in found.values())
-    leaves, targets = {}, []
+    leaves, ranks = {}, {}
     for module, (a, b) in found.items():
-        layer, own = path_of(f"{module}.weight")[:-1], a.shape[1]
-        leaves[(*layer, "a")] = np.pad(a, ((0, 0), (0, rank - own)))
-        leaves[(*layer, "b")] = np.pad(b * np.float32(rank / own), ((0, rank - own), (0, 0)))
-        targets.append("/".join(layer))
-    return unflatten_dict(leaves), LoRAConfig(rank=rank, alpha=alpha, targets=tuple(targets))
+        layer = path_of(f"{module}.weight")[:-1]
+        leaves |= {(*layer, "a"): a, (*layer, "b"): b}
+        ranks["/".join(layer)] = a.shape[1]
+    rank = max(ranks.values())
+    pattern = tuple(f"{layer}={own}" for layer, own in ranks.items() if own != rank)
+    return unflatten_dict(leaves), LoRAConfig(
+        rank=rank, alpha=alpha, targets=tuple(ranks), rank_pattern=pattern
+    )
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:

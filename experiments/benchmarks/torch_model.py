@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-from behrt_jax.adapters.lora import scale
+from behrt_jax.adapters.targets import scale
 from behrt_jax.config import LoRAConfig, ModelConfig
 from behrt_jax.errors import InputError
 

@@ -31,6 +31,14 @@ ALL = LoRAConfig(
 )
 SOME = LoRAConfig(rank=2, targets=("behrt/encoder/layer_1/*", "projection"))
 STABLE = LoRAConfig(rank=4, alpha=3.0, rank_stabilised=True, targets=("intermediate", "output"))
+PATTERNS = LoRAConfig(
+    rank=2,
+    alpha=3.0,
+    targets=("query", "intermediate", "output"),
+    exclude=("behrt/encoder/layer_1/attention/query",),
+    rank_pattern=("output=4",),
+    alpha_pattern=("behrt/encoder/layer_0/*=7",),
+)
 
 
 def drawn_lora(params, config):
@@ -66,6 +74,7 @@ def mixed(params, trained, others):
         (ALL, ("embedding",)),
         (SOME, ("head",)),
         (STABLE, ("embedding", "head")),
+        (PATTERNS, ("head",)),
         (SOME, ("embedding", "head", "base")),
         (None, ("head",)),
         (None, ("embedding", "head", "base")),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from behrt_jax.adapters.targets import scale
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
@@ -129,9 +130,9 @@ def test_adapters_are_read_whichever_way_round_they_are(form):
     assert_same(found.params, drawn())
     layer = found.lora["behrt"]["encoder"]["layer_0"]
     assert isinstance(found.adapters, LoRAConfig)
-    scale = found.adapters.alpha / found.adapters.rank
     for name, a, b, rank in (("intermediate", a1, b1, 2), ("output", a2, b2, 3)):
-        product = scale * layer[name]["a"] @ layer[name]["b"]
+        scaled = scale(found.adapters, ("behrt", "encoder", "layer_0", name))
+        product = scaled * layer[name]["a"] @ layer[name]["b"]
         np.testing.assert_allclose(product, 6.0 / rank * a @ b, rtol=1e-6)
     assert set(found.adapters.targets) == {
         f"behrt/encoder/layer_0/{name}" for name in ("intermediate", "output")
