@@ -76,7 +76,7 @@ def peft_config(
 
 
 def _alpha(settings: LoRAConfig, path: Path, rank: int) -> float:
-    """The alpha at which PEFT scales a product of this rank as we do that at `path`; whole where it can be."""
+    """The alpha at which PEFT scales a product of this rank as we do that at `path`; whole if it can be."""
     alpha = scale(settings, path) * (rank**0.5 if settings.rank_stabilised else rank)
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
 
