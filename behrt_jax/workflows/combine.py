@@ -78,6 +78,7 @@ def combine_adapters(config: CombineConfig) -> Path:
         model=first.config.model,
         vocabulary_fingerprint=first.config.vocabulary_fingerprint,
         base_fingerprint=first.config.base_fingerprint,
+        base=first.config.base,
         new_codes=first.config.new_codes,
     )
     assert config.output is not None
