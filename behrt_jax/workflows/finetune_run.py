@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from behrt_jax.adapters import combine
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.adapters.lora import GROUPS
-from behrt_jax.config import FinetuneConfig, ModelConfig, TaskConfig
+from behrt_jax.config import FinetuneConfig, LoRAConfig, ModelConfig, TaskConfig, from_stored
 from behrt_jax.data.batches import TaskBatches
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.labels import Labels, LabelTables
@@ -27,10 +28,9 @@ from behrt_jax.evaluation.task_baselines import CountModel, count_codes, fit_cou
 from behrt_jax.files import JsonObject, json_text
 from behrt_jax.models.behrt import BEHRTForTask, Pooling
 from behrt_jax.models.losses import task_losses
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, read_config
+from behrt_jax.run_folder import CONFIG_FILE, read_config
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import Summary
-from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh
 from behrt_jax.training.freezing import regime
 from behrt_jax.training.loop import Schedule
@@ -63,19 +63,6 @@ from behrt_jax.workflows.run import (
 
 TASK_FILE = "task.json"
 MEMBERS_FOLDER = "members"
-
-
-def check_readable(config: FinetuneConfig) -> None:
-    """Check that there is a model to start from, before data and labels are read.
-
-    Raises:
-        InputError: no finished run of pretraining, or none with a checkpoint that is whole.
-    """
-    assert config.init is not None
-    run = open_pretrained(config.init).run
-    with open_checkpoints(run / CHECKPOINTS_FOLDER) as checkpoints:
-        if not config.from_scratch and checkpoints.latest_step() is None:
-            raise InputError(f"--init: {run} has no checkpoint to start from: give another run.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -419,6 +406,10 @@ def try_write_adapter(
 ) -> None:
     """Write an adapter folder; where safetensors is not installed, say so and go on."""
     codes = run.labelled.vocabulary.codes[len(run.labelled.base_codes) :]
+    adapters = variables["lora"]
+    if record["lora"] is not None:
+        adapters, ordinary = combine.ordinary(adapters, from_stored(LoRAConfig, record["lora"]))
+        record = {**record, "lora": settings(ordinary)}
     task = json_text({**record, "base": str(run.pretrained.run.resolve())}, 2).encode()
     try:
         adapter = AdapterConfig(
@@ -429,7 +420,7 @@ def try_write_adapter(
         )
         trained = run.assembly.setup.mask["params"]
         beside = {TASK_FILE: task, **rule_files(run.labelled.vocabulary, run.preparation)}
-        save_adapter(folder, variables["params"], variables["lora"], trained, adapter, beside)
+        save_adapter(folder, variables["params"], adapters, trained, adapter, beside)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 
