@@ -659,9 +659,8 @@ class PredictConfig:
     """Write a vector for each subject and prediction time, in place of predictions; without labels, one a
     subject at its last event."""
     embedding_columns: Literal["features", "vector"] = "features"
-    """Of embeddings. features: subject_id, prediction_time, features, and the label as its table has it, where
-    there is one: what linear probes read. vector: subject_id, time, vector, without labels (the only columns
-    of version 0.1.0 and before)."""
+    """Of embeddings. features: subject_id, prediction_time, features, and the label as its table has it
+    where known: what linear probes read. vector: subject_id, time, vector, as earlier versions wrote them."""
     pooling: Literal["mean", "max", "last", "cls"] | None = None
     """Of embeddings; the model's own, or mean, where not given."""
     outside_life: Literal["leave_out", "keep"] | None = None

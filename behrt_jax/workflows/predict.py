@@ -400,8 +400,8 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
 
     Its columns are those that linear probes of the field read: ``subject_id`` (int64), ``prediction_time``
     (timestamp), ``features`` (list of float32), and the value columns of the labels where these have any
-    (``boolean_value`` of binary ones). With ``embedding_columns`` vector they are ``subject_id``, ``time`` and
-    ``vector`` (list of float32, of fixed size).
+    (``boolean_value`` of binary ones). With ``embedding_columns`` vector they are ``subject_id``, ``time``
+    and ``vector`` (list of float32, of fixed size).
 
     Args:
         config: with ``embeddings``; checked by :func:`behrt_jax.workflows.predict.predict`.
