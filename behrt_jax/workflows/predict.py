@@ -253,7 +253,7 @@ def prepare_input(config: PredictConfig, folder: Path, console: Console) -> None
 
 def known(model: Path, what: Literal["data", "labels"]) -> Path | None:
     """The prepared data of a run or an adapter, or the labels that it was fine-tuned on, where it knows."""
-    if (model / TASK_FILE).is_file() and (path := _record(model).get(what)):
+    if (model / TASK_FILE).is_file() and (path := read_task(model).get(what)):
         return Path(path)
     if is_portable(model) or not (model / CONFIG_FILE).is_file():
         return None
@@ -305,7 +305,7 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         InputError: neither a finished fine-tuning run nor an adapter nor the export of one, a run of several
             tasks, or an adapter of another base.
     """
-    record = _record(folder)
+    record = read_task(folder)
     if "tasks" in record:
         tasks = ", ".join(f"{k} ({name})" for k, name in enumerate(record["tasks"]))
         raise InputError(
@@ -346,7 +346,12 @@ def is_finetuned(folder: Path) -> bool:
     return (folder / TASK_FILE).is_file()
 
 
-def _record(folder: Path) -> JsonObject:
+def read_task(folder: Path) -> JsonObject:
+    """What task.json of a fine-tuned model says, or the export of one.
+
+    Raises:
+        InputError: the folder holds no fine-tuned model, or a damaged one.
+    """
     if is_portable(folder):
         config = open_portable(folder).config
         if config.task is None:
@@ -378,7 +383,7 @@ def _from_adapters(
     folders: Sequence[Path], base: Path | None, mesh: Mesh
 ) -> tuple[Setup, list[Variables], Vocabulary]:
     """Adapters of equal shapes on one base."""
-    record = _record(folders[0])
+    record = read_task(folders[0])
     pretrained = open_pretrained(base or Path(record["base"]))
     setup = _set_up(record, len(pretrained.vocabulary), mesh)
     first = setup.init(jax.random.key(0))["params"]
