@@ -58,6 +58,11 @@ def test_a_fine_tuned_export_predicts_as_its_run_does(case, exported, tmp_path):
     assert found.drop_columns("predicted_boolean_probability").equals(
         known.drop_columns("predicted_boolean_probability")
     )
+
+
+@pytest.mark.slow
+def test_other_ways_to_the_same_export(case, exported, tmp_path):
+    known = case.predicted(tmp_path / "run.parquet")
     export(ExportConfig(run=case.run(), output=tmp_path / "beside", adapters="beside"), ONE)
     beside = case.predicted(tmp_path / "beside.parquet", model=tmp_path / "beside")
     np.testing.assert_array_equal(probabilities(beside), probabilities(known))
@@ -116,7 +121,7 @@ ALONE = textwrap.dedent("""
     np.save(output, program.call(given["codes"], given["ages"], given["visits"]))
     import os
     os.chdir(folder)
-    lines = re.search(r"```python\n(import jax.export.*?)```", open("README.md").read(), re.DOTALL)[1]
+    lines = re.search(r"```python\\n(import jax.export.*?)```", open("README.md").read(), re.DOTALL)[1]
     exec(lines)
 """)
 
@@ -161,11 +166,11 @@ def test_a_pretrained_program_gives_the_vectors_of_the_command(case, tmp_path):
     assert "Each visit ends with the code 4 ([SEP])" in (tmp_path / "m" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_pretraining_run_with_adapters_and_its_exports_are_the_same_model(tmp_path):
     config = changed(SMALL_RUN, "model", layers=1)
-    config = changed(
-        changed(config, "data", subjects=60, vocabulary_size=40, source="uniform"), "train", epochs=1
-    )
+    config = changed(config, "data", subjects=60, vocabulary_size=40, source="uniform")
+    config = changed(config, "train", epochs=1)
     run = pretrain(replace(config, output=tmp_path / "run"), ONE).folder
     known = load(run, devices=ONE)
     assert known.setup.predictor.lora is not None
