@@ -104,12 +104,13 @@ def figures_of(card: Card) -> Iterator[Figure]:
                     yield Figure(of, name, entry["value"], entry["low"], entry["high"], split)
     best = card.summary.get("best") or {}
     names = dict(FIGURES) if card.task is None else {name: name for name in ("loss", "auroc", "accuracy")}
-    low, high = card.summary.get("interval") or (None, None)
+    interval = card.summary.get("interval") or (None, None)
     for name, shown in names.items():
         if is_number(best.get(name)):
-            yield Figure("this model", shown, best[name], *((low, high) if name == "loss" else ()))
+            low, high = interval if name == "loss" else (None, None)
+            yield Figure("this model", shown, best[name], low, high)
     for baseline, figures in (card.summary.get("baselines") or {}).items():
-        of = BASELINES.get(baseline, baseline)
+        of = str(BASELINES.get(baseline, baseline))
         if is_number(figures.get("loss")):
             yield Figure(of, names["loss"], figures["loss"])
     for baseline, gap in (card.summary.get("gaps") or {}).items():

@@ -259,7 +259,7 @@ def program(loaded: Loaded) -> bytes:
         segments = (codes != PAD).astype(jnp.int32)
         positions = jnp.arange(codes.shape[1], dtype=jnp.int32)[None, :] * segments
         batch = Batch(codes, ages, visits, positions, segments, jnp.zeros_like(codes[:, 0]))  # pyright: ignore[reportArgumentType]
-        found = network.apply({"params": used}, batch, 1)[:, 0]  # pyright: ignore[reportIndexIssue]
+        found = jnp.asarray(network.apply({"params": used}, batch, 1))[:, 0]
         if finetuned is None:
             return found  # [B, D]
         task = finetuned.task

@@ -266,7 +266,8 @@ class Loaded:
         not given.
         """
         found = self._histories(data, time, split, labels)
-        how = pooling or getattr(self.setup.predictor.model, "pooling", "mean")
+        own = self.setup.predictor.model
+        how: Pooling = pooling or (own.pooling if isinstance(own, BEHRTForTask) else "mean")
         if how == "cls" and not self.config.cls_token:
             raise InputError("pooling is cls, but the model reads no [CLS] token: give mean, max or last.")
         network = PatientEmbedding(self.model.config, len(self.vocabulary), how)
@@ -387,13 +388,13 @@ def attention_weights(network: BEHRT, params: Tree, batch: Batch) -> jax.Array:
     config = network.config
     _, found = network.apply(
         {"params": params}, batch, capture_intermediates=wanted, mutable=["intermediates"]
-    )  # pyright: ignore[reportGeneralTypeIssues]
+    )
     segments = jnp.asarray(batch.segment_ids)
     mask = segment_mask(segments) & (segments > 0)[:, None, :, None]  # [B, 1, L, L]
     size = config.hidden_size // config.heads
 
     def weights(layer: int) -> jax.Array:
-        own = found["intermediates"]["encoder"][layer_name(layer)]["attention"]
+        own: Any = found["intermediates"]["encoder"][layer_name(layer)]["attention"]
         queries, keys = (own[name]["__call__"][0] for name in ("query", "key"))  # [B, L, D]
         heads = [x.reshape(*x.shape[:2], config.heads, size) for x in (queries, keys)]  # [B, L, N, K]
         scores = jnp.einsum("btnk,bsnk->bnts", *heads, precision="highest") * size**-0.5
