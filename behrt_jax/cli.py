@@ -24,6 +24,7 @@ from behrt_jax.config import (
     CombineConfig,
     DoctorConfig,
     EvaluateConfig,
+    ExportConfig,
     FinetuneConfig,
     MakeLabelsConfig,
     PredictConfig,
@@ -108,6 +109,13 @@ COMMANDS: dict[str, Command[Any]] = {
         "behrt_jax.workflows.evaluate:evaluate",
         "judge predictions, with intervals, groups and simple baselines",
         first=("predictions", "output", "data", "labels", "baselines"),
+    ),
+    "export": Command(
+        ExportConfig,
+        "behrt_jax.workflows.export:export",
+        "write a trained model, with a model card, into a folder to pass on",
+        first=("run", "output", "adapters", "stablehlo", "licence"),
+        positional="run",
     ),
     "doctor": Command(
         DoctorConfig,
