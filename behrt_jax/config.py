@@ -155,8 +155,11 @@ class DataConfig:
     """Share of subjects in the tuning split where the source has no splits of its own."""
     held_out_fraction: float = 0.1
     """Share of subjects in the held_out split, likewise."""
+    train_fraction: float = 1.0
+    """Share of the train split's subjects to train on. A smaller one is a part of a larger one; vocabulary
+    and validation stay as they are."""
     seed: int = 0
-    """Seed of the generator and of the split."""
+    """Seed of the generator, of the split, and of which subjects are that share."""
     verify: bool = False
     """Prepared data: read all files through and compare them with what prepare wrote, however large they
     are. Off: up to 2 GiB of them, beside the sizes of all."""
@@ -207,6 +210,12 @@ class InitConfig:
     """Folder of a finished run with the same model and vocabulary; its best checkpoint is read."""
     groups: tuple[Literal["embedding", "head", "base"], ...] = ("embedding", "head", "base")
     """Which of its parameter groups are taken."""
+    vectors: Path | None = None
+    """File of vectors that the code embedding starts from, by the name of the code, in a run without
+    `init.run`: word2vec's text or binary form (.txt, .bin, ...), Parquet or CSV (code, and vector or columns of
+    numbers), npz (codes, vectors). Vectors of another length than model.embedding_size are projected to it by
+    their principal components. Give model.embedding_size their length, and the model's own layer from there
+    to hidden_size is a projection that trains."""
 
 
 @dataclass(frozen=True)

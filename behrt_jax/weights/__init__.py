@@ -1,0 +1,1 @@
+"""Weights in and out: the portable form, PyTorch's, vectors of codes."""
