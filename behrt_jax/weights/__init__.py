@@ -1,1 +1,1 @@
-"""Weights in and out: the portable form, PyTorch's, vectors of codes."""
+"""Models in forms that leave the project or come into it."""
