@@ -216,11 +216,11 @@ class InitConfig:
     groups: tuple[Literal["embedding", "head", "base"], ...] = ("embedding", "head", "base")
     """Which of its parameter groups are taken."""
     vectors: Path | None = None
-    """File of vectors that the code embedding starts from, by the name of the code, in a run without
-    `init.run`: word2vec's text or binary form (.txt, .bin, ...), Parquet or CSV (code, and vector or columns of
-    numbers), npz (codes, vectors). Vectors of another length than model.embedding_size are projected to it by
-    their principal components. Give model.embedding_size their length, and the model's own layer from there
-    to hidden_size is a projection that trains."""
+    """File of vectors that the code embedding starts from, by the name of the code; without `run`. It is
+    word2vec's text or binary form, Parquet or CSV (code, and vector or columns of numbers), or npz (codes,
+    vectors). Vectors of another length than model.embedding_size are projected to it by their principal
+    components. With that size at their length the model's own layer to hidden_size, which trains with the
+    embeddings, is the projection."""
 
 
 @dataclass(frozen=True)

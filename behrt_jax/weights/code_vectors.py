@@ -21,11 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
+from behrt_jax.config import PretrainConfig
 from behrt_jax.data.parquet import readable, sound
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.models.behrt import EMBEDDING_STDDEV
+from behrt_jax.models.stacked_layers import Tree
 from behrt_jax.records.sources.files import csv_columns, csv_separator, is_csv, read_csv
 
 VECTORS_FILE, VECTORS_TEXT_FILE = "vectors.parquet", "vectors.txt"
@@ -296,7 +298,7 @@ class FirstRows(NamedTuple):
     ``projection`` (pca or none), ``variance_share`` that it keeps; ``sha256`` of codes and vectors."""
 
 
-def first_rows(given: CodeVectors, vocabulary: Vocabulary, size: int, seed: int) -> FirstRows:
+def first_rows(given: CodeVectors, vocabulary: Vocabulary, config: PretrainConfig) -> FirstRows:
     """Rows of the code embedding that start from vectors, matched by the name of the code.
 
     The vectors that are found are moved to have a mean of zero, projected on their principal axes where
@@ -307,8 +309,7 @@ def first_rows(given: CodeVectors, vocabulary: Vocabulary, size: int, seed: int)
     Args:
         given: vectors of any dimension.
         vocabulary: of the data.
-        size: of the embedding.
-        seed: of the noise.
+        config: its ``model.embedding_size``, and ``train.seed`` for the noise.
 
     Raises:
         InputError: fewer than two of the codes are in the vocabulary, or all of those have the same vector.
@@ -323,6 +324,7 @@ def first_rows(given: CodeVectors, vocabulary: Vocabulary, size: int, seed: int)
             f"are in the vocabulary, which has codes such as {codes[0]}: give vectors of the same codes, "
             "written alike."
         )
+    size = config.model.embedding_size
     vectors = given.vectors[found[has]].astype(np.float64)
     projected, kept = principal_components(vectors, size)
     if vectors.shape[1] == size:
@@ -331,7 +333,7 @@ def first_rows(given: CodeVectors, vocabulary: Vocabulary, size: int, seed: int)
     if not spread > 0:
         raise InputError("init.vectors: all codes of the vocabulary have the same vector there: give others.")
     projected *= EMBEDDING_STDDEV / spread
-    rows = np.random.default_rng(seed).normal(size=(len(codes), size)) * projected.std(axis=0)
+    rows = np.random.default_rng(config.train.seed).normal(size=(len(codes), size)) * projected.std(axis=0)
     rows[has] = projected
     counts = vocabulary.counts[len(SPECIAL_TOKENS) :]
     digest = hashlib.sha256("\n".join(given.codes).encode() + given.vectors.tobytes())
@@ -372,20 +374,22 @@ def principal_components(vectors: np.ndarray, size: int) -> tuple[np.ndarray, fl
 # Learnt vectors, out.
 
 
-def vector_files(table: np.ndarray, vocabulary: Vocabulary) -> dict[str, bytes]:
-    """Name -> content of the files that hold the code embedding, without special tokens.
+def learnt_vectors(params: Tree, vocabulary: Vocabulary) -> CodeVectors:
+    """The code embedding in the parameters of a model, `[vocabulary, embedding]`, without special tokens."""
+    first = len(SPECIAL_TOKENS)
+    table = np.asarray(params["behrt"]["embeddings"]["code"]["embedding"], np.float32)
+    return CodeVectors(vocabulary.codes[first:], table[first:])
+
+
+def vector_files(given: CodeVectors) -> dict[str, bytes]:
+    """Name -> content of the files that hold vectors.
 
     ``vectors.parquet`` has the columns code (string) and vector (list of float32); ``vectors.txt`` is
     word2vec's text form, which gensim reads, with nine digits, so that both hold the same numbers. That form
     parts by spaces: there they are written as ``_`` in codes (:func:`text_name`), and of codes that become
     the same by that the first alone is written.
-
-    Args:
-        table: the code embedding, float32 ``[vocabulary, embedding]``.
-        vocabulary: its codes.
     """
-    first = len(SPECIAL_TOKENS)
-    codes, vectors = vocabulary.codes[first:], np.asarray(table, np.float32)[first:]
+    codes, vectors = given
     flat = pa.array(vectors.ravel(), pa.float32())
     offsets = pa.array(np.arange(len(codes) + 1, dtype=np.int64) * vectors.shape[1])
     lists = pa.LargeListArray.from_arrays(offsets, flat).cast(pa.list_(pa.float32()))

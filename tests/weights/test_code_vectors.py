@@ -12,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from behrt_jax.config import ModelConfig, PretrainConfig, TrainConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import EMBEDDING_STDDEV
+from behrt_jax.weights import code_vectors
 from behrt_jax.weights.code_vectors import (
     CodeVectors,
-    first_rows,
+    FirstRows,
+    learnt_vectors,
     principal_components,
     read_vectors,
     text_name,
@@ -199,6 +202,11 @@ def vocabulary(codes, counts, unknown=0):
     return Vocabulary((*SPECIAL_TOKENS, *codes), all_counts, (None,) * (first + len(codes)))
 
 
+def first_rows(vectors: CodeVectors, known: Vocabulary, size: int, seed: int) -> FirstRows:
+    config = PretrainConfig(model=ModelConfig(embedding_size=size), train=TrainConfig(seed=seed))
+    return code_vectors.first_rows(vectors, known, config)
+
+
 def many(dimension, codes=300):
     rng = np.random.default_rng(4)
     names = tuple(f"A//{row}" for row in range(codes))
@@ -256,7 +264,8 @@ def test_vectors_of_other_codes_are_refused():
 def test_learnt_vectors_are_written_and_found_again(tmp_path):
     known = vocabulary(CODES, [4, 3, 2, 1])
     table = np.random.default_rng(6).normal(size=(len(known), 7)).astype(np.float32)
-    files = vector_files(table, known)
+    params = {"behrt": {"embeddings": {"code": {"embedding": table}}}}
+    files = vector_files(learnt_vectors(params, known))
     assert set(files) == {"vectors.parquet", "vectors.txt"}
     for name, codes in (("vectors.parquet", CODES), ("vectors.txt", PLAIN)):
         found = read_vectors(written(tmp_path, name, files[name]))
@@ -266,11 +275,10 @@ def test_learnt_vectors_are_written_and_found_again(tmp_path):
 
 
 def test_codes_that_text_cannot_tell_apart_are_written_once(tmp_path):
-    known = vocabulary(("a b", "a_b", "c"), [3, 2, 1])
-    table = np.arange(len(known) * 2, dtype=np.float32).reshape(-1, 2)
-    found = read_vectors(written(tmp_path, "vectors.txt", vector_files(table, known)["vectors.txt"]))
+    vectors = CodeVectors(("a b", "a_b", "c"), np.arange(6, dtype=np.float32).reshape(3, 2))
+    found = read_vectors(written(tmp_path, "vectors.txt", vector_files(vectors)["vectors.txt"]))
     assert found.codes == ("a_b", "c")
-    assert found.vectors[0].tolist() == table[len(SPECIAL_TOKENS)].tolist()
+    assert found.vectors.tolist() == [[0, 1], [4, 5]]
     assert text_name("a \tb") == "a__b"
 
 
@@ -286,9 +294,7 @@ def test_what_gensim_writes_is_read_and_the_other_way_round(tmp_path, is_binary)
     found = read_vectors(file)
     assert found.codes == vectors.codes
     np.testing.assert_allclose(found.vectors, vectors.vectors, rtol=1e-6)
-    known = vocabulary(CODES, [4, 3, 2, 1])
-    table = np.random.default_rng(7).normal(size=(len(known), 7)).astype(np.float32)
-    ours = written(tmp_path, "vectors.txt", vector_files(table, known)["vectors.txt"])
+    ours = written(tmp_path, "vectors.txt", vector_files(CodeVectors(CODES, VECTORS))["vectors.txt"])
     read_by_it = gensim.KeyedVectors.load_word2vec_format(str(ours))
     assert tuple(read_by_it.index_to_key) == PLAIN
-    np.testing.assert_array_equal(read_by_it.vectors, table[len(SPECIAL_TOKENS) :])
+    np.testing.assert_array_equal(read_by_it.vectors, VECTORS)
