@@ -47,7 +47,7 @@ STRATEGIES = (START, "vectors", "vectors, frozen")
 VALIDATIONS = 12
 """Of a run, at most."""
 
-_BASE = replace(
+BASE = replace(
     PRETRAIN["small_latent"],
     name="embedding_study",
     model=replace(SMALL, hidden_size=64),
@@ -70,7 +70,7 @@ class EmbeddingStudyConfig:
     subjects, and compare them on the held_out split.
     """
 
-    pretrain: PretrainConfig = field(default_factory=lambda: _BASE)
+    pretrain: PretrainConfig = field(default_factory=lambda: BASE)
     """What all runs share. Its epochs are those of all subjects; a share of them has as many more as make
     the steps one in `1 / sqrt(share)` of theirs."""
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
