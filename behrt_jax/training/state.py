@@ -262,7 +262,7 @@ def with_code_rows(state: TrainState, rows: np.ndarray) -> TrainState:
 
     `rows`, float32 `[codes, embedding]`, are those of the vocabulary's end.
     """
-    params = dict(flatten_dict(state.variables["params"]))
+    params: dict[Any, Any] = {**flatten_dict(state.variables["params"])}
     table = params[CODE_TABLE]
     put = jax.jit(lambda own, rows: own.at[-len(rows) :].set(rows), out_shardings=table.sharding)
     params[CODE_TABLE] = put(table, rows)

@@ -30,13 +30,13 @@ from behrt_jax.evaluation.masked_codes import MaskedSplit, mean_interval, share_
 from behrt_jax.files import write_bytes, write_json
 from behrt_jax.presets import PRETRAIN, SMALL
 from behrt_jax.records.load import load_sequences
-from behrt_jax.run_folder import SUMMARY_FILE, read_document
+from behrt_jax.run_folder import SUMMARY_FILE
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import make_mesh, replicated_shapes
 from behrt_jax.training.pretrained import read_parameters
 from behrt_jax.training.state import run_keys, set_up
 from behrt_jax.training.validation import make_scoring_step, mask_split, score_masked_codes
-from behrt_jax.weights.code_vectors import VECTORS_FILE, vector_files
+from behrt_jax.weights.code_vectors import VECTORS_FILE, first_rows, read_vectors, vector_files
 from behrt_jax.workflows.pretrain import predict_baselines, pretrain
 from experiments.studies.skipgram import SkipGramConfig, skipgram_vectors
 
@@ -115,10 +115,11 @@ def embedding_study(config: EmbeddingStudyConfig) -> dict[str, Any]:
                     if not (run.output / SUMMARY_FILE).is_file() and (status := pretrain(run).exit_status):
                         raise SystemExit(status)
                 losses[strategy] = [judge.losses(run) for run in runs]
-            rows.append({"fraction": fraction, "subjects": start.subjects, **judge.compare(losses)})
+            given = first_rows(read_vectors(start.vectors), data.vocabulary, of_share).coverage
+            known = {"fraction": fraction, "subjects": start.subjects, "coverage": given}
+            rows.append({**known, **judge.compare(losses)})
             show(console, rows)
-        coverage = read_document(runs[-1].output, SUMMARY_FILE)["init_vectors"]
-        result = {"vectors_of": config.vectors_of, "seeds": config.seeds, "coverage": coverage, "rows": rows}
+        result = {"vectors_of": config.vectors_of, "seeds": config.seeds, "rows": rows}
         write_json(config.output / RESULT_FILE, result)
         console.log(f"Written: {config.output / RESULT_FILE}")
     return result

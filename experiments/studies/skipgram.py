@@ -66,7 +66,7 @@ class Sentences:
             ids, visits = self.sequences.codes[start:stop], self.sequences.visits[start:stop]
             cuts = np.flatnonzero(np.diff(visits)) + 1 if self.by_visit else []
             for part in np.split(ids, cuts):
-                words = [self.codes[one] for one in part.tolist() if one >= len(SPECIAL_TOKENS)]
+                words = [self.codes[int(one)] for one in part if one >= len(SPECIAL_TOKENS)]
                 for first in range(0, len(words), LONGEST):
                     yield words[first : first + LONGEST]
 
@@ -95,7 +95,7 @@ def skipgram_vectors(data: SequenceSet, config: SkipGramConfig) -> CodeVectors:
         sg=1,
         sample=0,  # a vocabulary of codes has no words that mean nothing
     )
-    return CodeVectors(tuple(model.wv.index_to_key), np.asarray(model.wv.vectors, np.float32))
+    return CodeVectors(tuple(map(str, model.wv.index_to_key)), np.asarray(model.wv.vectors, np.float32))
 
 
 def skipgram(config: SkipGramConfig) -> CodeVectors:

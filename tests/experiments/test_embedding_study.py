@@ -105,7 +105,7 @@ def test_without_gensim_the_command_says_what_to_install(prepared, monkeypatch):
 @pytest.mark.parametrize("vectors_of", ["all", "same"])
 def test_the_study_as_a_whole(tmp_path, vectors_of):
     pytest.importorskip("gensim")
-    base = changed(changed(BASE, "data", subjects=300, vocabulary_size=60), "train", epochs=2)
+    base = changed(changed(BASE, "data", subjects=300, vocabulary_size=70), "train", epochs=2)
     config = EmbeddingStudyConfig(
         replace(base, model=tiny_model(positions=24)),
         fractions=(0.2, 1.0),
@@ -126,6 +126,7 @@ def test_the_study_as_a_whole(tmp_path, vectors_of):
     for row in found["rows"]:
         random = row["strategies"]["random"]
         assert set(row["strategies"]) == set(STRATEGIES)
+        assert 0.5 < row["coverage"]["vocabulary_share"] <= 1
         assert random["below_random"] == {"value": 0, "low": 0, "high": 0}
         for name, figures in row["strategies"].items():
             gain = figures["below_random"]

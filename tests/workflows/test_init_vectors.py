@@ -99,22 +99,29 @@ def test_vectors_are_frozen_as_the_regime_says(file, tmp_path, regime):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_needs_its_vectors_only_before_its_first_checkpoint(file, tmp_path):
+def test_a_resumed_run_reads_its_vectors_only_where_it_has_no_checkpoint_yet(file, tmp_path, monkeypatch):
     source = tmp_path / "vectors.parquet"
     source.write_bytes(file.read_bytes())
-    config = replace(FULL, init=InitConfig(vectors=source), output=tmp_path / "run")
-    first = pretrain(config, ONE)
+    config = replace(STILL, init=InitConfig(vectors=source), output=tmp_path / "run")
+
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(workflow, "begin", killed)
+        pretrain(config, ONE)
     source.unlink()
-    longer = replace(changed(config, "train", epochs=2), resume=True)
-    second = pretrain(longer, ONE)
-    assert second.summary["epochs"] == 2
-    assert second.summary["init_vectors"] == first.summary["init_vectors"]
-    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
-        checkpoint.rename(tmp_path / checkpoint.name)
-    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"")
-    (tmp_path / "run" / "files.json").unlink()
+    resumed = replace(config, resume=True)
     with pytest.raises(InputError, match=r"init\.vectors: there is no file"):
-        pretrain(longer, ONE)
+        pretrain(resumed, ONE)
+    source.write_bytes(file.read_bytes())
+    first = pretrain(resumed, ONE)
+    rows = first_rows(read_vectors(file), Vocabulary.read(first.folder / "vocabulary.parquet"), config).rows
+    np.testing.assert_allclose(code_table(parameters(first.folder, config))[FIRST:], rows, atol=1e-7)
+    source.unlink()
+    second = pretrain(changed(resumed, "train", epochs=2), ONE)
+    assert second.summary["epochs"] == 2
+    assert second.summary["init_vectors"] == first.summary["init_vectors"] != {}
 
 
 def test_what_is_wrong_is_told_before_any_data_is_read(file, tmp_path, monkeypatch):
