@@ -725,6 +725,9 @@ class ExportConfig:
     stablehlo: bool = False
     """Also write the model as a program, predict.stablehlo, that runs where only jax and flatbuffers are
     installed: predictions of a fine-tuned model, vectors of a pretrained one."""
+    vectors: bool = False
+    """Also write the code embedding by the name of the code: vectors.parquet, and vectors.txt in word2vec's
+    text form."""
     min_subjects: int = 10
     """Counts of codes that fewer train subjects have are left out of vocabulary.parquet and the model card,
     and so are smaller numbers of subjects and labels; 1 for all."""

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS
 from behrt_jax.errors import InputError
+from behrt_jax.records.load import load_sequences
 from behrt_jax.run_folder import read_document
 from behrt_jax.weights.code_vectors import VECTORS_FILE, read_vectors
 from behrt_jax.workflows.prepare import prepare_records
@@ -23,6 +23,7 @@ from experiments.studies.embeddings import (
     Start,
     embedding_study,
     run_config,
+    train_vectors,
 )
 from experiments.studies.skipgram import Sentences, SkipGramConfig, skipgram_command
 from tests.models.rows import tiny_model
@@ -101,19 +102,38 @@ def test_without_gensim_the_command_says_what_to_install(prepared, monkeypatch):
         skipgram.skipgram_vectors(read_prepared(prepared), SkipGramConfig())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("vectors_of", ["all", "same"])
-def test_the_study_as_a_whole(tmp_path, vectors_of):
-    pytest.importorskip("gensim")
+def tiny_study(output, vectors_of="all"):
     base = changed(changed(BASE, "data", subjects=300, vocabulary_size=70), "train", epochs=2)
-    config = EmbeddingStudyConfig(
+    return EmbeddingStudyConfig(
         replace(base, model=tiny_model(positions=24)),
         fractions=(0.2, 1.0),
         seeds=1,
         skipgram=SkipGramConfig(dimension=8, epochs=2),
         vectors_of=vectors_of,
-        output=tmp_path,
+        output=output,
     )
+
+
+@pytest.mark.slow
+def test_vectors_are_of_all_train_subjects_or_of_those_of_the_model(tmp_path):
+    pytest.importorskip("gensim")
+    known = {}
+    for vectors_of in ("all", "same"):
+        config = tiny_study(tmp_path, vectors_of)
+        for fraction in config.fractions:
+            data = load_sequences(replace(config.pretrain.data, train_fraction=fraction), sep_token=False)
+            known[vectors_of, fraction] = read_vectors(train_vectors(config, data, fraction)).vectors
+    files = sorted(path.parent.name for path in tmp_path.glob("*/vectors.parquet"))
+    assert files == ["vectors_of_0.2", "vectors_of_1", "vectors_of_all"]
+    np.testing.assert_array_equal(known["all", 0.2], known["all", 1.0])
+    np.testing.assert_array_equal(known["same", 1.0], known["all", 1.0])
+    assert len(known["same", 0.2]) < len(known["all", 1.0])
+
+
+@pytest.mark.slow
+def test_the_study_as_a_whole(tmp_path):
+    pytest.importorskip("gensim")
+    config = tiny_study(tmp_path)
     found = embedding_study(config)
     assert found == json.loads((tmp_path / "embedding_study.json").read_text())
     few, all_of_them = found["rows"]
@@ -121,8 +141,6 @@ def test_the_study_as_a_whole(tmp_path, vectors_of):
     assert few["subjects"] == round(0.2 * all_of_them["subjects"])
     assert few["targets"] == all_of_them["targets"]
     assert few["baselines"]["oracle"] == all_of_them["baselines"]["oracle"] < few["baselines"]["unigram"]
-    files = sorted(path.parent.name for path in tmp_path.glob("vectors_of_*/vectors.parquet"))
-    assert files == (["vectors_of_all"] if vectors_of == "all" else ["vectors_of_0.2", "vectors_of_1"])
     for row in found["rows"]:
         random = row["strategies"]["random"]
         assert set(row["strategies"]) == set(STRATEGIES)
@@ -133,7 +151,7 @@ def test_the_study_as_a_whole(tmp_path, vectors_of):
             assert gain["value"] == pytest.approx(random["loss"] - figures["loss"])
             assert gain["low"] <= gain["value"] <= gain["high"]
             stem = f"{name.replace(', ', '_')}_{row['fraction']:g}_0"
-            summary = read_document(Path(tmp_path) / vectors_of / stem, "summary.json")
+            summary = read_document(tmp_path / "all" / stem, "summary.json")
             assert ("init_vectors" in summary) == (name != "random")
             assert summary["data"]["splits"]["train"]["subjects"] == row["subjects"]
             assert (summary["parameters"]["embedding"]["trainable"] == 0) == (name == "vectors, frozen")
