@@ -230,7 +230,7 @@ def _boosting(
         max_features=0.3,
         random_state=seed,
     ).fit(_dense(histories, codes, age), targets)
-    trees = [one.tree_ for one in fitted.estimators_[:, 0]]
+    trees = [one.tree_ for one in np.asarray(fitted.estimators_)[:, 0]]
     sizes = np.array([tree.node_count for tree in trees])
     roots = np.cumsum(sizes) - sizes
 
