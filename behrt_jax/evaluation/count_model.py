@@ -220,7 +220,7 @@ def _boosting(
     """Small trees of large leaves, each on half of the examples and of a share of the codes."""
     from sklearn.ensemble import GradientBoostingClassifier
 
-    having = np.bincount(histories.counts.indices, minlength=histories.counts.shape[1])
+    having = np.bincount(histories.counts.indices)  # [V] examples
     codes = np.argsort(-having, kind="stable")[: min(_CODES, np.count_nonzero(having))]
     fitted = GradientBoostingClassifier(
         n_estimators=rounds,
