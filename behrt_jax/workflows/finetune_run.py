@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from behrt_jax.adapters import combine
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.adapters.lora import GROUPS
-from behrt_jax.config import FinetuneConfig, ModelConfig, TaskConfig
+from behrt_jax.config import FinetuneConfig, LoRAConfig, ModelConfig, TaskConfig, from_stored
 from behrt_jax.data.batches import TaskBatches
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.labels import Labels, LabelTables
@@ -405,6 +406,10 @@ def try_write_adapter(
 ) -> None:
     """Write an adapter folder; where safetensors is not installed, say so and go on."""
     codes = run.labelled.vocabulary.codes[len(run.labelled.base_codes) :]
+    adapters = variables["lora"]
+    if record["lora"] is not None:
+        adapters, ordinary = combine.ordinary(adapters, from_stored(LoRAConfig, record["lora"]))
+        record = {**record, "lora": settings(ordinary)}
     task = json_text({**record, "base": str(run.pretrained.run.resolve())}, 2).encode()
     try:
         adapter = AdapterConfig(
@@ -415,7 +420,7 @@ def try_write_adapter(
         )
         trained = run.assembly.setup.mask["params"]
         beside = {TASK_FILE: task, **rule_files(run.labelled.vocabulary, run.preparation)}
-        save_adapter(folder, variables["params"], variables["lora"], trained, adapter, beside)
+        save_adapter(folder, variables["params"], adapters, trained, adapter, beside)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 
