@@ -111,8 +111,8 @@ panels[0].set_ylabel("row of the batch")
 plt.show()
 
 # %% [markdown]
-# Of one packed row: the codes of all its patients side by side, each with its own ages, its visits and its
-# positions from 0; and the mask of who may attend to whom.
+# One packed row: its patients side by side, each with ages, visits and positions of its own, the positions
+# from 0; and the mask of who may attend to whom.
 
 # %%
 batch = training_batches(train, RowShape(50), batch_size=64, seed=0).batch(0)

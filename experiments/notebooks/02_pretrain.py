@@ -65,7 +65,7 @@ for name, style in (("unigram", ":"), ("co-occurrence", "-."), ("oracle", "--"))
         axes.axhline(run.baseline(name, figure_name), color="#555555", linestyle=style, label=name)
 left.set(xlabel="epoch", ylabel="loss, nats")
 right.set(xlabel="epoch", ylabel="accuracy")
-left.legend(frameon=False, ncols=2, fontsize=8)
+right.legend(frameon=False, ncols=2, fontsize=8, loc=(0.1, 0.66))
 plt.show()
 loss, unigram, best = (
     run.summary["best"]["loss"],
