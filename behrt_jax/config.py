@@ -326,9 +326,9 @@ class TaskConfig:
     weighted by a learned attention, or that of [CLS], which only models with model.cls_token have. auto: the
     one of the first four that does best on tuning in the search."""
     blend: Literal["off", "counts"] = "off"
-    """counts: predictions are blended with those of logistic regression on counts of codes, by the largest
-    share of these whose loss on tuning is within a standard error of the least. Binary tasks alone; takes
-    scikit-learn."""
+    """counts: predictions are blended with those of logistic regression and gradient boosting on counts of
+    codes, which are weighed by cross-validation on train and tuning, by the largest share of these whose loss
+    on tuning is within a standard error of the least. Binary tasks alone; takes scikit-learn."""
     intervals: int = 10
     """Survival: number of time intervals, each with about as many events."""
     label_fraction: float = 1.0
