@@ -656,8 +656,11 @@ class PredictConfig:
     output: Path | None = None
     """Parquet file to write."""
     embeddings: bool = False
-    """Write a vector for each subject and prediction time (subject_id, time, vector), in place of
-    predictions; without labels, one a subject at its last event."""
+    """Write a vector for each subject and prediction time, in place of predictions; without labels, one a
+    subject at its last event."""
+    embedding_columns: Literal["features", "vector"] = "features"
+    """Of embeddings. features: subject_id, prediction_time, features, and the label as its table has it
+    where known: what linear probes read. vector: subject_id, time, vector, as earlier versions wrote them."""
     pooling: Literal["mean", "max", "last", "cls"] | None = None
     """Of embeddings; the model's own, or mean, where not given."""
     outside_life: Literal["leave_out", "keep"] | None = None
