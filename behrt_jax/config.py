@@ -681,6 +681,25 @@ class PredictConfig:
 
 
 @dataclass(frozen=True)
+class CombineConfig:
+    """Make one adapter of several that were trained on the same base. Heads and embeddings that were trained
+    beside them are averaged; calibration and blends are left out, since they were fitted to each alone.
+    """
+
+    adapters: tuple[Path, ...] = ()
+    """Folders of adapters, or of the runs that they are in; of one task, or of pretraining."""
+    weights: tuple[float, ...] = ()
+    """Of the adapters; shares of 1, all equal, where not given."""
+    method: Literal["svd", "linear"] = "svd"
+    """svd: the nearest adapter of `rank` to the weighted sum of all updates. linear: the sums of all a and of
+    all b, times the roots of weight and scale, for adapters of one rank. As PEFT's add_weighted_adapter."""
+    rank: int | None = None
+    """svd: rank of the result; in each layer the largest of the adapters where not given."""
+    output: Path | None = None
+    """Folder to write the adapter to, new."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Judge predictions: figures with intervals, calibration, groups, and simple baselines beside them."""
 
