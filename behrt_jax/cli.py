@@ -3,17 +3,22 @@
 ``behrt-jax COMMAND``, ``python -m behrt_jax COMMAND`` and the scripts of ``experiments/`` all come from here.
 """
 
+import ast
+import math
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
-from inspect import cleandoc
+from inspect import cleandoc, getsource
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from behrt_jax.config import (
     DoctorConfig,
@@ -41,6 +46,10 @@ class Command(Generic[C]):
     """``module:function`` with the configuration as its argument; imported when the command is run."""
     help: str = ""
     """What it does, in a line."""
+    first: tuple[str, ...] = ()
+    """The options that everybody needs, at the top of its ``--help``."""
+    positional: str = ""
+    """Name of the option that plain words are the values of: ``doctor RUN`` is ``doctor --run RUN``."""
     named: Mapping[str, C] = field(default_factory=dict)
     """Configurations for ``--config NAME``; without any, all options start from the defaults of the class."""
     default: str = ""
@@ -54,11 +63,13 @@ COMMANDS: dict[str, Command[Any]] = {
         PrepareConfig,
         "behrt_jax.workflows.prepare:prepare_records",
         "turn records of any source into a prepared data set",
+        first=("source", "input", "output", "codes", "like"),
     ),
     "pretrain": Command(
         PretrainConfig,
         "behrt_jax.workflows.pretrain:pretrain",
         "train by masked codes, on prepared, MEDS or generated records",
+        first=("config", "data", "output", "train.epochs", "resume"),
         named=PRETRAIN,
         default="small_lora",
         status=attrgetter("exit_status"),
@@ -67,11 +78,13 @@ COMMANDS: dict[str, Command[Any]] = {
         MakeLabelsConfig,
         "behrt_jax.workflows.make_labels:make_labels",
         "label prepared data: next visit, first occurrence, readmission, death",
+        first=("task", "data", "output", "codes", "horizon_days"),
     ),
     "finetune": Command(
         FinetuneConfig,
         "behrt_jax.workflows.finetune:finetune",
         "fit a pretrained model to labels, alone or several at once",
+        first=("config", "data", "labels", "init", "output"),
         named=FINETUNE,
         default="lora",
         status=attrgetter("exit_status"),
@@ -80,16 +93,20 @@ COMMANDS: dict[str, Command[Any]] = {
         PredictConfig,
         "behrt_jax.workflows.predict:predict",
         "write predictions of a fine-tuned model, or embeddings",
+        first=("model", "data", "labels", "split", "output"),
     ),
     "evaluate": Command(
         EvaluateConfig,
         "behrt_jax.workflows.evaluate:evaluate",
         "judge predictions, with intervals, groups and simple baselines",
+        first=("predictions", "output", "data", "labels", "baselines"),
     ),
     "doctor": Command(
         DoctorConfig,
         "behrt_jax.workflows.doctor:examine_folder",
         "examine a run, or prepared data and labels, for mistakes",
+        first=("run", "data", "labels", "horizon_days", "output"),
+        positional="run",
         status=lambda findings: int(any(finding.severity == "error" for finding in findings)),
     ),
 }
@@ -185,28 +202,27 @@ def parse(command: Command[C], arguments: Sequence[str], prog: str) -> C:
     Raises:
         InputError: NAME is missing or unknown (the message lists the names), options of adapters are given
             for a configuration without any, or a path names the folder of no user.
+        SystemExit: with status 0 after ``--help``, with 2 where an option or its value has no meaning.
     """
+    config, name, rest = command.options(), "", list(arguments)
+    if command.named:
+        name, rest = _take_name(rest, command.default)
+        config = _find(command.named, name, rest)
+    if not {"-h", "--help"}.isdisjoint(rest):
+        print(_help(command, config, name, prog))
+        raise SystemExit(0)
+    if command.positional:
+        rest = _spell_out_words(rest, command.positional, config)
+    if command.options is PretrainConfig:
+        rest = _spell_out_data(rest)
     try:
         import tyro
     except ModuleNotFoundError as error:
         raise InputError(f"{error}: pip install 'behrt-jax[commands]' adds what commands need.") from error
 
-    config, rest = command.options(), list(arguments)
-    description = cleandoc(command.options.__doc__ or "")
-    if command.named:
-        name, rest = _take_name(rest, command.default)
-        if command.options is PretrainConfig:
-            rest = _spell_out_data(rest)
-        config = _find(command.named, name, rest)
-        description += (
-            f" Start from a named configuration with --config NAME ({', '.join(command.named)}; "
-            f"{command.default} where not given) and override single settings. "
-            f"Shown are the values of {name}."
-        )
     parsed = tyro.cli(
         command.options,
         prog=prog,
-        description=description,
         default=config,
         args=rest,
         config=(tyro.conf.AvoidSubcommands,),
@@ -275,3 +291,129 @@ def _spell_out_data(arguments: list[str]) -> list[str]:
                 raise InputError("--data needs the folder of the prepared data after it.")
             return [*arguments[:index], "--data.source", "prepared", "--data.path", folder, *rest]
     return arguments
+
+
+def _spell_out_words(arguments: Sequence[str], name: str, config: object) -> list[str]:
+    """The arguments with the words that are no option's value after ``--name``."""
+    takes = {option.name: option.takes for _, options in _sections(config) for option in options}
+    words, rest, left = [], [], 0
+    for argument in arguments:
+        if argument.startswith("--"):
+            given = argument.removeprefix("--").replace("-", "_")
+            left = 0 if "=" in argument else takes.get(given, 0 if "no_" in given else 1)
+        elif left:
+            left -= 1
+        else:
+            words.append(argument)
+            continue
+        rest.append(argument)
+    return [f"--{name}", *words, *rest] if words else rest
+
+
+# Help: the options that everybody needs, then all others, each part of the settings for itself.
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One option: a field of a configuration, or of a part of it."""
+
+    name: str
+    """With those of the parts that it is in: ``train.epochs``."""
+    form: str
+    """How it is written, with its values."""
+    text: str
+    takes: float = 1
+    """Most values that it takes."""
+
+
+def _sections(config: object, prefix: str = "", heading: str = "") -> list[tuple[str, list[_Option]]]:
+    """Heading and options of a configuration, and of each part of it."""
+    texts, kinds = _docstrings(type(config)), get_type_hints(type(config))
+    own: list[_Option] = []
+    parts: list[tuple[str, list[_Option]]] = []
+    for name in (own_field.name for own_field in fields(config)):  # pyright: ignore[reportArgumentType]
+        value = getattr(config, name)
+        if is_dataclass(value):
+            about = texts.get(name) or cleandoc(type(value).__doc__ or "").partition("\n\n")[0]
+            parts += _sections(value, f"{prefix}{name}.", f"{prefix}{name}: {' '.join(about.split())}")
+        elif not any(is_dataclass(kind) for kind in get_args(kinds[name])):  # adapters that are not there
+            own.append(_option(f"{prefix}{name}", kinds[name], value, texts.get(name, "")))
+    return [(heading, own), *parts]
+
+
+def _docstrings(kind: type) -> dict[str, str]:
+    """Docstring of each field of a dataclass."""
+    definition = ast.parse(textwrap.dedent(getsource(kind))).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        own.target.id: " ".join(text.value.value.split())
+        for own, text in zip(definition.body, definition.body[1:], strict=False)
+        if isinstance(own, ast.AnnAssign) and isinstance(own.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if isinstance(text.value.value, str)
+    }
+
+
+def _option(name: str, kind: Any, default: object, text: str) -> _Option:
+    """The option of a field of this type."""
+    if kind is bool:
+        part, dot, own = name.rpartition(".")
+        form, takes, shown = f"--{name}, --{part}{dot}no_{own}", 0, "on" if default else "off"
+    elif get_origin(kind) is tuple:
+        form, takes, shown = f"--{name} [{_values(get_args(kind)[0])} ...]", math.inf, default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else ""
+    else:
+        form, takes, shown = f"--{name} {_values(kind)}", 1, "" if default is None else str(default)
+    return _Option(name, form, f"{text} (default: {shown})" if shown else text, takes)
+
+
+def _values(kind: Any) -> str:
+    """Values of a type: ``INT``, ``{yes,no}``."""
+    if get_origin(kind) is Literal:
+        return f"{{{','.join(map(str, get_args(kind)))}}}"
+    if get_origin(kind) in (Union, UnionType):
+        return "|".join(_values(one) for one in get_args(kind) if one is not NoneType)
+    return kind.__name__.upper()
+
+
+def _help(command: Command[C], config: C, name: str, prog: str) -> str:
+    """Every option of a command, with the values of this configuration, 80 to 100 columns wide."""
+    sections = _sections(config)
+    if command.named:
+        names = f"{', '.join(command.named)} ({command.default} where not given)"
+        sections[0][1].append(_Option("config", "--config NAME", f"Settings to start from: {names}."))
+    if command.options is PretrainConfig:
+        text = (
+            "Folder of prepared data, in place of generated records: --data.source prepared --data.path DIR."
+        )
+        sections[0][1].append(_Option("data", "--data DIR", text))
+    by_name = {option.name: option for _, options in sections for option in options}
+    words = ""
+    if command.positional:
+        several = " ..." if by_name[command.positional].takes > 1 else ""
+        words = f"[{command.positional.upper()}{several}] "
+    width = min(max(shutil.get_terminal_size().columns, 80), 100)
+    lines = [f"usage: {prog} [-h] {words}[OPTIONS]"]
+    about = cleandoc(command.options.__doc__ or "").split("\n\n")
+    if command.named:
+        about.append(f"Any setting of a named configuration can be changed. Shown are the values of {name}.")
+    for paragraph in about:
+        lines += ["", *textwrap.wrap(" ".join(paragraph.split()), width)]
+    first = [by_name[option] for option in command.first]
+    others = [(heading, [o for o in options if o not in first]) for heading, options in sections]
+    for heading, options in [("What everybody needs:", first), *others]:
+        if options:
+            lines += ["", *textwrap.wrap(heading or ("All others:" if first else "Options:"), width)]
+        for option in options:
+            lines += _explained(option, width)
+    return "\n".join(lines)
+
+
+def _explained(option: _Option, width: int) -> list[str]:
+    """Lines of an option, its text in a column of its own."""
+    column = 30
+    text = textwrap.wrap(option.text, width - column, break_on_hyphens=False)
+    form = f"  {option.form}"
+    if len(form) < column - 1 and text:
+        return [form.ljust(column) + text[0], *(" " * column + line for line in text[1:])]
+    return [form, *(" " * column + line for line in text)]

@@ -5,7 +5,7 @@ live in :mod:`behrt_jax.workflows.checks`; nothing here imports anything else of
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -66,6 +66,11 @@ class ModelConfig:
     head_chunk: int | None = None
     """Codes of the vocabulary whose logits are held at once, for all masked codes. Where not given: the
     whole vocabulary while its logits take little memory, else parts of it. Equal results."""
+
+    def resolved(self) -> "ModelConfig":
+        """The same model with the value of each setting written out that follows from another one."""
+        dropout = self.dropout if self.attention_dropout is None else self.attention_dropout
+        return replace(self, ffn_size=self.ffn_size or 4 * self.hidden_size, attention_dropout=dropout)
 
 
 # Adapters, and what of the model is trained.
@@ -622,6 +627,8 @@ class PredictConfig:
     folder beside `output` that is removed in the end."""
     visit_column: str | None = None
     """Of `input`, as in prepare."""
+    births: Path | None = None
+    """Of the subjects of `input`, as in prepare."""
     table: TableColumns = field(default_factory=TableColumns)
     labels: Path | None = None
     """Label table whose subjects and prediction times are predicted; its values, if it has any, are only

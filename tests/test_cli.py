@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -19,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.cli import COMMANDS, main, parse
+from behrt_jax.cli import COMMANDS, Command, main, parse
+from behrt_jax.config import FinetuneConfig
 from behrt_jax.errors import DivergenceError, InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.workflows.run import RunResult
@@ -93,6 +95,63 @@ def test_the_script_of_a_command_has_its_options(name, monkeypatch, capsys):
     of_script = help_of(lambda: runpy.run_path(str(SCRIPT.with_name(file)), run_name="__main__"), capsys)
     assert of_script[0].startswith(f"usage: {file} [-h]")
     assert of_script[1] == options
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_starts_with_what_everybody_needs_and_has_every_option_once(name, monkeypatch, capsys):
+    import tyro
+
+    command = COMMANDS[name]
+    monkeypatch.setenv("COLUMNS", "100")
+    _, shown = help_of(lambda: main([name, "--help"]), capsys)
+    first, others = shown.split("What everybody needs:\n")[1].split("\n\n", 1)
+    named = re.compile(r"^  --([a-z_.]+)", re.MULTILINE)
+    assert named.findall(first) == list(command.first) and len(command.first) == 5
+    of_parser = ["--help"], command.named.get(command.default, command.options())
+    _, expected = help_of(lambda: tyro.cli(command.options, args=of_parser[0], default=of_parser[1],
+                                           use_underscores=True, config=(tyro.conf.AvoidSubcommands,)),
+                          capsys)  # fmt: skip
+    options = re.findall(r"^\W+--([a-z_.]+)", expected, re.MULTILINE)
+    short = [option for option in command.first if option not in options]
+    assert sorted(named.findall(first + "\n" + others)) == sorted(options + short)
+    assert short in ([], ["config"], ["config", "data"])
+
+
+@pytest.mark.parametrize(("columns", "width"), [("40", 80), ("93", 93), ("300", 100)])
+def test_help_is_as_wide_as_can_be_read(columns, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    for name in COMMANDS:
+        _, shown = help_of(lambda name=name: main([name, "--help"]), capsys)
+        longest = max(map(len, shown.splitlines()))
+        assert width - 12 < longest <= width, name
+
+
+def test_help_shows_the_values_of_the_named_configuration(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setitem(sys.modules, "tyro", None)  # which it does without
+    _, small = help_of(lambda: main(["pretrain", "--config", "small", "--help"]), capsys)
+    _, large = help_of(lambda: main(["pretrain", "-h", "--config", "large_lora"]), capsys)
+    assert re.search(r"--model.layers INT +Number of transformer blocks. \(default: 2\)", small)
+    assert re.search(r"--model.layers INT +Number of transformer blocks. \(default: 6\)", large)
+    assert "Shown are the values of large_lora." in large
+    assert "\nlora: Low-rank adapters" in large and "--lora.rank" not in small
+    assert re.search(r"--lora.targets \[STR ...\] .*\(default: query key value out\)", large, re.DOTALL)
+
+
+def test_plain_words_are_the_values_of_one_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["a"], ["--run", "a"], ["a", "--output", "b"], ["--output", "b", "a"],
+                      ["--output=b", "a"]):  # fmt: skip
+        config = parse(COMMANDS["doctor"], arguments, "doctor")
+        assert config.run == tmp_path / "a"
+        assert config.output == (tmp_path / "b" if len(arguments) > 1 and "--run" not in arguments else None)
+    several = Command(FinetuneConfig, "", positional="labels")
+    config = parse(several, ["--resume", "--train.epochs", "2", "a", "--population.values", "1", "2"], "x")
+    assert (config.labels, config.resume, config.train.epochs) == (tmp_path / "a", True, 2)
+    assert config.population.values == (1.0, 2.0)
+    for command, arguments in (("doctor", ["a", "b"]), ("evaluate", ["a"])):
+        with pytest.raises(SystemExit):
+            parse(COMMANDS[command], arguments, command)
 
 
 def test_statuses_of_what_ran(tmp_path):

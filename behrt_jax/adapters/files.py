@@ -97,7 +97,7 @@ def save_adapter(
         ValueError: ``trained`` does not mirror ``params``, what is written fits no parameter group, or
             there is not one new code for each trained row of them.
     """
-    serialise = _import_safetensors().save
+    serialise = import_safetensors().save
     beside = beside or {}
     _refuse_other_files(folder, {CONFIG_FILE, TENSOR_FILE, *beside})
     flat_params, marks = _flatten(params), _flatten(trained)
@@ -194,12 +194,12 @@ def fingerprint_tree(tree: Tree) -> str:
     return digest.hexdigest()
 
 
-def _import_safetensors() -> ModuleType:
+def import_safetensors() -> ModuleType:
     """The module ``safetensors.numpy``; raises InputError, which names the package, where it is missing."""
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise InputError("adapter files need the package safetensors: pip install safetensors") from error
+        raise InputError("files of weights need the package safetensors: pip install safetensors") from error
     return safetensors.numpy
 
 
@@ -251,7 +251,7 @@ def _read_tensors(folder: Path, config: AdapterConfig) -> dict[str, np.ndarray]:
         InputError: the file is missing or damaged, or safetensors is not installed.
     """
     path = folder / TENSOR_FILE
-    deserialise = _import_safetensors().load
+    deserialise = import_safetensors().load
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:

@@ -1,7 +1,7 @@
-"""A finished pretraining run: its settings, its vocabulary, its parameters."""
+"""A finished pretraining run, or its export: its settings, its vocabulary, its parameters."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
-from behrt_jax.models.stacked_layers import Tree, count_stacked_layers, with_layout_of
+from behrt_jax.models.stacked_layers import Tree, count_stacked_layers, unstack_layers, with_layout_of
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -28,9 +28,10 @@ from behrt_jax.run_folder import (
     checked,
     read_config,
 )
-from behrt_jax.training.checkpoints import open_checkpoints
+from behrt_jax.training.checkpoints import compare_leaves, leaf_table, open_checkpoints
 from behrt_jax.training.devices import replicated_shapes, shardings_of
 from behrt_jax.training.step import TrainState
+from behrt_jax.weights.portable import MODEL_FILE, Portable, is_portable, open_portable, read_weights
 
 
 class Pretrained(NamedTuple):
@@ -44,11 +45,14 @@ class Pretrained(NamedTuple):
 
 
 def open_pretrained(run: Path) -> Pretrained:
-    """Read the small files of a finished pretraining run.
+    """Read the small files of a finished pretraining run, or of an exported model.
 
     Raises:
         InputError: there is no such run, it is not finished, or it is none of pretraining.
     """
+    if is_portable(run):
+        found = open_exported(run, "--init")
+        return Pretrained(run, found.model, found.vocabulary, found.preparation)
     check_finished(run, "--init", (CONFIG_FILE, SUMMARY_FILE, VOCABULARY_FILE))
     settings = stored_settings(run)
     if "masking" not in settings:
@@ -81,8 +85,23 @@ def read_encoder(pretrained: Pretrained, mesh: Mesh) -> EncoderParameters:
     return EncoderParameters(params["behrt"], step)
 
 
+def open_exported(folder: Path, option: str) -> Portable:
+    """An exported model that was pretrained.
+
+    Raises:
+        InputError: it is damaged, or was fine-tuned; names the option.
+    """
+    found = open_portable(folder)
+    if found.config.task is not None:
+        raise InputError(
+            f"{option}: {folder} is an export of a fine-tuned model: give a pretraining run, or its export."
+        )
+    return found
+
+
 def read_parameters(run: Path, option: str, shapes: Tree) -> tuple[Tree, int]:
-    """Parameters of a run's best checkpoint, or of its last where it has no best, and the step they are of.
+    """Parameters of a run's best checkpoint, or of its last where it has no best, and the step they are of;
+    or those of an exported model.
 
     Adapters of that run are merged into them (:func:`behrt_jax.adapters.lora.merge`).
 
@@ -94,6 +113,8 @@ def read_parameters(run: Path, option: str, shapes: Tree) -> tuple[Tree, int]:
     Raises:
         InputError: there is no checkpoint, it cannot be read, or its parameters have other shapes.
     """
+    if is_portable(run):
+        return _read_exported(open_exported(run, option), shapes)
     with open_checkpoints(run / CHECKPOINTS_FOLDER) as checkpoints:
         checkpoints.refuse_damaged()
         step = checkpoints.best_step()
@@ -106,6 +127,32 @@ def read_parameters(run: Path, option: str, shapes: Tree) -> tuple[Tree, int]:
         adapters = from_stored(LoRAConfig, stored)
         found = checkpoints.restore(step, params=shapes, lora=_adapter_shapes(shapes, adapters))
     return lora.merge(found.params, found.lora, adapters), step
+
+
+def _read_exported(portable: Portable, shapes: Tree) -> tuple[Tree, int]:
+    params, adapters = read_weights(portable)
+    if portable.lora is not None:
+        params = lora.merge(params, adapters, portable.lora)
+    expected = jax.eval_shape(unstack_layers, shapes)
+    compare_leaves(
+        f"{portable.folder} does not fit the model: params", leaf_table(params), leaf_table(expected)
+    )
+    return _like(shapes, params), portable.config.step
+
+
+def check_readable(pretrained: Pretrained) -> None:
+    """Check that there are parameters to start from, before data are read.
+
+    Raises:
+        InputError: a run without a checkpoint that is whole, or an export whose parameters are damaged.
+    """
+    run = pretrained.run
+    if is_portable(run):
+        checked(run, MODEL_FILE)
+        return
+    with open_checkpoints(run / CHECKPOINTS_FOLDER) as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise InputError(f"--init: {run} has no checkpoint to start from: give another run.")
 
 
 def check_finished(run: Path, option: str, files: Sequence[str] = (CONFIG_FILE, SUMMARY_FILE)) -> None:
@@ -156,20 +203,26 @@ def check_source(init: InitConfig, model: ModelConfig) -> None:
         return
     if not init.groups:
         raise InputError("init.groups is empty: name what to take from init.run (embedding, head, base).")
-    check_finished(init.run, "init.run")
-    stored, given = stored_settings(init.run).get("model"), asdict(model)
-    if not isinstance(stored, dict):
-        raise InputError(
-            f"init.run: {init.run} is no run of pretraining: give the folder that pretrain.py wrote."
-        )
-    for field in fields(ModelConfig):
-        # A run made before there was such a setting had what is now the default.
-        theirs, ours = stored.get(field.name, field.default), given[field.name]
-        if field.name not in FREE and theirs != ours:
+    if is_portable(init.run):
+        stored = open_exported(init.run, "init.run").model
+    else:
+        check_finished(init.run, "init.run")
+        stored = _stored_model(init.run)
+    theirs, ours = asdict(stored.resolved()), asdict(model.resolved())
+    for name in theirs:
+        if name not in FREE and theirs[name] != ours[name]:
             raise InputError(
-                f"init.run: model.{field.name} is {ours}, but {theirs} in the run {init.run}: "
+                f"init.run: model.{name} is {ours[name]}, but {theirs[name]} in the run {init.run}: "
                 "give the same model, or another run."
             )
+
+
+def _stored_model(run: Path) -> ModelConfig:
+    """The model of a run that was made before or after some of its settings were there."""
+    stored = stored_settings(run).get("model")
+    if not isinstance(stored, dict):
+        raise InputError(f"init.run: {run} is no run of pretraining: give the folder that pretrain.py wrote.")
+    return from_stored(ModelConfig, stored)
 
 
 def check_vocabulary(init: InitConfig, vocabulary: Vocabulary) -> None:
@@ -211,8 +264,9 @@ def start_from(init: InitConfig, state: TrainState) -> tuple[TrainState, int]:
     """
     assert init.run is not None
     params = state.variables["params"]
-    scan_layers = stored_settings(init.run)["model"].get("scan_layers", False)
-    found, step = read_parameters(init.run, "init.run", _in_layout(scan_layers, params))
+    # An export is read in either layout.
+    shapes = params if is_portable(init.run) else _in_layout(_stored_model(init.run).scan_layers, params)
+    found, step = read_parameters(init.run, "init.run", shapes)
     found = _like(params, found)
     return state._replace(variables={**state.variables, "params": _take(init.groups, params, found)}), step
 

@@ -34,7 +34,7 @@ from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices
 from behrt_jax.training.feeding import from_host, one_step
 from behrt_jax.training.loop import Steps, catching_signals
-from behrt_jax.training.pretrained import EncoderParameters, read_encoder
+from behrt_jax.training.pretrained import EncoderParameters, check_readable, open_pretrained, read_encoder
 from behrt_jax.training.state import with_encoder
 from behrt_jax.training.step import TrainState, Variables
 from behrt_jax.training.validation import make_output_step, score, task_metrics
@@ -43,7 +43,6 @@ from behrt_jax.workflows.finetune_run import (
     TASK_FILE,
     Finetuning,
     Judged,
-    check_readable,
     examined,
     judge,
     loss_of_base_rate,
@@ -76,7 +75,10 @@ def finetune(config: FinetuneConfig, devices: Devices | None = None) -> RunResul
         DivergenceError: the loss is not finite any more; the last good checkpoint is in the folder.
     """
     check_finetune(config)
-    check_readable(config)
+    assert config.init is not None
+    pretrained = open_pretrained(config.init)
+    if not config.from_scratch:
+        check_readable(pretrained)
     if has_members(config):
         return finetune_population(config, devices)
     data, labels, delays = read_labelled(config.data, config.labels)

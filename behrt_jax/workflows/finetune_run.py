@@ -27,10 +27,9 @@ from behrt_jax.evaluation.task_baselines import CountModel, count_codes, fit_cou
 from behrt_jax.files import JsonObject, json_text
 from behrt_jax.models.behrt import BEHRTForTask, Pooling
 from behrt_jax.models.losses import task_losses
-from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, read_config
+from behrt_jax.run_folder import CONFIG_FILE, read_config
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import Summary
-from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh
 from behrt_jax.training.freezing import regime
 from behrt_jax.training.loop import Schedule
@@ -63,19 +62,6 @@ from behrt_jax.workflows.run import (
 
 TASK_FILE = "task.json"
 MEMBERS_FOLDER = "members"
-
-
-def check_readable(config: FinetuneConfig) -> None:
-    """Check that there is a model to start from, before data and labels are read.
-
-    Raises:
-        InputError: no finished run of pretraining, or none with a checkpoint that is whole.
-    """
-    assert config.init is not None
-    run = open_pretrained(config.init).run
-    with open_checkpoints(run / CHECKPOINTS_FOLDER) as checkpoints:
-        if not config.from_scratch and checkpoints.latest_step() is None:
-            raise InputError(f"--init: {run} has no checkpoint to start from: give another run.")
 
 
 @dataclass(frozen=True, eq=False)

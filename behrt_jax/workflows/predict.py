@@ -195,7 +195,7 @@ def open_records(
     assert config.model is not None and config.output is not None
     if config.data is not None and config.input is not None:
         raise InputError("--data and --input are both given: give prepared data, or records to prepare.")
-    for name in ("source", "visit_column", "table"):
+    for name in ("source", "visit_column", "births", "table"):
         if config.input is None and getattr(config, name) != getattr(PredictConfig(), name):
             raise InputError(f"--{name} has no effect without --input, the records to prepare: leave it out.")
     with ExitStack() as stack:
@@ -241,6 +241,7 @@ def prepare_input(config: PredictConfig, folder: Path, console: Console) -> None
         output=folder,
         like=config.model,
         visit_column=config.visit_column,
+        births=config.births,
         table=config.table,
     )
     wanted, _ = read_like(wanted, "--model")

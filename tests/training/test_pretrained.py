@@ -11,12 +11,14 @@ from flax.traverse_util import flatten_dict
 
 from behrt_jax.adapters import lora
 from behrt_jax.config import FreezingConfig, InitConfig, PretrainConfig
+from behrt_jax.data.tasks import BINARY
 from behrt_jax.errors import InputError
 from behrt_jax.run_folder import read_metrics
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh
-from behrt_jax.training.pretrained import check_source, start_from
+from behrt_jax.training.pretrained import check_readable, check_source, open_pretrained, start_from
 from behrt_jax.training.state import Assembly, init_state, optimizer_for, set_up
+from behrt_jax.weights.portable import write_model
 from behrt_jax.workflows import pretrain as workflow
 from behrt_jax.workflows.pretrain import pretrain
 from tests.workflows.small_run import SMALL_RUN, changed
@@ -187,3 +189,25 @@ def test_only_a_finished_run_can_be_started_from(full, tmp_path, missing):
         check_source(InitConfig(folder), FULL.model)
     with pytest.raises(InputError, match=r"init\.groups is empty"):
         check_source(InitConfig(full, ()), FULL.model)
+
+
+def test_an_exported_model_starts_a_run_as_its_run_does(full, tmp_path):
+    source, params = open_pretrained(full), stored(full, FULL)[1].params
+    folder = tmp_path / "exported"
+    write_model(folder, source.model, source.vocabulary, source.preparation, params, step=5)
+    assert open_pretrained(folder).vocabulary.codes == source.vocabulary.codes
+    check_source(InitConfig(folder), replace(FULL.model, ffn_size=4 * FULL.model.hidden_size))
+    with pytest.raises(InputError, match=r"model\.ffn_size is 8, but 64 in the run .*exported"):
+        check_source(InitConfig(folder), replace(FULL.model, ffn_size=8))
+    for config in (FULL, changed(FULL, "model", scan_layers=True)):
+        ours, theirs = (start_from(InitConfig(place), fresh(config)) for place in (folder, full))
+        assert ours[1] == 5
+        jax.tree.map(np.testing.assert_array_equal, ours[0].variables, theirs[0].variables)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors is missing"):
+        check_readable(open_pretrained(folder))
+    task = {"task": BINARY.to_json(), "pooling": "mean"}
+    own = {"behrt": params["behrt"], "task_head": {"dense": {"kernel": np.ones((16, 1)), "bias": np.ones(1)}}}
+    write_model(tmp_path / "task", source.model, source.vocabulary, None, own, task=task)
+    with pytest.raises(InputError, match=r"init\.run: .*task is an export of a fine-tuned model"):
+        check_source(InitConfig(tmp_path / "task"), FULL.model)

@@ -155,6 +155,7 @@ def test_wrong_input_is_one_clear_error_before_anything_is_written(case, tmp_pat
         "--output is missing": replace(config, output=None),
         "--data and --input are both given": replace(config, input=case.data),
         "--source has no effect without --input": replace(config, source="omop"),
+        "--births has no effect without --input": replace(config, births=strangers),
         "max_unknown is 1.5": replace(config, max_unknown=1.5),
         "rows is 0": replace(config, rows=0),
         "none of the 300 labels is of a subject of the split held_out .*300 are of": replace(
@@ -468,6 +469,14 @@ def test_records_are_predicted_as_prepared_data_are(case, newcomers, meds, tmp_p
     assert metadata["data"] is None and metadata["input"] == str(meds) and metadata["split"] == "all"
     assert metadata["codes"]["unknown"] == 0 == metadata["codes"]["changed_bins"]
     assert metadata["codes"]["tokens"] > 10
+    # Births in a file of their own give the same ages.
+    apart = write_meds(tmp_path / "unborn", [row for row in newcomers if row.code != BIRTH_CODE])
+    born_rows = [row for row in newcomers if row.code == BIRTH_CODE]
+    births = pa.table({"subject_id": [row.subject for row in born_rows],
+                       "birth": pa.array([row.time for row in born_rows], pa.timestamp("us"))})  # fmt: skip
+    pq.write_table(births, tmp_path / "births.parquet")
+    given_births = given | {"input": apart, "births": tmp_path / "births.parquet"}
+    assert case.predicted(tmp_path / "born.parquet", **given_births).equals(found)
     # From an adapter elsewhere, without labels: each subject at its last event.
     adapter = shutil.copytree(case.run() / "adapter", tmp_path / "adapter")
     last = case.predicted(tmp_path / "last.parquet", model=adapter, **(given | {"labels": None}))
@@ -480,7 +489,8 @@ def test_records_are_predicted_as_prepared_data_are(case, newcomers, meds, tmp_p
         **{name: given[name] for name in ("data", "input", "source")},
     )
     assert vectors["subject_id"].to_pylist() == subjects.to_pylist()
-    names = {"known.parquet", "new.parquet", "adapter", "last.parquet", "vectors.parquet"}
+    names = {"known.parquet", "new.parquet", "adapter", "last.parquet", "vectors.parquet",
+             "unborn", "births.parquet", "born.parquet"}  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == names  # no work folder is left
 
 

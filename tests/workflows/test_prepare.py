@@ -447,6 +447,17 @@ def test_another_form_of_the_source_gives_the_same_tokens(tmp_path):
     assert len(read_prepared(tmp_path / "split").splits["train"]) == 0
 
 
+def test_shards_like_a_data_set_equal_one_run(tmp_path):
+    rows = history_rows(subjects=60, days=6)
+    prepared(tmp_path / "first", *as_meds(tmp_path / "meds", rows), "--min_count", "3")
+    some = [row for row in rows if row.subject % 4 == 1]
+    given = [*as_meds(tmp_path / "some", some), "--like", str(tmp_path / "first")]
+    whole = prepared(tmp_path / "whole", *given)
+    for shard in ("1/2", "0/2"):
+        assert main(["prepare", "--output", str(tmp_path / "parts"), *given, "--shard", shard]) == 0
+    assert prepared(tmp_path / "parts", *given, "--merge") == whole and len(whole) == 15
+
+
 def test_like_a_run_on_generated_records(tmp_path):
     config = DataConfig(subjects=80, vocabulary_size=250)
     data, events = load_sequences(config, sep_token=False), load_events(config)

@@ -1,0 +1,1 @@
+"""Models in forms that leave the project or come into it."""
