@@ -13,8 +13,8 @@ from behrt_jax.evaluation.performance import (
 )
 from behrt_jax.evaluation.scores import LEAKAGE_AUROC, LEAKAGE_WORDS, TITLES
 from behrt_jax.files import write_text
-from behrt_jax.tracking.console import printable, table_text
 from behrt_jax.tracking import page
+from behrt_jax.tracking.console import printable, table_text
 
 # What an evaluation says, in plain words: how sure, against which baseline, and for whom.
 

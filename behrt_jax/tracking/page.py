@@ -28,7 +28,8 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var
   max-width: 64rem; margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 3rem;
   overflow-wrap: anywhere; }}
 h1 {{ font-size: 1.7rem; line-height: 1.2; margin: 0; }}
-h2 {{ font-size: 1.2rem; margin: 2.6rem 0 .7rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }}
+h2 {{ font-size: 1.2rem; margin: 2.6rem 0 .7rem; padding-bottom: .3rem;
+  border-bottom: 1px solid var(--line); }}
 h3 {{ font-size: 1rem; margin: 1.4rem 0 .5rem; }}
 p {{ margin: .5rem 0; max-width: 46rem; }} p.note {{ color: var(--soft); white-space: pre-line; }}
 ul {{ padding-left: 1.2rem; max-width: 46rem; }}
@@ -36,11 +37,14 @@ ul {{ padding-left: 1.2rem; max-width: 46rem; }}
   background: var(--card); border-left: 6px solid var(--tone); }}
 .good {{ --tone: var(--good); }} .doubt, .warning {{ --tone: var(--doubt); }}
 .bad, .error {{ --tone: var(--bad); }} .info, .plain {{ --tone: var(--info); }}
-dl.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .7rem; margin: 0; }}
+dl.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .7rem;
+  margin: 0; }}
 dl.tiles div {{ background: var(--card); border-radius: 8px; padding: .6rem .8rem; }}
 dt {{ color: var(--soft); font-size: .82rem; }} dd {{ margin: 0; font-size: 1.25rem; font-weight: 600;
-  font-variant-numeric: tabular-nums; }} dd small {{ font-size: .82rem; font-weight: 400; color: var(--soft); }}
-.pictures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }}
+  font-variant-numeric: tabular-nums; }}
+dd small {{ font-size: .82rem; font-weight: 400; color: var(--soft); }}
+.pictures {{ display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }}
 figure {{ margin: 0; }} img {{ display: block; width: 100%; height: auto; border-radius: 8px;
   border: 1px solid var(--line); background: #ffffff; }}
 article {{ border: 1px solid var(--line); border-left: 6px solid var(--tone); border-radius: 8px;
@@ -50,18 +54,21 @@ article header b {{ color: var(--tone); text-transform: capitalize; }}
 table {{ border-collapse: collapse; max-width: 100%; margin: .5rem 0; }}
 th, td {{ padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; }}
-th {{ color: var(--soft); font-weight: 600; font-size: .88rem; vertical-align: bottom; overflow-wrap: break-word; }}
+th {{ color: var(--soft); font-weight: 600; font-size: .88rem; vertical-align: bottom;
+  overflow-wrap: break-word; }}
 td {{ min-width: 6rem; }} .number {{ text-align: right; font-variant-numeric: tabular-nums; }}
 td.number {{ white-space: nowrap; min-width: 0; }}
 code, pre {{ font: .88em/1.5 ui-monospace, monospace; }}
-pre {{ white-space: pre-wrap; background: var(--card); border-radius: 8px; padding: .7rem .9rem; margin: .5rem 0; }}
+pre {{ white-space: pre-wrap; background: var(--card); border-radius: 8px; padding: .7rem .9rem;
+  margin: .5rem 0; }}
 details {{ margin: .7rem 0; }} summary {{ cursor: pointer; color: var(--info); }}
 @media screen and (max-width: 42rem) {{
   thead {{ display: none; }} table, tbody {{ display: block; }}
   tr {{ display: block; padding: .45rem 0; border-bottom: 1px solid var(--line); }}
-  td, td.number {{ display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .8rem; padding: .1rem 0;
-    border: 0; text-align: right; white-space: normal; }}
+  td, td.number {{ display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .8rem;
+    padding: .1rem 0; border: 0; text-align: right; white-space: normal; }}
   td::before {{ content: attr(data-label); color: var(--soft); text-align: left; }}
+  td.long {{ display: block; text-align: left; }} td.long::before {{ content: attr(data-label) ": "; }}
   td:first-child {{ display: block; text-align: left; font-weight: 600; }}
   td:first-child::before {{ content: none; }} td:empty {{ display: none; }}
 }}
@@ -145,8 +152,8 @@ def cards(findings: Iterable[JsonObject]) -> str:
         tone = severity if severity in ("error", "warning") else "info"
         about = " ".join(filter(None, (f"<code>{name}</code>", f"{when} training" if when else "")))
         found.append(
-            f'<article class="{tone}"><header><b>{severity}</b> {about}</header>\n<p>{seen}</p>\n<p>{why}</p>\n'
-            f"<p><strong>What to do:</strong> {mend}</p></article>"
+            f'<article class="{tone}"><header><b>{severity}</b> {about}</header>\n<p>{seen}</p>\n'
+            f"<p>{why}</p>\n<p><strong>What to do:</strong> {mend}</p></article>"
         )
     return "\n".join(found)
 
@@ -162,18 +169,28 @@ def html_pictures(pictures: Iterable[tuple[str, bytes]]) -> str:
     return "\n".join(['<div class="pictures">', *shown, "</div>"]) if shown else ""
 
 
+_LONG = 40  # characters from which on a cell has a line of its own on a phone
+
+
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """An HTML table; columns of numbers stand flush right. Nothing where it has no row."""
     cells, right = table_cells(columns, rows)
     if not cells:
         return ""
-    marks = [' class="number"' if number else "" for number in right]
+    longest = [max(len(row[place]) for row in cells) for place in range(len(columns))]
+    kinds = [
+        "number" if number else "long" if most > _LONG else ""
+        for number, most in zip(right, longest, strict=True)
+    ]
+    marks = [f' class="{kind}"' if kind else "" for kind in kinds]
     head = "".join(f"<th{mark}>{escape(name)}</th>" for name, mark in zip(columns, marks, strict=True))
     labels = [f' data-label="{escape(name, quote=True)}"' for name in columns]
     lines = ["<table>", f"<thead><tr>{head}</tr></thead>" if any(columns) else "", "<tbody>"]
     for row in cells:
-        line = zip(row, marks, labels, strict=True)
-        lines.append(f"<tr>{''.join(f'<td{m}{l}>{escape(cell)}</td>' for cell, m, l in line)}</tr>")
+        line = zip(marks, labels, row, strict=True)
+        lines.append(
+            f"<tr>{''.join(f'<td{mark}{label}>{escape(cell)}</td>' for mark, label, cell in line)}</tr>"
+        )
     return "\n".join([*filter(None, lines), "</tbody>", "</table>"])
 
 

@@ -36,9 +36,9 @@ def plot_curves(
 
     `metrics` are the records of ``metrics.jsonl``: `split` is ``train`` or ``tuning``, losses are in
     nats, accuracies are shares in [0, 1]. `baselines` maps names in `summary.BASELINES` to the same figures;
-    of fine-tuning, ``base rate`` is one of them. The best epoch is the one of least validation loss. `members`
-    are the names of a population's, whose losses the records have beside their mean. Figures that are
-    missing or null leave a gap, and a picture without any is not drawn.
+    of fine-tuning, ``base rate`` is one of them. The best epoch is the one of least validation loss.
+    `members` are the names of a population's, whose losses the records have beside their mean. Figures that
+    are missing or null leave a gap, and a picture without any is not drawn.
 
     Returns the pictures drawn; none where matplotlib is not installed.
     """

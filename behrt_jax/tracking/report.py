@@ -19,7 +19,7 @@ _HISTORY_ROWS = 100
 
 
 def write_report(folder: Path, plots: Path | None = None, output: Path | None = None) -> Path:
-    """Write the report of a run, of pretraining or fine-tuning, from the files of its folder; returns its path.
+    """Write the report of a run, of pretraining or fine-tuning, from its folder's files; returns its path.
 
     A part whose file is missing, as in a run that is going on or was interrupted, is left out, and
     the page says so.
@@ -138,7 +138,13 @@ def _learnt(summary: outcome.Summary) -> list[str]:
     ]
     columns = ("masked code", "masked", "found", "most often taken for", "how often")
     neighbours = [
-        (_code(one), one["events"], "; ".join(f"{_code(near)} ({near['cosine']:.2f})" for near in one["near"]))
+        (
+            _code(one),
+            one["events"],
+            "; ".join(
+                f"{near.get('description') or near['code']} ({near['cosine']:.2f})" for near in one["near"]
+            ),
+        )
         for one in summary.get("neighbours") or []
     ]
     norms = [

@@ -156,7 +156,7 @@ def verdict(gain: float | None) -> str:
 def headline(summary: Summary) -> str:
     """What a run has learnt beside its baselines, and whether the doctor found errors, in one sentence."""
     findings = summary.get("findings") or []
-    counts = {severity: 0 for severity in ("error", "warning")}
+    counts = dict.fromkeys(("error", "warning"), 0)
     for found in findings:
         if found.get("severity") in counts:
             counts[found["severity"]] += 1
@@ -203,8 +203,8 @@ def _learnt_codes(summary: Summary) -> str:
     loss, by = best["loss"], f"{abs(gain):.3f} nats"
     if gain <= 0:
         return (
-            f"The model has learnt nothing of use yet: its validation loss, {loss:.3f} nats, is NOT below the "
-            f"unigram baseline, which knows only how frequent each code is, but {by} above it"
+            f"The model has learnt nothing of use yet: its validation loss, {loss:.3f} nats, is NOT below "
+            f"the unigram baseline, which knows only how frequent each code is, but {by} above it"
         )
     if gain < SMALL_GAIN:
         return (
@@ -228,8 +228,8 @@ def _learnt_labels(summary: Summary) -> str:
         said = f"{ahead} of {len(members)} members have learnt more than the base rate"
         if losses:
             best = min(losses, key=lambda row: row["loss"])
-            said += f", {best['member']} the most, with a validation loss of {best['loss']:.4f}"
-        return said + _beside(summary, "count model", "logistic regression on counts of codes")
+            said += f", {best['member']} has the least validation loss, {best['loss']:.4f}"
+        return said
     best, base = summary.get("best"), _loss_of(summary, "base rate")
     if best is None or not is_number(base):
         return "There is no validation yet"
@@ -278,8 +278,10 @@ def summary_text(summary: Summary, config_name: str) -> str:
     columns, rows = figure_table(summary, ("best", "last"))
     if rows:
         best = summary.get("best")
-        where = f"best step {best['step']:,}, epoch {best['epoch']:.1f}" if best else "no validation yet"
-        parts.append(table_text(f"Validation ({where})", columns, rows))
+        where = f" (best step {best['step']:,}, epoch {best['epoch']:.1f})" if best else ""
+        parts.append(
+            table_text(f"{'Baselines' if 'members' in summary else 'Validation'}{where}", columns, rows)
+        )
     columns, rows = member_table(summary)
     if rows:
         parts.append(table_text("Members", columns, rows))
@@ -299,7 +301,7 @@ def summary_text(summary: Summary, config_name: str) -> str:
         if rows:
             parts.append(table_text(name, columns, rows))
     if rest := other_counts(data):
-        parts.append("\n".join(f"  {name}: {format_cell(value)}" for name, value in rest))
+        parts.append("Counts\n" + "\n".join(f"  {name}: {format_cell(value)}" for name, value in rest))
     return "\n\n".join(filter(None, parts)).encode("ascii", "replace").decode("ascii") + "\n"
 
 
@@ -314,13 +316,9 @@ def advice(summary: Summary) -> list[str]:
         fitted = [f"{name} {value:.4g}" for name, value in calibration.items() if is_number(value)]
         said.append(f"Fitted on the tuning split: {', '.join(fitted)}.")
     if blend := summary.get("blend"):
-        figures = [f"{name} {blend[name]:.4f}" for name in ("loss", "auroc") if is_number(blend.get(name))]
-        said.append(
-            f"Predictions are blended with {blend['share']:.0%} of the count model: {', '.join(figures)}."
-        )
+        said.append(f"Predictions are blended with {blend['share']:.0%} of the count model: {_two(blend)}.")
     if crossed := summary.get("out_of_fold"):
-        figures = [f"{name} {crossed[name]:.4f}" for name in ("loss", "auroc") if is_number(crossed.get(name))]
-        said.append(f"Cross-validated on the train split: {', '.join(figures)}.")
+        said.append(f"Cross-validated on the train split: {_two(crossed)}.")
     chosen, members = summary.get("predicting_members"), summary.get("members") or []
     if chosen is not None and members:
         said.append(f"Predicts: {', '.join(members[place]['member'] for place in chosen)}.")
@@ -333,6 +331,11 @@ def advice(summary: Summary) -> list[str]:
     elif best is not None and best <= 0:
         said.append("Try another learning rate, more epochs or more labels.")
     return said
+
+
+def _two(figures: JsonObject) -> str:
+    shown = [f"{name} {figures[name]:.4f}" for name in ("loss", "auroc") if is_number(figures.get(name))]
+    return ", ".join(shown)
 
 
 def _finding_text(found: JsonObject) -> str:
@@ -348,6 +351,8 @@ def figure_table(summary: Summary, titles: tuple[str, str]) -> tuple[list[str], 
     """
     baselines, finetunes = summary.get("baselines") or {}, "task" in summary
     columns, records = ["", *titles], [summary.get("best"), summary.get("last")]
+    if summary.get("members"):  # each has its own
+        columns, records = [""], []
     for name, title in BASELINES.items():
         figures = dict(baselines.get(name) or {})
         if not figures and (finetunes or name != "unigram"):
@@ -432,7 +437,7 @@ def split_table(data: JsonObject) -> tuple[list[str], list[list[object]]]:
     found = data.get("splits")
     found = found if isinstance(found, dict) else {name: data.get(name) for name in SPLITS}
     splits = {name: dict(flat(part)) for name, part in found.items() if isinstance(part, dict)}
-    fields = [field for field in dict.fromkeys(name for part in splits.values() for name in part)]
+    fields = list(dict.fromkeys(name for part in splits.values() for name in part))
     if all(part.get("tokens") == part.get("events") for part in splits.values()):
         fields = [field for field in fields if field != "tokens"]
     columns = ["split", *(_SPLIT_COLUMNS.get(field, field) for field in fields)]

@@ -166,6 +166,12 @@ def _rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.square(x).mean())
 
 
+def code_table(variables: Tree) -> jax.Array:
+    """The code embedding, float32 ``[V, E]``."""
+    (table,) = (leaf for path, leaf in leaves_by_path(variables).items() if path[-3:] == CODE_TABLE)
+    return table
+
+
 def adapter_norms(variables: Tree, config: LoRAConfig) -> list[JsonObject]:
     """Size of what each adapter adds to its layer's kernel, ready for JSON.
 
@@ -187,7 +193,9 @@ def adapter_norms(variables: Tree, config: LoRAConfig) -> list[JsonObject]:
         )
         return of_parts, of_kernels
 
-    found = zip(layers, *(values.tolist() for values in jax.device_get(norms(kernels, adapters))), strict=True)
+    found = zip(
+        layers, *(values.tolist() for values in jax.device_get(norms(kernels, adapters))), strict=True
+    )
     return [
         {"name": "/".join(path), "norm": part, "share": part / whole if whole else None}
         for path, part, whole in found

@@ -120,7 +120,8 @@ ScoringStep = Callable[[Variables, Batch], tuple[jax.Array, ...]]
 
 def make_scoring_step(predictor: Predictor, masking: MaskingConfig, key: jax.Array) -> ScoringStep:
     """Build the step to losses and ranks of a batch's masked codes, to the codes held most likely in their
-    place, and to which slots are used: `[batch, budget]` each. Masks are those of :func:`make_validation_step`.
+    place, and to which slots are used: `[batch, budget]` each. Masks are those of
+    :func:`make_validation_step`.
     """
 
     def scoring_step(variables: Variables, batch: Batch) -> tuple[jax.Array, ...]:

@@ -37,6 +37,7 @@ from behrt_jax.training.loop import Steps, catching_signals
 from behrt_jax.training.pretrained import EncoderParameters, check_readable, open_pretrained, read_encoder
 from behrt_jax.training.state import with_encoder
 from behrt_jax.training.step import TrainState, Variables
+from behrt_jax.training.telemetry import adapter_norms
 from behrt_jax.training.validation import make_output_step, score, task_metrics
 from behrt_jax.workflows.checks import check_finetune, has_members
 from behrt_jax.workflows.finetune_run import (
@@ -178,6 +179,7 @@ def _summary(
     seconds: float,
 ) -> JsonObject:
     """Content of summary.json."""
+    lora = run.config.lora
     metrics = read_metrics(run.folder / METRICS_FILE)
     validations = [record for record in metrics if record.get("split") == "tuning"]
     return {
@@ -191,6 +193,7 @@ def _summary(
         "wall_seconds": seconds,
         "baselines": {"base rate": {"loss": loss_of_base_rate(run.labelled)}},
         **({} if best is None else best[1].said),
+        **({} if best is None or lora is None else {"adapter_norms": adapter_norms(best[0], lora)}),
         "calibration": None if best is None else asdict(best[1].calibration),
         "data": run.labelled.counts,
         "parameters": {key: value for key, value in run.parameters.items() if key != "adapters"},
@@ -204,8 +207,8 @@ def write_results(
     best: tuple[Variables, Judged] | None,
     summary: JsonObject,
 ) -> None:
-    """Write task.json, the adapter, summary.json, SUMMARY.txt, plots and report.html; `best` are the variables of the best
-    checkpoint and what was fitted with them.
+    """Write task.json, the adapter, summary.json, SUMMARY.txt, plots and report.html; `best` are the
+    variables of the best checkpoint and what was fitted with them.
     """
     folder = run.folder
     if best is not None:

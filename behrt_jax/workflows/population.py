@@ -20,14 +20,19 @@ from behrt_jax.files import JsonObject, json_text, write_text
 from behrt_jax.models.behrt import EACH, Pooling
 from behrt_jax.run_folder import (
     METRICS_FILE,
+    PLOTS_FOLDER,
     SUMMARY_FILE,
     SUMMARY_TEXT_FILE,
     append_metrics,
+    read_metrics,
     record_metrics,
     shown_files,
     write_files,
 )
 from behrt_jax.tracking.console import Console, open_console
+from behrt_jax.tracking.plots import plot_curves
+from behrt_jax.tracking.report import write_report
+from behrt_jax.tracking.summary import Summary, member_table, summary_text
 from behrt_jax.training.devices import Devices, put_rows, replicated
 from behrt_jax.training.feeding import AHEAD
 from behrt_jax.training.freezing import part, regime, whole
@@ -473,7 +478,7 @@ def write_population(
     found: Sequence[Best],
     seconds: float,
 ) -> JsonObject:
-    """Write members/, task.json, summary.json and SUMMARY.txt; returns the summary."""
+    """Write members/, task.json, summary.json, SUMMARY.txt, plots and report.html; returns the summary."""
     rows = [_write_member(console, config, run, variation, k, best) for k, best in enumerate(found)]
     summary: JsonObject = {
         "task": run.labelled.task.kind,
@@ -492,20 +497,14 @@ def write_population(
     record_metrics(run.folder)
     summary["findings"] = to_json(examined(console, run, summary))
     write_files(run.folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
-
-    columns = ("member", "best step", "tuning loss", "of the base rate", "tuning AUROC")
-    table = [
-        (row["member"], row["best_step"],
-         *(_cell(row.get(name)) for name in ("loss", "base_rate_loss", "auroc")))
-        for row in rows
-    ]  # fmt: skip
-    console.table(f"Members ({summary['task']}, vary {config.population.vary})", columns, table)
+    told = Summary(**summary)
+    console.table(f"Members ({summary['task']}, vary {config.population.vary})", *member_table(told))
     for line in lines:
         console.log(line)
-    rows_of_text = [
-        ", ".join(f"{name} {cell}" for name, cell in zip(columns, row, strict=True)) for row in table
-    ]
-    write_text(run.folder / SUMMARY_TEXT_FILE, "\n".join([*rows_of_text, *lines]) + "\n")
+    write_text(run.folder / SUMMARY_TEXT_FILE, summary_text(told, config.name))
+    metrics = read_metrics(run.folder / METRICS_FILE)
+    plot_curves(metrics, summary.get("baselines") or {}, run.folder / PLOTS_FOLDER, variation.names)
+    write_report(run.folder)
     console.log(f"Written to {run.folder}: {', '.join(shown_files(run.folder))}")
     return summary
 
