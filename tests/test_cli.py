@@ -7,13 +7,10 @@ import json
 import os
 import re
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -176,76 +173,6 @@ def test_what_commands_need_is_told_where_it_is_not_there(monkeypatch, capsys):
     assert main(["predict"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "pip install 'behrt-jax[commands]'" in line
-
-
-# The command as it is installed, without the repository.
-
-INSTALLED = textwrap.dedent("""
-    import sys
-    from importlib.metadata import Distribution
-    from pathlib import Path
-
-    folder, *arguments = sys.argv[1:]
-    of_repository = [path for path in sys.path if Path(path, "experiments", "pretrain.py").exists()]
-    sys.path[:] = [folder, *(path for path in sys.path if path not in ("", *of_repository))]
-    import behrt_jax
-
-    assert Path(behrt_jax.__file__).parents[1] == Path(folder), behrt_jax.__file__
-    (distribution,) = Distribution.discover(name="behrt-jax", path=[folder])
-    (script,) = distribution.entry_points.select(group="console_scripts", name="behrt-jax")
-    sys.argv[:] = ["behrt-jax", *arguments]
-    sys.exit(script.load()())
-""")
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A folder with a wheel of the package unpacked in it, and nothing else."""
-    root = tmp_path_factory.mktemp("wheel")
-    source, built, folder = (root / name for name in ("source", "built", "folder"))
-    shutil.copytree(ROOT / "behrt_jax", source / "behrt_jax", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", build, built], cwd=source, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    (file,) = built.glob("*.whl")
-    zipfile.ZipFile(file).extractall(folder)
-    return folder
-
-
-def run_installed(wheel, cwd, *arguments):
-    """Output of the installed command, which must end well."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", INSTALLED, str(wheel), *arguments],
-        capture_output=True, text=True, check=False, cwd=cwd, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_installed_command_has_the_named_configurations(wheel, tmp_path):
-    assert run_installed(wheel, tmp_path, "--help").startswith("usage: behrt-jax COMMAND")
-    options = run_installed(wheel, tmp_path, "pretrain", "--config", "large_lora", "--help")
-    assert "Shown are the values of large_lora." in " ".join(options.split())
-
-
-def test_the_wheel_has_every_module_of_the_package(wheel):
-    def modules(folder):
-        return sorted(str(path.relative_to(folder)) for path in folder.glob("behrt_jax/**/*.py"))
-
-    assert modules(wheel) == modules(ROOT)
-    assert {path.name.partition("-")[0] for path in wheel.iterdir()} == {"behrt_jax"}
-
-
-@pytest.mark.slow
-def test_the_installed_command_runs_a_named_configuration(wheel, tmp_path):
-    options = "--data.subjects", "200", "--train.max_steps", "2", "--output", "run"
-    run_installed(wheel, tmp_path, "pretrain", "--config", "small_lora", *options)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["name"] == "small_lora"
 
 
 # Options of pretraining.
