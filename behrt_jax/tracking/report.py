@@ -232,7 +232,7 @@ def _settings(config: JsonObject) -> str:
     """Settings and environment, folded away."""
     if not config:
         return page.text("The configuration is missing (config.json).", "note")
-    settings = dict(outcome.flat(_as_text(config.get("settings") or {})))
+    settings = dict(outcome.flat(as_text(config.get("settings") or {})))
     rest = {name: value for name, value in config.items() if name not in ("settings", "command", "data")}
     return section(
         "Settings and environment",
@@ -242,13 +242,13 @@ def _settings(config: JsonObject) -> str:
 
 
 def _rows(values: JsonObject) -> str:
-    return html_table(("name", "value"), outcome.flat(_as_text(values)))
+    return html_table(("name", "value"), outcome.flat(as_text(values)))
 
 
-def _as_text(settings: Mapping[str, object]) -> JsonObject:
+def as_text(settings: Mapping[str, object]) -> JsonObject:
     """Nested settings with each value, and each list of values, as the text it was written as."""
     return {
-        name: _as_text(value) if isinstance(value, Mapping) else setting_text(value)
+        name: as_text(value) if isinstance(value, Mapping) else setting_text(value)
         for name, value in settings.items()
     }
 

@@ -61,6 +61,7 @@ from behrt_jax.workflows.run import (
     exit_status,
     open_folder,
     save,
+    trackers,
 )
 
 
@@ -99,6 +100,7 @@ def finetune_on(
         open_console() as console,
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
+        trackers(config, folder) as send,
         ThreadPoolExecutor(1) as beside,
     ):
         run = open_finetuning(config, folder, data, labels, delays, devices, console, search)
@@ -111,6 +113,7 @@ def finetune_on(
 
         def record(line: JsonObject) -> None:
             append_metrics(run.folder / METRICS_FILE, line)
+            send(line)
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
             start = partial(_start, config, run, encoder, console)

@@ -74,7 +74,7 @@ from behrt_jax.workflows.labelled_data import (
     read_labelled,
     split_batches,
 )
-from behrt_jax.workflows.run import RunResult, open_folder, settings
+from behrt_jax.workflows.run import RunResult, open_folder, settings, trackers
 
 SEARCHES = ("learning_rate", "rank")
 """Variations of which the best member alone predicts."""
@@ -102,11 +102,21 @@ def finetune_population(config: FinetuneConfig, devices: Devices | None = None) 
         config = replace(config, population=replace(population, size=len(population.labels)))
     else:
         data, labels, delays = read_labelled(config.data, config.labels)
-    with open_console() as console, open_folder(config) as (folder, config):
+    with (
+        open_console() as console,
+        open_folder(config) as (folder, config),
+        trackers(config, folder) as send,
+    ):
         run = open_finetuning(config, folder, data, labels, delays, devices, console, search)
         config = run.config
         variation = vary(config, run.labelled)
-        found = train_population(console, config, run, variation, make_population(config, run, variation))
+
+        def record(line: JsonObject) -> None:
+            append_metrics(run.folder / METRICS_FILE, line)
+            send(line)
+
+        members = make_population(config, run, variation)
+        found = train_population(console, config, run, variation, members, record)
         summary = write_population(console, config, run, variation, found, time.perf_counter() - started)
     return RunResult(run.folder, summary)
 
@@ -286,11 +296,11 @@ def train_population(
     run: Finetuning,
     variation: Variation,
     population: Population,
-    keep: bool = True,
+    record: Callable[[JsonObject], None] | None = None,
 ) -> list[Best]:
     """Train all members on the same batches and validate them every epoch. The first state is used up.
 
-    Metrics and variables are only kept with `keep`.
+    `record` takes the line of each validation; without it the best variables are not kept either.
 
     Raises:
         DivergenceError: the loss of a member was never finite; of a search, that of all members.
@@ -324,17 +334,16 @@ def train_population(
                 best.waited += 1
                 if metrics[k]["loss"] < best.loss:
                     best.loss, best.step, best.waited, best.outputs = metrics[k]["loss"], number, 0, mine
-                    if not keep:
+                    if record is None:
                         continue
                     alone = member(state, k, variation.adapters[k])
                     # The frozen leaves go on with the state, which the next step uses up.
                     best.variables = jax.tree.map(np.asarray, part(alone, mask, trains=True))
                     if on_train is not None and variation.weights is not None:
                         best.of_unseen = on_train[k, ~variation.weights[k]]
-            if keep:
+            if record is not None:
                 train_losses = np.asarray(totals["loss"] / jnp.maximum(totals["targets"], 1.0))
-                append_metrics(
-                    run.folder / METRICS_FILE,
+                record(
                     {
                         **run.schedule.line(number, "tuning"),
                         "loss": float(np.mean([one["loss"] for one in metrics])),
@@ -348,7 +357,7 @@ def train_population(
             if patience is not None and all(best.waited >= patience for best in found):
                 break
     console.close()
-    if not keep:
+    if record is None:
         return found
     diverged = [name for name, best in zip(variation.names, found, strict=True) if best.outputs is None]
     if len(diverged) > (len(found) - 1 if config.population.vary in SEARCHES else 0):
@@ -432,7 +441,7 @@ def search(
     console.log(
         f"Searching: {size} members on {len(some.train):,} train and {len(some.tuning):,} tuning labels."
     )
-    found = train_population(console, short, run, variation, make_population(short, run, variation), False)
+    found = train_population(console, short, run, variation, make_population(short, run, variation))
     tried = [
         {
             "pooling": how,

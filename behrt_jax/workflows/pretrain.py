@@ -76,6 +76,7 @@ from behrt_jax.workflows.run import (
     run_record,
     save,
     settings,
+    trackers,
     write_start,
 )
 
@@ -97,6 +98,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         open_console() as console,
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
+        trackers(config, folder) as send,
         ThreadPoolExecutor(1) as beside,
     ):
         run = open_pretraining(config, folder, devices, console)
@@ -116,7 +118,8 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         announce.baselines(console, baselines)
         examination = examine_before(config, run, unlearned, console)
         startup.mark("baselines counted")
-        lines = announce.LoopReporter(console, run.folder / METRICS_FILE, unlearned, examination.during)
+        during = examination.during
+        lines = announce.LoopReporter(console, run.folder / METRICS_FILE, unlearned, during, send)
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
 
