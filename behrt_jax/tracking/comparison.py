@@ -17,7 +17,7 @@ from behrt_jax.tracking.report import as_text, read
 
 _COLUMNS = 5
 """Runs that a table has a column for, each; of more, the values are listed."""
-_NOT_COMPARED = ("output", "resume", "name")
+_NOT_COMPARED = ("output", "resume", "name", "tracking", "compilation_cache")
 _ABSENT = "not there"
 
 
@@ -132,8 +132,8 @@ def warnings(runs: Sequence[ComparedRun]) -> list[str]:
     ]
     if widths:
         said.append(
-            f"Chance alone, in who is in the tuning split, moves a loss by up to {max(widths):.3f} nats (half "
-            "of a 95 % interval); differences on the same masked codes are surer than that."
+            f"Chance alone, in who is in the tuning split, moves a loss by up to {max(widths):.3f} nats "
+            "(half of a 95 % interval); differences on the same masked codes are surer than that."
         )
     return said
 

@@ -45,8 +45,9 @@ dt {{ color: var(--soft); font-size: .82rem; }} dd {{ margin: 0; font-size: 1.25
 dd small {{ font-size: .82rem; font-weight: 400; color: var(--soft); }}
 .pictures {{ display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }}
-figure {{ margin: 0; }} img {{ display: block; width: 100%; height: auto; border-radius: 8px;
-  border: 1px solid var(--line); background: #ffffff; }}
+figure {{ margin: 0; max-width: 46rem; border: 1px solid var(--line); border-radius: 8px;
+  overflow: hidden; }}
+img {{ display: block; width: 100%; height: auto; background: #ffffff; }}
 article {{ border: 1px solid var(--line); border-left: 6px solid var(--tone); border-radius: 8px;
   padding: .6rem .9rem; margin: .7rem 0; }}
 article p {{ max-width: none; margin: .3rem 0; }} article header {{ color: var(--soft); font-size: .88rem; }}
@@ -57,7 +58,7 @@ th, td {{ padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--line); t
 th {{ color: var(--soft); font-weight: 600; font-size: .88rem; vertical-align: bottom;
   overflow-wrap: break-word; }}
 td {{ min-width: 6rem; }} .number {{ text-align: right; font-variant-numeric: tabular-nums; }}
-td.number {{ white-space: nowrap; min-width: 0; }}
+td.number, td.short {{ white-space: nowrap; min-width: 0; }}
 code, pre {{ font: .88em/1.5 ui-monospace, monospace; }}
 pre {{ white-space: pre-wrap; background: var(--card); border-radius: 8px; padding: .7rem .9rem;
   margin: .5rem 0; }}
@@ -65,7 +66,7 @@ details {{ margin: .7rem 0; }} summary {{ cursor: pointer; color: var(--info); }
 @media screen and (max-width: 42rem) {{
   thead {{ display: none; }} table, tbody {{ display: block; }}
   tr {{ display: block; padding: .45rem 0; border-bottom: 1px solid var(--line); }}
-  td, td.number {{ display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .8rem;
+  td, td.number, td.short {{ display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: .8rem;
     padding: .1rem 0; border: 0; text-align: right; white-space: normal; }}
   td::before {{ content: attr(data-label); color: var(--soft); text-align: left; }}
   td.long {{ display: block; text-align: left; }} td.long::before {{ content: attr(data-label) ": "; }}
@@ -169,7 +170,9 @@ def html_pictures(pictures: Iterable[tuple[str, bytes]]) -> str:
     return "\n".join(['<div class="pictures">', *shown, "</div>"]) if shown else ""
 
 
-_LONG = 40  # characters from which on a cell has a line of its own on a phone
+_SHORT, _LONG = 14, 40
+"""Characters up to which the cells of a column are never broken, and from which on each has a line of its own
+on a phone."""
 
 
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -179,7 +182,7 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         return ""
     longest = [max(len(row[place]) for row in cells) for place in range(len(columns))]
     kinds = [
-        "number" if number else "long" if most > _LONG else ""
+        "number" if number else "short" if most <= _SHORT else "long" if most > _LONG else ""
         for number, most in zip(right, longest, strict=True)
     ]
     marks = [f' class="{kind}"' if kind else "" for kind in kinds]

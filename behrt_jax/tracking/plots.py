@@ -157,12 +157,13 @@ def _draw_auroc(axes: "Axes", metrics: Records, baselines: Baselines, best: Json
 
 def _draw_members(axes: "Axes", metrics: Records, names: Sequence[str]) -> bool:
     """Validation losses of a population's members."""
+    colours = [colour for colour in COLOURS if colour != VALIDATION_COLOUR]  # which their mean has
     records = [one for one in _with_epoch(metrics, "tuning") if len(one.get("members") or ()) == len(names)]
     for number, name in enumerate(names):
         losses = [record["members"][number].get("loss") for record in records]
         heights = [loss if is_number(loss) else math.nan for loss in losses]
-        label = name if number < len(COLOURS) else None  # a legend of dozens would fill the picture
-        colour = COLOURS[number % len(COLOURS)]
+        label = name if number < len(colours) else None  # a legend of dozens would fill the picture
+        colour = colours[number % len(colours)]
         epochs = [record["epoch"] for record in records]
         axes.plot(epochs, heights, color=colour, linewidth=0.9, alpha=0.8, label=label)
     return bool(records)

@@ -88,7 +88,7 @@ def _outcome(summary: outcome.Summary, metrics: run_folder.Records) -> list[str]
     return [
         page.verdict_card(outcome.headline(summary), outcome.tone(summary)),
         page.tiles(figures),
-        page.text(outcome.course(summary), "note"),
+        page.text(outcome.course(summary) if "stop_reason" in summary else "", "note"),
         *map(page.text, outcome.advice(summary)),
     ]
 
@@ -103,7 +103,7 @@ def _curves(plots: Path, metrics: run_folder.Records, summary: outcome.Summary) 
     return section(
         "Curves",
         shown or missing,
-        page.part("Validation, beside the baselines", table),
+        page.part("Baselines" if members else "Validation, beside the baselines", table),
         page.part("Members", members),
     )
 

@@ -85,7 +85,7 @@ def _tensorboard(folder: Path) -> Iterator[Callable[[int, dict[str, float]], Non
     def take(step: int, values: dict[str, float]) -> None:
         # What an interrupted run has written from here on is written again: readers drop the old.
         if not writers:
-            writers.append(SummaryWriter(str(folder), purge_step=step))
+            writers.append(SummaryWriter(str(folder), purge_step=step, filename_suffix=f".{step}"))
         for name, value in values.items():
             writers[0].add_scalar(name, value, step)
         writers[0].flush()
