@@ -265,7 +265,8 @@ def course(summary: Summary) -> str:
         facts = [f"{summary.get('epochs') or 0:.1f} epochs", f"{summary.get('steps') or 0:,} steps"]
     if is_number(seconds := summary.get("wall_seconds")):
         facts.append(format_duration(seconds))
-    stopped = f" Stopped: {summary['stop_reason'].rstrip('.')}." if summary.get("stop_reason") else ""
+    reason = summary.get("stop_reason")
+    stopped = f" Stopped: {reason.rstrip('.')}." if reason else ""
     return f"{', '.join(facts)}.{stopped}" if facts else stopped.strip()
 
 
