@@ -1,4 +1,4 @@
-"""The frame of a report in a real browser: nothing is wider than the page, and no word is broken into letters."""
+"""The frame of a report in a real browser: nothing is wider than the page, no word is broken into letters."""
 
 import html
 import json
