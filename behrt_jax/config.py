@@ -81,7 +81,7 @@ class LoRAConfig:
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
 
     rank: int = 8
-    """Inner width of every adapter."""
+    """Inner width of every adapter, at most that of its layer."""
     alpha: float | None = None
     """The update is scaled by alpha / rank; alpha is 2 * rank where not given."""
     dropout: float = 0.0
@@ -89,8 +89,19 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("query", "key", "value", "out")
     """Dense layers to adapt, by name (query key value out intermediate output) or, with a slash in
     it, by a glob pattern over the whole path (behrt/encoder/layer_0/*)."""
+    exclude: tuple[str, ...] = ()
+    """Layers to leave as they are although the targets match them, named likewise."""
+    rank_pattern: tuple[str, ...] = ()
+    """Other ranks of single layers: PATTERN=RANK, named likewise (out=4 behrt/encoder/layer_0/*=16). Of
+    several that match a layer the first counts."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Other alphas of single layers: PATTERN=ALPHA."""
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA: Kalajdzievski 2023, arXiv 2312.03732)."""
+    init: Literal["default", "orthogonal", "pissa"] = "default"
+    """First values; the model's outputs are those of its base under each. default: a at random, b zero.
+    orthogonal: both at random, in orthogonal parts of the rank. pissa: the largest singular values and
+    vectors of the layer, which are taken out of it (Meng et al. 2024, arXiv 2404.02948)."""
     product: Literal["auto", "activations", "extended", "merged"] = "auto"
     """How x @ (W + scale * a @ b) is computed: on activations; in one product with x extended by x @ a and
     W by b (faster on an accelerator); or with the weights merged in the forward pass and a low-rank backward
@@ -188,6 +199,9 @@ class OptimizerConfig:
     """Peak learning rate."""
     learning_rates: GroupValues = field(default_factory=GroupValues)
     """Peak learning rate of single groups."""
+    lora_plus: float | None = None
+    """Learning rate of each adapter's b over that of its a (LoRA+: Hayou et al. 2024, arXiv 2402.12354, who
+    find about 16 good); 1 where not given."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices (never of biases and LayerNorm)."""
     weight_decays: GroupValues = field(default_factory=GroupValues)
@@ -326,9 +340,9 @@ class TaskConfig:
     weighted by a learned attention, or that of [CLS], which only models with model.cls_token have. auto: the
     one of the first four that does best on tuning in the search."""
     blend: Literal["off", "counts"] = "off"
-    """counts: predictions are blended with those of logistic regression on counts of codes, by the largest
-    share of these whose loss on tuning is within a standard error of the least. Binary tasks alone; takes
-    scikit-learn."""
+    """counts: predictions are blended with those of logistic regression and gradient boosting on counts of
+    codes, which are weighed by cross-validation on train and tuning, by the largest share of these whose loss
+    on tuning is within a standard error of the least. Binary tasks alone; takes scikit-learn."""
     intervals: int = 10
     """Survival: number of time intervals, each with about as many events."""
     label_fraction: float = 1.0

@@ -77,8 +77,8 @@ def test_folders_import_only_from_those_that_the_layout_names_before_them():
     )
     order = re.findall(r"`(\w+)(?:\.py|/)`", paragraph)
     package = ROOT / "behrt_jax"
-    own = (path for path in package.iterdir() if path.suffix in ("", ".py") and "__" not in path.stem)
-    parts = {path.stem for path in own}
+    modules = [path for path in package.iterdir() if path.suffix in ("", ".py") and "__" not in path.stem]
+    parts = {path.stem for path in modules}
     assert parts <= {*order}
     for path in package.rglob("*.py"):
         own = path.relative_to(package).parts[0].removesuffix(".py")

@@ -111,13 +111,12 @@ def _read(folder: Path, base: Tree, fingerprint: str, vocabulary_fingerprint: st
     places = {name: np.zeros(tensors[key], np.float32) for name, key in head.items()}
     like = {**base, "task_head": {"dense": places}}
     params, adapters, config = load_adapter(folder, like, vocabulary_fingerprint, fingerprint)
-    factor = 1.0
     if adapters:
         of_lora = from_stored(LoRAConfig, config.lora or {})
-        factor = lora.scale(of_lora)
         if "task_head" in adapters:  # one head each, so that its adapter can be merged
             params = lora.merge(params, {"task_head": adapters["task_head"]}, of_lora)
-    own = lora.leaves_by_path(lora.scaled(adapters.get("behrt", {}), factor))
+        adapters = lora.with_scale(adapters, of_lora)
+    own = lora.leaves_by_path(adapters.get("behrt", {}))
     kernel, bias = (jnp.asarray(params["task_head"]["dense"][name]) for name in head)
     return _Member(own, kernel, bias)
 

@@ -9,12 +9,9 @@ kernels, ``a`` and ``b`` all have a leading axis over layers.
 Every leaf of the two trees is in one group of :data:`GROUPS`; groups are what trains or stays frozen.
 """
 
-import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Literal
 
@@ -24,13 +21,15 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 
+from behrt_jax.adapters.targets import AdaptedLayer, adapted_layers, rank_of, scale
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.layers import dropout
-from behrt_jax.models.stacked_layers import Path, Tree, is_stacked, unstacked_path
+from behrt_jax.models.stacked_layers import Path, Tree, is_stacked
 
 GROUPS = ("lora", "embedding", "head", "base")
 """Of parameters, by their path."""
+Factors = tuple[jax.Array, jax.Array]
 Product = Literal["activations", "extended", "merged"]
 """Ways to compute ``x @ (kernel + scale * a @ b)``, with equal results."""
 
@@ -67,84 +66,16 @@ def labels(variables: Tree) -> Tree:
     return tree_map_with_path(lambda path, _: label(path_names(path)), variables)
 
 
-@dataclass(frozen=True)
-class AdaptedLayer:
-    """A Dense layer with an adapter."""
-
-    path: Path
-    """Where its kernel is; the same for all layers of a stack."""
-    inputs: int
-    outputs: int
-    rank: int
-    layer: int | None = None
-    """Index into the leading axis of its kernel where layers are stacked."""
-
-    @property
-    def name(self) -> str:
-        """Path of the layer, joined by slashes; the same whether or not layers are stacked."""
-        return "/".join(self.path if self.layer is None else unstacked_path(self.path, self.layer))
-
-
-def scale(config: LoRAConfig) -> float:
-    """Factor on ``a @ b``: alpha / rank, or alpha / sqrt(rank) when rank-stabilised."""
-    alpha = 2.0 * config.rank if config.alpha is None else config.alpha
-    return alpha / config.rank**0.5 if config.rank_stabilised else alpha / config.rank
-
-
-def adapted_layers(params: Tree, config: LoRAConfig) -> list[AdaptedLayer]:
-    """Dense layers of `params` that the targets of `config` match, in the order of the tree.
-
-    A target without a slash is compared with the layer's own name, one with a slash with its whole
-    path; both may hold the wildcards ``*``, ``?`` and ``[]``. A path has ``layer_0``, ``layer_1``, ... in it
-    also where layers are stacked.
-
-    Raises:
-        InputError: rank, alpha or dropout out of range; a target that matches nothing (the message
-            lists what could match); targets that match some layers of a stack and not others.
-    """
-    _check(config)
-    layers = [
-        AdaptedLayer(path[:-1], leaf.shape[-2], leaf.shape[-1], config.rank, layer)
-        for path, leaf in leaves_by_path(params).items()
-        if path[-1] == "kernel" and leaf.ndim == 2 + is_stacked(path)
-        for layer in (range(leaf.shape[0]) if is_stacked(path) else (None,))
-    ]
-    for target in config.targets:
-        if not any(_matches(target, layer) for layer in layers):
-            names = ", ".join(sorted({layer.path[-1] for layer in layers}))
-            example = layers[0].name if layers else "(none)"
-            raise InputError(
-                f"lora.targets: {target!r} matches no Dense layer. Names that could match: {names}; "
-                f"or give a pattern over whole paths such as {example!r}."
-            )
-    adapted = [layer for layer in layers if any(_matches(target, layer) for target in config.targets)]
-    for other in layers:
-        if other not in adapted and any(layer.path == other.path for layer in adapted):
-            raise InputError(
-                f"lora.targets: layers are stacked (model.scan_layers), so all or none must be adapted, but "
-                f"{other.name} is not among the targets and other layers are. Name them all (with layer_* in "
-                "the pattern), or turn model.scan_layers off."
-            )
-    return adapted
-
-
-def _check(config: LoRAConfig) -> None:
-    if config.rank < 1:
-        raise InputError(f"lora.rank is {config.rank}: an adapter needs a rank of 1 or more.")
-    if not 0.0 <= config.dropout < 1.0:
-        raise InputError(f"lora.dropout is {config.dropout}: give a rate from 0 up to, but not, 1.")
-    if config.alpha is not None and not 0.0 < config.alpha < math.inf:
-        raise InputError(f"lora.alpha is {config.alpha}: give a number above 0.")
-    if not config.targets:
-        raise InputError("lora.targets is empty: name layers to adapt, such as query key value out.")
-
-
-def _matches(target: str, layer: AdaptedLayer) -> bool:
-    return fnmatchcase(layer.name if "/" in target else layer.path[-1], target)
-
-
 def init(key: jax.Array, params: Tree, config: LoRAConfig) -> Tree:
-    """Fresh adapters: a uniform (Kaiming), b zero, so that they change nothing at first.
+    """Fresh adapters, by ``config.init``; whichever it is, they change nothing at first, but for rounding.
+
+    - ``default``: ``a`` uniform (Kaiming), ``b`` zero.
+    - ``orthogonal``: both random, ``a`` in one half of the rank and ``b`` in the other, so that their product
+      is zero (as ``init_lora_weights="orthogonal"`` of PEFT; a single rank has ``b`` zero).
+    - ``pissa`` (Meng et al. 2024, arXiv 2404.02948): with the kernel's singular values ``u * s @ v``, the
+      largest of them in ``a = u * sqrt(s / scale)`` and ``b = sqrt(s / scale) * v``. There it is the frozen
+      kernel from which ``scale * a @ b`` is taken; here ``a0`` and ``b0`` beside ``a`` and ``b`` are what
+      they began with, and the kernel stays what it was, see :func:`factors`.
 
     Each adapter's key comes from its layer's name, so that it does not depend on which others there are, nor
     on whether layers are stacked.
@@ -156,30 +87,55 @@ def init(key: jax.Array, params: Tree, config: LoRAConfig) -> Tree:
 
     Returns:
         Tree of float32 ``a`` `[in, rank]` and ``b`` `[rank, out]`, or `[layers, in, rank]` and
-        `[layers, rank, out]`.
+        `[layers, rank, out]`; with ``pissa`` also ``a0`` and ``b0``.
 
     Raises:
-        InputError: see :func:`adapted_layers`.
+        InputError: see :func:`behrt_jax.adapters.targets.adapted_layers`.
     """
+    kernels = leaves_by_path(params)
     parts: dict[Path, list[jax.Array]] = {}
     for layer in adapted_layers(params, config):
         own_key = jax.random.fold_in(key, zlib.crc32(layer.name.encode()))
-        bound = layer.inputs**-0.5
-        a = jax.random.uniform(own_key, (layer.inputs, layer.rank), jnp.float32, -bound, bound)
-        parts.setdefault((*layer.path, "a"), []).append(a)
-        parts.setdefault((*layer.path, "b"), []).append(jnp.zeros((layer.rank, layer.outputs), jnp.float32))
+        kernel = kernels[(*layer.path, "kernel")]
+        kernel = kernel if layer.layer is None else kernel[layer.layer]
+        for side, leaf in _first_values(own_key, kernel, layer, config).items():
+            parts.setdefault((*layer.path, side), []).append(leaf)
     return unflatten_dict(
         {path: jnp.stack(leaves) if is_stacked(path) else leaves[0] for path, leaves in parts.items()}
     )
 
 
+def _first_values(
+    key: jax.Array, kernel: jax.Array, layer: AdaptedLayer, config: LoRAConfig
+) -> dict[str, jax.Array]:
+    inputs, outputs, rank = layer.inputs, layer.outputs, layer.rank
+    if config.init == "pissa":
+        u, s, v = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)  # [I, M], [M], [M, O]
+        root = jnp.sqrt(s[:rank] / scale(config, layer.path))
+        a, b = u[:, :rank] * root[None], root[:, None] * v[:rank]
+        return {"a": a, "b": b, "a0": a, "b0": b}
+    if config.init == "orthogonal":
+        of_rank, of_a, of_b = jax.random.split(key, 3)
+        q = jnp.linalg.qr(jax.random.normal(of_rank, (rank, rank)))[0]
+        left, right = q[0::2], q[1::2]  # rows at right angles
+        exactly = partial(jnp.matmul, precision="highest")
+        a = exactly(0.1 * jax.random.normal(of_a, (inputs, len(left))), left)
+        return {"a": a, "b": exactly(right.T, 0.1 * jax.random.normal(of_b, (len(right), outputs)))}
+    bound = inputs**-0.5
+    a = jax.random.uniform(key, (inputs, rank), jnp.float32, -bound, bound)
+    return {"a": a, "b": jnp.zeros((rank, outputs), jnp.float32)}
+
+
 def merge(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
-    """Parameters with ``scale * a @ b`` added to each adapted kernel; every other leaf is the same."""
+    """Parameters with ``scale * a @ b`` added to each adapted kernel; every other leaf is the same.
+
+    Of a ``pissa`` adapter it is ``scale * (a @ b - a0 @ b0)``.
+    """
     leaves, adapters = leaves_by_path(params), leaves_by_path(lora)
-    for path in _layers_of(adapters):
+    for path in layer_paths(lora):
         kernel = leaves[(*path, "kernel")]
-        product = jnp.matmul(adapters[(*path, "a")], adapters[(*path, "b")], precision="highest")
-        leaves[(*path, "kernel")] = (kernel + scale(config) * product).astype(kernel.dtype)
+        product = jnp.matmul(*_factors_at(adapters, path), precision="highest")
+        leaves[(*path, "kernel")] = (kernel + scale(config, path) * product).astype(kernel.dtype)
     return unflatten_dict(leaves)
 
 
@@ -198,15 +154,40 @@ def merged_kernels(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
     return unflatten_dict(
         {
             (*path, "kernel"): merged_kernel(
-                kernels[(*path, "kernel")], adapters[(*path, "a")], adapters[(*path, "b")], scale(config)
+                kernels[(*path, "kernel")], *_factors_at(adapters, path), scale(config, path)
             )
-            for path in _layers_of(adapters)
+            for path in layer_paths(lora)
         }
     )
 
 
-def _layers_of(adapters: Mapping[Path, object]) -> Iterable[Path]:
-    return dict.fromkeys(path[:-1] for path in adapters)
+def factors(a: jax.Array, b: jax.Array, a0: jax.Array | None = None, b0: jax.Array | None = None) -> Factors:
+    """Two factors whose product is ``a @ b``; or ``a @ b - a0 @ b0`` where an adapter keeps its first values.
+
+    Args:
+        a: `[..., in, rank]`.
+        b: `[..., rank, out]`.
+        a0: as `a`, at first.
+        b0: as `b`, at first.
+
+    Returns:
+        ``a`` and ``b``; or of twice the rank, without a gradient for ``a0`` and ``b0``.
+    """
+    if a0 is None or b0 is None:
+        return a, b
+    a0, b0 = jax.lax.stop_gradient((a0, b0))
+    return jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -2)
+
+
+def _factors_at(adapters: Mapping[Path, jax.Array], path: Path) -> Factors:
+    a, b, a0, b0 = (adapters.get((*path, side)) for side in ("a", "b", "a0", "b0"))
+    assert a is not None and b is not None
+    return factors(a, b, a0, b0)
+
+
+def layer_paths(lora: Tree) -> list[Path]:
+    """Where the adapted layers are, in the order of the tree."""
+    return sorted({path[:-1] for path in leaves_by_path(lora)})
 
 
 def leaves_by_path(tree: Tree) -> dict[Path, jax.Array]:
@@ -244,23 +225,24 @@ def applying(
         if not module.has_variable("lora", "a"):
             return dense(*args, **kwargs)
         (x,) = args
-        a, b = module.get_variable("lora", "a"), module.get_variable("lora", "b")
+        a, b = factors(*(module.get_variable("lora", side) for side in ("a", "b", "a0", "b0")))
+        factor = scale(config, module.path)
         if product == "merged":
             if module.has_variable("merged", "kernel"):
                 merged = module.get_variable("merged", "kernel")
             else:
-                merged = merged_kernel(module.get_variable("params", "kernel"), a, b, scale(config))
-            return _with_bias(module, merged_product(x, merged, a, b, scale(config)))
+                merged = merged_kernel(module.get_variable("params", "kernel"), a, b, factor)
+            return _with_bias(module, merged_product(x, merged, a, b, factor))
         # In the layer's own precision: what comes out of a LayerNorm is float32.
         dtype = module.dtype or x.dtype
         x = x.astype(dtype)
         if product == "extended" and module.dot_general is None:
             kernel = module.get_variable("params", "kernel")
-            y = extended_product(x, *(part.astype(dtype) for part in (kernel, a, b)), scale(config))
+            y = extended_product(x, *(part.astype(dtype) for part in (kernel, a, b)), factor)
             return _with_bias(module, y)  # pyright: ignore[reportArgumentType]
         key = None if deterministic or config.dropout == 0.0 else module.make_rng("dropout")
         y = dense(x)
-        return y + activation_product(x, a, b, scale(config), config.dropout, key, rows).astype(y.dtype)
+        return y + activation_product(x, a, b, factor, config.dropout, key, rows).astype(y.dtype)
 
     with nn.intercept_methods(add_adapter):
         yield
@@ -390,7 +372,7 @@ def merged_product(x: jax.Array, merged: jax.Array, a: jax.Array, b: jax.Array, 
 
 def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """``kernel + scale * a @ b``, without gradient: `[in, out]`."""
-    return jax.lax.stop_gradient(kernel + scale * jnp.matmul(a, b))
+    return jax.lax.stop_gradient(kernel + scale * jnp.matmul(a, b, precision="highest"))
 
 
 def _merged_forward(x, merged, a, b, scale):
@@ -415,28 +397,45 @@ def _flat(x):
 # Adapters of several ranks in one shape, so that they can be stacked and trained together.
 
 
-def pad(adapters: Tree, rank: int) -> Tree:
-    """Adapters filled up with zeros to `rank`."""
+def pad(adapters: Tree, config: LoRAConfig) -> Tree:
+    """Adapters filled up with zeros to the ranks of `config`."""
 
     def longer(path, leaf):
-        axis = leaf.ndim - 1 if _is_a(path) else leaf.ndim - 2
-        widths = [(0, rank - leaf.shape[axis] if place == axis else 0) for place in range(leaf.ndim)]
-        return jnp.pad(leaf, widths)
+        names = path_names(path)
+        axis = leaf.ndim - (1 if _is_a(names) else 2)
+        more = rank_of(config, names[:-1]) - leaf.shape[axis]
+        return jnp.pad(leaf, [(0, more if place == axis else 0) for place in range(leaf.ndim)])
 
     return tree_map_with_path(longer, adapters)
 
 
-def cut(adapters: Tree, rank: int) -> Tree:
-    """The first `rank` ranks: undoes :func:`pad`."""
-    return tree_map_with_path(
-        lambda path, leaf: leaf[..., :rank] if _is_a(path) else leaf[..., :rank, :], adapters
-    )
+def cut(adapters: Tree, config: LoRAConfig) -> Tree:
+    """The first ranks, as many as `config` gives each layer: undoes :func:`pad`."""
+
+    def shorter(path, leaf):
+        names = path_names(path)
+        rank = rank_of(config, names[:-1])
+        return leaf[..., :rank] if _is_a(names) else leaf[..., :rank, :]
+
+    return tree_map_with_path(shorter, adapters)
 
 
 def scaled(adapters: Tree, factor: jax.Array | float) -> Tree:
-    """Adapters whose product ``a @ b`` is `factor`, a scalar, times as large."""
-    return tree_map_with_path(lambda path, leaf: leaf if _is_a(path) else factor * leaf, adapters)
+    """Adapters whose product ``a @ b`` is `factor` times as large: a scalar, or one for each layer."""
+    paths = layer_paths(adapters)
+    by_layer = dict(zip(paths, jnp.broadcast_to(factor, (len(paths),)), strict=True))
+
+    def multiplied(path, leaf):
+        names = path_names(path)
+        return leaf if _is_a(names) else by_layer[names[:-1]] * leaf
+
+    return tree_map_with_path(multiplied, adapters)
 
 
-def _is_a(path: KeyPath) -> bool:
-    return path_names(path)[-1] == "a"
+def with_scale(adapters: Tree, config: LoRAConfig) -> Tree:
+    """Adapters whose product ``a @ b`` has the scale in it."""
+    return scaled(adapters, jnp.asarray([scale(config, path) for path in layer_paths(adapters)]))
+
+
+def _is_a(path: Path) -> bool:
+    return path[-1] in ("a", "a0")

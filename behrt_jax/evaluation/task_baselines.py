@@ -4,7 +4,7 @@ gradient boosting (by scikit-learn) on counts of codes of the same examples that
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,7 +17,6 @@ from behrt_jax.data.tasks import KINDS, Predicts, TaskKind
 from behrt_jax.data.vocabulary import CLS, MASK, PAD, SEP
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.scores import kaplan_meier
-from behrt_jax.files import JsonObject
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -52,6 +51,10 @@ class HistoryCounts:
 
     def __len__(self) -> int:
         return len(self.ages)
+
+    def take(self, chosen: np.ndarray) -> "HistoryCounts":
+        """The examples at some places, int ``[m]``."""
+        return HistoryCounts(self.counts[chosen], self.last_visit[chosen], self.ages[chosen])
 
 
 def count_codes(examples: Examples, vocabulary_rows: int, chosen: np.ndarray | None = None) -> HistoryCounts:
@@ -214,7 +217,7 @@ def regression_baseline(data: BaselineData, numbers: bool = False) -> Baseline:
     name = "linear regression" if numbers else "logistic regression"
     if not numbers and len(np.unique(data.train_targets)) < 2:
         return Baseline(name, None, "Not fitted: all train labels are the same.")
-    train, tuning, evaluated = _all_features((data.train, data.tuning, data.evaluated))
+    train, tuning, evaluated = log_features((data.train, data.tuning, data.evaluated))
     model, strength = _chosen(train, data.train_targets, tuning, data.tuning_targets, numbers=numbers)
     return Baseline(name, _predict(data, model, evaluated), _note(data, f"C = {strength:g}"))
 
@@ -224,7 +227,7 @@ def code_regression_baseline(data: BaselineData) -> Baseline:
     name = "logistic regression"
     if len(data.classes) > _MOST_CODES:
         return Baseline(name, None, f"Not fitted: {len(data.classes):,} codes are more than {_MOST_CODES}.")
-    train, tuning, evaluated = _all_features((data.train, data.tuning, data.evaluated))
+    train, tuning, evaluated = log_features((data.train, data.tuning, data.evaluated))
     predictions = np.empty((len(data.evaluated), len(data.classes)), np.float32)
     for k in range(len(data.classes)):
         targets, tuning_targets = data.train_targets[:, k], data.tuning_targets[:, k]
@@ -268,19 +271,19 @@ def boosting_baseline(data: BaselineData, numbers: bool = False) -> Baseline:
     return Baseline(name, predicted, _note(data, note))
 
 
-def _mean_age(ages: np.ndarray) -> tuple[float, float]:
+def mean_age(ages: np.ndarray) -> tuple[float, float]:
     """Mean and deviation of the ages that are known."""
     known = ages[~np.isnan(ages)]
     return (float(known.mean()), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)
 
 
-def _all_features(parts: Sequence[HistoryCounts]) -> "Iterator[csr_array]":
+def log_features(parts: Sequence[HistoryCounts]) -> "Iterator[csr_array]":
     """Of each part log1p counts, and the age less the mean of the first, train, over its deviation,
     ``[n, V + 1]``.
     """
     from scipy.sparse import csr_array, hstack
 
-    mean, spread = _mean_age(parts[0].ages)
+    mean, spread = mean_age(parts[0].ages)
     for part in parts:
         known = np.where(np.isnan(part.ages), mean, part.ages)  # an unknown age is that of the mean
         age = ((known - mean) / spread).astype(np.float64)[:, None]
@@ -314,48 +317,6 @@ def _chosen(
             if best is None or found < least:
                 best, least, chosen = model, found, strength
     return best, chosen
-
-
-@dataclass(frozen=True, eq=False)
-class CountModel:
-    """Logistic regression on log1p counts of codes and age, for a task of yes or no."""
-
-    coefficients: np.ndarray
-    """float64 ``[V]``, of the codes."""
-    of_age: float
-    """Coefficient of the age, less its mean over its deviation in the train split."""
-    intercept: float
-    mean_age: float
-    spread: float
-
-    def outputs(self, histories: HistoryCounts) -> np.ndarray:
-        """Log odds of yes, float32 ``[n, 1]``."""
-        logs = histories.counts.copy()
-        logs.data = np.log1p(logs.data, dtype=np.float64)
-        known = np.where(np.isnan(histories.ages), self.mean_age, histories.ages)
-        ages = (known - self.mean_age) / self.spread
-        return (logs @ self.coefficients + self.of_age * ages + self.intercept).astype(np.float32)[:, None]
-
-    def to_json(self) -> JsonObject:
-        """As JSON."""
-        return {**asdict(self), "coefficients": self.coefficients.tolist()}
-
-    @classmethod
-    def from_json(cls, value: JsonObject) -> "CountModel":
-        """Inverse of :meth:`to_json`."""
-        return cls(**{**value, "coefficients": np.array(value["coefficients"])})
-
-
-def fit_count_model(
-    train: HistoryCounts, targets: np.ndarray, tuning: HistoryCounts, on_tuning: np.ndarray
-) -> CountModel:
-    """The model of :func:`regression_baseline`, with its strength chosen on tuning; targets bool ``[n]``, of
-    both classes.
-    """
-    features = list(_all_features((train, tuning)))
-    model, _ = _chosen(features[0], targets, features[1], on_tuning)
-    weights = model.coef_[0]
-    return CountModel(weights[:-1], float(weights[-1]), float(model.intercept_[0]), *_mean_age(train.ages))
 
 
 def _loss(model: Model, features: "csr_array", targets: np.ndarray) -> float:

@@ -51,6 +51,8 @@ def trainable(variables: Tree, chosen: Regime) -> Tree:
 
     def trains(path: tuple[Any, ...], _: Any) -> bool:
         names = path_names(path)
+        if names[0] == "lora" and names[-1] in ("a0", "b0"):  # what a and b began with
+            return False
         frozen_as_adapted = chosen.freeze_adapted and names[0] == "params" and names[1:-1] in adapted
         return label(names) in chosen.groups and not frozen_as_adapted
 

@@ -58,7 +58,9 @@ def rates_on_host(
 def make_optimizer(config: OptimizerConfig, total_steps: int, labels: Tree) -> optax.GradientTransformation:
     """``optax.multi_transform`` with AdamW per group and ``set_to_zero`` for frozen leaves.
 
-    Weight decay is applied to matrices only. Clipping is not part of it: see :func:`clip_factor`.
+    Weight decay is applied to matrices only. The learning rate of each adapter's ``b``, its weight decay
+    included, is ``config.lora_plus`` times that of the group (LoRA+: Hayou et al. 2024, arXiv 2402.12354).
+    Clipping is not part of it: see :func:`clip_factor`.
 
     Args:
         config: rates, decays and betas.
@@ -80,7 +82,19 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, labels: Tree) -> o
         )
         for group, schedule in group_schedules(config, total_steps).items()
     }
+    if config.lora_plus is not None:
+        transforms["lora"] = optax.chain(transforms["lora"], _faster_b(config.lora_plus))
     return optax.multi_transform({**transforms, FROZEN: optax.set_to_zero()}, labels)
+
+
+def _faster_b(ratio: float) -> optax.GradientTransformation:
+    """Updates of adapters' ``b`` times `ratio`: AdamW's are proportional to the learning rate."""
+
+    def multiplied(path, leaf):
+        names = path_names(path)
+        return ratio * leaf if names[0] == "lora" and names[-1] == "b" else leaf
+
+    return optax.stateless(lambda updates, params: tree_map_with_path(multiplied, updates))
 
 
 def clip_factor(norm: jax.Array, limit: float | None) -> jax.Array | float:

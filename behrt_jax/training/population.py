@@ -20,6 +20,7 @@ import optax
 from behrt_jax.adapters import lora
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
+from behrt_jax.models.stacked_layers import Path as TreePath
 from behrt_jax.models.stacked_layers import Tree
 from behrt_jax.training.freezing import part, whole
 from behrt_jax.training.step import Objective, Totals, TrainState, Variables, make_update_step
@@ -36,7 +37,8 @@ class Members(NamedTuple):
     rates: jax.Array
     """Factor of each on the optimizer's learning rates, float32 `[members]`."""
     scales: jax.Array
-    """Scale of each one's adapters over that of the largest rank, float32 `[members]`."""
+    """Scale of each one's adapters over that of the largest rank, float32 `[members, layers]`, or
+    `[members, 1]` where it is alike in all layers."""
     embedding: jax.Array
     """Factor of each on the learning rate of the embeddings, float32 `[members]`: 0 where they stay."""
 
@@ -67,6 +69,11 @@ def largest(configs: Sequence[LoRAConfig]) -> LoRAConfig:
                 f"population: the adapters of member {number} differ from the others' in more than lora.rank "
                 "and lora.alpha: give all the same targets, dropout and product, or train it by itself."
             )
+        if one.init == "pissa" and config.rank != one.rank:
+            raise InputError(
+                "population: lora.init pissa takes what adapters begin with out of the base, which all "
+                "members share: give all members the same rank, or another init."
+            )
     return one
 
 
@@ -75,14 +82,15 @@ def make_members(
     rates: Sequence[float],
     configs: Sequence[LoRAConfig] | None = None,
     embedding: Sequence[float] | None = None,
+    layers: Sequence[TreePath] = ((),),
 ) -> Members:
     """Members with these keys, factors on the learning rate `[members]`, adapters, and factors on that of the
-    embeddings.
+    embeddings. The layers are those of `lora.layer_paths`, needed where rank or alpha go by pattern.
     """
-    scales = [1.0] * len(rates)
+    scales = [[1.0]] * len(rates)
     if configs is not None:
-        most = lora.scale(largest(configs))
-        scales = [lora.scale(config) / most for config in configs]
+        most = largest(configs)
+        scales = [[lora.scale(one, path) / lora.scale(most, path) for path in layers] for one in configs]
     columns = (rates, scales, embedding or [1.0] * len(rates))
     return Members(keys, *(jnp.asarray(column, jnp.float32) for column in columns))
 
@@ -106,12 +114,15 @@ def init_population(
         mask: tree of booleans with the structure of the variables, True where a leaf trains.
         optimizer: see `optimizer.make_optimizer`.
     """
-    rank = max((config.rank for config in configs if config), default=0)
+    with_adapters = [config for config in configs if config]
+    most = largest(with_adapters) if with_adapters else None
     frozen = part(variables, mask, trains=False)
 
     def first(key: jax.Array, config: LoRAConfig | None) -> Variables:
         found = init(key, config)
-        return part({**found, "lora": lora.pad(found["lora"], rank)}, mask, trains=True)
+        if most is not None:
+            found = {**found, "lora": lora.pad(found["lora"], most)}
+        return part(found, mask, trains=True)
 
     @jax.jit
     def build(keys: jax.Array, frozen: Variables):
@@ -214,7 +225,7 @@ def member(state: PopulationState, number: int, config: LoRAConfig | None) -> Va
     variables = whole(state.frozen, jax.tree.map(lambda leaf: leaf[number], state.trained))
     if config is None:
         return variables
-    return {**variables, "lora": lora.cut(variables["lora"], config.rank)}
+    return {**variables, "lora": lora.cut(variables["lora"], config)}
 
 
 def _at_rate(
@@ -234,5 +245,5 @@ def _at_rate(
 
 
 def _scaled(variables: Variables, scale: jax.Array) -> Variables:
-    """`variables` with the factor `scale` on the product of each adapter."""
+    """`variables` with the factors `scale` `[layers]` on the products of the adapters."""
     return {**variables, "lora": lora.scaled(variables["lora"], scale)}

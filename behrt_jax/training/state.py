@@ -7,7 +7,7 @@ fine-tuning, benchmarks and studies all train by one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -252,6 +252,18 @@ def with_encoder(state: TrainState, encoder: Tree, new_rows: np.ndarray | None =
     return state._replace(
         variables={**state.variables, "params": {**params, **jax.device_put(found, shardings)}}
     )
+
+
+def with_adapters_of_base(state: TrainState, adapters: LoRAConfig | None, key: jax.Array) -> TrainState:
+    """The state before its first step with adapters as they begin on the parameters that it has now: with
+    ``init`` pissa they are worked out of these. Any others stay.
+    """
+    if adapters is None or adapters.init != "pissa":
+        return state
+    shardings = shardings_of(state.variables["lora"])
+    begin = jax.jit(partial(lora.init, config=adapters), out_shardings=shardings, compiler_options=RUN_ONCE)
+    fresh = begin(jax.random.clone(key), state.variables["params"])
+    return state._replace(variables={**state.variables, "lora": fresh})
 
 
 def state_shardings(state: TrainState, mesh: Mesh, large: int = LARGE) -> TrainState:

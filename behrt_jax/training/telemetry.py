@@ -121,7 +121,7 @@ def make_probe(
         start = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), compiler_options=RUN_ONCE)(start)
     start = unstack_layers(start)
     layers = [name.removesuffix("/a") for name in leaf_names(start) if name.endswith("/a")]
-    movement = jax.jit(lambda start, now: _movement(start, unstack_layers(now)))
+    movement = jax.jit(lambda start, now: _movement(layers, start, unstack_layers(now)))
     updated = jax.jit(lambda moments: (moments != 0).any(axis=1))
 
     def probe(state: TrainState) -> JsonObject:
@@ -145,14 +145,15 @@ def make_probe(
     return probe
 
 
-def _movement(start: Tree, now: Tree) -> dict[str, jax.Array]:
-    pairs = list(zip(jax.tree.leaves(start), jax.tree.leaves(now), strict=True))
+def _movement(layers: Sequence[str], start: Tree, now: Tree) -> dict[str, jax.Array]:
+    before, after = (dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)) for tree in (start, now))
     moved: dict[str, list[jax.Array]] = {"a": [], "b": []}
-    # Leaves come as a, b, a, b: the keys of a layer are in order of the alphabet.
-    for (a0, a), (b0, b) in zip(pairs[::2], pairs[1::2], strict=True):
+    for layer in layers:
+        # Adapters that were worked out of the base keep what they began with.
+        a0, b0 = (after.get(f"{layer}/{side}0", before[f"{layer}/{side}"]) for side in ("a", "b"))
         scale = jnp.maximum(_rms(a0), 1e-12)
-        moved["a"].append(_rms(_across(a, a0)) / scale)
-        moved["b"].append(_rms(_across(b, b0)) / scale)
+        moved["a"].append(_rms(_across(after[f"{layer}/a"], a0)) / scale)
+        moved["b"].append(_rms(_across(after[f"{layer}/b"], b0)) / scale)
     return {part: jnp.stack(values) for part, values in moved.items()}
 
 

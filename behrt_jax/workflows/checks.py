@@ -65,7 +65,7 @@ def check(config: PretrainConfig) -> None:
         "masking.mask_share and masking.random_share add up to more than 1: lower one of them.",
     )
 
-    check_optimizer(optimizer)
+    check_optimizer(optimizer, config.lora)
     for name in ("epochs", "batch_size", "log_every", "max_steps", "batch_tokens", "micro_batches"):
         positive(f"train.{name}", getattr(train, name))
     for name in ("validate_every", "patience", "steps_per_call"):
@@ -80,11 +80,17 @@ def check(config: PretrainConfig) -> None:
     set_up(config, vocabulary_size=8)  # adapters and regime; no arrays are made
 
 
-def check_optimizer(optimizer: OptimizerConfig) -> None:
+def check_optimizer(optimizer: OptimizerConfig, adapters: LoRAConfig | None) -> None:
     """As :func:`check`, of the optimizer."""
     positive("optimizer.learning_rate", optimizer.learning_rate)
     share("optimizer.warmup_fraction", optimizer.warmup_fraction)
     positive("optimizer.clip_norm", optimizer.clip_norm)
+    positive("optimizer.lora_plus", optimizer.lora_plus)
+    require(
+        optimizer.lora_plus is None or adapters is not None,
+        "optimizer.lora_plus is of adapters, but the model has none: leave it out, or take a configuration "
+        "with adapters.",
+    )
     not_negative("optimizer.weight_decay", optimizer.weight_decay)
     for name in ("b1", "b2"):
         _dropout(f"optimizer.{name}", getattr(optimizer, name))
@@ -186,7 +192,7 @@ def check_finetune(config: FinetuneConfig) -> None:
         share("task.threshold", task.threshold)
     positive("population.size", config.population.size)
     _check_label_tables(config)
-    check_optimizer(config.optimizer)
+    check_optimizer(config.optimizer, config.lora)
     check_freezing(config.freezing, config.lora)
     for name in (
         "epochs",
@@ -282,6 +288,11 @@ def _check_population(config: FinetuneConfig) -> None:
     )
     if population.vary == "rank":
         require(config.lora is not None, "population.vary is rank, but the model has no adapters.")
+        require(
+            config.lora is None or config.lora.init != "pissa",
+            "population.vary is rank, but lora.init pissa takes what adapters begin with out of the base, "
+            "which all members share: give another init.",
+        )
         require(all(value == int(value) for value in values), "population.values: ranks are whole numbers.")
 
 

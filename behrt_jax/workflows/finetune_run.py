@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from behrt_jax.adapters import combine
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.adapters.lora import GROUPS
-from behrt_jax.config import FinetuneConfig, ModelConfig, TaskConfig
+from behrt_jax.config import FinetuneConfig, LoRAConfig, ModelConfig, TaskConfig, from_stored
 from behrt_jax.data.batches import TaskBatches
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.labels import Labels, LabelTables
@@ -22,8 +23,9 @@ from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.diagnosis.finding import Finding, one_line, read_run
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold, mean_predictions
+from behrt_jax.evaluation.count_model import CountModel, fit_count_model
 from behrt_jax.evaluation.masked_codes import mean_interval
-from behrt_jax.evaluation.task_baselines import CountModel, count_codes, fit_count_model
+from behrt_jax.evaluation.task_baselines import count_codes, join_histories
 from behrt_jax.files import JsonObject, json_text
 from behrt_jax.models.behrt import BEHRTForTask, Pooling
 from behrt_jax.models.losses import task_losses
@@ -291,7 +293,7 @@ def calibrate(config: TaskConfig, kind: TaskKind, outputs: np.ndarray, targets: 
 
 
 MOST_COUNTED = 20_000
-"""Train examples that a count model is fitted on."""
+"""Examples of train, and of tuning, that a count model is fitted on."""
 
 
 class Judged(NamedTuple):
@@ -316,8 +318,8 @@ def judge(config: FinetuneConfig, labelled: LabelledData, outputs: np.ndarray) -
     task, targets, blend = labelled.task, labelled.tuning_targets, None
     baselines: JsonObject = {"base rate": {"loss": loss_of_base_rate(labelled)}}
     said: JsonObject = {"baselines": baselines}
-    if (counts := _count_model(config, labelled)) is not None:
-        beside = counts.outputs(count_codes(labelled.tuning, len(labelled.vocabulary)))  # [N, 1]
+    if (found := _count_model(config, labelled)) is not None:
+        counts, beside = found
         baselines["count model"] = task_metrics(task.kind, beside, targets)
         own, theirs = (task_losses(task.of.loss, one, targets) for one in (outputs.mean(axis=0), beside))
         difference = np.asarray(own) - np.asarray(theirs)
@@ -367,15 +369,27 @@ def blended(outputs: np.ndarray, beside: np.ndarray, share: float) -> np.ndarray
     return ((1 - share) * outputs + share * beside).astype(np.float32)
 
 
-def _count_model(config: FinetuneConfig, labelled: LabelledData) -> CountModel | None:
+def _count_model(config: FinetuneConfig, labelled: LabelledData) -> tuple[CountModel, np.ndarray] | None:
+    """The count model of train and tuning, and its log odds of the tuning examples, float32 ``[n, 1]``, each
+    by a model that has not seen the subject.
+    """
     if labelled.task.kind != "binary" or find_spec("sklearn") is None:
         return None
-    some = labelled.drawn(MOST_COUNTED, config.train.seed)
-    targets = [found[:, 0] > 0.5 for found in (some.train_targets, some.tuning_targets)]
-    if targets[0].all() or not targets[0].any():
+    rng = np.random.default_rng(config.train.seed)
+    parts, yes = (labelled.train, labelled.tuning), (labelled.train_targets, labelled.tuning_targets)
+    chosen = [np.sort(rng.permutation(len(part))[:MOST_COUNTED]) for part in parts]
+    targets = np.concatenate([one[places, 0] > 0.5 for one, places in zip(yes, chosen, strict=True)])
+    subjects = np.concatenate([part.subject_ids[places] for part, places in zip(parts, chosen, strict=True)])
+    if min(len(np.unique(subjects[targets == value])) for value in (False, True)) < 2:
         return None
-    histories = [count_codes(part, len(labelled.vocabulary)) for part in (some.train, some.tuning)]
-    return fit_count_model(histories[0], targets[0], histories[1], targets[1])
+    rows = len(labelled.vocabulary)
+    counted = [count_codes(part, rows, places) for part, places in zip(parts, chosen, strict=True)]
+    histories = join_histories(counted, np.arange(len(targets)))
+    boosted = config.task.blend == "counts"
+    model, unseen = fit_count_model(histories, targets, subjects, boosted, config.train.seed)
+    beside = model.outputs(count_codes(labelled.tuning, rows))
+    beside[chosen[1]] = unseen[len(chosen[0]) :]
+    return model, beside
 
 
 def task_record(
@@ -405,6 +419,10 @@ def try_write_adapter(
 ) -> None:
     """Write an adapter folder; where safetensors is not installed, say so and go on."""
     codes = run.labelled.vocabulary.codes[len(run.labelled.base_codes) :]
+    adapters = variables["lora"]
+    if record["lora"] is not None:
+        adapters, ordinary = combine.ordinary(adapters, from_stored(LoRAConfig, record["lora"]))
+        record = {**record, "lora": settings(ordinary)}
     task = json_text({**record, "base": str(run.pretrained.run.resolve())}, 2).encode()
     try:
         adapter = AdapterConfig(
@@ -415,7 +433,7 @@ def try_write_adapter(
         )
         trained = run.assembly.setup.mask["params"]
         beside = {TASK_FILE: task, **rule_files(run.labelled.vocabulary, run.preparation)}
-        save_adapter(folder, variables["params"], variables["lora"], trained, adapter, beside)
+        save_adapter(folder, variables["params"], adapters, trained, adapter, beside)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from behrt_jax.adapters import lora
 from behrt_jax.config import FinetuneConfig, LoRAConfig, ModelConfig, PopulationConfig
 from behrt_jax.data.batches import TaskBatch, TaskBatches, reading_ahead
 from behrt_jax.data.labels import read_label_tables
@@ -48,7 +49,13 @@ from behrt_jax.training.population import (
     population_predict,
 )
 from behrt_jax.training.pretrained import Pretrained, read_encoder
-from behrt_jax.training.state import assemble, init_state, run_keys, with_encoder
+from behrt_jax.training.state import (
+    assemble,
+    init_state,
+    run_keys,
+    with_adapters_of_base,
+    with_encoder,
+)
 from behrt_jax.training.step import task_objective
 from behrt_jax.training.validation import make_output_step, score, task_metrics
 from behrt_jax.workflows.checks import has_members
@@ -225,7 +232,9 @@ def make_population(config: FinetuneConfig, run: Finetuning, variation: Variatio
     if not config.from_scratch:
         encoder = read_encoder(run.pretrained, mesh)
         first = with_encoder(first, encoder.params, run.labelled.first_rows(encoder.params))
+        first = with_adapters_of_base(first, config.lora, keys[0].init)
     # What comes from the base, where it trains, is not drawn anew.
+    adapters_of_base = first.variables["lora"]
     rows = first.variables["params"].get("new_codes")
     embeddings = None
     if "embedding" in regime(config.freezing).groups:
@@ -237,6 +246,8 @@ def make_population(config: FinetuneConfig, run: Finetuning, variation: Variatio
             variables["params"]["new_codes"] = rows
         if embeddings is not None:
             variables["params"]["behrt"]["embeddings"] = embeddings
+        if adapters is not None and adapters.init == "pissa":
+            variables["lora"] = adapters_of_base
         return variables
 
     configs = variation.adapters
@@ -246,7 +257,8 @@ def make_population(config: FinetuneConfig, run: Finetuning, variation: Variatio
         predictor = predictor._replace(lora=largest(with_adapters))
     alike = len(set(variation.seeds)) == 1
     step_keys = keys[0].step if alike else jnp.stack([key.step for key in keys])
-    members = make_members(step_keys, variation.rates, with_adapters or None, variation.embedding)
+    layers = lora.layer_paths(adapters_of_base)
+    members = make_members(step_keys, variation.rates, with_adapters or None, variation.embedding, layers)
     first_keys = jnp.stack([jax.random.clone(key.init) for key in keys])
     state = init_population(init, first_keys, configs, first.variables, setup.mask, optimizer)
     head = state.trained["params"]["task_head"]["dense"]
@@ -409,6 +421,8 @@ def search(
     own: list[Pooling] = [poolings[k % len(poolings)] for k in range(size)]
     some = labelled.drawn(config.search.labels, config.train.seed)
     given = config.lora
+    if given is not None and given.init == "pissa":  # members share the base that it is taken from
+        levels = [(rate, 1.0, wide) for rate, _, wide in levels]
     adapters = [given and replace(given, rank=max(1, round(given.rank * rank))) for _, rank, _ in levels]
     rows = len(labelled.vocabulary) * model.embedding_size
     free_rows = [wide and size * rows <= MOST_EMBEDDINGS and given is not None for _, _, wide in levels]

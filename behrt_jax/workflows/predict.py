@@ -41,7 +41,8 @@ from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import mean_predictions
-from behrt_jax.evaluation.task_baselines import CountModel, count_codes
+from behrt_jax.evaluation.count_model import CountModel
+from behrt_jax.evaluation.task_baselines import count_codes
 from behrt_jax.files import JsonObject, read_json, work_folder
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
 from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, VOCABULARY_FILE, checked, read_document

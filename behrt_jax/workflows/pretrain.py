@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from behrt_jax.adapters import combine
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import (
@@ -298,12 +299,13 @@ def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, va
     values = settings(config)
     try:
         fingerprint = run.data.vocabulary.fingerprint()
+        adapters, ordinary = combine.ordinary(variables["lora"], config.lora)
         adapter = AdapterConfig(
-            lora=values["lora"], model=values["model"], vocabulary_fingerprint=fingerprint
+            lora=settings(ordinary), model=values["model"], vocabulary_fingerprint=fingerprint
         )
         trained = run.assembly.setup.mask["params"]
         rules = rule_files(run.data.vocabulary, run.data.preparation)
-        save_adapter(run.folder / "adapter", variables["params"], variables["lora"], trained, adapter, rules)
+        save_adapter(run.folder / "adapter", variables["params"], adapters, trained, adapter, rules)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 

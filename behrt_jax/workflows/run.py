@@ -43,7 +43,7 @@ from behrt_jax.training.devices import put_rows, shapes_of
 from behrt_jax.training.freezing import count_parameters
 from behrt_jax.training.loop import Cursor, Interruption, Schedule
 from behrt_jax.training.optimizer import rates_on_host
-from behrt_jax.training.state import Assembly, Setup
+from behrt_jax.training.state import Assembly, Setup, with_adapters_of_base
 from behrt_jax.training.step import TrainState, Variables
 from behrt_jax.training.telemetry import Telemetry, leaves_not_finite, make_probe, trainable_names
 
@@ -134,7 +134,7 @@ def begin(
     )
     state, cursor = restore_latest(checkpoints, first, console) if config.resume else (first, Cursor())
     if cursor.step == 0:
-        state = start(state)
+        state = with_adapters_of_base(start(state), config.lora, run.assembly.keys.init)
     trains = [group for group in GROUPS if run.parameters[group]["trainable"]]
     telemetry = Telemetry(
         rates_on_host(config.optimizer, run.schedule.total_steps, trains),

@@ -78,6 +78,86 @@ def test_fresh_adapters_leave_the_output_identical(params, product):
     np.testing.assert_array_equal(adapted_logits(params, adapters, config, batch, product), base)
 
 
+def deltas(adapters, config):
+    """What adapters of `a` and `b` alone add to each kernel, in numpy."""
+    pairs = lora.leaves_by_path(adapters)
+    return {
+        path: lora.scale(config, path) * np.asarray(pairs[(*path, "a")]) @ np.asarray(pairs[(*path, "b")])
+        for path in lora.layer_paths(adapters)
+    }
+
+
+PISSA = LoRAConfig(rank=5, alpha=6.0, targets=ALL_LINEARS, init="pissa", rank_pattern=("query=16",))
+ORTHOGONAL = LoRAConfig(rank=5, targets=ALL_LINEARS, init="orthogonal", rank_pattern=("key=1", "out=4"))
+
+
+@pytest.mark.parametrize("product", ["activations", "extended", "merged"])
+@pytest.mark.parametrize("config", [PISSA, ORTHOGONAL], ids=["pissa", "orthogonal"])
+def test_adapters_that_begin_away_from_zero_leave_the_output_as_it_is(params, config, product):
+    batch, adapters = random_batch(0), init(jax.random.key(0), params, config)
+    adapted = adapted_logits(params, adapters, config, batch, product)
+    np.testing.assert_allclose(adapted, base_logits(params, batch), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(merge(params, adapters, config), params, atol=1e-6)
+    moved = jax.tree_util.tree_map_with_path(lambda path, x: x + 0.1 if path[-1].key == "b" else x, adapters)
+    assert np.abs(adapted_logits(params, moved, config, batch, product) - adapted).max() > 0.01
+
+
+def test_orthogonal_adapters_have_both_sides_in_parts_of_the_rank_at_right_angles(params):
+    adapters = lora.leaves_by_path(jax.device_get(init(jax.random.key(0), params, ORTHOGONAL)))
+    for path in lora.layer_paths(lora.unflatten_dict(adapters)):
+        a, b = adapters[(*path, "a")], adapters[(*path, "b")]
+        np.testing.assert_allclose(a @ b, 0.0, atol=1e-6)
+        rank = a.shape[1]
+        assert np.linalg.matrix_rank(a) == (rank + 1) // 2 and np.linalg.matrix_rank(b) == rank // 2
+        assert 0.02 < np.abs(a).max() < 1.0 and (rank == 1 or 0.02 < np.abs(b).max() < 1.0)
+
+
+def test_pissa_begins_with_the_largest_singular_values_of_the_kernel(params):
+    adapters, kernels = jax.device_get(init(jax.random.key(0), params, PISSA)), lora.leaves_by_path(params)
+    for path, delta in deltas(adapters, PISSA).items():
+        u, s, v = np.linalg.svd(kernels[(*path, "kernel")].astype(np.float64), full_matrices=False)
+        rank = 16 if path[-1] == "query" else 5
+        np.testing.assert_allclose(delta, u[:, :rank] * s[:rank] @ v[:rank], atol=2e-5)
+    for path, leaf in lora.leaves_by_path(adapters).items():
+        if path[-1] in ("a", "b"):
+            first = lora.leaves_by_path(adapters)[(*path[:-1], f"{path[-1]}0")]
+            np.testing.assert_array_equal(first, leaf)
+
+
+@pytest.mark.parametrize("product", ["activations", "extended", "merged"])
+def test_pissa_trains_as_adapters_on_the_residual_base(params, product):
+    """The definition: the frozen kernel is what the adapter leaves of it, `W - scale * a @ b`."""
+    adapters, batch = jax.device_get(init(jax.random.key(0), params, PISSA)), random_batch(2)
+    kernels = lora.leaves_by_path(params)
+    for path, delta in deltas(adapters, PISSA).items():
+        kernels[(*path, "kernel")] = kernels[(*path, "kernel")] - delta
+    residual = lora.unflatten_dict(kernels)
+    rng = np.random.default_rng(0)
+    flat = {
+        path: leaf
+        if path[-1] in ("a0", "b0")
+        else leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
+        for path, leaf in lora.leaves_by_path(adapters).items()
+    }
+    moved = lora.unflatten_dict(flat)
+    plain = lora.unflatten_dict({path: leaf for path, leaf in flat.items() if path[-1] in ("a", "b")})
+    loss, gradient = loss_and_gradient(moved, params, batch, PISSA, product)
+    expected, expected_gradient = loss_and_gradient(plain, residual, batch, PISSA, "activations")
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    gradients, theirs = lora.leaves_by_path(gradient), lora.leaves_by_path(expected_gradient)
+    for path, leaf in gradients.items():
+        wanted = theirs.get(path, 0.0)  # nothing of what they began with
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-3, atol=1e-6)
+    assert max(np.abs(leaf).max() for leaf in theirs.values()) > 5e-4
+
+
+@pytest.mark.parametrize("config", [PISSA, ORTHOGONAL], ids=["pissa", "orthogonal"])
+def test_adapters_of_stacked_layers_begin_as_those_of_layers_one_by_one(stacked, config):
+    ours = unstack_layers(jax.device_get(init(jax.random.key(1), stacked, config)))
+    theirs = jax.device_get(init(jax.random.key(1), unstack_layers(stacked), config))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("stabilised", [False, True])
 def test_merged_parameters_give_the_adapted_output(params, stabilised):
     config = LoRAConfig(rank=4, alpha=6.0, targets=ALL_LINEARS, rank_stabilised=stabilised)
@@ -308,11 +388,11 @@ RNG = np.random.default_rng(0)
 def test_adapters_of_a_larger_rank_have_the_same_product_and_are_cut_back(layers):
     a, b = RNG.normal(size=(*layers, 4, 2)), RNG.normal(size=(*layers, 2, 5))
     tree = {"encoder": {"query": {"a": a.astype(np.float32), "b": b.astype(np.float32)}}}
-    padded = lora.pad(tree, 3)
+    padded = lora.pad(tree, LoRAConfig(rank=3))
     longer = padded["encoder"]["query"]
     assert longer["a"].shape == (*layers, 4, 3) and longer["b"].shape == (*layers, 3, 5)
     np.testing.assert_allclose(longer["a"] @ longer["b"], a @ b, rtol=1e-4, atol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, lora.cut(padded, 2), tree)
+    jax.tree.map(np.testing.assert_array_equal, lora.cut(padded, LoRAConfig(rank=2)), tree)
     twice = lora.scaled(padded, 2.0)["encoder"]["query"]
     np.testing.assert_allclose(twice["a"] @ twice["b"], 2 * a @ b, rtol=1e-4, atol=1e-6)
 

@@ -1,10 +1,17 @@
-"""Learning-rate schedules and clipping."""
+"""Learning-rate schedules, the optimizer of adapters, and clipping."""
 
+import jax
 import numpy as np
 import pytest
 
 from behrt_jax.config import GroupValues, OptimizerConfig
-from behrt_jax.training.optimizer import clip_factor, group_schedules, learning_rate_schedule
+from behrt_jax.training.freezing import optimizer_labels
+from behrt_jax.training.optimizer import (
+    clip_factor,
+    group_schedules,
+    learning_rate_schedule,
+    make_optimizer,
+)
 
 
 def rates(schedule, warmup=0.1, steps=100):
@@ -40,6 +47,45 @@ def test_groups_take_the_common_rate_or_their_own():
     )
     found = {group: float(schedule(0)) for group, schedule in group_schedules(config, 10).items()}
     assert found == pytest.approx({"lora": 0.5, "embedding": 0.1, "head": 0.1, "base": 0.1})
+
+
+def test_lora_plus_makes_the_steps_of_b_larger_and_no_others():
+    rng = np.random.default_rng(0)
+
+    def leaves(*names):
+        return {name: rng.normal(size=(2, 2)).astype(np.float32) for name in names}
+
+    variables = {
+        "params": {
+            "encoder": {"query": leaves("kernel")},
+            "task_head": {"b": leaves("kernel")},
+            "new_codes": leaves("rows"),
+        },
+        "lora": {"encoder": {"query": leaves("a", "b"), "out": leaves("a", "b")}},
+    }
+    gradient = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), variables)
+    mask = jax.tree.map(lambda _: True, variables)
+    mask["params"]["encoder"]["query"]["kernel"] = False
+    labels = optimizer_labels(variables, mask)
+
+    def updates(ratio):
+        """Of two steps, with weight decay."""
+        config = OptimizerConfig(learning_rate=0.1, weight_decay=0.3, lora_plus=ratio)
+        optimizer = make_optimizer(config, 10, labels)
+        state, found = optimizer.init(variables), []
+        for _ in range(2):
+            update, state = optimizer.update(gradient, state, variables)
+            found.append(update)
+        return found
+
+    for alone, faster in zip(updates(None), updates(16.0), strict=True):
+        for layer, sides in alone["lora"]["encoder"].items():
+            assert np.abs(sides["b"]).min() > 0
+            np.testing.assert_allclose(faster["lora"]["encoder"][layer]["b"], 16 * sides["b"], rtol=1e-6)
+            np.testing.assert_array_equal(faster["lora"]["encoder"][layer]["a"], sides["a"])
+        jax.tree.map(np.testing.assert_array_equal, faster["params"], alone["params"])
+        assert not alone["params"]["encoder"]["query"]["kernel"].any()
+        assert np.abs(alone["params"]["new_codes"]["rows"]).min() > 0
 
 
 @pytest.mark.parametrize(

@@ -5,23 +5,28 @@ import shutil
 import signal
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import main
-from behrt_jax.config import SearchConfig, TaskConfig
+from behrt_jax.config import PredictConfig, SearchConfig, TaskConfig
+from behrt_jax.data.labels import read_labels
+from behrt_jax.data.prepared import read_prepared
 from behrt_jax.errors import InputError
+from behrt_jax.evaluation.task_baselines import count_codes
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.loop import Schedule
+from behrt_jax.training.validation import make_output_step
 from behrt_jax.workflows import population
 from behrt_jax.workflows.finetune import finetune
-from behrt_jax.workflows.finetune_run import CHOICE, safest
-from behrt_jax.workflows.labelled_data import batch_size
-from behrt_jax.workflows.predict import open_finetuned
+from behrt_jax.workflows.finetune_run import CHOICE, blended, safest
+from behrt_jax.workflows.labelled_data import batch_size, examples_of
+from behrt_jax.workflows.predict import open_finetuned, outputs_of
 from tests.records.meds_folder import DAY
 from tests.workflows.evaluated import FIRST_ID, TIME
 from tests.workflows.finetune_case import ONE, changed
@@ -322,11 +327,18 @@ def test_predictions_are_blended_with_a_count_model(case, tmp_path):
     from_adapter = case.predicted(tmp_path / "b.parquet", model=tmp_path / "run" / "adapter", split="tuning")
     name = "predicted_boolean_probability"
     np.testing.assert_allclose(whole[name], from_adapter[name], rtol=1e-5)
-    yes, probabilities = whole["boolean_value"].to_numpy(), whole[name].to_numpy()
-    temperature = task["calibration"]["temperature"]
-    odds = np.log(probabilities / (1 - probabilities)) * temperature
-    loss = np.mean(np.logaddexp(0, np.where(yes, -odds, odds)))
-    assert loss == pytest.approx(blend["loss"], rel=1e-4)
+    # They are what the two say alone, weighed by the share.
+    mesh = make_mesh(ONE)
+    found, data = open_finetuned(tmp_path / "run", None, mesh), read_prepared(case.data)
+    labels = read_labels(config.labels)
+    labels = labels.take(np.isin(labels.subject_ids, data.splits["tuning"].subject_ids))
+    step, options = jax.jit(make_output_step(found.setup.predictor)), PredictConfig()
+    alone = next(outputs_of(step, options, found._replace(blend=None), data, {"tuning": labels}, (), mesh))[1]
+    examples = examples_of(data, "tuning", labels, found.model, found.max_length, ())
+    count_model, share = found.blend
+    odds = blended(alone, count_model.outputs(count_codes(examples, len(found.vocabulary))), share)
+    known = 1 / (1 + np.exp(-odds[0, :, 0] / task["calibration"]["temperature"]))
+    np.testing.assert_allclose(whole[name].to_numpy(), known, rtol=1e-5)
 
 
 def test_where_few_labels_cannot_tell_the_simpler_model_is_taken():
