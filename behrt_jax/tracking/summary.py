@@ -242,7 +242,7 @@ def _learnt_labels(summary: Summary) -> str:
     auroc = f" (AUROC {best['auroc']:.3f})" if is_number(best.get("auroc")) else ""
     return (
         f"The model has learnt from the labels: its validation loss, {loss:.4f}{auroc}, is below that of the "
-        f"base rate, {base:.4f}" + _beside(summary, "count model", "logistic regression on counts of codes")
+        f"base rate, {base:.4f}" + _beside(summary, "count model", "a model on counts of codes")
     )
 
 
@@ -323,6 +323,8 @@ def advice(summary: Summary) -> list[str]:
     chosen, members = summary.get("predicting_members"), summary.get("members") or []
     if chosen is not None and members:
         said.append(f"Predicts: {', '.join(members[place]['member'] for place in chosen)}.")
+    if (summary.get("population") or {}).get("vary") == "task":
+        said.append("Each member predicts its own task: give behrt-jax predict its folder in members/.")
     best, base = gain_over_baseline(summary), summary.get("findings") or ()
     if best is not None and best > 0 and not any(found.get("severity") == "error" for found in base):
         said.append(

@@ -261,7 +261,7 @@ def test_a_fine_tuning_run_has_the_same_page_of_its_own_figures(tmp_path):
     for part in (
         "Fine-tuning run with the configuration lora",
         "its validation loss, 0.4194 (AUROC 0.871), is below that of the base rate, 0.6758",
-        "not told apart from that of logistic regression on counts of codes (0.383)",
+        "not told apart from that of a model on counts of codes (0.383)",
         "the doctor found no errors and no warnings",
         "temperature 0.568",
         "positive labels",
