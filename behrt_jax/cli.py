@@ -23,6 +23,7 @@ from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, 
 from behrt_jax.config import (
     DoctorConfig,
     EvaluateConfig,
+    ExportConfig,
     FinetuneConfig,
     MakeLabelsConfig,
     PredictConfig,
@@ -101,6 +102,13 @@ COMMANDS: dict[str, Command[Any]] = {
         "behrt_jax.workflows.evaluate:evaluate",
         "judge predictions, with intervals, groups and simple baselines",
         first=("predictions", "output", "data", "labels", "baselines"),
+    ),
+    "export": Command(
+        ExportConfig,
+        "behrt_jax.workflows.export:export",
+        "write a trained model, with a model card, into a folder to pass on",
+        first=("run", "output", "adapters", "stablehlo", "licence"),
+        positional="run",
     ),
     "doctor": Command(
         DoctorConfig,

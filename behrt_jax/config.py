@@ -671,8 +671,11 @@ class PredictConfig:
     output: Path | None = None
     """Parquet file to write."""
     embeddings: bool = False
-    """Write a vector for each subject and prediction time (subject_id, time, vector), in place of
-    predictions; without labels, one a subject at its last event."""
+    """Write a vector for each subject and prediction time, in place of predictions; without labels, one a
+    subject at its last event."""
+    embedding_columns: Literal["features", "vector"] = "features"
+    """Of embeddings. features: subject_id, prediction_time, features, and the label as its table has it
+    where known: what linear probes read. vector: subject_id, time, vector, as earlier versions wrote them."""
     pooling: Literal["mean", "max", "last", "cls"] | None = None
     """Of embeddings; the model's own, or mean, where not given."""
     outside_life: Literal["leave_out", "keep"] | None = None
@@ -706,6 +709,38 @@ class EvaluateConfig:
     """Bootstrap draws of subjects for the intervals."""
     seed: int = 0
     """Seed of draws and baselines."""
+
+
+# A model that leaves its run.
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained model into a folder that can be passed on: weights, settings, vocabulary, model card.
+
+    load, init, predict and finetune take such a folder like the run. It holds no events, subjects or paths.
+    """
+
+    run: Path | None = None
+    """Folder of a finished run of pretraining or fine-tuning, of an adapter (a member of a population is
+    one), or of an export."""
+    base: Path | None = None
+    """Of an adapter, the run that it was trained on; the one that it names where not given."""
+    output: Path | None = None
+    """Folder to write, new or empty."""
+    adapters: Literal["merged", "beside"] = "merged"
+    """merged: into the weights, which are then those of a plain model. beside: in a folder of their own, on
+    the weights that they were trained on."""
+    stablehlo: bool = False
+    """Also write the model as a program, predict.stablehlo, that runs where only jax and flatbuffers are
+    installed: predictions of a fine-tuned model, vectors of a pretrained one."""
+    min_subjects: int = 10
+    """Counts of codes that fewer train subjects have are left out of vocabulary.parquet and the model card,
+    and so are smaller numbers of subjects and labels; 1 for all."""
+    evaluation: Path | None = None
+    """Folder that evaluate wrote about predictions of this model: its figures go into the model card."""
+    licence: str = "unknown"
+    """Of the model, as the Hugging Face Hub names licences, such as apache-2.0."""
 
 
 # The doctor.

@@ -1,19 +1,24 @@
 """An adapter on disk: what was trained, without the frozen base it belongs to.
 
-A folder. ``adapter.safetensors`` holds every LoRA leaf and every trained leaf of the
-parameters (head, embeddings, ...) as float32, under keys such as
-``lora/behrt/encoder/layer_0/attention/query/a`` and ``params/mlm_head/dense/kernel``.
-``adapter_config.json`` holds the configuration, the table of tensors, the fingerprints of the vocabulary and
-of the frozen base, the digests of the tensor file, of what else lies in the folder and of itself, and the
-codes that the adapter added to the vocabulary (`new_codes`), in the order of their rows
+A folder in the form of PEFT (`adapters.peft`): ``adapter_model.safetensors`` holds every LoRA leaf and every
+trained leaf of the parameters (head, embeddings, ...) as float32, ``adapter_config.json`` the settings that
+PEFT knows. ``behrt_jax.json`` beside them holds all settings, the table of tensors, the fingerprints of the
+vocabulary and of the frozen base, the digests of the tensor file, of what else lies in the folder and of
+itself, and the codes that the adapter added to the vocabulary (`new_codes`), in the order of their rows
 ``params/new_codes/rows``. On disk a model is always layer by layer, so that an adapter fits its base whether
 or not the layers are stacked in memory (`models.stacked_layers`).
+
+Two other forms are read. Of format version 1, ``adapter_config.json`` is what ``behrt_jax.json`` is now, and
+``adapter.safetensors`` has keys of ours, such as ``lora/behrt/encoder/layer_0/attention/query/a`` and
+``params/mlm_head/dense/kernel``. A folder that PEFT has saved has no ``behrt_jax.json``: nothing tells its
+base and its vocabulary, and it is loaded onto the given ones.
 
 Source of the tensor format: https://github.com/huggingface/safetensors.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,8 +30,9 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 import behrt_jax
+from behrt_jax.adapters import peft
 from behrt_jax.adapters.lora import label, leaves_by_path
-from behrt_jax.config import from_stored
+from behrt_jax.config import LoRAConfig, from_stored
 from behrt_jax.errors import InputError
 from behrt_jax.files import (
     SEAL,
@@ -42,14 +48,21 @@ from behrt_jax.files import (
 from behrt_jax.models.stacked_layers import Tree, count_stacked_layers, stack_layers, unstack_layers
 
 CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter.safetensors"
-FORMAT_VERSION = 1
+TENSOR_FILE = "adapter_model.safetensors"
+OWN_FILE = "behrt_jax.json"
+FORMAT_VERSION = 2
+FORMER_TENSOR_FILE = "adapter.safetensors"
+"""Of format version 1."""
+MARK = "behrt_jax_format_version"
+"""In the metadata of the tensor file: it was written here, with ``behrt_jax.json`` beside it."""
 NEW_ROWS, CODE_TABLE = "new_codes/rows", "behrt/embeddings/code/embedding"
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Content of ``adapter_config.json``; what follows from the tensors, :func:`save_adapter` fills in."""
+    """Content of ``behrt_jax.json``; what follows from the tensors, :func:`save_adapter` fills in."""
 
     format_version: int = FORMAT_VERSION
     behrt_jax_version: str = behrt_jax.__version__
@@ -59,16 +72,19 @@ class AdapterConfig:
     """Settings of the model."""
     groups: Sequence[str] = ()
     """Parameter groups that the tensors belong to."""
-    vocabulary_fingerprint: str
-    """Of the base's vocabulary, without the new codes."""
+    vocabulary_fingerprint: str | None
+    """Of the base's vocabulary, without the new codes; None in what PEFT has saved."""
     base_fingerprint: str | None = None
-    """:func:`base_fingerprint_of` what the adapter leaves frozen; computed where not given."""
+    """:func:`base_fingerprint_of` what the adapter leaves frozen; computed where not given. None in what PEFT
+    has saved."""
+    base: str | None = None
+    """Folder of the run that the base is of."""
     new_codes: Sequence[str] = ()
     """Names of the rows of ``params["new_codes"]``."""
     tensors_sha256: str = ""
     """Digest of the tensor file."""
     tensors: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Shape of each tensor."""
+    """Shape of each tensor, as it is here: ``lora/...`` and ``params/...``."""
     files: Mapping[str, JsonObject] = field(default_factory=dict)
     """Size and SHA-256 of each other file of the folder."""
 
@@ -94,12 +110,12 @@ def save_adapter(
 
     Raises:
         InputError: ``folder`` holds files that are no adapter's, or safetensors is not installed.
-        ValueError: ``trained`` does not mirror ``params``, what is written fits no parameter group, or
-            there is not one new code for each trained row of them.
+        ValueError: ``trained`` does not mirror ``params``, what is written fits no parameter group,
+            there is not one new code for each trained row of them, or there are adapters without settings.
     """
     serialise = import_safetensors().save
     beside = beside or {}
-    _refuse_other_files(folder, {CONFIG_FILE, TENSOR_FILE, *beside})
+    _refuse_other_files(folder, {CONFIG_FILE, TENSOR_FILE, OWN_FILE, FORMER_TENSOR_FILE, *beside})
     flat_params, marks = _flatten(params), _flatten(trained)
     if flat_params.keys() != marks.keys():
         raise ValueError("trained must mark every leaf of params, and no other")
@@ -111,16 +127,19 @@ def save_adapter(
     written = {f"lora/{path}": leaf for path, leaf in _by_layer(_flatten(lora)).items()}
     written |= {f"params/{path}": leaf for path, leaf in changed.items()}
     tensors = {key: np.asarray(leaf, np.float32, order="C") for key, leaf in sorted(written.items())}
-    data = serialise(tensors)
+    data = serialise(peft.as_peft(tensors), {"format": "pt", MARK: str(FORMAT_VERSION)})
+    settings = None if config.lora is None else from_stored(LoRAConfig, config.lora)
+    for_peft = json_text(peft.peft_config(tensors, base, settings, config.base), 2).encode()
     whole = replace(
         config,
         groups=sorted({label(tuple(key.split("/"))) for key in tensors}),
         base_fingerprint=config.base_fingerprint or fingerprint_tree(base),
         tensors_sha256=hashlib.sha256(data).hexdigest(),
         tensors={key: list(values.shape) for key, values in tensors.items()},
-        files={name: digest_of(content) for name, content in beside.items()},
+        files={name: digest_of(content) for name, content in {CONFIG_FILE: for_peft, **beside}.items()},
     )
-    files = {CONFIG_FILE: json_text(sealed(asdict(whole)), 2).encode(), TENSOR_FILE: data, **beside}
+    own = json_text(sealed(asdict(whole)), 2).encode()
+    files = {CONFIG_FILE: for_peft, TENSOR_FILE: data, OWN_FILE: own, **beside}
     replace_folder(folder, files)
     return [folder / name for name in files]
 
@@ -146,7 +165,12 @@ def load_adapter(
             adapter has not the same leaves in each layer.
     """
     config = read_config(folder)
-    if vocabulary_fingerprint not in (None, config.vocabulary_fingerprint):
+    unbound = config.base_fingerprint is None
+    if unbound:
+        _logger.warning(
+            "%s was saved by PEFT: whether it fits this base and this vocabulary is unknown.", folder
+        )
+    elif vocabulary_fingerprint not in (None, config.vocabulary_fingerprint):
         raise InputError(
             f"{folder}: this adapter was trained with another vocabulary; "
             "prepare the data with the vocabulary of its run"
@@ -161,7 +185,7 @@ def load_adapter(
     if layers := count_stacked_layers(params):
         lora, trained = (_on_host(stack_layers(_nest(part), layers)) for part in (lora, trained))
     base = {path: leaf for path, leaf in flat_params.items() if path not in trained}
-    if (base_fingerprint or fingerprint_tree(_by_layer(base))) != config.base_fingerprint:
+    if not unbound and (base_fingerprint or fingerprint_tree(_by_layer(base))) != config.base_fingerprint:
         raise InputError(
             f"{folder}: the frozen parameters differ from those this adapter was trained on; "
             "load it onto the base of its own run"
@@ -220,18 +244,21 @@ def read_config(folder: Path) -> AdapterConfig:
     Raises:
         InputError: it or one of them is missing or damaged, or it is of another format version.
     """
-    path = folder / CONFIG_FILE
+    path = folder / OWN_FILE
+    if not path.is_file():
+        path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing; give the folder of an adapter") from error
     except ValueError as error:
         raise InputError(f"{path} is damaged (not JSON); save the adapter again") from error
+    if path.name == CONFIG_FILE and isinstance(config, dict) and "peft_type" in config:
+        return _saved_by_peft(folder, config)
     version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format_version {version}; this version of behrt_jax reads {FORMAT_VERSION}"
-        )
+    expected = FORMAT_VERSION if path.name == OWN_FILE else 1
+    if version != expected:
+        raise InputError(f"{path} has format_version {version}; this version of behrt_jax reads {expected}")
     for entry in ("vocabulary_fingerprint", "base_fingerprint", "tensors_sha256", "tensors"):
         if entry not in config:
             raise InputError(f"{path} has no entry {entry}; save the adapter again")
@@ -244,31 +271,73 @@ def read_config(folder: Path) -> AdapterConfig:
     return read
 
 
+def _saved_by_peft(folder: Path, config: JsonObject) -> AdapterConfig:
+    """What can be told of a folder that PEFT has saved, with its tensors as the table."""
+    data, found = _read_file(folder / TENSOR_FILE)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    if MARK in header.get("__metadata__", {}):
+        raise InputError(f"{folder / OWN_FILE} is missing; copy the whole adapter folder")
+    shapes = {key: list(values.shape) for key, values in sorted(found.items())}
+    layers = {tuple(key.split("/")[1:-1]): shape[-1] for key, shape in shapes.items() if key.endswith("/a")}
+    settings = peft.settings_of(config, layers, folder / CONFIG_FILE)
+    return AdapterConfig(lora=asdict(settings), vocabulary_fingerprint=None, tensors=shapes)
+
+
 def _read_tensors(folder: Path, config: AdapterConfig) -> dict[str, np.ndarray]:
     """All tensors, after a check against the table and the digest in the configuration.
 
     Raises:
         InputError: the file is missing or damaged, or safetensors is not installed.
     """
-    path = folder / TENSOR_FILE
-    deserialise = import_safetensors().load
+    path = folder / (FORMER_TENSOR_FILE if config.format_version == 1 else TENSOR_FILE)
+    data, tensors = _read_file(path)
+    table = config.tensors
+    for key in sorted(table.keys() ^ tensors.keys()):
+        state = "is missing" if key in table else "is not in its table"
+        raise InputError(f"{path}: tensor {key} {state}; save the adapter again")
+    for key in sorted(table):
+        _check_shape(folder, key, tensors[key].shape, table[key])
+    if config.tensors_sha256 and hashlib.sha256(data).hexdigest() != config.tensors_sha256:
+        raise InputError(f"{path} is damaged (its digest differs); save the adapter again")
+    return {key: tensors[key] for key in sorted(tensors)}
+
+
+def _read_file(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
+    """Content of a tensor file, and its tensors as they are here."""
+    import_safetensors()
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing; copy the whole adapter folder") from error
     try:
-        tensors = deserialise(data)
+        tensors = tensors_of(data)
     except Exception as error:  # the reader's own error type, and others on garbage
         raise InputError(f"{path} is damaged (not a safetensors file); save the adapter again") from error
-    table = config.tensors
-    for key in sorted(table.keys() ^ tensors.keys()):
-        state = "is missing" if key in table else f"is not in the table of {CONFIG_FILE}"
-        raise InputError(f"{path}: tensor {key} {state}; save the adapter again")
-    for key in sorted(table):
-        _check_shape(folder, key, tensors[key].shape, table[key])
-    if hashlib.sha256(data).hexdigest() != config.tensors_sha256:
-        raise InputError(f"{path} is damaged (its digest differs); save the adapter again")
-    return {key: tensors[key] for key in sorted(tensors)}
+    if path.name == FORMER_TENSOR_FILE:
+        return data, tensors
+    keys = {peft.key_of(name): values for name, values in tensors.items()}
+    return data, {key: peft.turned(key, values) for key, values in keys.items()}
+
+
+def tensors_of(data: bytes) -> dict[str, np.ndarray]:
+    """Tensors of a safetensors file by name, those of any precision as float32.
+
+    Raises:
+        SafetensorError: it is no such file.
+        KeyError: a tensor is not of floating point.
+    """
+    from safetensors import deserialize
+
+    found = {}
+    for name, tensor in deserialize(data):
+        if tensor["dtype"] == "BF16":  # the upper half of a float32
+            values = (np.frombuffer(tensor["data"], "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = np.frombuffer(
+                tensor["data"], {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[tensor["dtype"]]
+            )
+        found[name] = values.astype(np.float32, copy=False).reshape(tensor["shape"])
+    return found
 
 
 def _check_shape(folder: Path, key: str, found: Iterable[int], expected: Iterable[int]) -> None:

@@ -99,11 +99,29 @@ def open_exported(folder: Path, option: str) -> Portable:
     return found
 
 
-def read_parameters(run: Path, option: str, shapes: Tree) -> tuple[Tree, int]:
-    """Parameters of a run's best checkpoint, or of its last where it has no best, and the step they are of;
-    or those of an exported model.
+class Weights(NamedTuple):
+    """All parameters of a pretrained model, its adapters apart."""
 
-    Adapters of that run are merged into them (:func:`behrt_jax.adapters.lora.merge`).
+    params: Tree
+    lora: Tree
+    """Adapters; empty where there are none, or all are merged."""
+    adapters: LoRAConfig | None
+    step: int
+    """Of the checkpoint that they are of; 0 of an exported model for which it is not known."""
+
+    def merged(self) -> Tree:
+        """Parameters with the adapters in them (:func:`behrt_jax.adapters.lora.merge`)."""
+        return self.params if self.adapters is None else lora.merge(self.params, self.lora, self.adapters)
+
+
+def read_parameters(run: Path, option: str, shapes: Tree) -> tuple[Tree, int]:
+    """As :func:`read_weights_of`, adapters merged into the parameters; and the step that they are of."""
+    found = read_weights_of(run, option, shapes)
+    return found.merged(), found.step
+
+
+def read_weights_of(run: Path, option: str, shapes: Tree) -> Weights:
+    """Parameters of a run's best checkpoint, or of its last where it has no best, or of an exported model.
 
     Args:
         run: its folder.
@@ -123,21 +141,21 @@ def read_parameters(run: Path, option: str, shapes: Tree) -> tuple[Tree, int]:
             raise InputError(f"{option}: {run} has no checkpoint to start from: give another run.")
         stored = stored_settings(run)["lora"]
         if stored is None:
-            return checkpoints.restore(step, params=shapes).params, step
+            return Weights(checkpoints.restore(step, params=shapes).params, {}, None, step)
         adapters = from_stored(LoRAConfig, stored)
         found = checkpoints.restore(step, params=shapes, lora=_adapter_shapes(shapes, adapters))
-    return lora.merge(found.params, found.lora, adapters), step
+    return Weights(found.params, found.lora, adapters, step)
 
 
-def _read_exported(portable: Portable, shapes: Tree) -> tuple[Tree, int]:
+def _read_exported(portable: Portable, shapes: Tree) -> Weights:
     params, adapters = read_weights(portable)
-    if portable.lora is not None:
-        params = lora.merge(params, adapters, portable.lora)
     expected = jax.eval_shape(unstack_layers, shapes)
-    compare_leaves(
-        f"{portable.folder} does not fit the model: params", leaf_table(params), leaf_table(expected)
+    where = f"{portable.folder} does not fit the model: params"
+    compare_leaves(where, leaf_table(params), leaf_table(expected))
+    stacked = count_stacked_layers(shapes) > 0
+    return Weights(
+        _like(shapes, params), with_layout_of(stacked, adapters), portable.lora, portable.config.step
     )
-    return _like(shapes, params), portable.config.step
 
 
 def check_readable(pretrained: Pretrained) -> None:

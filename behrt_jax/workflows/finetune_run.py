@@ -429,6 +429,7 @@ def try_write_adapter(
             lora=record["lora"],
             model=record["model"],
             vocabulary_fingerprint=run.pretrained.vocabulary.fingerprint(),
+            base=str(run.pretrained.run.resolve()),
             new_codes=codes,
         )
         trained = run.assembly.setup.mask["params"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from behrt_jax.data.batches import RowShape, TaskBatch, TaskBatches, task_batche
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.examples import Examples, find_examples, of_unknown_subjects
-from behrt_jax.data.labels import Labels, read_labels
+from behrt_jax.data.labels import VALUE_COLUMNS, Labels, read_labels
 from behrt_jax.data.predictions import (
     PredictionWriter,
     codes_seen,
@@ -45,6 +46,7 @@ from behrt_jax.evaluation.count_model import CountModel
 from behrt_jax.evaluation.task_baselines import count_codes
 from behrt_jax.files import JsonObject, read_json, work_folder
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding, Pooling
+from behrt_jax.models.stacked_layers import with_layout_of
 from behrt_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, VOCABULARY_FILE, checked, read_document
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.checkpoints import open_checkpoints
@@ -54,6 +56,7 @@ from behrt_jax.training.runtime import use_compilation_cache
 from behrt_jax.training.state import Setup, set_up_task
 from behrt_jax.training.step import Variables, with_new_rows
 from behrt_jax.training.validation import OutputStep, make_output_step, score
+from behrt_jax.weights.portable import Portable, is_portable, open_portable, read_weights
 from behrt_jax.workflows.finetune_run import (
     MEMBERS_FOLDER,
     TASK_FILE,
@@ -251,9 +254,9 @@ def prepare_input(config: PredictConfig, folder: Path, console: Console) -> None
 
 def known(model: Path, what: Literal["data", "labels"]) -> Path | None:
     """The prepared data of a run or an adapter, or the labels that it was fine-tuned on, where it knows."""
-    if (model / TASK_FILE).is_file() and (path := _record(model).get(what)):
+    if (model / TASK_FILE).is_file() and (path := read_task(model).get(what)):
         return Path(path)
-    if not (model / CONFIG_FILE).is_file():
+    if is_portable(model) or not (model / CONFIG_FILE).is_file():
         return None
     found = stored_settings(model).get(what)
     if isinstance(found, dict):  # of pretraining
@@ -294,15 +297,16 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
     """Read a model.
 
     Args:
-        folder: a run of finetune (a population predicts with its chosen members), or an adapter in it.
+        folder: a run of finetune (a population predicts with its chosen members), an adapter in it, or an
+            exported model.
         base: of an adapter: the pretraining run; the one that the adapter names where not given.
         mesh: the devices.
 
     Raises:
-        InputError: neither a finished fine-tuning run nor an adapter, a run of several tasks, or an adapter
-            of another base.
+        InputError: neither a finished fine-tuning run nor an adapter nor the export of one, a run of several
+            tasks, or an adapter of another base.
     """
-    record = _record(folder)
+    record = read_task(folder)
     if "tasks" in record:
         tasks = ", ".join(f"{k} ({name})" for k, name in enumerate(record["tasks"]))
         raise InputError(
@@ -315,6 +319,8 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
         setup, members, vocabulary = _from_adapters(folders, base, mesh)
     elif is_adapter:
         setup, members, vocabulary = _from_adapters([folder], base, mesh)
+    elif is_portable(folder):
+        setup, members, vocabulary = _from_export(open_portable(folder), record, mesh)
     else:
         vocabulary = Vocabulary.read(checked(folder, VOCABULARY_FILE))
         setup = _set_up(record, len(vocabulary) - record["new_codes"], mesh)
@@ -334,7 +340,24 @@ def open_finetuned(folder: Path, base: Path | None, mesh: Mesh) -> Finetuned:
     )
 
 
-def _record(folder: Path) -> JsonObject:
+def is_finetuned(folder: Path) -> bool:
+    """Whether a folder is a run of finetune, an adapter of one, or an export: one with a task."""
+    if is_portable(folder):
+        return open_portable(folder).config.task is not None
+    return (folder / TASK_FILE).is_file()
+
+
+def read_task(folder: Path) -> JsonObject:
+    """What task.json of a fine-tuned model says, or the export of one.
+
+    Raises:
+        InputError: the folder holds no fine-tuned model, or a damaged one.
+    """
+    if is_portable(folder):
+        config = open_portable(folder).config
+        if config.task is None:
+            raise InputError(f"--model: {folder} is the export of a pretrained model: give a fine-tuned one.")
+        return {**config.task, "model": config.model, "lora": config.lora, "new_codes": config.new_codes}
     if not (folder / TASK_FILE).is_file():
         raise InputError(
             f"--model: {folder} holds no fine-tuned model ({TASK_FILE} is not there): give a finished run of "
@@ -361,7 +384,7 @@ def _from_adapters(
     folders: Sequence[Path], base: Path | None, mesh: Mesh
 ) -> tuple[Setup, list[Variables], Vocabulary]:
     """Adapters of equal shapes on one base."""
-    record = _record(folders[0])
+    record = read_task(folders[0])
     pretrained = open_pretrained(base or Path(record["base"]))
     setup = _set_up(record, len(pretrained.vocabulary), mesh)
     first = setup.init(jax.random.key(0))["params"]
@@ -373,6 +396,18 @@ def _from_adapters(
         members.append(jax.device_put({"params": found, "lora": lora}, replicated(mesh)))
         new_codes = config.new_codes
     return setup, members, pretrained.vocabulary.extended(new_codes)
+
+
+def _from_export(
+    portable: Portable, record: JsonObject, mesh: Mesh
+) -> tuple[Setup, list[Variables], Vocabulary]:
+    params, adapters = read_weights(portable)
+    if portable.lora is None:  # whatever trained, there are no adapters any more
+        record = {**record, "freezing": asdict(FreezingConfig())}
+    setup = _set_up(record, len(portable.vocabulary) - portable.config.new_codes, mesh)
+    found = {"params": params, "lora": adapters}
+    found = {name: with_layout_of(portable.model.scan_layers, part) for name, part in found.items()}
+    return setup, [jax.device_put(found, replicated(mesh))], portable.vocabulary
 
 
 def _restored(folder: Path, setup: Setup, mesh: Mesh) -> Variables:
@@ -396,7 +431,12 @@ class _Encoder(NamedTuple):
 
 
 def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
-    """Write a Parquet file of ``subject_id``, ``time`` and ``vector`` (float32, hidden_size numbers).
+    """Write a Parquet file of vectors, hidden_size numbers for each subject and time.
+
+    Its columns are those that linear probes of the field read: ``subject_id`` (int64), ``prediction_time``
+    (timestamp), ``features`` (list of float32), and the value columns of the labels where these have any
+    (``boolean_value`` of binary ones). With ``embedding_columns`` vector they are ``subject_id``, ``time``
+    and ``vector`` (list of float32, of fixed size).
 
     Args:
         config: with ``embeddings``; checked by :func:`behrt_jax.workflows.predict.predict`.
@@ -426,23 +466,13 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
         total = sum(len(part) for part in wanted.values())
         if not total:
             raise InputError(f"There is no subject of {_named(records.splits)} to embed.")
-        schema = pa.schema(
-            [
-                ("subject_id", pa.int64()),
-                ("time", pa.timestamp("us")),
-                ("vector", pa.list_(pa.float32(), encoder.model.hidden_size)),
-            ]
-        )
+        schema = _embedding_schema(config, labels, encoder.model.hidden_size)
         console.start(total, 0, None)
         done = 0
         metadata = {"pooling": encoder.pooling, "codes": records.codes}
         with PredictionWriter(config.output, schema, metadata) as writer:
             for part, vectors in _vectors(config, encoder, data, wanted, records.delays, mesh):
-                lists = pa.FixedSizeListArray.from_arrays(
-                    pa.array(vectors.reshape(-1)), encoder.model.hidden_size
-                )
-                columns = [pa.array(part.subject_ids), pa.array(part.times, pa.timestamp("us")), lists]
-                writer.write(pa.table(columns, schema=schema))
+                writer.write(_embedding_rows(schema, part, vectors))
                 done += len(part)
                 console.step(done, len(part))
             outside = total - done
@@ -457,8 +487,26 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
     return {"vectors": done, "unknown_subjects": unknown}
 
 
+def _embedding_schema(config: PredictConfig, labels: Labels, size: int) -> pa.Schema:
+    if config.embedding_columns == "vector":
+        vectors = pa.list_(pa.float32(), size)
+        return pa.schema([("subject_id", pa.int64()), ("time", pa.timestamp("us")), ("vector", vectors)])
+    known = [] if labels.kind == "none" else [(name, VALUE_COLUMNS[name]) for name in labels.columns()]
+    keys = [("subject_id", pa.int64()), ("prediction_time", pa.timestamp("us"))]
+    return pa.schema([*keys, *known, ("features", pa.list_(pa.float32()))])
+
+
+def _embedding_rows(schema: pa.Schema, labels: Labels, vectors: np.ndarray) -> pa.Table:
+    """Vectors, float32 ``[labels, hidden_size]``, beside what they are of."""
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    times = pa.array(labels.times, pa.timestamp("us"))
+    columns = {"subject_id": labels.subject_ids, "prediction_time": times, "features": lists,
+               "time": times, "vector": lists, **labels.columns()}  # fmt: skip
+    return pa.table([pa.array(columns[field.name]).cast(field.type) for field in schema], schema=schema)
+
+
 def _open(config: PredictConfig, folder: Path, mesh: Mesh) -> _Encoder:
-    if (folder / TASK_FILE).is_file():
+    if is_finetuned(folder):
         found = open_finetuned(folder, config.base, mesh)
         if len(found.members) > 1:
             raise InputError(f"--model: {folder} is an ensemble: give one of its members/.")
@@ -506,7 +554,7 @@ def _vectors(
         return network.apply({"params": params}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
 
     step = jax.jit(embed_step)
-    pieces = _pieces(config, encoder.model, encoder.max_length, data, wanted, delays, mesh)
+    pieces = pieces_of(config, encoder.model, encoder.max_length, data, wanted, delays, mesh)
     for _, part, _, batches in pieces:
         yield part, score(step, encoder.params, batches, mesh)
 
@@ -523,7 +571,7 @@ def outputs_of(
     """Labels, outputs, empty histories and codes seen of a few thousand examples at a time."""
     model, task = finetuned.model, finetuned.task
     ids = finetuned.vocabulary.encode(task.classes) if task.of.tells_seen_codes else None
-    for split, part, examples, batches in _pieces(
+    for split, part, examples, batches in pieces_of(
         config, model, finetuned.max_length, data, chosen, delays, mesh
     ):
         outputs = np.stack([score(step, one, batches, mesh) for one in finetuned.members])
@@ -544,7 +592,7 @@ def _of_splits(labels: Labels, data: SequenceSet, splits: Sequence[str]) -> dict
     return {name: labels.take(np.isin(labels.subject_ids, data.subject_ids(name))) for name in splits}
 
 
-def _pieces(
+def pieces_of(
     config: PredictConfig,
     model: ModelConfig,
     max_length: int | None,
@@ -553,7 +601,17 @@ def _pieces(
     delays: Sequence[str],
     mesh: Mesh,
 ) -> Iterator[tuple[str, Labels, Examples, TaskBatches]]:
-    """Split, labels, examples and batches of a few thousand examples at a time."""
+    """Split, labels, examples and batches of a few thousand examples at a time, in the order of the labels.
+
+    Args:
+        config: its ``rows`` and ``outside_life`` are read.
+        model: that reads the histories.
+        max_length: tokens of a row; the model's positions where not given.
+        data: in the vocabulary of the model.
+        wanted: labels of each split.
+        delays: see `examples.find_examples`.
+        mesh: the devices.
+    """
     shape, segments = RowShape(max_length or model.positions, cls_token=model.cls_token), 1
     for split, labels in wanted.items():
         for start in range(0, len(labels), AT_ONCE):

@@ -301,7 +301,10 @@ def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, va
         fingerprint = run.data.vocabulary.fingerprint()
         adapters, ordinary = combine.ordinary(variables["lora"], config.lora)
         adapter = AdapterConfig(
-            lora=settings(ordinary), model=values["model"], vocabulary_fingerprint=fingerprint
+            lora=settings(ordinary),
+            model=values["model"],
+            vocabulary_fingerprint=fingerprint,
+            base=str(run.folder.resolve()),
         )
         trained = run.assembly.setup.mask["params"]
         rules = rule_files(run.data.vocabulary, run.data.preparation)

@@ -1,7 +1,8 @@
 """BEHRT in plain PyTorch: what the JAX model must equal, and what it is timed against.
 
 The settings of the reference models: learned positions of events, a row per visit. Rows are padded, one
-subject each, and the head runs at every position, as is usual in PyTorch.
+subject each, and the head runs at every position, as is usual in PyTorch. Its ``state_dict`` is in the
+layout that `weights.torch_behrt` reads and writes.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -13,13 +14,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-from behrt_jax.adapters.lora import scale
+from behrt_jax.adapters.targets import scale
 from behrt_jax.config import LoRAConfig, ModelConfig
 from behrt_jax.errors import InputError
 
 # LoRA (Hu et al. 2021, arXiv 2106.09685) in PyTorch, on the layers of ``nn.TransformerEncoder``.
 
-ATTENTION_LINEARS = ("query", "key", "value", "out")
+ATTENTION_LINEARS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+"""Our layer -> its name in an attention module with a linear layer of its own for each."""
 FFN_LINEARS = ("intermediate", "output")
 
 
@@ -41,7 +43,7 @@ class LoRALinear(nn.Module):
         return torch.addmm(y.view(-1, y.shape[-1]), through, self.b, alpha=self.scale).view(y.shape)
 
 
-class AdaptedSelfAttention(nn.Module):
+class SeparateSelfAttention(nn.Module):
     """Stands in for the ``nn.MultiheadAttention`` of an encoder layer, whose packed projection has no room
     for adapters: four linears and ``scaled_dot_product_attention``.
 
@@ -52,16 +54,15 @@ class AdaptedSelfAttention(nn.Module):
     batch_first = True
     in_proj_bias = None
     _qkv_same_embed_dim = True
+    out_proj: nn.Module
 
-    def __init__(
-        self, hidden: int, heads: int, dropout: float, rank: int, scale: float, targets: Collection[str]
-    ) -> None:
+    def __init__(self, heads: int, dropout: float, linears: Mapping[str, nn.Module]) -> None:
+        """Take the `linears` `[hidden, hidden]`, by the names that they get."""
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.linears = nn.ModuleDict(
-            {name: _linear(name, hidden, hidden, rank, scale, targets) for name in ATTENTION_LINEARS}
-        )
+        for name, linear in linears.items():
+            self.add_module(name, linear)
 
     def forward(
         self,
@@ -91,19 +92,19 @@ class AdaptedSelfAttention(nn.Module):
         batch, length, hidden = query.shape
 
         def project(name: str) -> torch.Tensor:
-            return self.linears[name](query).view(batch, length, self.heads, -1).transpose(1, 2)
+            return getattr(self, name)(query).view(batch, length, self.heads, -1).transpose(1, 2)
 
         mask = None
         if key_padding_mask is not None:
             mask = key_padding_mask[:, None, None, :].expand(-1, self.heads, length, -1)  # [B, N, L, L]
         mixed = F.scaled_dot_product_attention(
-            project("query"),
-            project("key"),
-            project("value"),
+            project("q_proj"),
+            project("k_proj"),
+            project("v_proj"),
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
         )  # [B, N, L, K]
-        return self.linears["out"](mixed.transpose(1, 2).reshape(batch, length, hidden)), None
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, hidden)), None
 
 
 def adapt(layer: Any, rank: int, scale: float, targets: Collection[str]) -> None:
@@ -118,12 +119,14 @@ def adapt(layer: Any, rank: int, scale: float, targets: Collection[str]) -> None
     """
     layer.requires_grad_(False)
     attention = layer.self_attn
-    layer.self_attn = AdaptedSelfAttention(
-        attention.embed_dim, attention.num_heads, attention.dropout, rank, scale, targets
-    )
-    inner = layer.linear1.out_features
-    layer.linear1 = _linear("intermediate", attention.embed_dim, inner, rank, scale, targets)
-    layer.linear2 = _linear("output", inner, attention.embed_dim, rank, scale, targets)
+    hidden, inner = attention.embed_dim, layer.linear1.out_features
+    linears = {
+        theirs: _linear(ours, hidden, hidden, rank, scale, targets)
+        for ours, theirs in ATTENTION_LINEARS.items()
+    }
+    layer.self_attn = SeparateSelfAttention(attention.num_heads, attention.dropout, linears)
+    layer.linear1 = _linear("intermediate", hidden, inner, rank, scale, targets)
+    layer.linear2 = _linear("output", inner, hidden, rank, scale, targets)
 
 
 def _linear(
@@ -132,6 +135,87 @@ def _linear(
     if name in targets:
         return LoRALinear(inputs, outputs, rank, scale)
     return nn.Linear(inputs, outputs).requires_grad_(False)
+
+
+def separate_projections(module: "TorchBEHRTForMLM") -> None:
+    """Put a linear layer of its own in place of each part of the packed projections, with the same weights.
+
+    Then every layer that our adapters may be on has an ``nn.Linear`` with its name, as PEFT needs it.
+    """
+    for layer in module.behrt.encoder.layers:
+        attention: Any = layer.self_attn
+        packed = zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
+        linears = {"out_proj": attention.out_proj}
+        for name, (weight, bias) in zip(("q_proj", "k_proj", "v_proj"), packed, strict=True):
+            linears[name] = nn.Linear(attention.embed_dim, attention.embed_dim)
+            linears[name].weight.data.copy_(weight.detach())
+            linears[name].bias.data.copy_(bias.detach())
+        layer.self_attn = SeparateSelfAttention(attention.num_heads, attention.dropout, linears)
+
+
+class Table(nn.Module):
+    """A table of ages, visits or positions."""
+
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(rows, size)
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of int64 `index`; an index past the end has the last one."""
+        return self.embedding(index.clamp(0, self.embedding.num_embeddings - 1))
+
+
+class Embeddings(nn.Module):
+    """Sum of four embeddings, LayerNorm, dropout."""
+
+    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
+        super().__init__()
+        size = config.embedding_size
+        self.age_bin_years = config.age_bin_years
+        self.code_embedding = nn.Embedding(vocabulary_size, size)
+        self.age_embedding = Table(config.age_rows, size)
+        self.visit_embedding = Table(config.visit_rows, size)
+        self.position_embedding = Table(config.positions, size)
+        self.layer_norm = nn.LayerNorm(size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, codes: torch.Tensor, ages: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
+        """`[batch, length, embedding]`; arguments as of :class:`TorchBEHRTForMLM`."""
+        bins = (ages / self.age_bin_years).floor().long()
+        x = self.code_embedding(codes) + self.age_embedding(bins) + self.visit_embedding(visits)
+        x = x + self.position_embedding.embedding.weight[: codes.shape[1]]  # [B, L, E]
+        return self.dropout(self.layer_norm(x))
+
+
+class TorchBEHRT(nn.Module):
+    """Embeddings, their projection, encoder, LayerNorm."""
+
+    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
+        super().__init__()
+        size, hidden = config.embedding_size, config.hidden_size
+        self.embeddings = Embeddings(config, vocabulary_size)
+        self.embedding_projection = nn.Linear(size, hidden) if size != hidden else nn.Identity()
+        layer: Any = nn.TransformerEncoderLayer(
+            hidden,
+            config.heads,
+            config.ffn_size or 4 * hidden,
+            config.dropout,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        layer.dropout = nn.Identity()
+        if config.attention_dropout is not None:
+            layer.self_attn.dropout = config.attention_dropout
+        self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.layer_norm = nn.LayerNorm(hidden)
+
+    def forward(
+        self, codes: torch.Tensor, ages: torch.Tensor, visits: torch.Tensor, padding: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`[batch, length, hidden]`; arguments as of :class:`TorchBEHRTForMLM`."""
+        x = self.embedding_projection(self.embeddings(codes, ages, visits))  # [B, L, D]
+        return self.layer_norm(self.encoder(x, src_key_padding_mask=padding))
 
 
 Regime = Literal["full", "frozen", "lora"]
@@ -166,39 +250,19 @@ class TorchBEHRTForMLM(nn.Module):
     ) -> None:
         super().__init__()
         _check(config, regime, lora)
-        size, hidden = config.embedding_size, config.hidden_size
-        self.config = config
-        self.vocabulary_size = vocabulary_size
-        self.code = nn.Embedding(vocabulary_size, size)
-        self.age = nn.Embedding(config.age_rows, size)
-        self.visit = nn.Embedding(config.visit_rows, size)
-        self.position = nn.Embedding(config.positions, size)
-        self.embedding_norm = nn.LayerNorm(size)
-        self.embedding_dropout = nn.Dropout(config.dropout)
-        self.projection = nn.Linear(size, hidden) if size != hidden else nn.Identity()
-        layer: Any = nn.TransformerEncoderLayer(
-            hidden,
-            config.heads,
-            config.ffn_size or 4 * hidden,
-            config.dropout,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
-        layer.dropout = nn.Identity()
-        if config.attention_dropout is not None:
-            layer.self_attn.dropout = config.attention_dropout
-        self.encoder = nn.TransformerEncoder(
-            layer, config.layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
-        )
+        self.vocabulary_size, hidden = vocabulary_size, config.hidden_size
+        self.behrt = TorchBEHRT(config, vocabulary_size)
         decoder = nn.Linear(hidden, vocabulary_size)
-        self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden), decoder)
-        for table in (self.code, self.age, self.visit, self.position, decoder):
+        self.mlm_head = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden), decoder)
+        of = self.behrt.embeddings
+        tables = [of.age_embedding, of.visit_embedding, of.position_embedding]
+        for table in (of.code_embedding, *(table.embedding for table in tables), decoder):
             nn.init.normal_(table.weight, std=0.02)
         if regime != "full":
-            self.encoder.requires_grad_(False)
+            self.behrt.encoder.requires_grad_(False)
+            self.behrt.layer_norm.requires_grad_(False)
         if lora is not None:
-            for layer in self.encoder.layers:
+            for layer in self.behrt.encoder.layers:
                 adapt(layer, lora.rank, scale(lora), lora.targets)
 
     def forward(
@@ -220,12 +284,7 @@ class TorchBEHRTForMLM(nn.Module):
         Returns:
             `[batch, length, vocabulary]`; at padding, numbers without meaning.
         """
-        config = self.config
-        bins = (ages / config.age_bin_years).floor().long().clamp(0, config.age_rows - 1)
-        x = self.code(codes) + self.age(bins) + self.visit(visits.clamp(0, config.visit_rows - 1))
-        x = x + self.position.weight[: codes.shape[1]]  # [B, L, E]
-        x = self.projection(self.embedding_dropout(self.embedding_norm(x)))  # [B, L, D]
-        return self.head(self.encoder(x, src_key_padding_mask=padding))
+        return self.mlm_head(self.behrt(codes, ages, visits, padding))
 
 
 def _check(config: ModelConfig, regime: str, lora: LoRAConfig | None) -> None:
@@ -322,16 +381,18 @@ def gradients_as_params(module: TorchBEHRTForMLM, collection: str = "params") ->
 
 def _places(module: TorchBEHRTForMLM) -> Iterator[tuple[Path, _Place]]:
     """Every leaf of our tree, its path with the collection in front."""
-    embeddings = ("params", "behrt", "embeddings")
-    for name in ("code", "age", "visit", "position"):
-        yield (*embeddings, name, "embedding"), _Place(getattr(module, name).weight)
-    yield from _norm((*embeddings, "norm"), module.embedding_norm)
-    if isinstance(module.projection, nn.Linear):
-        yield from _torch_parameters_linear((*embeddings, "projection"), module.projection)
-    for index, layer in enumerate(module.encoder.layers):
+    path, behrt = ("params", "behrt", "embeddings"), module.behrt
+    of: Any = behrt.embeddings
+    yield (*path, "code", "embedding"), _Place(of.code_embedding.weight)
+    for name in ("age", "visit", "position"):
+        yield (*path, name, "embedding"), _Place(getattr(of, f"{name}_embedding").embedding.weight)
+    yield from _norm((*path, "norm"), of.layer_norm)
+    if isinstance(behrt.embedding_projection, nn.Linear):
+        yield from _torch_parameters_linear((*path, "projection"), behrt.embedding_projection)
+    for index, layer in enumerate(behrt.encoder.layers):
         yield from _layer(("params", "behrt", "encoder", f"layer_{index}"), layer)
-    yield from _norm(("params", "behrt", "encoder", "norm"), module.encoder.norm)
-    dense, _, norm, decoder = module.head
+    yield from _norm(("params", "behrt", "encoder", "norm"), behrt.layer_norm)
+    dense, _, norm, decoder = module.mlm_head
     yield from _torch_parameters_linear(("params", "mlm_head", "dense"), dense)
     yield from _norm(("params", "mlm_head", "norm"), norm)
     yield from _torch_parameters_linear(("params", "mlm_head", "decoder"), decoder)
@@ -347,8 +408,8 @@ def _layer(path: Path, layer: Any) -> Iterator[tuple[Path, _Place]]:
             yield (*at, name, "bias"), _Place(attention.in_proj_bias, rows=rows)
         yield from _torch_parameters_linear((*at, "out"), attention.out_proj)
     else:
-        for name in ATTENTION_LINEARS:
-            yield from _torch_parameters_linear((*at, name), attention.linears[name])
+        for ours, theirs in ATTENTION_LINEARS.items():
+            yield from _torch_parameters_linear((*at, ours), getattr(attention, theirs))
     yield from _norm((*path, "ffn_norm"), layer.norm2)
     yield from _torch_parameters_linear((*path, "intermediate"), layer.linear1)
     yield from _torch_parameters_linear((*path, "output"), layer.linear2)

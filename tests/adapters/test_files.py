@@ -18,9 +18,11 @@ from safetensors.numpy import load_file, save_file
 import behrt_jax
 from behrt_jax.adapters.files import AdapterConfig, fingerprint_tree, load_adapter, read_config, save_adapter
 from behrt_jax.errors import InputError
+from behrt_jax.files import digest_of, sealed
 
 WIDTH, RANK = 8, 2
 QUERY = "behrt/encoder/layer_0/attention/query"
+PEFT_QUERY = "base_model.model.behrt.encoder.layers.0.self_attn.q_proj"
 
 
 def make_params(seed=0, codes=5):
@@ -87,7 +89,8 @@ def folder(tmp_path):
 def test_an_adapter_comes_back_bit_for_bit(folder):
     params, lora = make_params(), make_lora()
     files = save(folder, params, lora)
-    assert files == [folder / "adapter_config.json", folder / "adapter.safetensors"]
+    names = ["adapter_config.json", "adapter_model.safetensors", "behrt_jax.json"]
+    assert files == [folder / name for name in names]
     assert sorted(folder.iterdir()) == sorted(files)
     given_params = other_head(params)
     before = fingerprint_tree(given_params)
@@ -124,12 +127,12 @@ def test_no_frozen_leaf_is_written(folder):
     params, lora = make_params(), make_lora()
     params["behrt"]["encoder"]["ffn"] = {"kernel": jnp.ones((512, 512))}
     save(folder, params, lora)
-    assert load_file(folder / "adapter.safetensors").keys() == {
-        f"lora/{QUERY}/a",
-        f"lora/{QUERY}/b",
-        "params/behrt/embeddings/code/embedding",
-        "params/mlm_head/dense/bias",
-        "params/mlm_head/dense/kernel",
+    assert load_file(folder / "adapter_model.safetensors").keys() == {
+        f"{PEFT_QUERY}.lora_A.weight",
+        f"{PEFT_QUERY}.lora_B.weight",
+        "base_model.model.behrt.embeddings.code_embedding.weight",
+        "base_model.model.mlm_head.0.bias",
+        "base_model.model.mlm_head.0.weight",
     }
     assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000
 
@@ -182,12 +185,12 @@ def test_a_tensor_without_a_place_in_the_model_is_refused_by_name(folder):
 def test_a_missing_or_unknown_tensor_is_refused_by_name(folder):
     params = make_params()
     save(folder, params, make_lora())
-    tensors = load_file(folder / "adapter.safetensors")
-    save_file({**tensors, "params/extra": np.ones(3, np.float32)}, folder / "adapter.safetensors")
-    with pytest.raises(InputError, match="tensor params/extra is not in the table"):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({**tensors, "extra.bias": np.ones(3, np.float32)}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="tensor params/extra/bias is not in its table"):
         load_adapter(folder, params)
-    del tensors[f"lora/{QUERY}/b"]
-    save_file(tensors, folder / "adapter.safetensors")
+    del tensors[f"{PEFT_QUERY}.lora_B.weight"]
+    save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(InputError, match=f"tensor lora/{QUERY}/b is missing"):
         load_adapter(folder, params)
 
@@ -198,7 +201,7 @@ def test_a_damaged_tensor_file_is_refused(data):
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
         save(folder, params, make_lora())
-        path = folder / "adapter.safetensors"
+        path = folder / "adapter_model.safetensors"
         content = bytearray(path.read_bytes())
         middle = len(content) // 2  # the header lies before it, tensors after
         position = data.draw(st.integers(0, middle) | st.integers(middle, len(content) - 1))
@@ -207,25 +210,29 @@ def test_a_damaged_tensor_file_is_refused(data):
         else:
             del content[position:]
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"adapter\.safetensors|adapter: tensor"):
+        with pytest.raises(InputError, match=r"adapter_model\.safetensors|adapter: tensor"):
             load_adapter(folder, params)
 
 
 def test_a_damaged_or_foreign_configuration_is_refused(folder):
     params = make_params()
     save(folder, params, make_lora())
-    path = folder / "adapter_config.json"
+    path = folder / "behrt_jax.json"
     whole = path.read_text()
     for content, message in [
         (whole[:100], "not JSON"),
         ("[]", "format_version None"),
-        (whole.replace('"base_fingerprint"', '"base"'), "no entry base_fingerprint"),
-        (whole.replace('"format_version": 1', '"format_version": 2'), "format_version 2"),
+        (whole.replace('"base_fingerprint"', '"base_"'), "no entry base_fingerprint"),
+        (whole.replace('"format_version": 2', '"format_version": 3'), "format_version 3"),
     ]:
         path.write_text(content)
         with pytest.raises(InputError, match=message):
             load_adapter(folder, params)
     path.unlink()
+    with pytest.raises(InputError, match=r"behrt_jax\.json is missing"):
+        load_adapter(folder, params)
+    path.write_text(whole)
+    (folder / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=r"adapter_config\.json is missing"):
         load_adapter(folder, params)
 
@@ -235,29 +242,83 @@ def test_a_configuration_with_a_flipped_byte_is_refused_or_the_same(data):
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
         save(folder, make_params(), make_lora(), beside={"task.json": b'{"threshold": 0.5}'})
-        path = folder / data.draw(st.sampled_from(["adapter_config.json", "task.json"]))
+        names = ["behrt_jax.json", "adapter_config.json", "task.json"]
+        path = folder / data.draw(st.sampled_from(names))
         whole = read_config(folder)
         content = bytearray(path.read_bytes())
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.sampled_from([1, 2, 4, 32, 128]))
         path.write_bytes(content)
         try:
-            assert read_config(folder) == whole and path.name == "adapter_config.json"
+            assert read_config(folder) == whole and path.name == "behrt_jax.json"
         except InputError as error:
             assert path.name in str(error)
 
 
 def test_a_missing_file_beside_the_tensors_is_refused(folder):
     files = save(folder, make_params(), make_lora(), beside={"task.json": b"{}"})
-    assert [file.name for file in files] == ["adapter_config.json", "adapter.safetensors", "task.json"]
+    names = ["adapter_config.json", "adapter_model.safetensors", "behrt_jax.json", "task.json"]
+    assert [file.name for file in files] == names
     save(folder, make_params(), make_lora(), beside={"task.json": b"{ }"})
     (folder / "task.json").unlink()
     with pytest.raises(InputError, match=r"task\.json is missing"):
         load_adapter(folder, make_params())
 
 
-def test_a_configuration_of_an_older_version_is_read(folder):
+def save_as_version_1(folder, digests):
+    """Write the adapter of `make_lora` with its head and table in the form of before PEFT's."""
+    params, lora = make_params(), make_lora()
+    query = lora["behrt"]["encoder"]["layer_0"]["attention"]["query"]
+    tensors = {f"lora/{QUERY}/{side}": np.asarray(query[side]) for side in "ab"}
+    table = params["behrt"]["embeddings"]["code"]["embedding"]
+    tensors["params/behrt/embeddings/code/embedding"] = np.asarray(table)
+    for name, leaf in params["mlm_head"]["dense"].items():
+        tensors[f"params/mlm_head/dense/{name}"] = np.asarray(leaf)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter.safetensors")
+    config = {
+        "format_version": 1,
+        "lora": {"rank": RANK, "alpha": 4.0},
+        "vocabulary_fingerprint": "vocabulary-1",
+        "base_fingerprint": fingerprint_tree({"behrt": {"encoder": params["behrt"]["encoder"]}}),
+        "tensors_sha256": hashlib.sha256((folder / "adapter.safetensors").read_bytes()).hexdigest(),
+        "tensors": {key: list(values.shape) for key, values in tensors.items()},
+    }
+    if digests:
+        (folder / "task.json").write_bytes(b"{}")
+        config = sealed({**config, "files": {"task.json": digest_of(b"{}")}})
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_an_adapter_of_format_version_1_is_read(folder, digests):
+    save_as_version_1(folder, digests)
+    params, lora, config = load_adapter(folder, other_head(make_params()), "vocabulary-1")
+    assert_identical(params, make_params())
+    assert_identical(lora, make_lora())
+    assert config.format_version == 1
+    assert config.lora == {"rank": RANK, "alpha": 4.0}
+    with pytest.raises(InputError, match="another vocabulary"):
+        load_adapter(folder, make_params(), "vocabulary-2")
+    with pytest.raises(InputError, match="frozen parameters differ"):
+        load_adapter(folder, make_params(seed=3))
+    content = bytearray((folder / "adapter.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "adapter.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="its digest differs"):
+        load_adapter(folder, make_params())
+
+
+def test_saving_replaces_an_adapter_of_format_version_1(folder):
+    save_as_version_1(folder, digests=False)
+    save(folder, make_params(), make_lora(seed=5))
+    assert not (folder / "adapter.safetensors").exists()
+    _, lora, _ = load_adapter(folder, make_params())
+    assert_identical(lora, make_lora(seed=5))
+
+
+def test_a_configuration_without_digests_is_read(folder):
     save(folder, make_params(), make_lora())
-    path = folder / "adapter_config.json"
+    path = folder / "behrt_jax.json"
     stored = json.loads(path.read_text())
     path.write_text(json.dumps({name: stored[name] for name in stored if name not in ("files", "sha256")}))
     _, lora, _ = load_adapter(folder, make_params())
@@ -266,8 +327,8 @@ def test_a_configuration_of_an_older_version_is_read(folder):
 
 def test_a_missing_tensor_file_is_refused(folder):
     save(folder, make_params(), make_lora())
-    (folder / "adapter.safetensors").unlink()
-    with pytest.raises(InputError, match=r"adapter\.safetensors is missing"):
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is missing"):
         load_adapter(folder, make_params())
 
 

@@ -169,7 +169,7 @@ def test_new_codes_and_task_head_come_back_with_their_names_on_the_plain_base(ex
     # The fingerprint is that of the base without them.
     save(tmp_path / "plain", {**variables, "params": {k: v for k, v in variables["params"].items()
                                                       if k != "new_codes"}}, new_codes=())  # fmt: skip
-    other = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    other = json.loads((tmp_path / "plain" / "behrt_jax.json").read_text())
     assert other["base_fingerprint"] == config.base_fingerprint and other["new_codes"] == []
 
 
@@ -195,7 +195,7 @@ def test_rows_and_names_of_new_codes_must_match(extended, tmp_path):
     with pytest.raises(ValueError, match="3 trained rows of new codes, but 2 new_codes"):
         save(tmp_path / "adapter", variables, new_codes=NEW[:2])
     save(tmp_path / "adapter", variables)
-    file = tmp_path / "adapter" / "adapter_config.json"
+    file = tmp_path / "adapter" / "behrt_jax.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(sealed({**config, "new_codes": list(NEW[:2])})))
     base = {name: tree for name, tree in variables["params"].items() if name != "new_codes"}

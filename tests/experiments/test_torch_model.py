@@ -20,6 +20,8 @@ from tests.experiments.reference_cases import (
 from tests.experiments.torch_results import torch_results
 from tests.models.rows import tiny_model
 
+pytestmark = pytest.mark.slow
+
 SMALL = SIZES["small"]
 
 
@@ -41,7 +43,7 @@ def assert_agree(own, reference):
         assert error < TOLERANCE, ("/".join(path), error)
 
 
-@pytest.mark.parametrize("size", ["small", "medium", pytest.param("large", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
 def test_logits_loss_and_every_gradient_agree(size):
     variables = weights(SIZES[size])
     own, reference = ours(SIZES[size], variables), torch_results(SIZES[size], variables)

@@ -73,7 +73,8 @@ def test_each_regime_learns_more_than_the_base_rate_and_leaves_the_whole_folder(
     if name == "lora":
         files = {path.name for path in (folder / "adapter").iterdir()}
         rules = {"vocabulary.parquet", "preparation.json"}
-        assert files == {"adapter_config.json", "adapter.safetensors", "task.json", *rules}
+        own = {"adapter_config.json", "adapter_model.safetensors", "behrt_jax.json"}
+        assert files == {*own, "task.json", *rules}
         assert read(folder / "adapter", "task.json")["base"] == str(case.base)
 
 
@@ -145,7 +146,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(case, tmp_path, monkeypatch):
     ]
     assert lines[0] == lines[1]
     # The adapter is that of the whole run, not of the half.
-    for name in ("adapter.safetensors", "task.json"):
+    for name in ("adapter_model.safetensors", "task.json"):
         assert (config.output / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes(), (
             name
         )

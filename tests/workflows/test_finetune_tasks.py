@@ -182,7 +182,7 @@ def test_labels_of_the_other_task_change_nothing(case, tables):
             finetune(tables.config([outcome, other], tables.folder / f"run {name}"), ONE).summary
         )
         members = tables.folder / f"run {name}" / "members"
-        found.append([(members / k / "adapter.safetensors").read_bytes() for k in "01"])
+        found.append([(members / k / "adapter_model.safetensors").read_bytes() for k in "01"])
     for summary in summaries[1:]:
         assert summary["members"][0] == summaries[0]["members"][0]
         assert summary["members"][1]["loss"] != summaries[0]["members"][1]["loss"]

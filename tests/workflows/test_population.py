@@ -88,7 +88,7 @@ def test_folds_are_validated_on_what_they_did_not_see(case, tmp_path):
 def test_ranks_differ_and_the_probe_needs_no_adapters(case, tmp_path):
     population(case, tmp_path / "ranks", size=2, vary="rank", values=(1, 2))
     for number, rank in enumerate((1, 2)):
-        config = json.loads((tmp_path / "ranks/members" / str(number) / "adapter_config.json").read_text())
+        config = json.loads((tmp_path / "ranks/members" / str(number) / "behrt_jax.json").read_text())
         assert {s[-1] for key, s in config["tensors"].items() if key.endswith("/a")} == {rank}
     assert len(population(case, tmp_path / "probe", "probe", size=2)["members"]) == 2
 

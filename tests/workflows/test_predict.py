@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 from behrt_jax.adapters import lora
 from behrt_jax.config import EvaluateConfig, PredictConfig, PrepareConfig
 from behrt_jax.data.batches import Batch
-from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS, EventCounts
+from behrt_jax.data.events import BIRTH_CODE, SPLITS, EventCounts
 from behrt_jax.data.labels import VALUE_COLUMNS
 from behrt_jax.data.predictions import read_predictions
 from behrt_jax.data.prepared import read_prepared, read_rules
@@ -32,7 +31,6 @@ from behrt_jax.workflows import predict as predict_module
 from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.finetune import finetune
 from behrt_jax.workflows.labelled_data import check_codes, label_data, read_labelled
-from behrt_jax.workflows.patient import PatientModel
 from behrt_jax.workflows.predict import known as known_files
 from behrt_jax.workflows.predict import open_finetuned, predict
 from tests.records.meds_folder import DAY, Row, born, events_table, write_meds
@@ -352,10 +350,28 @@ LENGTH = 24
 def written(case, output, **options):
     predict(PredictConfig(output=output, data=case.data, embeddings=True, **options), ONE)
     table = pq.read_table(output)
-    assert table.column_names == ["subject_id", "time", "vector"]
-    vectors = np.stack(table["vector"].to_numpy())
-    assert vectors.dtype == np.float32
-    return table["subject_id"].to_numpy(), table["time"].cast("int64").to_numpy(), vectors
+    assert table.column_names[:2] == ["subject_id", "prediction_time"]
+    assert table.schema.field("features").type == pa.list_(pa.float32())
+    vectors = np.stack(table["features"].to_numpy())
+    return table["subject_id"].to_numpy(), table["prediction_time"].cast("int64").to_numpy(), vectors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_stand_beside_the_labels_for_a_linear_probe(case, tmp_path, kind):
+    labelled = case.labelled(kind)
+    given = PredictConfig(model=case.base, data=case.data, labels=labelled.labels, embeddings=True)
+    predict(replace(given, output=tmp_path / "probe.parquet"), ONE)
+    table, labels = pq.read_table(tmp_path / "probe.parquet"), pq.read_table(labelled.labels)
+    chosen = labels.filter(pa.array(np.isin(labels["subject_id"].to_numpy(), labelled.splits["held_out"])))
+    assert table.column_names == [*chosen.column_names, "features"]
+    for name in chosen.column_names:
+        assert table[name].to_pylist() == chosen[name].to_pylist(), name
+    if kind == "binary":
+        predict(replace(given, output=tmp_path / "old.parquet", embedding_columns="vector"), ONE)
+        old = pq.read_table(tmp_path / "old.parquet")
+        assert old.column_names == ["subject_id", "time", "vector"]
+        assert old["vector"].to_pylist() == table["features"].to_pylist()
+        assert old["time"].to_pylist() == table["prediction_time"].to_pylist()
 
 
 def by_hand(data, split, subjects, times, model, vocabulary_size, params, pooling):
@@ -623,44 +639,3 @@ def test_a_run_of_an_older_version_predicts_but_cannot_be_prepared_like(case, me
         (spoilt / name).write_bytes(damaged if damaged != content else content[:-1])
         with pytest.raises(InputError, match=f"{name} is damaged"):
             read_rules(spoilt, "--like")
-
-
-def test_one_patient_from_python_is_predicted_as_in_a_file(case, newcomers, meds, tmp_path):
-    table = case.predicted(tmp_path / "p.parquet", data=None, input=meds, source="meds")
-    model = PatientModel(case.run(), devices=ONE)
-    events = events_table(newcomers)
-    rows, found = table.to_pylist(), None
-
-    def events_of(row):
-        chosen = pa.compute.equal(events["subject_id"], row["subject_id"])
-        return events.filter(chosen).select(["code", "time"]).to_pylist()
-
-    for row in rows:
-        own = events_of(row)
-        found = model.predict(own, row["prediction_time"])
-        np.testing.assert_allclose(found.predicted, [row["predicted_boolean_probability"]], rtol=1e-6)
-        assert found.codes["unknown"] == 0 and found.events.read == len(own)
-    row, own = rows[-1], events_of(rows[-1])
-    assert model.predict(own).time == TIME - DAY
-    assert model._step._cache_size() == 1  # compiled once
-    later = [*own, {"code": "RISK", "time": datetime(2030, 1, 1)}]
-    assert found and model.predict(later, row["prediction_time"]).predicted == found.predicted
-    wrong = {
-        "none of 1 is left": [{"code": "RISK", "time": datetime(2030, 1, 1)}],
-        "events have no time": [{"code": "RISK"}],
-        "events have value: give each": [{"code": "RISK", "time": None, "value": 1.0}],
-        "in the column time: write it as timestamps": [{"code": "RISK", "time": "soon"}],
-        "a time of mixed or unknown types": [*own, {"code": "RISK", "time": "soon"}],
-        "events has no code in row 1": [{"code": None, "time": datetime(2030, 1, 1)}],
-        "codes that the model does not know": [own[0], {"code": "X", "time": datetime(2030, 1, 1)}],
-        "of several subjects": events,
-    }
-    for message, given in wrong.items():
-        with pytest.raises(InputError, match=message):
-            model.predict(given)
-    died = [*own, {"code": DEATH_CODE, "time": datetime(2030, 1, 1)}]
-    assert model.predict(died).predicted == model.predict(own).predicted
-    with pytest.raises(InputError, match="after the patient's death"):
-        model.predict(died, datetime(2031, 1, 1))
-    newborn = [event for event in own if event["code"] == BIRTH_CODE]
-    assert 0 < model.predict(newborn, datetime(2030, 1, 1)).predicted[0] < 1

@@ -77,7 +77,8 @@ def test_a_run_leaves_the_whole_folder(finished):
         "adapter_config.json",
         "vocabulary.parquet",
         "preparation.json",
-        "adapter.safetensors",
+        "adapter_model.safetensors",
+        "behrt_jax.json",
     }
     config = read(folder, "config.json")
     assert config["settings"]["lora"]["rank"] == 2

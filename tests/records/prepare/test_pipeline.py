@@ -21,8 +21,8 @@ from behrt_jax.data.prepared import read_births, read_prepared, read_rules
 from behrt_jax.data.sequences import build_sequences
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
+from behrt_jax.records.patient import encode_events
 from behrt_jax.records.prepare.pipeline import prepare
-from behrt_jax.workflows.patient import encode_events
 from tests.records.meds_folder import (
     DAY,
     HOUR,
