@@ -25,6 +25,7 @@ from behrt_jax.tracking.console import open_console
 from behrt_jax.tracking.model_card import Card, model_card
 from behrt_jax.training.devices import Devices
 from behrt_jax.training.pretrained import stored_settings
+from behrt_jax.weights.code_vectors import learnt_vectors, vector_files
 from behrt_jax.weights.portable import Beside, PortableConfig, is_portable, open_portable, write_model
 from behrt_jax.workflows.evaluate import FIGURES_FILE
 from behrt_jax.workflows.loaded import Loaded, load
@@ -55,6 +56,7 @@ def export(config: ExportConfig, devices: Devices | None = None) -> PortableConf
         told = _told(run)
         vocabulary, rare = without_rare_counts(run, task, loaded.vocabulary, config.min_subjects)
         files = {PROGRAM_FILE: program(loaded)} if config.stablehlo else {}
+        files |= vector_files(learnt_vectors(params, loaded.vocabulary)) if config.vectors else {}
         exported = open_portable(run).config if is_portable(run) else None
         fingerprint = exported.data_fingerprint if exported else told.record.data.get("fingerprint")
         step = exported.step if exported else told.record.summary.get("best_step") or loaded.step
