@@ -21,6 +21,7 @@ from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from behrt_jax.config import (
+    CombineConfig,
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
@@ -90,6 +91,13 @@ COMMANDS: dict[str, Command[Any]] = {
         named=FINETUNE,
         default="lora",
         status=attrgetter("exit_status"),
+    ),
+    "combine-adapters": Command(
+        CombineConfig,
+        "behrt_jax.workflows.combine:combine_adapters",
+        "make one adapter of several on the same base",
+        first=("adapters", "weights", "method", "rank", "output"),
+        positional="adapters",
     ),
     "predict": Command(
         PredictConfig,

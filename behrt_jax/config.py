@@ -171,8 +171,11 @@ class DataConfig:
     """Share of subjects in the tuning split where the source has no splits of its own."""
     held_out_fraction: float = 0.1
     """Share of subjects in the held_out split, likewise."""
+    train_fraction: float = 1.0
+    """Share of the train split's subjects to train on. A smaller one is a part of a larger one; vocabulary
+    and validation stay as they are."""
     seed: int = 0
-    """Seed of the generator and of the split."""
+    """Seed of the generator, of the split, and of which subjects are that share."""
     verify: bool = False
     """Prepared data: read all files through and compare them with what prepare wrote, however large they
     are. Off: up to 2 GiB of them, beside the sizes of all."""
@@ -226,6 +229,12 @@ class InitConfig:
     """Folder of a finished run with the same model and vocabulary; its best checkpoint is read."""
     groups: tuple[Literal["embedding", "head", "base"], ...] = ("embedding", "head", "base")
     """Which of its parameter groups are taken."""
+    vectors: Path | None = None
+    """File of vectors that the code embedding starts from, by the name of the code; without `run`. It is
+    word2vec's text or binary form, Parquet or CSV (code, and vector or columns of numbers), or npz (codes,
+    vectors). Vectors of another length than model.embedding_size are projected to it by their principal
+    components. With that size at their length the model's own layer to hidden_size, which trains with the
+    embeddings, is the projection."""
 
 
 @dataclass(frozen=True)
@@ -656,8 +665,11 @@ class PredictConfig:
     output: Path | None = None
     """Parquet file to write."""
     embeddings: bool = False
-    """Write a vector for each subject and prediction time (subject_id, time, vector), in place of
-    predictions; without labels, one a subject at its last event."""
+    """Write a vector for each subject and prediction time, in place of predictions; without labels, one a
+    subject at its last event."""
+    embedding_columns: Literal["features", "vector"] = "features"
+    """Of embeddings. features: subject_id, prediction_time, features, and the label as its table has it
+    where known: what linear probes read. vector: subject_id, time, vector, as earlier versions wrote them."""
     pooling: Literal["mean", "max", "last", "cls"] | None = None
     """Of embeddings; the model's own, or mean, where not given."""
     outside_life: Literal["leave_out", "keep"] | None = None
@@ -666,6 +678,25 @@ class PredictConfig:
     """Rows that are computed at once."""
     compilation_cache: Literal["off"] | Path | None = None
     """As in finetune."""
+
+
+@dataclass(frozen=True)
+class CombineConfig:
+    """Make one adapter of several that were trained on the same base. Heads and embeddings that were trained
+    beside them are averaged; calibration and blends are left out, since they were fitted to each alone.
+    """
+
+    adapters: tuple[Path, ...] = ()
+    """Folders of adapters, or of the runs that they are in; of one task, or of pretraining."""
+    weights: tuple[float, ...] = ()
+    """Of the adapters; shares of 1, all equal, where not given."""
+    method: Literal["svd", "linear"] = "svd"
+    """svd: the nearest adapter of `rank` to the weighted sum of all updates. linear: the sums of all a and of
+    all b, times the roots of weight and scale, for adapters of one rank. As PEFT's add_weighted_adapter."""
+    rank: int | None = None
+    """svd: rank of the result; in each layer the largest of the adapters where not given."""
+    output: Path | None = None
+    """Folder to write the adapter to, new."""
 
 
 @dataclass(frozen=True)
@@ -714,11 +745,13 @@ class ExportConfig:
     """merged: into the weights, which are then those of a plain model. beside: in a folder of their own, on
     the weights that they were trained on."""
     format: Literal["own", "torch"] = "own"
-    """torch: also write model_torch.safetensors, all weights with adapters merged as a state_dict of BEHRT in
-    PyTorch."""
+    """torch: also write model_torch.safetensors, the same weights as a state_dict of BEHRT in PyTorch."""
     stablehlo: bool = False
     """Also write the model as a program, predict.stablehlo, that runs where only jax and flatbuffers are
     installed: predictions of a fine-tuned model, vectors of a pretrained one."""
+    vectors: bool = False
+    """Also write the code embedding by the name of the code: vectors.parquet, and vectors.txt in word2vec's
+    text form."""
     min_subjects: int = 10
     """Counts of codes that fewer train subjects have are left out of vocabulary.parquet and the model card,
     and so are smaller numbers of subjects and labels; 1 for all."""

@@ -49,7 +49,7 @@ def test_help_lists_each_command_in_a_line(capsys):
     listed = [line.split(maxsplit=1) for line in shown.splitlines() if line.startswith("  ")]
     assert listed == [[name, command.help] for name, command in COMMANDS.items()]
     assert list(COMMANDS) == [
-        "prepare", "pretrain", "make-labels", "finetune", "predict", "evaluate", "export",
+        "prepare", "pretrain", "make-labels", "finetune", "combine-adapters", "predict", "evaluate", "export",
         "import-weights", "doctor",
     ]  # fmt: skip
     assert main([]) == 2
@@ -102,7 +102,7 @@ def test_help_starts_with_what_everybody_needs_and_has_every_option_once(name, m
     command = COMMANDS[name]
     monkeypatch.setenv("COLUMNS", "100")
     _, shown = help_of(lambda: main([name, "--help"]), capsys)
-    first, others = shown.split("What everybody needs:\n")[1].split("\n\n", 1)
+    first, _, others = shown.split("What everybody needs:\n")[1].partition("\n\n")
     named = re.compile(r"^  --([a-z_.]+)", re.MULTILINE)
     assert named.findall(first) == list(command.first) and len(command.first) == 5
     of_parser = ["--help"], command.named.get(command.default, command.options())

@@ -58,6 +58,8 @@ class Summary(TypedDict, total=False):
     """The parameter report without its list of adapters."""
     findings: list[JsonObject]
     """Of the doctor."""
+    init_vectors: JsonObject
+    """Coverage of `init.vectors`, see `weights.code_vectors.FirstRows`."""
     interval: list[float]
     """This and the next four: see `evaluation.masked_codes.assess`."""
     bands: list[JsonObject]

@@ -99,6 +99,20 @@ def baselines(console: Console, results: Mapping[str, MaskedCodeResults]) -> Non
     )
 
 
+def vectors(console: Console, init: InitConfig, coverage: JsonObject) -> None:
+    """Say what of the vocabulary starts from vectors."""
+    if coverage["projection"] == "none":
+        fitted = f"{coverage['dimension']} numbers each, not projected"
+    else:
+        kept = f"{coverage['variance_share']:.1%} of the variance"
+        fitted = f"{coverage['dimension']} numbers each, projected by PCA, which keeps {kept}"
+    console.log(
+        f"Code embedding from {init.vectors}: {coverage['codes']:,} codes, "
+        f"{coverage['vocabulary_share']:.1%} of the vocabulary and {coverage['event_share']:.1%} of the "
+        f"train events; {fitted}."
+    )
+
+
 def started_from(console: Console, init: InitConfig, step: int) -> None:
     """Say whose parameters the run starts from."""
     console.log(f"Starting from step {step:,} of {init.run}: {', '.join(init.groups)}.")

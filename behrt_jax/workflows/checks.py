@@ -46,6 +46,8 @@ def check(config: PretrainConfig) -> None:
     )
     require(max_length >= 2, f"data.max_length is {max_length}: give 2 or more.")
     positive("data.subjects", data.subjects)
+    share("data.train_fraction", data.train_fraction)
+    positive("data.train_fraction", data.train_fraction)
     positive("data.events_mean", data.events_mean)
     not_negative("data.events_spread", data.events_spread)
     share("data.difficulty", data.difficulty)
@@ -64,6 +66,10 @@ def check(config: PretrainConfig) -> None:
         "masking.mask_share and masking.random_share add up to more than 1: lower one of them.",
     )
 
+    require(
+        config.init.run is None or config.init.vectors is None,
+        "init.run and init.vectors both tell what the embedding starts from: leave one of them out.",
+    )
     check_optimizer(optimizer, config.lora)
     for name in ("epochs", "batch_size", "log_every", "max_steps", "batch_tokens", "micro_batches"):
         positive(f"train.{name}", getattr(train, name))

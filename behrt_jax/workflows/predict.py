@@ -26,7 +26,7 @@ from behrt_jax.data.batches import RowShape, TaskBatch, TaskBatches, task_batche
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.examples import Examples, find_examples, of_unknown_subjects
-from behrt_jax.data.labels import Labels, read_labels
+from behrt_jax.data.labels import VALUE_COLUMNS, Labels, read_labels
 from behrt_jax.data.predictions import (
     PredictionWriter,
     codes_seen,
@@ -432,7 +432,12 @@ class _Encoder(NamedTuple):
 
 
 def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
-    """Write a Parquet file of ``subject_id``, ``time`` and ``vector`` (float32, hidden_size numbers).
+    """Write a Parquet file of vectors, hidden_size numbers for each subject and time.
+
+    Its columns are those that linear probes of the field read: ``subject_id`` (int64), ``prediction_time``
+    (timestamp), ``features`` (list of float32), and the value columns of the labels where these have any
+    (``boolean_value`` of binary ones). With ``embedding_columns`` vector they are ``subject_id``, ``time``
+    and ``vector`` (list of float32, of fixed size).
 
     Args:
         config: with ``embeddings``; checked by :func:`behrt_jax.workflows.predict.predict`.
@@ -462,23 +467,13 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
         total = sum(len(part) for part in wanted.values())
         if not total:
             raise InputError(f"There is no subject of {_named(records.splits)} to embed.")
-        schema = pa.schema(
-            [
-                ("subject_id", pa.int64()),
-                ("time", pa.timestamp("us")),
-                ("vector", pa.list_(pa.float32(), encoder.model.hidden_size)),
-            ]
-        )
+        schema = _embedding_schema(config, labels, encoder.model.hidden_size)
         console.start(total, 0, None)
         done = 0
         metadata = {"pooling": encoder.pooling, "codes": records.codes}
         with PredictionWriter(config.output, schema, metadata) as writer:
             for part, vectors in _vectors(config, encoder, data, wanted, records.delays, mesh):
-                lists = pa.FixedSizeListArray.from_arrays(
-                    pa.array(vectors.reshape(-1)), encoder.model.hidden_size
-                )
-                columns = [pa.array(part.subject_ids), pa.array(part.times, pa.timestamp("us")), lists]
-                writer.write(pa.table(columns, schema=schema))
+                writer.write(_embedding_rows(schema, part, vectors))
                 done += len(part)
                 console.step(done, len(part))
             outside = total - done
@@ -491,6 +486,24 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
             console.log(f"{unknown:,} labels are of subjects that the data lacks: left out.")
         console.log(f"Written to {config.output}: {done:,} vectors of {encoder.model.hidden_size}.")
     return {"vectors": done, "unknown_subjects": unknown}
+
+
+def _embedding_schema(config: PredictConfig, labels: Labels, size: int) -> pa.Schema:
+    if config.embedding_columns == "vector":
+        vectors = pa.list_(pa.float32(), size)
+        return pa.schema([("subject_id", pa.int64()), ("time", pa.timestamp("us")), ("vector", vectors)])
+    known = [] if labels.kind == "none" else [(name, VALUE_COLUMNS[name]) for name in labels.columns()]
+    keys = [("subject_id", pa.int64()), ("prediction_time", pa.timestamp("us"))]
+    return pa.schema([*keys, *known, ("features", pa.list_(pa.float32()))])
+
+
+def _embedding_rows(schema: pa.Schema, labels: Labels, vectors: np.ndarray) -> pa.Table:
+    """Vectors, float32 ``[labels, hidden_size]``, beside what they are of."""
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    times = pa.array(labels.times, pa.timestamp("us"))
+    columns = {"subject_id": labels.subject_ids, "prediction_time": times, "features": lists,
+               "time": times, "vector": lists, **labels.columns()}  # fmt: skip
+    return pa.table([pa.array(columns[field.name]).cast(field.type) for field in schema], schema=schema)
 
 
 def _open(config: PredictConfig, folder: Path, mesh: Mesh) -> _Encoder:

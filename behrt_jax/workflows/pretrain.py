@@ -3,7 +3,8 @@
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from behrt_jax.run_folder import (
     PLOTS_FOLDER,
     SUMMARY_FILE,
     SUMMARY_TEXT_FILE,
+    read_config,
     read_metrics,
     record_metrics,
     write_files,
@@ -49,7 +51,7 @@ from behrt_jax.training.masking import FIRST_CODE
 from behrt_jax.training.micro_batches import choose_micro_batches, rows_multiple
 from behrt_jax.training.pretrained import check_source, check_vocabulary, start_from
 from behrt_jax.training.runtime import Startup, keep_freed_memory, use_compilation_cache
-from behrt_jax.training.state import assemble, set_up
+from behrt_jax.training.state import assemble, set_up, with_code_rows
 from behrt_jax.training.step import TrainState, Variables, masked_code_objective
 from behrt_jax.training.validation import (
     make_scoring_step,
@@ -58,6 +60,7 @@ from behrt_jax.training.validation import (
     score_masked_codes,
     validate,
 )
+from behrt_jax.weights.code_vectors import CodeVectors, first_rows, read_vectors
 from behrt_jax.workflows import announce
 from behrt_jax.workflows.checks import check, gather_facts
 from behrt_jax.workflows.doctor import Examination
@@ -117,14 +120,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         lines = announce.LoopReporter(console, run.folder / METRICS_FILE, unlearned, examination.during)
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
-
-            def start(state: TrainState) -> TrainState:
-                if config.init.run is None:
-                    return state
-                state, source_step = start_from(config.init, state)
-                announce.started_from(console, config.init, source_step)
-                return state
-
+            start = partial(start_with, run, config, console)
             begun = begin(run, config, compiling, checkpoints, console, start, started)
             del compiling  # or it would hold this state's arrays beside those of a restored one
             state, cursor, telemetry = begun.state, begun.cursor, begun.telemetry
@@ -184,6 +180,10 @@ class Pretraining(Run):
     description: JsonObject
     """Counts of `data`, see `data.sequences.describe`."""
     tuning: ValidationBatches
+    vectors: CodeVectors | None
+    """Of `init.vectors`, in a run that begins."""
+    coverage: JsonObject
+    """How much of the vocabulary they cover; empty without."""
 
 
 def open_pretraining(
@@ -197,8 +197,10 @@ def open_pretraining(
     keep_freed_memory()
     check(config)
     mesh = make_mesh(devices, config.mesh)
+    vectors = None
     if not config.resume:
         check_source(config.init, config.model)
+        vectors = None if config.init.vectors is None else read_vectors(config.init.vectors)
     if reason := use_compilation_cache(config.compilation_cache):
         console.log(reason)
     data = load_sequences(config.data, config.model.sep_token)
@@ -210,6 +212,11 @@ def open_pretraining(
         check_same_run(folder, config, data.fingerprint)
     else:
         check_vocabulary(config.init, data.vocabulary)
+    if vectors is not None:
+        coverage = first_rows(vectors, data.vocabulary, config).coverage
+        announce.vectors(console, config.init, coverage)
+    else:  # a run that is resumed keeps what it knew
+        coverage = (read_config(folder).get("facts") or {}).get("vectors", {}) if config.resume else {}
 
     setup = set_up(config, len(data.vocabulary), mesh)
     parameters = parameter_report(config.freezing, setup)
@@ -223,9 +230,21 @@ def open_pretraining(
     parts = choose_micro_batches(config, folder, batches, schedule.total_steps, assembly, console.log)
     batches = batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts))
     counts = data.vocabulary.counts
-    return Pretraining(
-        folder, assembly, batches, schedule, parts, parameters, counts, data, description, tuning
-    )
+    of_any_run = folder, assembly, batches, schedule, parts, parameters, counts
+    return Pretraining(*of_any_run, data, description, tuning, vectors, coverage)
+
+
+def start_with(run: Pretraining, config: PretrainConfig, console: Console, state: TrainState) -> TrainState:
+    """The first state, with what `config.init` gives in place of its own parameters."""
+    if config.init.vectors is not None:
+        # A run that is resumed before it had a checkpoint has not read them.
+        vectors = run.vectors or read_vectors(config.init.vectors)
+        return with_code_rows(state, first_rows(vectors, run.data.vocabulary, config).rows)
+    if config.init.run is None:
+        return state
+    state, source_step = start_from(config.init, state)
+    announce.started_from(console, config.init, source_step)
+    return state
 
 
 def split_batches(
@@ -279,6 +298,7 @@ def examine_before(
     """Show the doctor's findings before the first step, and write what a run folder begins with."""
     setup, total_steps = run.assembly.setup, run.schedule.total_steps
     facts = gather_facts(config, run.data, setup, run.batches, total_steps, run.micro_batches)
+    facts = replace(facts, vectors=run.coverage)
     record = RunRecord(settings(config), run.parameters, facts, baselines)
     examination = Examination(console, record, run.folder / METRICS_FILE)
     examination.before()
@@ -340,6 +360,8 @@ def write_summary(
         run.parameters,
     )
     summary = Summary(**found, **assessment)
+    if run.coverage:
+        summary["init_vectors"] = run.coverage
     if "first step" in ended.startup:
         summary["first_step_seconds"] = ended.startup["first step"]
         summary["startup_seconds"] = dict(ended.startup)

@@ -350,10 +350,28 @@ LENGTH = 24
 def written(case, output, **options):
     predict(PredictConfig(output=output, data=case.data, embeddings=True, **options), ONE)
     table = pq.read_table(output)
-    assert table.column_names == ["subject_id", "time", "vector"]
-    vectors = np.stack(table["vector"].to_numpy())
-    assert vectors.dtype == np.float32
-    return table["subject_id"].to_numpy(), table["time"].cast("int64").to_numpy(), vectors
+    assert table.column_names[:2] == ["subject_id", "prediction_time"]
+    assert table.schema.field("features").type == pa.list_(pa.float32())
+    vectors = np.stack(table["features"].to_numpy())
+    return table["subject_id"].to_numpy(), table["prediction_time"].cast("int64").to_numpy(), vectors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_stand_beside_the_labels_for_a_linear_probe(case, tmp_path, kind):
+    labelled = case.labelled(kind)
+    given = PredictConfig(model=case.base, data=case.data, labels=labelled.labels, embeddings=True)
+    predict(replace(given, output=tmp_path / "probe.parquet"), ONE)
+    table, labels = pq.read_table(tmp_path / "probe.parquet"), pq.read_table(labelled.labels)
+    chosen = labels.filter(pa.array(np.isin(labels["subject_id"].to_numpy(), labelled.splits["held_out"])))
+    assert table.column_names == [*chosen.column_names, "features"]
+    for name in chosen.column_names:
+        assert table[name].to_pylist() == chosen[name].to_pylist(), name
+    if kind == "binary":
+        predict(replace(given, output=tmp_path / "old.parquet", embedding_columns="vector"), ONE)
+        old = pq.read_table(tmp_path / "old.parquet")
+        assert old.column_names == ["subject_id", "time", "vector"]
+        assert old["vector"].to_pylist() == table["features"].to_pylist()
+        assert old["time"].to_pylist() == table["prediction_time"].to_pylist()
 
 
 def by_hand(data, split, subjects, times, model, vocabulary_size, params, pooling):
