@@ -31,6 +31,7 @@ from behrt_jax.config import (
     PredictConfig,
     PrepareConfig,
     PretrainConfig,
+    ReportConfig,
 )
 from behrt_jax.errors import InputError, explain
 from behrt_jax.presets import FINETUNE, PRETRAIN
@@ -131,6 +132,13 @@ COMMANDS: dict[str, Command[Any]] = {
         first=("run", "data", "labels", "horizon_days", "output"),
         positional="run",
         status=lambda findings: int(any(finding.severity == "error" for finding in findings)),
+    ),
+    "report": Command(
+        ReportConfig,
+        "behrt_jax.workflows.report:report",
+        "make the report of a run again, or compare several on one page",
+        first=("runs", "output"),
+        positional="runs",
     ),
 }
 """Name -> command, in the order of use."""
