@@ -13,6 +13,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,13 +118,16 @@ def _read_word2vec(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def _begins_as_text(beginning: bytes, size: int) -> bool:
-    """Whether rows of text begin here: the first ends in numbers, or there is nothing that no text has."""
+    """Whether rows of text begin here: a code and numbers in the first, or nothing that is not text."""
+    lines = beginning.split(b"\n")
+    words = lines[0].split()
+    if len(words) > size:
+        with suppress(ValueError):
+            return all(float(number) is not None for number in words[-size:])
     try:
-        numbers = beginning.split(b"\n", 1)[0].split()[-size:]
-        return all(float(number) is not None for number in numbers)
-    except ValueError:
-        text = beginning.decode(errors="replace")[:-4]  # where a sign may be cut
-        return "\n" in text and "\ufffd" not in text and text.replace("\n", "").isprintable()
+        return len(lines) > 1 and b"".join(lines[:-1]).decode().replace("\r", "").isprintable()
+    except UnicodeDecodeError:
+        return False
 
 
 def _read_text(path: Path, content: bytes, count: int, size: int) -> tuple[list[str], np.ndarray]:
