@@ -113,19 +113,22 @@ def _read_word2vec(path: Path) -> tuple[list[str], np.ndarray]:
             f"vectors and their length; the other forms end in .parquet, .csv and .npz: {_INSTEAD}."
         )
     count, size, start = int(head[1]), int(head[2]), head.end()
-    is_text = _begins_as_text(content[start : start + 64 * (size + 16)], size)
-    return (_read_text if is_text else _read_binary)(path, content[start:], count, size)
+    content = content[start:]
+    return (_read_text if _is_text(content, size) else _read_binary)(path, content, count, size)
 
 
-def _begins_as_text(beginning: bytes, size: int) -> bool:
-    """Whether rows of text begin here: a code and numbers in the first, or nothing that is not text."""
-    lines = beginning.split(b"\n")
-    words = lines[0].split()
+def _is_text(content: bytes, size: int) -> bool:
+    """Whether the rows are text: the first is a code and numbers, or all is text in the first ones."""
+    beginning = content[: 64 * (size + 16)]
+    words = beginning.split(b"\n", 1)[0].split()
     if len(words) > size:
         with suppress(ValueError):
             return all(float(number) is not None for number in words[-size:])
+    if len(beginning) < len(content):
+        beginning = beginning[: beginning.rfind(b"\n") + 1]
+    lines = beginning.splitlines()
     try:
-        return len(lines) > 1 and b"".join(lines[:-1]).decode().replace("\r", "").isprintable()
+        return len(lines) > 1 and b"".join(lines).decode().isprintable()
     except UnicodeDecodeError:
         return False
 

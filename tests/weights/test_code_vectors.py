@@ -116,6 +116,20 @@ def test_both_forms_of_word2vec_keep_every_number(tmp_path_factory, vectors):
         )
 
 
+@pytest.mark.parametrize(
+    ("codes", "content"),
+    [
+        (("1", "2"), b"\n\0\0?"),  # the first line is a number
+        (("A",), b"A\nAA\x01\x02\x03?"),  # the first lines could be text
+        (("A",), b"AAAA" * 400 + b"\n\0\0?"),  # and so could what is before the first line's end
+    ],
+)
+def test_numbers_that_look_like_text_are_read_as_numbers(tmp_path, codes, content):
+    row = np.frombuffer(content, "<f4")
+    path = written(tmp_path, "vectors.bin", binary(codes, np.stack([row] * len(codes)), end=b""))
+    np.testing.assert_array_equal(read_vectors(path).vectors, np.stack([row] * len(codes)))
+
+
 NAN = np.where(np.arange(12).reshape(4, 3) == 7, np.nan, VECTORS)
 TWICE = ("a", "b", "a", "c")
 WRONG = {
