@@ -114,11 +114,17 @@ def _read_word2vec(path: Path) -> tuple[list[str], np.ndarray]:
         )
     count, size, start = int(head[1]), int(head[2]), head.end()
     content = content[start:]
-    return (_read_text if _is_text(content, size) else _read_binary)(path, content, count, size)
+    forms = (_read_text, _read_binary) if _looks_like_text(content, size) else (_read_binary, _read_text)
+    try:
+        return forms[0](path, content, count, size)
+    except InputError as error:
+        with suppress(InputError):  # looks are deceptive where vectors are few and short
+            return forms[1](path, content, count, size)
+        raise error
 
 
-def _is_text(content: bytes, size: int) -> bool:
-    """Whether the rows are text: the first is a code and numbers, or all is text in the first ones."""
+def _looks_like_text(content: bytes, size: int) -> bool:
+    """Whether the first row is a code and numbers, or there is nothing in the beginning that is not text."""
     beginning = content[: 64 * (size + 16)]
     words = beginning.split(b"\n", 1)[0].split()
     if len(words) > size:
@@ -126,9 +132,8 @@ def _is_text(content: bytes, size: int) -> bool:
             return all(float(number) is not None for number in words[-size:])
     if len(beginning) < len(content):
         beginning = beginning[: beginning.rfind(b"\n") + 1]
-    lines = beginning.splitlines()
     try:
-        return len(lines) > 1 and b"".join(lines).decode().isprintable()
+        return b"".join(beginning.splitlines()).decode().isprintable()
     except UnicodeDecodeError:
         return False
 

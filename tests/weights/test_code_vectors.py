@@ -106,7 +106,7 @@ def test_every_form_gives_the_same_vectors(tmp_path, name):
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@given(arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=FINITE))
+@given(arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(2, 5)), elements=FINITE))
 def test_both_forms_of_word2vec_keep_every_number(tmp_path_factory, vectors):
     folder = tmp_path_factory.getbasetemp()
     codes = [f"A//{row}" for row in range(len(vectors))]
