@@ -21,6 +21,7 @@ from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from behrt_jax.config import (
+    CombineConfig,
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
@@ -29,6 +30,7 @@ from behrt_jax.config import (
     PredictConfig,
     PrepareConfig,
     PretrainConfig,
+    ReportConfig,
 )
 from behrt_jax.errors import InputError, explain
 from behrt_jax.presets import FINETUNE, PRETRAIN
@@ -90,6 +92,13 @@ COMMANDS: dict[str, Command[Any]] = {
         default="lora",
         status=attrgetter("exit_status"),
     ),
+    "combine-adapters": Command(
+        CombineConfig,
+        "behrt_jax.workflows.combine:combine_adapters",
+        "make one adapter of several on the same base",
+        first=("adapters", "weights", "method", "rank", "output"),
+        positional="adapters",
+    ),
     "predict": Command(
         PredictConfig,
         "behrt_jax.workflows.predict:predict",
@@ -116,6 +125,13 @@ COMMANDS: dict[str, Command[Any]] = {
         first=("run", "data", "labels", "horizon_days", "output"),
         positional="run",
         status=lambda findings: int(any(finding.severity == "error" for finding in findings)),
+    ),
+    "report": Command(
+        ReportConfig,
+        "behrt_jax.workflows.report:report",
+        "make the report of a run again, or compare several on one page",
+        first=("runs", "output"),
+        positional="runs",
     ),
 }
 """Name -> command, in the order of use."""

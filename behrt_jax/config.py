@@ -252,6 +252,19 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Metrics also for tools that draw them while a run goes on (pip install 'behrt-jax[tracking]')."""
+
+    tensorboard: bool = False
+    """Write event files of TensorBoard, to tensorboard/ in the run folder."""
+    wandb: bool = False
+    """Record metrics and settings in Weights & Biases. With WANDB_MODE=offline in the environment all stays
+    on this machine, in wandb/ in the run folder, until `wandb sync` sends it."""
+    project: str = "behrt_jax"
+    """Project in Weights & Biases."""
+
+
+@dataclass(frozen=True)
 class MaskingConfig:
     """Masked-code prediction (Devlin et al. 2018, arXiv 1810.04805)."""
 
@@ -314,6 +327,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     init: InitConfig = field(default_factory=InitConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     output: Path | None = None
     """Run folder; runs/<name>-<time> where not given."""
     resume: bool = False
@@ -446,6 +460,7 @@ class FinetuneConfig:
     """Codes of the data that the pretrained model has no embedding for get a row of their own, trained with
     the adapter. Off: they are read as [UNK]."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resume: bool = False
     """Go on with the run in `output` where it stopped."""
     compilation_cache: Literal["off"] | Path | None = None
@@ -681,6 +696,25 @@ class PredictConfig:
 
 
 @dataclass(frozen=True)
+class CombineConfig:
+    """Make one adapter of several that were trained on the same base. Heads and embeddings that were trained
+    beside them are averaged; calibration and blends are left out, since they were fitted to each alone.
+    """
+
+    adapters: tuple[Path, ...] = ()
+    """Folders of adapters, or of the runs that they are in; of one task, or of pretraining."""
+    weights: tuple[float, ...] = ()
+    """Of the adapters; shares of 1, all equal, where not given."""
+    method: Literal["svd", "linear"] = "svd"
+    """svd: the nearest adapter of `rank` to the weighted sum of all updates. linear: the sums of all a and of
+    all b, times the roots of weight and scale, for adapters of one rank. As PEFT's add_weighted_adapter."""
+    rank: int | None = None
+    """svd: rank of the result; in each layer the largest of the adapters where not given."""
+    output: Path | None = None
+    """Folder to write the adapter to, new."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Judge predictions: figures with intervals, calibration, groups, and simple baselines beside them."""
 
@@ -769,6 +803,17 @@ class DoctorConfig:
     were prepared with where not given."""
     death_codes: tuple[str, ...] = (r"MEDS_DEATH", r"DOD$", r"DEATH\b", r".*//(DIED|EXPIRED)\b")
     """With `data`: regular expressions of codes that say that the subject died."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Make the report of a run again, without the model, or compare several runs on one page."""
+
+    runs: tuple[Path, ...] = ()
+    """Run folders of pretrain or finetune; also given without --runs before them."""
+    output: Path | None = None
+    """HTML file to write. Where not given, report.html in the run's folder or, of several runs,
+    comparison.html here."""
 
 
 # Settings, and other records, read back from what a run or an adapter was stored with.

@@ -73,8 +73,8 @@ def test_the_wheel_says_what_it_is(folder):
     assert told["License-Expression"] == "Apache-2.0" and told["Requires-Python"] == ">=3.11"
     assert {"JAX", "electronic health records"} <= set(told["Keywords"].split(","))
     assert {"Typing :: Typed", "Programming Language :: Python :: 3.12"} <= set(told.get_all("Classifier"))
-    for line in told.get_all("Project-URL"):
-        assert re.fullmatch(r"[\w ]+, https://\S+", line)
+    addresses = told.get_all("Project-URL", [])
+    assert addresses and all(re.fullmatch(r"[\w ]+, https://\S+", line) for line in addresses)
     assert told.get_payload().startswith("# behrt_jax")
 
 

@@ -144,6 +144,17 @@ def save_adapter(
     return [folder / name for name in files]
 
 
+def read_adapter(folder: Path) -> tuple[Tree, Tree, AdapterConfig]:
+    """An adapter folder without its base: ``(lora, trained parameters, config)``, layer by layer, float32.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    config = read_config(folder)
+    tensors = _read_tensors(folder, config)
+    return _nest(_part(tensors, "lora/")), _nest(_part(tensors, "params/")), config
+
+
 def load_adapter(
     folder: Path,
     params: Tree,
