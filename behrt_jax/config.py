@@ -252,6 +252,19 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Metrics also for tools that draw them while a run goes on (pip install 'behrt-jax[tracking]')."""
+
+    tensorboard: bool = False
+    """Write event files of TensorBoard, to tensorboard/ in the run folder."""
+    wandb: bool = False
+    """Record metrics and settings in Weights & Biases. With WANDB_MODE=offline in the environment all stays
+    on this machine, in wandb/ in the run folder, until `wandb sync` sends it."""
+    project: str = "behrt_jax"
+    """Project in Weights & Biases."""
+
+
+@dataclass(frozen=True)
 class MaskingConfig:
     """Masked-code prediction (Devlin et al. 2018, arXiv 1810.04805)."""
 
@@ -314,6 +327,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     init: InitConfig = field(default_factory=InitConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     output: Path | None = None
     """Run folder; runs/<name>-<time> where not given."""
     resume: bool = False
@@ -446,6 +460,7 @@ class FinetuneConfig:
     """Codes of the data that the pretrained model has no embedding for get a row of their own, trained with
     the adapter. Off: they are read as [UNK]."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resume: bool = False
     """Go on with the run in `output` where it stopped."""
     compilation_cache: Literal["off"] | Path | None = None
@@ -744,6 +759,8 @@ class ExportConfig:
     adapters: Literal["merged", "beside"] = "merged"
     """merged: into the weights, which are then those of a plain model. beside: in a folder of their own, on
     the weights that they were trained on."""
+    format: Literal["own", "torch"] = "own"
+    """torch: also write model_torch.safetensors, the same weights as a state_dict of BEHRT in PyTorch."""
     stablehlo: bool = False
     """Also write the model as a program, predict.stablehlo, that runs where only jax and flatbuffers are
     installed: predictions of a fine-tuned model, vectors of a pretrained one."""
@@ -757,6 +774,34 @@ class ExportConfig:
     """Folder that evaluate wrote about predictions of this model: its figures go into the model card."""
     licence: str = "unknown"
     """Of the model, as the Hugging Face Hub names licences, such as apache-2.0."""
+
+
+@dataclass(frozen=True)
+class ImportWeightsConfig:
+    """Make a folder as export writes it of a checkpoint of BEHRT in PyTorch (a state_dict of an encoder of
+    torch.nn, with its MLM head).
+
+    load, init and finetune take the folder. Adapters of the checkpoint are merged into its weights.
+    """
+
+    weights: Path | None = None
+    """File of the checkpoint: safetensors (.safetensors), or what torch.save wrote, of tensors alone."""
+    vocabulary: Path | None = None
+    """Codes and their ids there: JSON (code -> id, or a list), Parquet or CSV (columns code and id)."""
+    heads: int | None = None
+    """Attention heads of the model, which its weights do not tell."""
+    output: Path | None = None
+    """Folder to write, new or empty."""
+    alpha: float | None = None
+    """Of adapters in the checkpoint: their product is scaled by alpha / rank."""
+    age_bin_years: float = 5.0
+    """Width of an age bin in years."""
+    special: tuple[str, ...] = ()
+    """Which code there is a special token here, where its name does not tell: [MASK]=CODE."""
+    cls_token: bool = False
+    """Each sequence of the model starts with [CLS]."""
+    sep_token: bool = False
+    """Each visit ends with [SEP]."""
 
 
 # The doctor.
@@ -788,6 +833,17 @@ class DoctorConfig:
     were prepared with where not given."""
     death_codes: tuple[str, ...] = (r"MEDS_DEATH", r"DOD$", r"DEATH\b", r".*//(DIED|EXPIRED)\b")
     """With `data`: regular expressions of codes that say that the subject died."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Make the report of a run again, without the model, or compare several runs on one page."""
+
+    runs: tuple[Path, ...] = ()
+    """Run folders of pretrain or finetune; also given without --runs before them."""
+    output: Path | None = None
+    """HTML file to write. Where not given, report.html in the run's folder or, of several runs,
+    comparison.html here."""
 
 
 # Settings, and other records, read back from what a run or an adapter was stored with.

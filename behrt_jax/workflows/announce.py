@@ -15,6 +15,7 @@ from behrt_jax.files import JsonObject
 from behrt_jax.run_folder import append_metrics, shown_files
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import verdict
+from behrt_jax.tracking.trackers import Send
 from behrt_jax.training.freezing import report_rows
 
 
@@ -128,6 +129,8 @@ class LoopReporter:
     """Name -> figures; ``unigram`` at least."""
     examine: Callable[[int], None]
     """Called after each validation with the number of lines written so far."""
+    send: Send = lambda metrics: None
+    """Told each line that was written."""
     _lines: Counter[str] = field(default_factory=Counter)
 
     def record(self, metrics: JsonObject) -> None:
@@ -139,6 +142,7 @@ class LoopReporter:
             metrics = {**metrics, "share_of_attainable_gain": share}
             best = f", best possible {oracle:.4f}"
         append_metrics(self.metrics_path, metrics)
+        self.send(metrics)
         self._lines["written"] += 1
         if metrics["split"] != "train":
             self.console.log(

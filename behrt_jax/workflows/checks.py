@@ -28,6 +28,7 @@ from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
 from behrt_jax.diagnosis.finding import Facts
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import example_batch
+from behrt_jax.tracking.trackers import check_trackers
 from behrt_jax.training.freezing import REGIMES, regime
 from behrt_jax.training.state import Setup, set_up
 from behrt_jax.training.telemetry import leaf_names
@@ -188,6 +189,7 @@ def _dropout(name: str, rate: float | None) -> None:
 def check_finetune(config: FinetuneConfig) -> None:
     """Raise one :class:`InputError` for the first setting that cannot work; it names the option."""
     require(config.init is not None, "--init is missing: give the folder of a pretraining run.")
+    check_trackers(config.tracking)
     task, train = config.task, config.train
     share("task.label_fraction", task.label_fraction)
     require(task.label_fraction > 0, "task.label_fraction is 0: there would be nothing to learn from.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from behrt_jax.adapters import combine
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
@@ -24,6 +25,7 @@ from behrt_jax.data.prepared import rule_files
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import DivergenceError, InputError
+from behrt_jax.evaluation.learned import confusions, neighbours
 from behrt_jax.evaluation.masked_codes import Cooccurrence, MaskedCodeResults, MaskedSplit, Unigram, assess
 from behrt_jax.evaluation.oracle import oracle_of
 from behrt_jax.files import JsonObject, json_text, write_text
@@ -44,7 +46,7 @@ from behrt_jax.tracking.plots import plot_curves
 from behrt_jax.tracking.report import write_report
 from behrt_jax.tracking.summary import Summary, summarise, summary_text
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.devices import Devices, make_mesh
+from behrt_jax.training.devices import Devices, make_mesh, replicated
 from behrt_jax.training.feeding import PlacedBatches, on_device, one_step, open_feed
 from behrt_jax.training.loop import Schedule, Steps, catching_signals
 from behrt_jax.training.masking import FIRST_CODE
@@ -53,6 +55,7 @@ from behrt_jax.training.pretrained import check_source, check_vocabulary, start_
 from behrt_jax.training.runtime import Startup, keep_freed_memory, use_compilation_cache
 from behrt_jax.training.state import assemble, set_up, with_code_rows
 from behrt_jax.training.step import TrainState, Variables, masked_code_objective
+from behrt_jax.training.telemetry import adapter_norms, code_table
 from behrt_jax.training.validation import (
     make_scoring_step,
     make_validation_step,
@@ -77,6 +80,7 @@ from behrt_jax.workflows.run import (
     run_record,
     save,
     settings,
+    trackers,
     write_start,
 )
 
@@ -98,6 +102,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         open_console() as console,
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
+        trackers(config, folder) as send,
         ThreadPoolExecutor(1) as beside,
     ):
         run = open_pretraining(config, folder, devices, console)
@@ -117,7 +122,8 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         announce.baselines(console, baselines)
         examination = examine_before(config, run, unlearned, console)
         startup.mark("baselines counted")
-        lines = announce.LoopReporter(console, run.folder / METRICS_FILE, unlearned, examination.during)
+        during = examination.during
+        lines = announce.LoopReporter(console, run.folder / METRICS_FILE, unlearned, during, send)
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
             start = partial(start_with, run, config, console)
@@ -159,9 +165,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
                 best = best_variables(checkpoints, best_step, state)
                 write_adapter(console, config, run, best)
                 if stop_reason != "interrupted":  # whoever stops a run wants it to end soon
-                    scoring_step = jax.jit(make_scoring_step(predictor, config.masking, validation_key))
-                    results = score_masked_codes(scoring_step, best, run.tuning, masked, mesh)
-                    assessment = assess(data.vocabulary.counts, FIRST_CODE, baselines, results)
+                    assessment = assess_model(config, run, best, masked, baselines)
         stop_reason, status = exit_status(stop_reason, interruption)
         ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup.marks)
         summary = write_summary(run, config, unlearned, assessment, ended, examination)
@@ -327,6 +331,29 @@ def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, va
         save_adapter(run.folder / "adapter", variables["params"], adapters, trained, adapter, rules)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
+
+
+def assess_model(
+    config: PretrainConfig,
+    run: Pretraining,
+    variables: Variables,
+    masked: MaskedSplit,
+    baselines: Mapping[str, MaskedCodeResults],
+) -> JsonObject:
+    """What the summary says of a trained model beside its mean loss: how it stands beside the baselines on
+    the tuning split as `masked`, what it makes of codes, and how large its adapters became.
+    """
+    setup, mesh, vocabulary = run.assembly.setup, run.assembly.mesh, run.data.vocabulary
+    step = jax.jit(make_scoring_step(setup.predictor, config.masking, run.assembly.keys.validation))
+    results = score_masked_codes(step, variables, run.tuning, masked, mesh)
+    found = assess(vocabulary.counts, FIRST_CODE, baselines, results)
+    found["confusions"] = confusions(vocabulary, results)
+    if config.init.run is not None or run.parameters["embedding"]["trainable"]:
+        table = jax.device_put(code_table(variables), replicated(mesh))
+        found["neighbours"] = neighbours(vocabulary, np.asarray(table))
+    if config.lora is not None:
+        found["adapter_norms"] = adapter_norms(variables, config.lora)
+    return found
 
 
 class RunEnd(NamedTuple):
