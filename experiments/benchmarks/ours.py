@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from behrt_jax.config import DataConfig, LoRAConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from behrt_jax.config import DataConfig, LoRAConfig, ModelConfig, OptimizerConfig, PretrainConfig, from_stored
 from behrt_jax.data.batches import RowShape, training_batches
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.records.load import load_sequences
@@ -146,7 +146,7 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[s
     model = ModelConfig(**task["model"])
     adapters = None
     if task["regime"] == "lora":
-        adapters = LoRAConfig(**{**task["lora"], "targets": tuple(task["lora"]["targets"])})
+        adapters = from_stored(LoRAConfig, task["lora"])
     config = PretrainConfig(
         model=model, lora=adapters, optimizer=OptimizerConfig(learning_rate=task["learning_rate"])
     )

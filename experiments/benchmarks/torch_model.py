@@ -312,6 +312,10 @@ def _check_adapters(lora: LoRAConfig) -> None:
         raise InputError(f"lora.rank is {lora.rank}: an adapter needs a rank of 1 or more.")
     if lora.dropout:
         raise InputError(f"lora.dropout is {lora.dropout}: the PyTorch reference has none, give 0.")
+    if lora.exclude or lora.rank_pattern or lora.alpha_pattern or lora.init != "default":
+        raise InputError(
+            "lora: the PyTorch reference has the same adapters in all layers, and b zero at first."
+        )
 
 
 # Parameters and gradients of the PyTorch reference under the names and shapes of the JAX model.

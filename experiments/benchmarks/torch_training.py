@@ -8,7 +8,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-from behrt_jax.config import LoRAConfig, MaskingConfig, ModelConfig, OptimizerConfig
+from behrt_jax.config import LoRAConfig, MaskingConfig, ModelConfig, OptimizerConfig, from_stored
 from behrt_jax.data.batches import gather_rows
 from behrt_jax.data.packing import choose_windows, one_per_row
 from behrt_jax.data.sequences import Sequences
@@ -266,7 +266,7 @@ def torch_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict
     regime = task["torch_regime"]
     adapters = None
     if regime == "lora":
-        adapters = LoRAConfig(**{**task["lora"], "targets": tuple(task["lora"]["targets"])})
+        adapters = from_stored(LoRAConfig, task["lora"])
     step = make_torch_step(
         model,
         len(data.vocabulary),
