@@ -43,7 +43,7 @@ dl.tiles div {{ background: var(--card); border-radius: 8px; padding: .6rem .8re
 dt {{ color: var(--soft); font-size: .82rem; }} dd {{ margin: 0; font-size: 1.25rem; font-weight: 600;
   font-variant-numeric: tabular-nums; }}
 dd small {{ font-size: .82rem; font-weight: 400; color: var(--soft); }}
-.pictures {{ display: grid; gap: 1rem;
+.pictures {{ display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }}
 figure {{ margin: 0; max-width: 46rem; border: 1px solid var(--line); border-radius: 8px;
   overflow: hidden; }}
