@@ -76,7 +76,9 @@ details {{ margin: .7rem 0; }} summary {{ cursor: pointer; color: var(--info); }
 @media print {{
   body {{ font-size: 10.5pt; max-width: none; padding: 0; }} h2, h3 {{ break-after: avoid; }}
   article, figure, tr, .verdict, dl {{ break-inside: avoid; }}
+  .pictures {{ grid-template-columns: 1fr 1fr; }}
   details::details-content {{ content-visibility: visible; block-size: auto; }}
+  details table {{ font-size: 8pt; }} details td {{ padding: 0 .8rem 0 0; }}
 }}
 """
 
