@@ -13,6 +13,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,18 +113,29 @@ def _read_word2vec(path: Path) -> tuple[list[str], np.ndarray]:
             f"vectors and their length; the other forms end in .parquet, .csv and .npz: {_INSTEAD}."
         )
     count, size, start = int(head[1]), int(head[2]), head.end()
-    is_text = _begins_as_text(content[start : start + 64 * (size + 16)], size)
-    return (_read_text if is_text else _read_binary)(path, content[start:], count, size)
-
-
-def _begins_as_text(beginning: bytes, size: int) -> bool:
-    """Whether rows of text begin here: the first ends in numbers, or there is nothing that no text has."""
+    content = content[start:]
+    forms = (_read_text, _read_binary) if _looks_like_text(content, size) else (_read_binary, _read_text)
     try:
-        numbers = beginning.split(b"\n", 1)[0].split()[-size:]
-        return all(float(number) is not None for number in numbers)
-    except ValueError:
-        text = beginning.decode(errors="replace")[:-4]  # where a sign may be cut
-        return "\n" in text and "\ufffd" not in text and text.replace("\n", "").isprintable()
+        return forms[0](path, content, count, size)
+    except InputError as error:
+        with suppress(InputError):  # looks are deceptive where vectors are few and short
+            return forms[1](path, content, count, size)
+        raise error
+
+
+def _looks_like_text(content: bytes, size: int) -> bool:
+    """Whether the first row is a code and numbers, or there is nothing in the beginning that is not text."""
+    beginning = content[: 64 * (size + 16)]
+    words = beginning.split(b"\n", 1)[0].split()
+    if len(words) > size:
+        with suppress(ValueError):
+            return all(float(number) is not None for number in words[-size:])
+    if len(beginning) < len(content):
+        beginning = beginning[: beginning.rfind(b"\n") + 1]
+    try:
+        return b"".join(beginning.splitlines()).decode().isprintable()
+    except UnicodeDecodeError:
+        return False
 
 
 def _read_text(path: Path, content: bytes, count: int, size: int) -> tuple[list[str], np.ndarray]:

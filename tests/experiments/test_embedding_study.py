@@ -1,6 +1,7 @@
 """Skip-gram vectors of codes, and the study of what they are worth."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -96,8 +97,8 @@ def test_codes_that_occur_together_have_vectors_that_are_alike(prepared, tmp_pat
 
 
 def test_without_gensim_the_command_says_what_to_install(prepared, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gensim.models", None)
-    monkeypatch.setitem(__import__("sys").modules, "gensim", None)
+    monkeypatch.setitem(sys.modules, "gensim.models", None)
+    monkeypatch.setitem(sys.modules, "gensim", None)
     with pytest.raises(InputError, match=r"pip install 'behrt-jax\[vectors\]'"):
         skipgram.skipgram_vectors(read_prepared(prepared), SkipGramConfig())
 
