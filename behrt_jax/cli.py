@@ -26,6 +26,7 @@ from behrt_jax.config import (
     EvaluateConfig,
     ExportConfig,
     FinetuneConfig,
+    ImportWeightsConfig,
     MakeLabelsConfig,
     PredictConfig,
     PrepareConfig,
@@ -117,6 +118,12 @@ COMMANDS: dict[str, Command[Any]] = {
         "write a trained model, with a model card, into a folder to pass on",
         first=("run", "output", "adapters", "stablehlo", "licence"),
         positional="run",
+    ),
+    "import-weights": Command(
+        ImportWeightsConfig,
+        "behrt_jax.workflows.import_weights:import_weights",
+        "make such a folder of a checkpoint of BEHRT in PyTorch",
+        first=("weights", "vocabulary", "heads", "output", "alpha"),
     ),
     "doctor": Command(
         DoctorConfig,

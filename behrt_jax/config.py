@@ -759,6 +759,8 @@ class ExportConfig:
     adapters: Literal["merged", "beside"] = "merged"
     """merged: into the weights, which are then those of a plain model. beside: in a folder of their own, on
     the weights that they were trained on."""
+    format: Literal["own", "torch"] = "own"
+    """torch: also write model_torch.safetensors, the same weights as a state_dict of BEHRT in PyTorch."""
     stablehlo: bool = False
     """Also write the model as a program, predict.stablehlo, that runs where only jax and flatbuffers are
     installed: predictions of a fine-tuned model, vectors of a pretrained one."""
@@ -772,6 +774,34 @@ class ExportConfig:
     """Folder that evaluate wrote about predictions of this model: its figures go into the model card."""
     licence: str = "unknown"
     """Of the model, as the Hugging Face Hub names licences, such as apache-2.0."""
+
+
+@dataclass(frozen=True)
+class ImportWeightsConfig:
+    """Make a folder as export writes it of a checkpoint of BEHRT in PyTorch (a state_dict of an encoder of
+    torch.nn, with its MLM head).
+
+    load, init and finetune take the folder. Adapters of the checkpoint are merged into its weights.
+    """
+
+    weights: Path | None = None
+    """File of the checkpoint: safetensors (.safetensors), or what torch.save wrote, of tensors alone."""
+    vocabulary: Path | None = None
+    """Codes and their ids there: JSON (code -> id, or a list), Parquet or CSV (columns code and id)."""
+    heads: int | None = None
+    """Attention heads of the model, which its weights do not tell."""
+    output: Path | None = None
+    """Folder to write, new or empty."""
+    alpha: float | None = None
+    """Of adapters in the checkpoint: their product is scaled by alpha / rank."""
+    age_bin_years: float = 5.0
+    """Width of an age bin in years."""
+    special: tuple[str, ...] = ()
+    """Which code there is a special token here, where its name does not tell: [MASK]=CODE."""
+    cls_token: bool = False
+    """Each sequence of the model starts with [CLS]."""
+    sep_token: bool = False
+    """Each visit ends with [SEP]."""
 
 
 # The doctor.

@@ -50,7 +50,7 @@ def test_help_lists_each_command_in_a_line(capsys):
     assert listed == [[name, command.help] for name, command in COMMANDS.items()]
     assert list(COMMANDS) == [
         "prepare", "pretrain", "make-labels", "finetune", "combine-adapters", "predict", "evaluate", "export",
-        "doctor", "report",
+        "import-weights", "doctor", "report",
     ]  # fmt: skip
     assert main([]) == 2
     assert capsys.readouterr().err == shown
