@@ -114,6 +114,7 @@ def test_help_starts_with_what_everybody_needs_and_has_every_option_once(name, m
     short = [option for option in command.first if option not in options]
     assert sorted(named.findall(first + "\n" + others)) == sorted(options + short)
     assert short in ([], ["config"], ["config", "data"])
+    assert len(command.first) == min(5, len(options + short))
 
 
 @pytest.mark.parametrize(("columns", "width"), [("40", 80), ("93", 93), ("300", 100)])

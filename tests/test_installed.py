@@ -200,5 +200,5 @@ def test_the_package_and_its_training_are_imported_with_the_core_packages_alone(
 def test_a_training_ends_well_with_the_core_packages_alone(absent, tmp_path):
     printed = output_of(sys.executable, "-c", BARE + TRAINING, absent, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stop_reason"] == "finished"
-    assert "adapter files need the package safetensors" in printed
+    assert "need the package safetensors: pip install safetensors. Its values are in checkpoints" in printed
     assert not (tmp_path / "run" / "adapter").exists()

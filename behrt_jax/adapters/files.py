@@ -234,7 +234,7 @@ def import_safetensors() -> ModuleType:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise InputError("files of weights need the package safetensors: pip install safetensors") from error
+        raise InputError("files of weights need the package safetensors: pip install safetensors.") from error
     return safetensors.numpy
 
 
