@@ -68,6 +68,7 @@ def export(config: ExportConfig, devices: Devices | None = None) -> PortableConf
             rare_codes=rare.codes,
             counts_subjects=rare.by_subjects,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            beside=beside is not None,
             source=loaded.preparation and loaded.preparation.source,
             fingerprint=fingerprint,
             settings=told.record.settings,
