@@ -268,8 +268,8 @@ def _limits(card: Card) -> str:
         else "Research on the outcome that it was fine-tuned for, in patients like those it was trained on."
     )
     rest = """It is no medical device, and nothing about single patients should be decided by it. It repeats
-how care was given and coded where its records come from, with their gaps and biases; in other places, times or
-groups of patients it must be evaluated anew, groups apart, before its predictions are used for anything.
+how care was given and coded where its records come from, with their gaps and biases; in other places, times
+or groups of patients it must be evaluated anew, groups apart, before its predictions are used for anything.
 Weights can hold traces of the records that they were trained on; they were not examined for that."""
     return f"## Intended use and limits\n\n{first} {' '.join(rest.split())}"
 
