@@ -21,14 +21,17 @@ from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from behrt_jax.config import (
+    CombineConfig,
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     FinetuneConfig,
+    ImportWeightsConfig,
     MakeLabelsConfig,
     PredictConfig,
     PrepareConfig,
     PretrainConfig,
+    ReportConfig,
 )
 from behrt_jax.errors import InputError, explain
 from behrt_jax.presets import FINETUNE, PRETRAIN
@@ -90,6 +93,13 @@ COMMANDS: dict[str, Command[Any]] = {
         default="lora",
         status=attrgetter("exit_status"),
     ),
+    "combine-adapters": Command(
+        CombineConfig,
+        "behrt_jax.workflows.combine:combine_adapters",
+        "make one adapter of several on the same base",
+        first=("adapters", "weights", "method", "rank", "output"),
+        positional="adapters",
+    ),
     "predict": Command(
         PredictConfig,
         "behrt_jax.workflows.predict:predict",
@@ -109,6 +119,12 @@ COMMANDS: dict[str, Command[Any]] = {
         first=("run", "output", "adapters", "stablehlo", "licence"),
         positional="run",
     ),
+    "import-weights": Command(
+        ImportWeightsConfig,
+        "behrt_jax.workflows.import_weights:import_weights",
+        "make such a folder of a checkpoint of BEHRT in PyTorch",
+        first=("weights", "vocabulary", "heads", "output", "alpha"),
+    ),
     "doctor": Command(
         DoctorConfig,
         "behrt_jax.workflows.doctor:examine_folder",
@@ -116,6 +132,13 @@ COMMANDS: dict[str, Command[Any]] = {
         first=("run", "data", "labels", "horizon_days", "output"),
         positional="run",
         status=lambda findings: int(any(finding.severity == "error" for finding in findings)),
+    ),
+    "report": Command(
+        ReportConfig,
+        "behrt_jax.workflows.report:report",
+        "make the report of a run again, or compare several on one page",
+        first=("runs", "output"),
+        positional="runs",
     ),
 }
 """Name -> command, in the order of use."""

@@ -171,8 +171,11 @@ class DataConfig:
     """Share of subjects in the tuning split where the source has no splits of its own."""
     held_out_fraction: float = 0.1
     """Share of subjects in the held_out split, likewise."""
+    train_fraction: float = 1.0
+    """Share of the train split's subjects to train on. A smaller one is a part of a larger one; vocabulary
+    and validation stay as they are."""
     seed: int = 0
-    """Seed of the generator and of the split."""
+    """Seed of the generator, of the split, and of which subjects are that share."""
     verify: bool = False
     """Prepared data: read all files through and compare them with what prepare wrote, however large they
     are. Off: up to 2 GiB of them, beside the sizes of all."""
@@ -226,6 +229,12 @@ class InitConfig:
     """Folder of a finished run with the same model and vocabulary; its best checkpoint is read."""
     groups: tuple[Literal["embedding", "head", "base"], ...] = ("embedding", "head", "base")
     """Which of its parameter groups are taken."""
+    vectors: Path | None = None
+    """File of vectors that the code embedding starts from, by the name of the code; without `run`. It is
+    word2vec's text or binary form, Parquet or CSV (code, and vector or columns of numbers), or npz (codes,
+    vectors). Vectors of another length than model.embedding_size are projected to it by their principal
+    components. With that size at their length the model's own layer to hidden_size, which trains with the
+    embeddings, is the projection."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +249,19 @@ class MeshConfig:
 
 
 # Pretraining: the objective, its course, and all settings of a run.
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Metrics also for tools that draw them while a run goes on (pip install 'behrt-jax[tracking]')."""
+
+    tensorboard: bool = False
+    """Write event files of TensorBoard, to tensorboard/ in the run folder."""
+    wandb: bool = False
+    """Record metrics and settings in Weights & Biases. With WANDB_MODE=offline in the environment all stays
+    on this machine, in wandb/ in the run folder, until `wandb sync` sends it."""
+    project: str = "behrt_jax"
+    """Project in Weights & Biases."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +327,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     init: InitConfig = field(default_factory=InitConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     output: Path | None = None
     """Run folder; runs/<name>-<time> where not given."""
     resume: bool = False
@@ -437,6 +460,7 @@ class FinetuneConfig:
     """Codes of the data that the pretrained model has no embedding for get a row of their own, trained with
     the adapter. Off: they are read as [UNK]."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resume: bool = False
     """Go on with the run in `output` where it stopped."""
     compilation_cache: Literal["off"] | Path | None = None
@@ -672,6 +696,25 @@ class PredictConfig:
 
 
 @dataclass(frozen=True)
+class CombineConfig:
+    """Make one adapter of several that were trained on the same base. Heads and embeddings that were trained
+    beside them are averaged; calibration and blends are left out, since they were fitted to each alone.
+    """
+
+    adapters: tuple[Path, ...] = ()
+    """Folders of adapters, or of the runs that they are in; of one task, or of pretraining."""
+    weights: tuple[float, ...] = ()
+    """Of the adapters; shares of 1, all equal, where not given."""
+    method: Literal["svd", "linear"] = "svd"
+    """svd: the nearest adapter of `rank` to the weighted sum of all updates. linear: the sums of all a and of
+    all b, times the roots of weight and scale, for adapters of one rank. As PEFT's add_weighted_adapter."""
+    rank: int | None = None
+    """svd: rank of the result; in each layer the largest of the adapters where not given."""
+    output: Path | None = None
+    """Folder to write the adapter to, new."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Judge predictions: figures with intervals, calibration, groups, and simple baselines beside them."""
 
@@ -716,9 +759,14 @@ class ExportConfig:
     adapters: Literal["merged", "beside"] = "merged"
     """merged: into the weights, which are then those of a plain model. beside: in a folder of their own, on
     the weights that they were trained on."""
+    format: Literal["own", "torch"] = "own"
+    """torch: also write model_torch.safetensors, the same weights as a state_dict of BEHRT in PyTorch."""
     stablehlo: bool = False
     """Also write the model as a program, predict.stablehlo, that runs where only jax and flatbuffers are
     installed: predictions of a fine-tuned model, vectors of a pretrained one."""
+    vectors: bool = False
+    """Also write the code embedding by the name of the code: vectors.parquet, and vectors.txt in word2vec's
+    text form."""
     min_subjects: int = 10
     """Counts of codes that fewer train subjects have are left out of vocabulary.parquet and the model card,
     and so are smaller numbers of subjects and labels; 1 for all."""
@@ -726,6 +774,34 @@ class ExportConfig:
     """Folder that evaluate wrote about predictions of this model: its figures go into the model card."""
     licence: str = "unknown"
     """Of the model, as the Hugging Face Hub names licences, such as apache-2.0."""
+
+
+@dataclass(frozen=True)
+class ImportWeightsConfig:
+    """Make a folder as export writes it of a checkpoint of BEHRT in PyTorch (a state_dict of an encoder of
+    torch.nn, with its MLM head).
+
+    load, init and finetune take the folder. Adapters of the checkpoint are merged into its weights.
+    """
+
+    weights: Path | None = None
+    """File of the checkpoint: safetensors (.safetensors), or what torch.save wrote, of tensors alone."""
+    vocabulary: Path | None = None
+    """Codes and their ids there: JSON (code -> id, or a list), Parquet or CSV (columns code and id)."""
+    heads: int | None = None
+    """Attention heads of the model, which its weights do not tell."""
+    output: Path | None = None
+    """Folder to write, new or empty."""
+    alpha: float | None = None
+    """Of adapters in the checkpoint: their product is scaled by alpha / rank."""
+    age_bin_years: float = 5.0
+    """Width of an age bin in years."""
+    special: tuple[str, ...] = ()
+    """Which code there is a special token here, where its name does not tell: [MASK]=CODE."""
+    cls_token: bool = False
+    """Each sequence of the model starts with [CLS]."""
+    sep_token: bool = False
+    """Each visit ends with [SEP]."""
 
 
 # The doctor.
@@ -757,6 +833,17 @@ class DoctorConfig:
     were prepared with where not given."""
     death_codes: tuple[str, ...] = (r"MEDS_DEATH", r"DOD$", r"DEATH\b", r".*//(DIED|EXPIRED)\b")
     """With `data`: regular expressions of codes that say that the subject died."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Make the report of a run again, without the model, or compare several runs on one page."""
+
+    runs: tuple[Path, ...] = ()
+    """Run folders of pretrain or finetune; also given without --runs before them."""
+    output: Path | None = None
+    """HTML file to write. Where not given, report.html in the run's folder or, of several runs,
+    comparison.html here."""
 
 
 # Settings, and other records, read back from what a run or an adapter was stored with.

@@ -21,7 +21,7 @@ def blocks(language: str, text: str) -> list[str]:
 def command_lines() -> list[str]:
     """Every line of every page that starts a command of ours, each once, without those that ask for help."""
     lines = [line for text in TEXTS.values() for block in blocks("bash", text) for line in block.splitlines()]
-    start = r"(behrt-jax|python experiments/(?!benchmark|meds_dev|\w+_study)).*"
+    start = r"(behrt-jax|python experiments/(?!benchmark|meds_dev|notebooks|skipgram|\w+_study)).*"
     ours = [re.search(start, line) for line in lines]
     return list(dict.fromkeys(found[0] for found in ours if found and "--help" not in found[0]))
 

@@ -144,6 +144,17 @@ def save_adapter(
     return [folder / name for name in files]
 
 
+def read_adapter(folder: Path) -> tuple[Tree, Tree, AdapterConfig]:
+    """An adapter folder without its base: ``(lora, trained parameters, config)``, layer by layer, float32.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    config = read_config(folder)
+    tensors = _read_tensors(folder, config)
+    return _nest(_part(tensors, "lora/")), _nest(_part(tensors, "params/")), config
+
+
 def load_adapter(
     folder: Path,
     params: Tree,
@@ -223,7 +234,7 @@ def import_safetensors() -> ModuleType:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise InputError("files of weights need the package safetensors: pip install safetensors") from error
+        raise InputError("files of weights need the package safetensors: pip install safetensors.") from error
     return safetensors.numpy
 
 

@@ -18,10 +18,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 
-from behrt_jax.adapters.targets import AdaptedLayer, adapted_layers, rank_of, scale
+from behrt_jax.adapters.targets import AdaptedLayer, adapted_layers, leaves_by_path, rank_of, scale
 from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.layers import dropout
@@ -188,11 +188,6 @@ def _factors_at(adapters: Mapping[Path, jax.Array], path: Path) -> Factors:
 def layer_paths(lora: Tree) -> list[Path]:
     """Where the adapted layers are, in the order of the tree."""
     return sorted({path[:-1] for path in leaves_by_path(lora)})
-
-
-def leaves_by_path(tree: Tree) -> dict[Path, jax.Array]:
-    """Every leaf of nested dicts, in the order of the tree."""
-    return flatten_dict(tree)  # pyright: ignore[reportReturnType, reportArgumentType]
 
 
 @contextmanager

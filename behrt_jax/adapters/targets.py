@@ -7,10 +7,11 @@ with its whole path; both may hold the wildcards ``*``, ``?`` and ``[]``. A path
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
+import jax
 from flax.traverse_util import flatten_dict
 
 from behrt_jax.config import LoRAConfig
@@ -39,6 +40,11 @@ class AdaptedLayer:
         return _name(self.path, self.layer or 0)
 
 
+def leaves_by_path(tree: Tree) -> dict[Path, jax.Array]:
+    """Every leaf of nested dicts, in the order of the tree."""
+    return flatten_dict(tree)  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
 def rank_of(config: LoRAConfig, path: Path = (), layer: int = 0) -> int:
     """Rank of the adapter on the Dense layer at `path`; the common one without a path.
 
@@ -54,6 +60,14 @@ def alpha_of(config: LoRAConfig, path: Path = (), layer: int = 0) -> float:
     """Alpha of the adapter at `path`, as :func:`rank_of`: twice its rank where none is given."""
     common = 2.0 * rank_of(config, path, layer) if config.alpha is None else config.alpha
     return _by_pattern("alpha_pattern", config.alpha_pattern, float, common, path, layer)
+
+
+def with_alphas(config: LoRAConfig) -> LoRAConfig:
+    """The same settings with every alpha a number: that of the default is written out."""
+    if config.alpha is not None:
+        return config
+    twice = (f"{pattern}={2 * rank}" for pattern, rank in _pairs("rank_pattern", config.rank_pattern, int))
+    return replace(config, alpha=2.0 * config.rank, alpha_pattern=(*config.alpha_pattern, *twice))
 
 
 def scale(config: LoRAConfig, path: Path = ()) -> float:
@@ -83,7 +97,7 @@ def adapted_layers(params: Tree, config: LoRAConfig) -> list[AdaptedLayer]:
             alpha_of(config, path[:-1], layer or 0),
             layer,
         )
-        for path, leaf in flatten_dict(params).items()  # pyright: ignore[reportArgumentType]
+        for path, leaf in leaves_by_path(params).items()
         if path[-1] == "kernel" and leaf.ndim == 2 + is_stacked(path)
         for layer in (range(leaf.shape[0]) if is_stacked(path) else (None,))
     ]

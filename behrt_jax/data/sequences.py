@@ -113,6 +113,25 @@ class SequenceSet:
     unknown_codes: Mapping[str, int] = field(default_factory=dict)
     """Code without a row in the vocabulary -> its events, most frequent first; where they are known."""
 
+    def with_train_share(self, share: float, seed: int) -> "SequenceSet":
+        """The set with a share of the train split's subjects, one at least, drawn by the seed.
+
+        A smaller share is a part of a larger one. The rows of the vocabulary stay, with the counts of what is
+        left; the events of the other subjects count as dropped.
+        """
+        train = self.splits["train"]
+        chosen = np.random.default_rng(seed).permutation(len(train))[: max(1, round(share * len(train)))]
+        part = _of_subjects(train, np.isin(np.arange(len(train)), chosen))
+        counts = copy.deepcopy(self.counts)
+        left_out = (train.codes != SEP).sum() - (part.codes != SEP).sum()
+        counts.drop("subject beyond data.train_fraction", int(left_out))
+        events = np.bincount(part.codes, minlength=len(self.vocabulary)).astype(np.int64)
+        events[: len(SPECIAL_TOKENS)] *= np.arange(len(SPECIAL_TOKENS)) == UNK
+        vocabulary = replace(self.vocabulary, counts=events)
+        splits = {**self.splits, "train": part}
+        fingerprint = set_fingerprint(vocabulary, splits)
+        return replace(self, vocabulary=vocabulary, splits=splits, counts=counts, fingerprint=fingerprint)
+
     def subject_ids(self, split: str) -> np.ndarray:
         """Subjects that can be predicted: with a sequence, then those with a birth alone; int64 ``[n]``."""
         return np.concatenate([self.splits[split].subject_ids, self.births[split].subject_ids])

@@ -13,6 +13,7 @@ from behrt_jax.run_folder import is_number
 def check_before(run: RunRecord) -> Iterator[Finding]:
     """Every check that can be made before the first step."""
     yield from frozen_at_random(run)
+    yield from code_vectors(run)
     yield from trainable_share(run)
     yield from adapters_reached(run)
     yield from data_without_structure(run)
@@ -34,6 +35,8 @@ MOST_TRAINABLE = 50.0
 def frozen_at_random(run: RunRecord) -> Iterator[Finding]:
     """Groups that neither train nor were loaded from a run."""
     loaded = set(run.setting("init", "groups") or ()) if run.setting("init", "run") else set()
+    if run.setting("init", "vectors"):
+        loaded.add("embedding")
     if run.finetunes and not run.settings.get("from_scratch"):
         loaded = {"embedding", "base"}
     adapted = run.settings.get("lora") is not None
@@ -65,6 +68,35 @@ def frozen_at_random(run: RunRecord) -> Iterator[Finding]:
             else "A random encoder without adapters can learn little of order and context.",
             "For the best result pretrain with --freezing.regime full first and give that run with "
             f"{run.option('init.run')}.",
+        )
+
+
+LITTLE_COVERED = 0.5
+"""Share of the train events whose codes have vectors; below it vectors are hardly a start."""
+
+
+def code_vectors(run: RunRecord) -> Iterator[Finding]:
+    """Vectors that few codes have, or that are frozen together with embeddings at random values."""
+    found = run.facts.vectors
+    if not found:
+        return
+    if found["event_share"] < LITTLE_COVERED:
+        yield Finding.warning(
+            "vectors-cover-little",
+            f"init.vectors has {found['codes']:,} codes of the vocabulary ({found['vocabulary_share']:.1%}), "
+            f"to which {found['event_share']:.1%} of the train events belong.",
+            "All other codes start from noise around the mean of these vectors.",
+            "See that codes are written alike in both, or train vectors on these records.",
+        )
+    embedding, size = run.parameters.get("embedding") or {}, run.setting("model", "embedding_size")
+    if embedding.get("total") and not embedding["trainable"]:
+        yield Finding.info(
+            "frozen-beside-vectors",
+            f"With the vectors, {embedding['total'] - found['codes'] * size:,} other parameters of the group "
+            "embedding are frozen, at random values: ages, visits, positions, special tokens, codes without "
+            "vectors.",
+            "The encoder tells them apart as they are, but they cannot come to mean anything.",
+            "Let the embeddings train (--freezing.regime lora or full) unless they must stay as given.",
         )
 
 

@@ -112,6 +112,8 @@ class Facts:
     ``visits`` and ``positions`` (where those count visits)."""
     unreached_adapters: Sequence[str] = ()
     """Names of adapter leaves that the prediction does not depend on."""
+    vectors: Mapping[str, Any] = field(default_factory=dict)
+    """Coverage of `init.vectors`, see `weights.code_vectors.FirstRows`."""
     micro_batches: int | None = None
     """Parts of a batch that a step computes one after the other."""
 

@@ -220,7 +220,7 @@ def _boosting(
     """Small trees of large leaves, each on half of the examples and of a share of the codes."""
     from sklearn.ensemble import GradientBoostingClassifier
 
-    having = np.bincount(histories.counts.indices, minlength=histories.counts.shape[1])
+    having = np.bincount(histories.counts.indices)  # [V] examples
     codes = np.argsort(-having, kind="stable")[: min(_CODES, np.count_nonzero(having))]
     fitted = GradientBoostingClassifier(
         n_estimators=rounds,
@@ -230,7 +230,7 @@ def _boosting(
         max_features=0.3,
         random_state=seed,
     ).fit(_dense(histories, codes, age), targets)
-    trees = [one.tree_ for one in fitted.estimators_[:, 0]]
+    trees = [one.tree_ for one in np.asarray(fitted.estimators_)[:, 0]]
     sizes = np.array([tree.node_count for tree in trees])
     roots = np.cumsum(sizes) - sizes
 

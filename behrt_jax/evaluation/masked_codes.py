@@ -57,6 +57,8 @@ class MaskedCodeResults:
     """Codes held more likely, int ``[targets]``; 0 is a hit."""
     subjects: np.ndarray
     """Index of the subject, int64 ``[targets]``."""
+    guesses: np.ndarray | None = None
+    """Of a model: the code held most likely, int32 ``[targets]``."""
 
     def metrics(self) -> JsonObject:
         """Figures of `losses.mean_metrics`, with the 95 % interval of the loss over subjects."""
@@ -126,9 +128,11 @@ def frequency_bands(
     return bands
 
 
-def results_of(split: MaskedSplit, losses: np.ndarray, ranks: np.ndarray) -> MaskedCodeResults:
-    """Losses and ranks ``[targets]``, in the order of ``split.targets``, as results."""
-    return MaskedCodeResults(split.codes, losses, ranks, split.subjects)
+def results_of(
+    split: MaskedSplit, losses: np.ndarray, ranks: np.ndarray, guesses: np.ndarray | None = None
+) -> MaskedCodeResults:
+    """Losses, ranks and guesses ``[targets]``, in the order of ``split.targets``, as results."""
+    return MaskedCodeResults(split.codes, losses, ranks, split.subjects, guesses)
 
 
 def losses_and_ranks(probabilities: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,17 +14,25 @@ GENERATED_VOCABULARY_SIZE = 1000
 
 
 # What training may choose anew on prepared data; the rest was settled when it was prepared.
-_OF_TRAINING = ("source", "path", "window", "max_length", "packed", "verify")
+_OF_TRAINING = ("source", "path", "window", "max_length", "packed", "train_fraction", "verify")
 
 
 def load_sequences(config: DataConfig, sep_token: bool) -> SequenceSet:
     """Read or generate the events and turn them into sequences, or open prepared ones.
 
+    Of the train split the share that ``train_fraction`` says is taken.
+
     Raises:
         InputError: options that do not fit the source, or a source that cannot be read.
     """
-    if config.source != "prepared":
-        return build_sequences(load_events(config), config, sep_token)
+    if config.source == "prepared":
+        data = _open_prepared(config, sep_token)
+    else:
+        data = build_sequences(load_events(config), config, sep_token)
+    return data if config.train_fraction == 1 else data.with_train_share(config.train_fraction, config.seed)
+
+
+def _open_prepared(config: DataConfig, sep_token: bool) -> SequenceSet:
     if config.path is None:
         raise InputError("data.path is missing: give the folder of the prepared data, as --data DIR.")
     for name, given in vars(DataConfig()).items():

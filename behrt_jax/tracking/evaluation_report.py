@@ -1,7 +1,6 @@
 """``report.html`` of an evaluation: words, tables and pictures on one page that loads nothing."""
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +13,8 @@ from behrt_jax.evaluation.performance import (
 )
 from behrt_jax.evaluation.scores import LEAKAGE_AUROC, LEAKAGE_WORDS, TITLES
 from behrt_jax.files import write_text
+from behrt_jax.tracking import page
 from behrt_jax.tracking.console import printable, table_text
-from behrt_jax.tracking.report import html_page, html_picture, html_table
 
 # What an evaluation says, in plain words: how sure, against which baseline, and for whom.
 
@@ -320,12 +319,25 @@ def write_evaluation_report(
 ) -> None:
     """Write the page; `record` as in metrics.json, `pictures` as they were drawn."""
     first, *words = plain_words(record)
-    listed = "\n".join(f"<li>{escape(sentence)}</li>" for sentence in words)
-    images = "\n".join(html_picture(picture, picture.stem.replace("_", " ")) for picture in pictures)
-    missing = '<p class="note">No pictures were drawn.</p>'
-    sections = [
-        f'<p class="verdict">{escape(first)}</p>\n<ul>\n{listed}\n</ul>',
-        *(f"<h2>{escape(t.title)}</h2>\n{html_table(t.columns, t.rows)}" for t in evaluation_tables(record)),
-        f"<h2>Pictures</h2>\n{images or missing}",
+    pictures_of = ((picture.stem.replace("_", " "), picture.read_bytes()) for picture in pictures)
+    missing = "" if pictures else page.text("No pictures were drawn.", "note")
+    parts = [
+        page.verdict_card(first, _tone(record)),
+        page.bullets(words),
+        page.section("Pictures", page.html_pictures(pictures_of), missing),
+        *(page.section(t.title, page.html_table(t.columns, t.rows)) for t in evaluation_tables(record)),
     ]
-    write_text(path, html_page(title, heading(record), sections))
+    write_text(path, page.html_page(title, heading(record), parts))
+
+
+def _tone(record: EvaluationRecord) -> str:
+    """The colour of the verdict: doubtful where a baseline wins, or leakage is suspected."""
+    if record["model"]["figures"][main_figure(record["kind"])]["value"] is None or _leakage(record):
+        return "bad"
+    ahead = [
+        _ahead(record, baseline, name)
+        for baseline in record["baselines"]
+        if main_figure(record["kind"]) in baseline.get("model_less_baseline", {})
+        for name in baseline.get("model_less_baseline", {})
+    ]
+    return "doubt" if "baseline" in ahead else "good" if "model" in ahead else "plain"

@@ -1,7 +1,7 @@
 """Pictures of a run: loss and accuracy over the epochs, beside the baselines and the known optimum."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,31 +20,69 @@ BASELINE_COLOUR = "#555555"
 ORACLE_COLOUR = "#009E73"
 CURVES = {"train": ("train", TRAIN_COLOUR, 1.2), "tuning": ("validation", VALIDATION_COLOUR, 1.8)}
 """Label, colour and width of the curves of each split."""
-DPI = 150
+# The rest of that palette, for curves of one kind.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+STYLES = ("-", "--", ":", "-.")
+DPI = 180
+SIZE = (5.6, 4.3)
+"""Inches; two stand side by side on a wide page, and letters can still be read where one fills a phone."""
 
 
-def plot_curves(metrics: Records, baselines: Baselines, folder: Path) -> list[Path]:
-    """Draw ``loss.png`` and ``accuracy.png`` into `folder`, which is made where it is missing.
+def plot_curves(
+    metrics: Records, baselines: Baselines, folder: Path, members: Sequence[str] = ()
+) -> list[Path]:
+    """Draw ``loss.png`` and ``accuracy.png`` (of labels ``auroc.png``) into `folder`, which is made where it
+    is missing.
 
     `metrics` are the records of ``metrics.jsonl``: `split` is ``train`` or ``tuning``, losses are in
-    nats, accuracies are shares in [0, 1]. `baselines` maps ``unigram``, ``co-occurrence`` and, where the
-    optimum is known, ``oracle`` to the same figures. The best epoch is the one of least validation
-    loss. Figures that are missing or null leave a gap, and a picture without any is not drawn.
+    nats, accuracies are shares in [0, 1]. `baselines` maps names in `summary.BASELINES` to the same figures;
+    of fine-tuning, ``base rate`` is one of them. The best epoch is the one of least validation loss.
+    `members` are the names of a population's, whose losses the records have beside their mean. Figures that
+    are missing or null leave a gap, and a picture without any is not drawn.
 
     Returns the pictures drawn; none where matplotlib is not installed.
     """
     best = best_validation(metrics)
+    pictures = {"loss": _draw_loss, "accuracy": _draw_accuracy}
+    if "base rate" in baselines:
+        pictures = {"loss": _draw_task_loss, "auroc": _draw_auroc}
 
     def draw(axes: "Axes", name: str) -> bool:
-        if not (_draw_loss if name == "loss" else _draw_accuracy)(axes, metrics, baselines, best):
+        drawn = pictures[name](axes, metrics, baselines, best)
+        if name == "loss" and members:
+            drawn = _draw_members(axes, metrics, members) or drawn
+        if not drawn:
             return False
         axes.set_xlabel("epoch (passes over the training subjects)")
         axes.set_xlim(left=0)
         # Below the axes, where it hides no curve.
-        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
         return True
 
-    return draw_pictures(folder, dict.fromkeys(("loss", "accuracy"), (7.2, 4.8)), draw)
+    return draw_pictures(folder, dict.fromkeys(pictures, SIZE), draw)
+
+
+def plot_together(runs: Mapping[str, Records], folder: Path) -> list[Path]:
+    """Draw the validation losses of several runs, by their names, as ``loss.png`` in `folder`."""
+
+    def draw(axes: "Axes", name: str) -> bool:
+        drawn = False
+        for number, (run, metrics) in enumerate(runs.items()):
+            points = _with_epoch(metrics, "tuning")
+            heights = [one["loss"] if is_number(one.get("loss")) else math.nan for one in points]
+            if all(map(math.isnan, heights)):
+                continue
+            colour, line = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+            style = {"color": colour, "linestyle": line, "marker": "." if len(points) <= 30 else None}
+            axes.plot([one["epoch"] for one in points], heights, label=run, **style)
+            drawn = True
+        axes.set_xlabel("epoch (passes over the training subjects)")
+        axes.set_ylabel("validation loss")
+        axes.set_title("Validation loss of each run", loc="left", fontsize=11)
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        return drawn
+
+    return draw_pictures(folder, {"loss": (7.6, 4.6)}, draw)
 
 
 def draw_pictures(
@@ -91,6 +129,44 @@ def _draw_loss(axes: "Axes", metrics: Records, baselines: Baselines, best: JsonO
     axes.set_ylabel("loss (nats per masked code)")
     axes.set_title("Masked-code loss", loc="left", fontsize=11)
     return any(curves)
+
+
+def _draw_task_loss(axes: "Axes", metrics: Records, baselines: Baselines, best: JsonObject | None) -> bool:
+    members = any("members" in record for record in metrics)  # of which the records have the mean
+    curves = [_curve(axes, metrics, split, "loss", ", mean" if members else "") for split in CURVES]
+    for which, style in (("base rate", "--"), ("count model", ":")):
+        _baseline(axes, baselines, which, "loss", style)
+    if best is not None and not members:
+        _mark_best(axes, best, "loss", f"best validation: {best['loss']:.3f} at epoch {best['epoch']:.4g}")
+    axes.set_ylabel("loss per example")
+    axes.set_title("Loss on the labels", loc="left", fontsize=11)
+    return any(curves)
+
+
+def _draw_auroc(axes: "Axes", metrics: Records, baselines: Baselines, best: JsonObject | None) -> bool:
+    drawn = _curve(axes, metrics, "tuning", "auroc")
+    axes.axhline(0.5, color=BASELINE_COLOUR, linestyle="--", linewidth=1.2, label="chance")
+    _baseline(axes, baselines, "count model", "auroc", ":")
+    if best is not None and is_number(best.get("auroc")):
+        label = f"{best['auroc']:.3f} at epoch {best['epoch']:.4g} (least validation loss)"
+        _mark_best(axes, best, "auroc", label)
+    axes.set_ylabel("AUROC on the tuning split")
+    axes.set_title("AUROC", loc="left", fontsize=11)
+    return drawn
+
+
+def _draw_members(axes: "Axes", metrics: Records, names: Sequence[str]) -> bool:
+    """Validation losses of a population's members."""
+    colours = [colour for colour in COLOURS if colour != VALIDATION_COLOUR]  # which their mean has
+    records = [one for one in _with_epoch(metrics, "tuning") if len(one.get("members") or ()) == len(names)]
+    for number, name in enumerate(names):
+        losses = [record["members"][number].get("loss") for record in records]
+        heights = [loss if is_number(loss) else math.nan for loss in losses]
+        label = name if number < len(colours) else None  # a legend of dozens would fill the picture
+        colour = colours[number % len(colours)]
+        epochs = [record["epoch"] for record in records]
+        axes.plot(epochs, heights, color=colour, linewidth=0.9, alpha=0.8, label=label)
+    return bool(records)
 
 
 def _draw_accuracy(axes: "Axes", metrics: Records, baselines: Baselines, best: JsonObject | None) -> bool:

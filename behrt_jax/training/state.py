@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
@@ -36,6 +37,8 @@ from behrt_jax.training.step import (
     masked_code_objective,
 )
 
+CODE_TABLE = ("behrt", "embeddings", "code", "embedding")
+"""Path of the code embedding, `[vocabulary, embedding]`, among the parameters."""
 LARGE = 2**16
 """Elements from which on a leaf is split over devices."""
 
@@ -252,6 +255,18 @@ def with_encoder(state: TrainState, encoder: Tree, new_rows: np.ndarray | None =
     return state._replace(
         variables={**state.variables, "params": {**params, **jax.device_put(found, shardings)}}
     )
+
+
+def with_code_rows(state: TrainState, rows: np.ndarray) -> TrainState:
+    """The state with other rows of the code embedding than its own, those of special tokens apart.
+
+    `rows`, float32 `[codes, embedding]`, are those of the vocabulary's end.
+    """
+    params: dict[Any, Any] = {**flatten_dict(state.variables["params"])}
+    table = params[CODE_TABLE]
+    put = jax.jit(lambda own, rows: own.at[-len(rows) :].set(rows), out_shardings=table.sharding)
+    params[CODE_TABLE] = put(table, rows)
+    return state._replace(variables={**state.variables, "params": unflatten_dict(params)})
 
 
 def with_adapters_of_base(state: TrainState, adapters: LoRAConfig | None, key: jax.Array) -> TrainState:

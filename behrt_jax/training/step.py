@@ -117,10 +117,12 @@ def masked_code_losses(
     masked: MaskedCodes,
     key: jax.Array | None = None,
     rows: jax.Array | None = None,
+    guess: bool = False,
 ) -> CodeLosses:
     """Losses and ranks of the masked codes, `[batch, budget]`; arguments as in :meth:`Predictor.outputs`.
 
-    The head runs at the masked columns alone, and over a large vocabulary in parts.
+    The head runs at the masked columns alone, and over a large vocabulary in parts. With `guess`, the code
+    held most likely is told too.
     """
     config, shape = predictor.model.config, masked.labels.shape
     shown = batch._replace(codes=masked.codes)  # pyright: ignore[reportArgumentType]
@@ -129,19 +131,34 @@ def masked_code_losses(
     adapted = "decoder" in variables.get("lora", {}).get("mlm_head", {})
     if chunk is None or adapted:
         logits = predictor.outputs(variables, shown, masked.columns, key, rows)  # [B, T, V]
-        return logit_losses(logits, masked.labels, masked.weights)
+        found = logit_losses(logits, masked.labels, masked.weights)
+        return found._replace(guesses=logits.argmax(-1).astype(jnp.int32)) if guess else found
     features = predictor.outputs(variables, shown, masked.columns, key, rows, decode=False)  # [B, T, D]
     decoder = variables["params"]["mlm_head"]["decoder"]
-    loss, losses, ranks = decoder_losses(
+    dtype = jnp.dtype(config.compute_dtype)
+    loss, losses, ranks, _ = decoder_losses(
         features.reshape(-1, features.shape[-1]),
         decoder["kernel"],
         decoder["bias"],
         masked.labels.reshape(-1),
         masked.weights.reshape(-1),
         chunk=chunk,
-        dtype=jnp.dtype(config.compute_dtype),
+        dtype=dtype,
     )
-    return CodeLosses(loss, losses.reshape(shape), ranks.reshape(shape))
+    guesses = _most_likely(features, decoder, dtype) if guess else None
+    return CodeLosses(loss, losses.reshape(shape), ranks.reshape(shape), guesses)
+
+
+def _most_likely(features: jax.Array, decoder: Tree, dtype: jnp.dtype) -> jax.Array:
+    """The code of the largest logit, int32 `[B, T]` of features `[B, T, D]`, a row of the batch at a time."""
+
+    def of_row(row: jax.Array) -> jax.Array:
+        kernel = decoder["kernel"].astype(dtype)
+        logits = jnp.matmul(row.astype(dtype), kernel, preferred_element_type=jnp.float32)  # [T, V]
+        shift = decoder["bias"].astype(dtype).astype(jnp.float32)
+        return (logits + shift[None, :]).argmax(-1).astype(jnp.int32)
+
+    return jax.lax.map(of_row, features)
 
 
 class Objective(NamedTuple):

@@ -3,14 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.tree_util import tree_leaves_with_path
 
-from behrt_jax.adapters.lora import label, path_names
+from behrt_jax.adapters.lora import label, leaves_by_path, merge, path_names
+from behrt_jax.config import LoRAConfig
 from behrt_jax.files import JsonObject
 from behrt_jax.models.stacked_layers import Tree, unstack_layers
 from behrt_jax.training.runtime import RUN_ONCE
@@ -162,6 +165,42 @@ def _across(x: jax.Array, x0: jax.Array) -> jax.Array:
 
 def _rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.square(x).mean())
+
+
+def code_table(variables: Tree) -> jax.Array:
+    """The code embedding, float32 ``[V, E]``."""
+    (table,) = (leaf for path, leaf in leaves_by_path(variables).items() if path[-3:] == CODE_TABLE)
+    return table
+
+
+def adapter_norms(variables: Tree, config: LoRAConfig) -> list[JsonObject]:
+    """Size of what each adapter adds to its layer's kernel, ready for JSON.
+
+    Returns:
+        For each adapted layer: ``name``, ``norm`` (Frobenius norm of ``scale * a @ b``), and ``share``, that
+        norm divided by the kernel's; None of a kernel that is all zeros.
+    """
+    params, adapters = unstack_layers(variables["params"]), unstack_layers(variables["lora"])
+    layers = {path[:-1]: None for path in leaves_by_path(adapters)}
+    leaves = leaves_by_path(params)
+    kernels = unflatten_dict({(*path, "kernel"): leaves[(*path, "kernel")] for path in layers})
+
+    @partial(jax.jit, compiler_options=RUN_ONCE)
+    def norms(kernels: Tree, adapters: Tree) -> tuple[jax.Array, jax.Array]:
+        added = merge(jax.tree.map(jnp.zeros_like, kernels), adapters, config)
+        whole, part = leaves_by_path(kernels), leaves_by_path(added)
+        of_kernels, of_parts = (
+            jnp.stack([jnp.linalg.norm(tree[(*path, "kernel")]) for path in layers]) for tree in (whole, part)
+        )
+        return of_parts, of_kernels
+
+    found = zip(
+        layers, *(values.tolist() for values in jax.device_get(norms(kernels, adapters))), strict=True
+    )
+    return [
+        {"name": "/".join(path), "norm": part, "share": part / whole if whole else None}
+        for path, part, whole in found
+    ]
 
 
 def _second_moments(opt_state: Any) -> jax.Array | None:

@@ -115,18 +115,20 @@ def validate(
     return _mean([validation_step(variables, batch) for batch in batches])
 
 
-ScoringStep = Callable[[Variables, Batch], tuple[jax.Array, jax.Array, jax.Array]]
+ScoringStep = Callable[[Variables, Batch], tuple[jax.Array, ...]]
 
 
 def make_scoring_step(predictor: Predictor, masking: MaskingConfig, key: jax.Array) -> ScoringStep:
-    """Build the step to losses and ranks of a batch's masked codes, and to which slots are used:
-    `[batch, budget]` each. Masks are those of :func:`make_validation_step`.
+    """Build the step to losses and ranks of a batch's masked codes, to the codes held most likely in their
+    place, and to which slots are used: `[batch, budget]` each. Masks are those of
+    :func:`make_validation_step`.
     """
 
-    def scoring_step(variables: Variables, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def scoring_step(variables: Variables, batch: Batch) -> tuple[jax.Array, ...]:
         masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
-        found = masked_code_losses(predictor, variables, batch, masked)
-        return found.losses, found.ranks, masked.weights
+        found = masked_code_losses(predictor, variables, batch, masked, guess=True)
+        assert found.guesses is not None
+        return found.losses, found.ranks, found.guesses, masked.weights
 
     return scoring_step
 
@@ -138,7 +140,7 @@ def score_masked_codes(
     split: MaskedSplit,
     mesh: Mesh,
 ) -> MaskedCodeResults:
-    """Loss and rank of every masked code, in the order of ``split.targets``.
+    """Loss, rank and guess of every masked code, in the order of ``split.targets``.
 
     Args:
         scoring_step: a jitted :func:`make_scoring_step`, with the key that `split` was made with.
@@ -147,13 +149,12 @@ def score_masked_codes(
         split: of :func:`mask_split`.
         mesh: the devices to compute on.
     """
-    losses, ranks = [], []
+    found = []
     for batch in batches:
-        # [B, T] each
-        loss, rank, used = jax.device_get(scoring_step(variables, put_rows(batch, mesh)))
-        losses.append(loss[used])
-        ranks.append(rank[used])
-    return results_of(split, np.concatenate(losses), np.concatenate(ranks))
+        *of_slots, used = jax.device_get(scoring_step(variables, put_rows(batch, mesh)))  # [B, T] each
+        found.append([values[used] for values in of_slots])
+    losses, ranks, guesses = map(np.concatenate, zip(*found, strict=True))
+    return results_of(split, losses, ranks, guesses)
 
 
 def mask_split(

@@ -24,6 +24,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 import behrt_jax
+from behrt_jax.adapters.combine import ordinary
 from behrt_jax.adapters.files import (
     AdapterConfig,
     base_fingerprint_of,
@@ -32,6 +33,7 @@ from behrt_jax.adapters.files import (
     save_adapter,
 )
 from behrt_jax.adapters.lora import leaves_by_path
+from behrt_jax.adapters.targets import with_alphas
 from behrt_jax.config import LoRAConfig, ModelConfig, from_stored
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.prepared import read_preparation, rule_files
@@ -156,7 +158,9 @@ def write_model(
     }
     found = {path: leaf.shape for path, leaf in flat.items()}
     _check_tensors("the model", found, expected_shapes(model, len(codes), task))
-    adapters = beside and replace(beside.config, alpha=beside.config.alpha or 2.0 * beside.config.rank)
+    if beside is not None:
+        lora, adapters = ordinary(beside.lora, beside.config)
+        beside = Beside(with_alphas(adapters), lora, beside.trained)
     config = PortableConfig(
         architecture=BEHRTForMLM.__name__ if task is None else BEHRTForTask.__name__,
         model=asdict(model),
@@ -166,7 +170,7 @@ def write_model(
         data_fingerprint=data_fingerprint,
         step=step,
         task=task,
-        lora=adapters and asdict(adapters),
+        lora=beside and asdict(beside.config),
         new_codes=new_codes,
         tensors={path: list(shape) for path, shape in found.items()},
     )
@@ -182,7 +186,7 @@ def write_model(
         write_files(fresh, contents)
         if beside is not None:
             of_adapter = AdapterConfig(
-                lora=asdict(adapters),  # pyright: ignore[reportArgumentType]
+                lora=asdict(beside.config),
                 model=asdict(model),
                 vocabulary_fingerprint=replace(vocabulary, codes=codes).fingerprint(),
                 new_codes=vocabulary.codes[len(codes) :],

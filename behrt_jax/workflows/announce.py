@@ -15,6 +15,7 @@ from behrt_jax.files import JsonObject
 from behrt_jax.run_folder import append_metrics, shown_files
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import verdict
+from behrt_jax.tracking.trackers import Send
 from behrt_jax.training.freezing import report_rows
 
 
@@ -99,6 +100,20 @@ def baselines(console: Console, results: Mapping[str, MaskedCodeResults]) -> Non
     )
 
 
+def vectors(console: Console, init: InitConfig, coverage: JsonObject) -> None:
+    """Say what of the vocabulary starts from vectors."""
+    if coverage["projection"] == "none":
+        fitted = f"{coverage['dimension']} numbers each, not projected"
+    else:
+        kept = f"{coverage['variance_share']:.1%} of the variance"
+        fitted = f"{coverage['dimension']} numbers each, projected by PCA, which keeps {kept}"
+    console.log(
+        f"Code embedding from {init.vectors}: {coverage['codes']:,} codes, "
+        f"{coverage['vocabulary_share']:.1%} of the vocabulary and {coverage['event_share']:.1%} of the "
+        f"train events; {fitted}."
+    )
+
+
 def started_from(console: Console, init: InitConfig, step: int) -> None:
     """Say whose parameters the run starts from."""
     console.log(f"Starting from step {step:,} of {init.run}: {', '.join(init.groups)}.")
@@ -114,6 +129,8 @@ class LoopReporter:
     """Name -> figures; ``unigram`` at least."""
     examine: Callable[[int], None]
     """Called after each validation with the number of lines written so far."""
+    send: Send = lambda metrics: None
+    """Told each line that was written."""
     _lines: Counter[str] = field(default_factory=Counter)
 
     def record(self, metrics: JsonObject) -> None:
@@ -125,6 +142,7 @@ class LoopReporter:
             metrics = {**metrics, "share_of_attainable_gain": share}
             best = f", best possible {oracle:.4f}"
         append_metrics(self.metrics_path, metrics)
+        self.send(metrics)
         self._lines["written"] += 1
         if metrics["split"] != "train":
             self.console.log(

@@ -28,6 +28,7 @@ from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
 from behrt_jax.diagnosis.finding import Facts
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import example_batch
+from behrt_jax.tracking.trackers import check_trackers
 from behrt_jax.training.freezing import REGIMES, regime
 from behrt_jax.training.state import Setup, set_up
 from behrt_jax.training.telemetry import leaf_names
@@ -46,6 +47,8 @@ def check(config: PretrainConfig) -> None:
     )
     require(max_length >= 2, f"data.max_length is {max_length}: give 2 or more.")
     positive("data.subjects", data.subjects)
+    share("data.train_fraction", data.train_fraction)
+    positive("data.train_fraction", data.train_fraction)
     positive("data.events_mean", data.events_mean)
     not_negative("data.events_spread", data.events_spread)
     share("data.difficulty", data.difficulty)
@@ -64,6 +67,10 @@ def check(config: PretrainConfig) -> None:
         "masking.mask_share and masking.random_share add up to more than 1: lower one of them.",
     )
 
+    require(
+        config.init.run is None or config.init.vectors is None,
+        "init.run and init.vectors both tell what the embedding starts from: leave one of them out.",
+    )
     check_optimizer(optimizer, config.lora)
     for name in ("epochs", "batch_size", "log_every", "max_steps", "batch_tokens", "micro_batches"):
         positive(f"train.{name}", getattr(train, name))
@@ -182,6 +189,7 @@ def _dropout(name: str, rate: float | None) -> None:
 def check_finetune(config: FinetuneConfig) -> None:
     """Raise one :class:`InputError` for the first setting that cannot work; it names the option."""
     require(config.init is not None, "--init is missing: give the folder of a pretraining run.")
+    check_trackers(config.tracking)
     task, train = config.task, config.train
     share("task.label_fraction", task.label_fraction)
     require(task.label_fraction > 0, "task.label_fraction is 0: there would be nothing to learn from.")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from behrt_jax.adapters.files import import_safetensors
 from behrt_jax.config import DataConfig, ExportConfig, from_stored
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.sequences import Sequences
@@ -25,12 +26,22 @@ from behrt_jax.tracking.console import open_console
 from behrt_jax.tracking.model_card import Card, model_card
 from behrt_jax.training.devices import Devices
 from behrt_jax.training.pretrained import stored_settings
-from behrt_jax.weights.portable import Beside, PortableConfig, is_portable, open_portable, write_model
+from behrt_jax.weights.code_vectors import learnt_vectors, vector_files
+from behrt_jax.weights.portable import (
+    NEW_CODES,
+    Beside,
+    PortableConfig,
+    is_portable,
+    open_portable,
+    write_model,
+)
+from behrt_jax.weights.torch_behrt import to_state_dict
 from behrt_jax.workflows.evaluate import FIGURES_FILE
 from behrt_jax.workflows.loaded import Loaded, load
 from behrt_jax.workflows.predict import read_task
 
 PROGRAM_FILE = "predict.stablehlo"
+TORCH_FILE = "model_torch.safetensors"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 OF_TASK = ("task", "pooling", "max_length", "calibration", "blend", "freezing", "parameters")
 """What an export keeps of task.json: all but paths, and what its config.json has by itself."""
@@ -55,6 +66,11 @@ def export(config: ExportConfig, devices: Devices | None = None) -> PortableConf
         told = _told(run)
         vocabulary, rare = without_rare_counts(run, task, loaded.vocabulary, config.min_subjects)
         files = {PROGRAM_FILE: program(loaded)} if config.stablehlo else {}
+        if config.format == "torch":
+            own = params if beside is None else loaded.variables["params"]
+            named = to_state_dict(loaded.config, {k: part for k, part in own.items() if k != NEW_CODES})
+            files[TORCH_FILE] = import_safetensors().save(named, {"format": "pt"})
+        files |= vector_files(learnt_vectors(params, loaded.vocabulary)) if config.vectors else {}
         exported = open_portable(run).config if is_portable(run) else None
         fingerprint = exported.data_fingerprint if exported else told.record.data.get("fingerprint")
         step = exported.step if exported else told.record.summary.get("best_step") or loaded.step

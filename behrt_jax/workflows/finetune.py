@@ -26,8 +26,10 @@ from behrt_jax.run_folder import (
     shown_files,
     write_files,
 )
-from behrt_jax.tracking.console import Console, format_duration, open_console
+from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.tracking.plots import plot_curves
+from behrt_jax.tracking.report import write_report
+from behrt_jax.tracking.summary import Summary, headline, summary_text
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices
 from behrt_jax.training.feeding import from_host, one_step
@@ -35,6 +37,7 @@ from behrt_jax.training.loop import Steps, catching_signals
 from behrt_jax.training.pretrained import EncoderParameters, check_readable, open_pretrained, read_encoder
 from behrt_jax.training.state import with_encoder
 from behrt_jax.training.step import TrainState, Variables
+from behrt_jax.training.telemetry import adapter_norms
 from behrt_jax.training.validation import make_output_step, score, task_metrics
 from behrt_jax.workflows.checks import check_finetune, has_members
 from behrt_jax.workflows.finetune_run import (
@@ -58,6 +61,7 @@ from behrt_jax.workflows.run import (
     exit_status,
     open_folder,
     save,
+    trackers,
 )
 
 
@@ -96,6 +100,7 @@ def finetune_on(
         open_console() as console,
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
+        trackers(config, folder) as send,
         ThreadPoolExecutor(1) as beside,
     ):
         run = open_finetuning(config, folder, data, labels, delays, devices, console, search)
@@ -108,6 +113,7 @@ def finetune_on(
 
         def record(line: JsonObject) -> None:
             append_metrics(run.folder / METRICS_FILE, line)
+            send(line)
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
             start = partial(_start, config, run, encoder, console)
@@ -176,6 +182,7 @@ def _summary(
     seconds: float,
 ) -> JsonObject:
     """Content of summary.json."""
+    lora = run.config.lora
     metrics = read_metrics(run.folder / METRICS_FILE)
     validations = [record for record in metrics if record.get("split") == "tuning"]
     return {
@@ -189,6 +196,7 @@ def _summary(
         "wall_seconds": seconds,
         "baselines": {"base rate": {"loss": loss_of_base_rate(run.labelled)}},
         **({} if best is None else best[1].said),
+        **({} if best is None or lora is None else {"adapter_norms": adapter_norms(best[0], lora)}),
         "calibration": None if best is None else asdict(best[1].calibration),
         "data": run.labelled.counts,
         "parameters": {key: value for key, value in run.parameters.items() if key != "adapters"},
@@ -202,8 +210,8 @@ def write_results(
     best: tuple[Variables, Judged] | None,
     summary: JsonObject,
 ) -> None:
-    """Write task.json, the adapter, summary.json, SUMMARY.txt and plots; `best` are the variables of the best
-    checkpoint and what was fitted with them.
+    """Write task.json, the adapter, summary.json, SUMMARY.txt, plots and report.html; `best` are the
+    variables of the best checkpoint and what was fitted with them.
     """
     folder = run.folder
     if best is not None:
@@ -215,48 +223,12 @@ def write_results(
     found = examined(console, run, summary)
     summary = {**summary, "findings": finding.to_json(found)}
     write_files(folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
-    write_text(folder / SUMMARY_TEXT_FILE, _text(config, summary, found))
-    plot_curves(read_metrics(folder / METRICS_FILE), {}, folder / PLOTS_FOLDER)
+    write_text(folder / SUMMARY_TEXT_FILE, summary_text(Summary(**summary), config.name))
+    plot_curves(read_metrics(folder / METRICS_FILE), summary["baselines"], folder / PLOTS_FOLDER)
+    write_report(folder)
     console.log(f"Stopped: {summary['stop_reason']}.")
-    console.log(_verdict(summary))
+    console.log(headline(Summary(**summary)))
     console.log(f"Written to {folder}: {', '.join(shown_files(folder))}")
-
-
-def _verdict(summary: JsonObject) -> str:
-    best, base = summary["best"], summary["baselines"]["base rate"]["loss"]
-    if best is None:
-        return "There is no validation yet."
-    if best["loss"] >= base:
-        return (
-            f"The validation loss, {best['loss']:.4f}, is NOT below that of the base rate, {base:.4f}: the "
-            "model has learned nothing of use. Try another learning rate, more epochs or more labels."
-        )
-    return (
-        f"The validation loss, {best['loss']:.4f}, is below that of the base rate, {base:.4f}. How good the "
-        "model is, predict.py and evaluate.py tell on the held_out split, beside simple baselines."
-    )
-
-
-def _text(config: FinetuneConfig, summary: JsonObject, found: Sequence[finding.Finding]) -> str:
-    title = f"Fine-tuning run: {config.name} ({summary['task']})"
-    best, parameters = summary["best"], summary["parameters"]
-    took = format_duration(summary["wall_seconds"])
-    lines = [
-        f"{title}\n{'=' * len(title)}",
-        f"{summary['epochs']:.1f} epochs, {summary['steps']:,} steps, {took}. "
-        f"Stopped: {summary['stop_reason'].rstrip('.')}.",
-        f"Best validation (step {summary['best_step']}): {_figures(best)}." if best else "No validation yet.",
-        _verdict(summary),
-        f"Parameters: {parameters['trainable']:,} trained of {parameters['total']:,}"
-        f" ({parameters['trainable_percent']:.2f} %).",
-    ]
-    if calibration := summary["calibration"]:
-        fitted = [f"{name} {value:.4g}" for name, value in calibration.items() if value is not None]
-        lines.append(f"Fitted on tuning: {', '.join(fitted)}.")
-    if blend := summary.get("blend"):
-        lines.append(f"Blended: {blend['share']:.0%} of the count model. On tuning: {_figures(blend)}.")
-    lines += [finding.one_line(one) for one in found]
-    return "\n\n".join(lines).encode("ascii", "replace").decode("ascii") + "\n"
 
 
 def _figures(metrics: JsonObject) -> str:

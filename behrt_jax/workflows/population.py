@@ -21,14 +21,19 @@ from behrt_jax.files import JsonObject, json_text, write_text
 from behrt_jax.models.behrt import EACH, Pooling
 from behrt_jax.run_folder import (
     METRICS_FILE,
+    PLOTS_FOLDER,
     SUMMARY_FILE,
     SUMMARY_TEXT_FILE,
     append_metrics,
+    read_metrics,
     record_metrics,
     shown_files,
     write_files,
 )
 from behrt_jax.tracking.console import Console, open_console
+from behrt_jax.tracking.plots import plot_curves
+from behrt_jax.tracking.report import write_report
+from behrt_jax.tracking.summary import Summary, member_table, summary_text
 from behrt_jax.training.devices import Devices, put_rows, replicated
 from behrt_jax.training.feeding import AHEAD
 from behrt_jax.training.freezing import part, regime, whole
@@ -76,7 +81,7 @@ from behrt_jax.workflows.labelled_data import (
     read_labelled,
     split_batches,
 )
-from behrt_jax.workflows.run import RunResult, open_folder, settings
+from behrt_jax.workflows.run import RunResult, open_folder, settings, trackers
 
 SEARCHES = ("learning_rate", "rank")
 """Variations of which the best member alone predicts."""
@@ -104,11 +109,21 @@ def finetune_population(config: FinetuneConfig, devices: Devices | None = None) 
         config = replace(config, population=replace(population, size=len(population.labels)))
     else:
         data, labels, delays = read_labelled(config.data, config.labels)
-    with open_console() as console, open_folder(config) as (folder, config):
+    with (
+        open_console() as console,
+        open_folder(config) as (folder, config),
+        trackers(config, folder) as send,
+    ):
         run = open_finetuning(config, folder, data, labels, delays, devices, console, search)
         config = run.config
         variation = vary(config, run.labelled)
-        found = train_population(console, config, run, variation, make_population(config, run, variation))
+
+        def record(line: JsonObject) -> None:
+            append_metrics(run.folder / METRICS_FILE, line)
+            send(line)
+
+        members = make_population(config, run, variation)
+        found = train_population(console, config, run, variation, members, record)
         summary = write_population(console, config, run, variation, found, time.perf_counter() - started)
     return RunResult(run.folder, summary)
 
@@ -293,11 +308,11 @@ def train_population(
     run: Finetuning,
     variation: Variation,
     population: Population,
-    keep: bool = True,
+    record: Callable[[JsonObject], None] | None = None,
 ) -> list[Best]:
     """Train all members on the same batches and validate them every epoch. The first state is used up.
 
-    Metrics and variables are only kept with `keep`.
+    `record` takes the line of each validation; without it the best variables are not kept either.
 
     Raises:
         DivergenceError: the loss of a member was never finite; of a search, that of all members.
@@ -331,17 +346,16 @@ def train_population(
                 best.waited += 1
                 if metrics[k]["loss"] < best.loss:
                     best.loss, best.step, best.waited, best.outputs = metrics[k]["loss"], number, 0, mine
-                    if not keep:
+                    if record is None:
                         continue
                     alone = member(state, k, variation.adapters[k])
                     # The frozen leaves go on with the state, which the next step uses up.
                     best.variables = jax.tree.map(np.asarray, part(alone, mask, trains=True))
                     if on_train is not None and variation.weights is not None:
                         best.of_unseen = on_train[k, ~variation.weights[k]]
-            if keep:
+            if record is not None:
                 train_losses = np.asarray(totals["loss"] / jnp.maximum(totals["targets"], 1.0))
-                append_metrics(
-                    run.folder / METRICS_FILE,
+                record(
                     {
                         **run.schedule.line(number, "tuning"),
                         "loss": float(np.mean([one["loss"] for one in metrics])),
@@ -355,7 +369,7 @@ def train_population(
             if patience is not None and all(best.waited >= patience for best in found):
                 break
     console.close()
-    if not keep:
+    if record is None:
         return found
     diverged = [name for name, best in zip(variation.names, found, strict=True) if best.outputs is None]
     if len(diverged) > (len(found) - 1 if config.population.vary in SEARCHES else 0):
@@ -441,7 +455,7 @@ def search(
     console.log(
         f"Searching: {size} members on {len(some.train):,} train and {len(some.tuning):,} tuning labels."
     )
-    found = train_population(console, short, run, variation, make_population(short, run, variation), False)
+    found = train_population(console, short, run, variation, make_population(short, run, variation))
     tried = [
         {
             "pooling": how,
@@ -487,7 +501,7 @@ def write_population(
     found: Sequence[Best],
     seconds: float,
 ) -> JsonObject:
-    """Write members/, task.json, summary.json and SUMMARY.txt; returns the summary."""
+    """Write members/, task.json, summary.json, SUMMARY.txt, plots and report.html; returns the summary."""
     rows = [_write_member(console, config, run, variation, k, best) for k, best in enumerate(found)]
     summary: JsonObject = {
         "task": run.labelled.task.kind,
@@ -506,20 +520,14 @@ def write_population(
     record_metrics(run.folder)
     summary["findings"] = to_json(examined(console, run, summary))
     write_files(run.folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
-
-    columns = ("member", "best step", "tuning loss", "of the base rate", "tuning AUROC")
-    table = [
-        (row["member"], row["best_step"],
-         *(_cell(row.get(name)) for name in ("loss", "base_rate_loss", "auroc")))
-        for row in rows
-    ]  # fmt: skip
-    console.table(f"Members ({summary['task']}, vary {config.population.vary})", columns, table)
+    told = Summary(**summary)
+    console.table(f"Members ({summary['task']}, vary {config.population.vary})", *member_table(told))
     for line in lines:
         console.log(line)
-    rows_of_text = [
-        ", ".join(f"{name} {cell}" for name, cell in zip(columns, row, strict=True)) for row in table
-    ]
-    write_text(run.folder / SUMMARY_TEXT_FILE, "\n".join([*rows_of_text, *lines]) + "\n")
+    write_text(run.folder / SUMMARY_TEXT_FILE, summary_text(told, config.name))
+    metrics = read_metrics(run.folder / METRICS_FILE)
+    plot_curves(metrics, summary.get("baselines") or {}, run.folder / PLOTS_FOLDER, variation.names)
+    write_report(run.folder)
     console.log(f"Written to {run.folder}: {', '.join(shown_files(run.folder))}")
     return summary
 

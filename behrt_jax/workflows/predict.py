@@ -364,8 +364,9 @@ def read_task(folder: Path) -> JsonObject:
             "finetune.py, or the adapter in it."
         )
     if (folder / ADAPTER_FILE).is_file():
-        read_config(folder)  # which checks what lies beside it
-        return read_json(folder / TASK_FILE)
+        adapter, record = read_config(folder), read_json(folder / TASK_FILE)
+        # What PEFT saved there may have other adapters than the run that task.json is of.
+        return {**record, "lora": adapter.lora} if adapter.base_fingerprint is None else record
     return read_document(folder, TASK_FILE)
 
 

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from behrt_jax.adapters import combine
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
@@ -23,6 +25,7 @@ from behrt_jax.data.prepared import rule_files
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import DivergenceError, InputError
+from behrt_jax.evaluation.learned import confusions, neighbours
 from behrt_jax.evaluation.masked_codes import Cooccurrence, MaskedCodeResults, MaskedSplit, Unigram, assess
 from behrt_jax.evaluation.oracle import oracle_of
 from behrt_jax.files import JsonObject, json_text, write_text
@@ -33,6 +36,7 @@ from behrt_jax.run_folder import (
     PLOTS_FOLDER,
     SUMMARY_FILE,
     SUMMARY_TEXT_FILE,
+    read_config,
     read_metrics,
     record_metrics,
     write_files,
@@ -42,15 +46,16 @@ from behrt_jax.tracking.plots import plot_curves
 from behrt_jax.tracking.report import write_report
 from behrt_jax.tracking.summary import Summary, summarise, summary_text
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.devices import Devices, make_mesh
+from behrt_jax.training.devices import Devices, make_mesh, replicated
 from behrt_jax.training.feeding import PlacedBatches, on_device, one_step, open_feed
 from behrt_jax.training.loop import Schedule, Steps, catching_signals
 from behrt_jax.training.masking import FIRST_CODE
 from behrt_jax.training.micro_batches import choose_micro_batches, rows_multiple
 from behrt_jax.training.pretrained import check_source, check_vocabulary, start_from
 from behrt_jax.training.runtime import Startup, keep_freed_memory, use_compilation_cache
-from behrt_jax.training.state import assemble, set_up
+from behrt_jax.training.state import assemble, set_up, with_code_rows
 from behrt_jax.training.step import TrainState, Variables, masked_code_objective
+from behrt_jax.training.telemetry import adapter_norms, code_table
 from behrt_jax.training.validation import (
     make_scoring_step,
     make_validation_step,
@@ -58,6 +63,7 @@ from behrt_jax.training.validation import (
     score_masked_codes,
     validate,
 )
+from behrt_jax.weights.code_vectors import CodeVectors, first_rows, read_vectors
 from behrt_jax.workflows import announce
 from behrt_jax.workflows.checks import check, gather_facts
 from behrt_jax.workflows.doctor import Examination
@@ -74,6 +80,7 @@ from behrt_jax.workflows.run import (
     run_record,
     save,
     settings,
+    trackers,
     write_start,
 )
 
@@ -95,6 +102,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         open_console() as console,
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
+        trackers(config, folder) as send,
         ThreadPoolExecutor(1) as beside,
     ):
         run = open_pretraining(config, folder, devices, console)
@@ -114,17 +122,11 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         announce.baselines(console, baselines)
         examination = examine_before(config, run, unlearned, console)
         startup.mark("baselines counted")
-        lines = announce.LoopReporter(console, run.folder / METRICS_FILE, unlearned, examination.during)
+        during = examination.during
+        lines = announce.LoopReporter(console, run.folder / METRICS_FILE, unlearned, during, send)
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
-
-            def start(state: TrainState) -> TrainState:
-                if config.init.run is None:
-                    return state
-                state, source_step = start_from(config.init, state)
-                announce.started_from(console, config.init, source_step)
-                return state
-
+            start = partial(start_with, run, config, console)
             begun = begin(run, config, compiling, checkpoints, console, start, started)
             del compiling  # or it would hold this state's arrays beside those of a restored one
             state, cursor, telemetry = begun.state, begun.cursor, begun.telemetry
@@ -163,9 +165,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
                 best = best_variables(checkpoints, best_step, state)
                 write_adapter(console, config, run, best)
                 if stop_reason != "interrupted":  # whoever stops a run wants it to end soon
-                    scoring_step = jax.jit(make_scoring_step(predictor, config.masking, validation_key))
-                    results = score_masked_codes(scoring_step, best, run.tuning, masked, mesh)
-                    assessment = assess(data.vocabulary.counts, FIRST_CODE, baselines, results)
+                    assessment = assess_model(config, run, best, masked, baselines)
         stop_reason, status = exit_status(stop_reason, interruption)
         ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup.marks)
         summary = write_summary(run, config, unlearned, assessment, ended, examination)
@@ -184,6 +184,10 @@ class Pretraining(Run):
     description: JsonObject
     """Counts of `data`, see `data.sequences.describe`."""
     tuning: ValidationBatches
+    vectors: CodeVectors | None
+    """Of `init.vectors`, in a run that begins."""
+    coverage: JsonObject
+    """How much of the vocabulary they cover; empty without."""
 
 
 def open_pretraining(
@@ -197,8 +201,10 @@ def open_pretraining(
     keep_freed_memory()
     check(config)
     mesh = make_mesh(devices, config.mesh)
+    vectors = None
     if not config.resume:
         check_source(config.init, config.model)
+        vectors = None if config.init.vectors is None else read_vectors(config.init.vectors)
     if reason := use_compilation_cache(config.compilation_cache):
         console.log(reason)
     data = load_sequences(config.data, config.model.sep_token)
@@ -210,6 +216,11 @@ def open_pretraining(
         check_same_run(folder, config, data.fingerprint)
     else:
         check_vocabulary(config.init, data.vocabulary)
+    if vectors is not None:
+        coverage = first_rows(vectors, data.vocabulary, config).coverage
+        announce.vectors(console, config.init, coverage)
+    else:  # a run that is resumed keeps what it knew
+        coverage = (read_config(folder).get("facts") or {}).get("vectors", {}) if config.resume else {}
 
     setup = set_up(config, len(data.vocabulary), mesh)
     parameters = parameter_report(config.freezing, setup)
@@ -223,9 +234,21 @@ def open_pretraining(
     parts = choose_micro_batches(config, folder, batches, schedule.total_steps, assembly, console.log)
     batches = batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts))
     counts = data.vocabulary.counts
-    return Pretraining(
-        folder, assembly, batches, schedule, parts, parameters, counts, data, description, tuning
-    )
+    of_any_run = folder, assembly, batches, schedule, parts, parameters, counts
+    return Pretraining(*of_any_run, data, description, tuning, vectors, coverage)
+
+
+def start_with(run: Pretraining, config: PretrainConfig, console: Console, state: TrainState) -> TrainState:
+    """The first state, with what `config.init` gives in place of its own parameters."""
+    if config.init.vectors is not None:
+        # A run that is resumed before it had a checkpoint has not read them.
+        vectors = run.vectors or read_vectors(config.init.vectors)
+        return with_code_rows(state, first_rows(vectors, run.data.vocabulary, config).rows)
+    if config.init.run is None:
+        return state
+    state, source_step = start_from(config.init, state)
+    announce.started_from(console, config.init, source_step)
+    return state
 
 
 def split_batches(
@@ -279,6 +302,7 @@ def examine_before(
     """Show the doctor's findings before the first step, and write what a run folder begins with."""
     setup, total_steps = run.assembly.setup, run.schedule.total_steps
     facts = gather_facts(config, run.data, setup, run.batches, total_steps, run.micro_batches)
+    facts = replace(facts, vectors=run.coverage)
     record = RunRecord(settings(config), run.parameters, facts, baselines)
     examination = Examination(console, record, run.folder / METRICS_FILE)
     examination.before()
@@ -307,6 +331,29 @@ def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, va
         save_adapter(run.folder / "adapter", variables["params"], adapters, trained, adapter, rules)
     except InputError as error:
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
+
+
+def assess_model(
+    config: PretrainConfig,
+    run: Pretraining,
+    variables: Variables,
+    masked: MaskedSplit,
+    baselines: Mapping[str, MaskedCodeResults],
+) -> JsonObject:
+    """What the summary says of a trained model beside its mean loss: how it stands beside the baselines on
+    the tuning split as `masked`, what it makes of codes, and how large its adapters became.
+    """
+    setup, mesh, vocabulary = run.assembly.setup, run.assembly.mesh, run.data.vocabulary
+    step = jax.jit(make_scoring_step(setup.predictor, config.masking, run.assembly.keys.validation))
+    results = score_masked_codes(step, variables, run.tuning, masked, mesh)
+    found = assess(vocabulary.counts, FIRST_CODE, baselines, results)
+    found["confusions"] = confusions(vocabulary, results)
+    if config.init.run is not None or run.parameters["embedding"]["trainable"]:
+        table = jax.device_put(code_table(variables), replicated(mesh))
+        found["neighbours"] = neighbours(vocabulary, np.asarray(table))
+    if config.lora is not None:
+        found["adapter_norms"] = adapter_norms(variables, config.lora)
+    return found
 
 
 class RunEnd(NamedTuple):
@@ -340,6 +387,8 @@ def write_summary(
         run.parameters,
     )
     summary = Summary(**found, **assessment)
+    if run.coverage:
+        summary["init_vectors"] = run.coverage
     if "first step" in ended.startup:
         summary["first_step_seconds"] = ended.startup["first step"]
         summary["startup_seconds"] = dict(ended.startup)

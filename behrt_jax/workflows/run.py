@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -21,7 +21,7 @@ import numpy as np
 
 from behrt_jax import __version__
 from behrt_jax.adapters.lora import GROUPS
-from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig
+from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig, TrackingConfig
 from behrt_jax.data.batches import TaskBatches, TrainingBatches
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, json_text, resolved
@@ -37,6 +37,7 @@ from behrt_jax.run_folder import (
 )
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import flat
+from behrt_jax.tracking.trackers import Send, open_trackers
 from behrt_jax.training.checkpoints import Checkpoints
 from behrt_jax.training.devices import put_rows, shapes_of
 from behrt_jax.training.freezing import count_parameters
@@ -83,6 +84,16 @@ def compile_beside(executor: Executor, run: Run, program: Any, from_host: bool =
     if jax.process_count() > 1:
         compiling.result()  # processes must start their programs in the same order
     return compiling
+
+
+def trackers(config: PretrainConfig | FinetuneConfig, folder: Path) -> AbstractContextManager[Send]:
+    """What sends records on as the configuration asks: of several processes, the first one alone sends.
+
+    Raises:
+        InputError: see `trackers.open_trackers`.
+    """
+    asked = config.tracking if jax.process_index() == 0 else TrackingConfig()
+    return open_trackers(asked, folder, settings(config))
 
 
 class Begun(NamedTuple):
@@ -240,6 +251,9 @@ FREE = (
     "train.steps_per_call",
     "mesh.data",
     "mesh.fsdp",
+    "tracking.tensorboard",
+    "tracking.wandb",
+    "tracking.project",
     "data.path",
     "data.verify",
     "data",

@@ -155,21 +155,19 @@ def generated(folder: Path, subjects: int, seed: int = 0) -> tuple[Path, Path]:
     rng = np.random.default_rng(seed)
     made = generate_clinical(subjects, 300, 15.0, 0.9, seed)
     events = made.events.select(EVENT_SCHEMA.names)
-    alive = pc.and_(events["time"].is_valid(), pc.not_equal(events["code"].cast(pa.string()), DEATH_CODE))
+    alive = (pc.field("code").cast(pa.string()) != DEATH_CODE) & pc.field("time").is_valid()
     last = events.filter(alive).group_by("subject_id").aggregate([("time", "max")]).sort_by("subject_id")
     ids, times = last["subject_id"], last["time_max"]
-    values = pa.array(rng.normal(size=len(last)).astype(np.float32))
+    values = rng.normal(size=len(last)).astype(np.float32)
     codes = pa.array([TEST] * len(last)).dictionary_encode()
     tests = pa.table([ids, times, codes, values], schema=EVENT_SCHEMA)
     table = pa.concat_tables([events.cast(EVENT_SCHEMA), tests]).unify_dictionaries().combine_chunks()
     of = rng.choice(SPLITS, len(last), p=(0.7, 0.15, 0.15))
     splits = {name: ids.to_numpy()[of == name] for name in SPLITS}
     write_meds([table], dataset, splits=splits, descriptions=made.descriptions, dataset_name="generated")
-    empty = {
-        name: pa.nulls(len(last), kind) for name, kind in VALUE_COLUMNS.items() if name.endswith("value")
-    }
-    truth = pc.greater(values, 0)
-    table = pa.table({"subject_id": ids, "prediction_time": times, **empty, "boolean_value": truth})
+    keys = {"subject_id": ids, "prediction_time": times}
+    nothing = {name: pa.nulls(len(last), VALUE_COLUMNS[name]) for name in ("integer_value", "float_value")}
+    table = pa.table({**keys, "boolean_value": values > 0, **nothing})
     for name in SPLITS:
         (labels / name).mkdir(parents=True)
         pq.write_table(table.filter(pa.array(of == name)), labels / name / "0.parquet")

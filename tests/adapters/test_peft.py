@@ -13,15 +13,28 @@ pytest.importorskip("peft")
 
 import peft  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
+from safetensors.torch import load_file
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import AdapterConfig, load_adapter, save_adapter
 from behrt_jax.adapters.lora import label, path_names
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config import (
+    DataConfig,
+    ExportConfig,
+    FreezingConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TrainConfig,
+)
 from behrt_jax.errors import InputError
 from behrt_jax.weights.torch_behrt import from_state_dict
-from experiments.benchmarks.torch_model import load_params, separate_projections
+from behrt_jax.workflows.export import export
+from behrt_jax.workflows.loaded import load
+from behrt_jax.workflows.pretrain import pretrain
+from experiments.benchmarks.torch_model import TorchBEHRTForMLM, load_params, separate_projections
 from tests.experiments.reference_cases import uniform
+from tests.models.rows import VOCABULARY, tiny_model
 from tests.weights.torch_case import MODEL, assert_agree, drawn_params, inputs, ours, reference, theirs
 
 pytestmark = pytest.mark.slow
@@ -118,6 +131,32 @@ def test_the_configuration_has_every_value_resolved(tmp_path):
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+
+
+def test_an_export_with_its_adapter_beside_is_the_run_in_peft(tmp_path):
+    config = PretrainConfig(
+        model=tiny_model(dropout=0.0),
+        lora=LoRAConfig(rank=2, targets=("query", "intermediate", "output")),
+        freezing=FreezingConfig("lora"),
+        data=DataConfig(source="uniform", subjects=100, vocabulary_size=VOCABULARY),
+        optimizer=OptimizerConfig(learning_rate=0.05, schedule="constant", warmup_fraction=0.0),
+        train=TrainConfig(max_steps=3, batch_size=32),
+        output=tmp_path / "run",
+    )
+    devices, folder = jax.devices()[:1], tmp_path / "exported"
+    pretrain(config, devices)
+    export(ExportConfig(run=config.output, output=folder, adapters="beside", format="torch"), devices)
+    module = TorchBEHRTForMLM(config.model, VOCABULARY)
+    module.load_state_dict(load_file(folder / "model_torch.safetensors"))
+    separate_projections(module)
+    before = theirs(module)
+    model = peft.PeftModel.from_pretrained(module, folder / "adapter")
+    expected = ours(load(config.output, devices=devices).params, model=config.model)
+    assert np.abs(before - expected).max() > 0.01
+    assert_agree(theirs(model), expected)
+    model.save_pretrained(folder / "saved")
+    back = load(folder / "saved", base=folder, devices=devices)
+    assert_agree(ours(back.params, model=config.model), expected)
 
 
 SETTINGS = {

@@ -14,6 +14,7 @@ from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS
 from behrt_jax.data.sequences import Sequences, SequenceSet, build_sequences, describe, map_vocabulary
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK, Vocabulary
 from behrt_jax.errors import InputError
+from behrt_jax.records.load import load_sequences
 from tests.records.meds_folder import DAY, HOUR, Row, born, by_remainder, event_set, history_rows
 
 SPLIT_OF = {1: "train", 2: "train", 3: "tuning", 4: "held_out", 5: "train"}  # 6 and more: none
@@ -401,3 +402,32 @@ def test_equal_ids_are_not_copied():
     other = map_vocabulary(vocabulary(["B", "A"]), theirs, extend=False)
     assert not other.identical
     assert other.apply(sequences([5, 6, 5])).codes.tolist() == [6, 5, 6]
+
+
+def test_a_share_of_the_train_subjects_is_a_part_of_a_larger_one():
+    config = DataConfig(subjects=300, vocabulary_size=60, source="uniform")
+    whole = load_sequences(config, sep_token=True)
+    sets = {share: load_sequences(replace(config, train_fraction=share), True) for share in (0.001, 0.1, 0.5)}
+    sizes = {share: len(one.splits["train"]) for share, one in sets.items()}
+    total = len(whole.splits["train"])
+    assert sizes == {0.001: 1, 0.1: round(0.1 * total), 0.5: round(0.5 * total)}
+    for smaller, larger in itertools.pairwise([*sets.values(), whole]):
+        few, many = smaller.splits["train"], larger.splits["train"]
+        assert set(few.subject_ids) < set(many.subject_ids)
+        for subject, start, stop in zip(few.subject_ids, few.offsets[:-1], few.offsets[1:], strict=True):
+            place = np.searchsorted(many.subject_ids, subject)
+            theirs = many.codes[many.offsets[place] : many.offsets[place + 1]]
+            np.testing.assert_array_equal(few.codes[start:stop], theirs)
+    for one in sets.values():
+        assert one.splits["tuning"] is not None and one.vocabulary.codes == whole.vocabulary.codes
+        np.testing.assert_array_equal(one.splits["tuning"].codes, whole.splits["tuning"].codes)
+        train = one.splits["train"].codes
+        expected = Counter(train[train >= len(SPECIAL_TOKENS)].tolist())
+        counts = one.vocabulary.counts[len(SPECIAL_TOKENS) :]
+        assert counts.tolist() == [expected[code] for code in range(len(SPECIAL_TOKENS), 60)]
+        assert one.vocabulary.counts[SEP] == 0
+        told = describe(one)
+        assert told["events_kept"] == sum(part["events"] for part in told["splits"].values())
+    assert len({one.fingerprint for one in [*sets.values(), whole]}) == 4
+    other = load_sequences(replace(config, train_fraction=0.5, seed=0), True)
+    assert other.fingerprint == sets[0.5].fingerprint

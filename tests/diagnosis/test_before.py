@@ -57,6 +57,22 @@ def test_groups_of_a_run_are_not_random(tmp_path):
     assert "head" not in left
 
 
+def test_vectors_of_few_codes_or_frozen_beside_random_embeddings(tmp_path):
+    def found(share, groups):
+        settings = settings_of(replace(PRETRAIN["small"], init=InitConfig(vectors=tmp_path)))
+        coverage = {"codes": 900, "vocabulary_share": 900 / 995, "event_share": share}
+        parameters = parameters_of("full", groups, lora=None)
+        return told(before.check_before, settings, parameters, facts=Facts(vectors=coverage))
+
+    frozen = only(found(0.9, ("head", "base")), "frozen-beside-vectors")
+    assert frozen.severity == "info"
+    assert f"{109_824 - 900 * 64:,} other parameters" in frozen.seen
+    little = only(found(0.4, ("head", "base", "embedding")), "vectors-cover-little")
+    assert little.severity == "warning"
+    assert "40.0%" in little.seen
+    assert found(0.6, ("head", "base", "embedding")) == []
+
+
 def test_a_random_base_is_a_fault_only_without_adapters():
     found = only(told(before.frozen_at_random, LORA, parameters_of("lora")), "base-at-random")
     assert found.severity == "info"

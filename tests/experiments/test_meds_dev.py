@@ -79,7 +79,7 @@ def test_each_stage_starts_commands_that_are_understood(started, tmp_path, demo)
     ]
     assert prepare.input == tmp_path / "a data set" and prepare.value_codes == (".",)
     assert prepare.output == pretrain.data.path == finetune.data == pretraining / "prepared"
-    assert pretrain.data.window == "recent" and pretrain.model.positions >= 512
+    assert pretrain.data.window == "random" and pretrain.model.positions >= 512
     assert finetune.init == pretrain.output == pretraining / "pretrained"
     assert finetune.labels == predict.labels == tmp_path / "some labels"
     assert predict.model == finetune.output == finetuning / "finetuned" and predict.split == "tuning"

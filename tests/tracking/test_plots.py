@@ -50,7 +50,7 @@ def test_pictures_are_written_readable(tmp_path):
     assert drawn == [tmp_path / "plots" / "loss.png", tmp_path / "plots" / "accuracy.png"]
     for path in drawn:
         picture = imread(path)  # [height, width, 4]
-        assert picture.shape[:2] == (720, 1080)
+        assert picture.shape[:2] == (774, 1008)
         blue = np.all(np.isclose(picture[..., :3], np.array([0, 0x72, 0xB2]) / 255, atol=0.02), axis=-1)
         orange = np.all(np.isclose(picture[..., :3], np.array([0xD5, 0x5E, 0]) / 255, atol=0.02), axis=-1)
         assert blue.sum() > 200

@@ -12,6 +12,16 @@ from behrt_jax.files import write_json
 from behrt_jax.run_folder import append_metrics
 from behrt_jax.tracking.report import write_report
 
+BAND = {
+    "band": "1-10",
+    "codes": 10,
+    "targets": 157,
+    "loss": 3.6,
+    "accuracy": 0.22,
+    "accuracy_top10": 0.69,
+    "unigram_loss": 4.1,
+    "unigram_accuracy": 0.13,
+}
 PNG = b"\x89PNG\r\n\x1a\nnot really"
 VOID = {"meta", "img"}
 
@@ -24,6 +34,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.headings: list[str] = []
         self.text = ""
         self.feed(text)
         assert self.open == []
@@ -40,6 +51,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "style" not in self.open:
             self.text += data
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
 
 
 def fill(folder, parts=("config", "parameters", "summary", "metrics", "plots")):
@@ -54,6 +67,7 @@ def fill(folder, parts=("config", "parameters", "summary", "metrics", "plots")):
             },
             "versions": {"jax": "0.10.2"},
             "devices": [],
+            "command": ["behrt-jax", "pretrain", "--output", "runs/a b"],
         }
         write_json(folder / "config.json", config)
     if "parameters" in parts:
@@ -90,7 +104,45 @@ def fill(folder, parts=("config", "parameters", "summary", "metrics", "plots")):
                     "mend": "mend it",
                 }
             ],
-            "data": {"events": {"read": 75012}},
+            "bands": [BAND],
+            "confusions": [
+                {
+                    "code": "DX//J10",
+                    "description": "Influenza",
+                    "masked": 19,
+                    "subjects": 12,
+                    "found": 0.25,
+                    "instead_code": "RX//N02",
+                    "instead_description": None,
+                    "instead_share": 0.5,
+                }
+            ],
+            "neighbours": [
+                {
+                    "code": "DX//J10",
+                    "description": "Influenza",
+                    "events": 956,
+                    "near": [{"code": "RX//N02", "description": None, "cosine": 0.777}],
+                }
+            ],
+            "adapter_norms": [{"name": "layer_0/query", "norm": 2.4691, "share": 0.219}],
+            "data": {
+                "splits": {
+                    name: {
+                        "subjects": 4048,
+                        "events": 60529,
+                        "tokens": 60529,
+                        "visits": 22923,
+                        "lengths": {"p50": 10.0, "p90": 32.0, "p99": 79.1, "max": 188.0},
+                    }
+                    for name in ("train", "tuning", "held_out")
+                },
+                "events_read": 75012,
+                "events_kept": 74284,
+                "events_dropped": {"birth or death marker": 728},
+                "events_changed": {},
+                "vocabulary_rows": 1000,
+            },
         }
         write_json(folder / "summary.json", summary)
     if "metrics" in parts:
@@ -117,7 +169,13 @@ def test_the_report_holds_outcome_parameters_curves_history_and_settings(tmp_pat
     for part in (
         "small_lora",
         "below the unigram baseline by 0.500 nats",
-        "1.0 epochs, 40 steps, 2 min 31 s, stopped: all epochs done",
+        "1.0 epochs, 40 steps, 2 min 31 s. Stopped: all epochs done.",
+        "the doctor found 1 error and no warnings",
+        "Influenza [DX//J10]",
+        "RX//N02 (0.78)",
+        "21.9%",
+        "dropped: birth or death marker",
+        "behrt-jax pretrain --output 'runs/a b'",
         "codes <at> random",
         "uniform-data",
         "mend it",
@@ -137,6 +195,94 @@ def test_the_report_holds_outcome_parameters_curves_history_and_settings(tmp_pat
         "versions.jax",
     ):
         assert part in page.text, part
+    assert "splits.train" not in page.text  # a table of splits, and not a list of counts
+
+
+def test_the_verdict_comes_first_and_what_is_long_is_folded_away_at_the_end(tmp_path):
+    text = read(fill(tmp_path))
+    page = Page(text)
+    assert page.headings == [
+        "Curves",
+        "Findings of the doctor",
+        "Accuracy by frequency of the code",
+        "What is taken for what",
+        "Neighbours of frequent codes",
+        "Size of the adapters",
+        "Parameters",
+        "Data",
+        "Kept and left out",
+        "Course",
+        "Settings and environment",
+        "To repeat it",
+    ]
+    order = [
+        text.index(mark)
+        for mark in ('class="verdict bad"', 'class="tiles"', "<figure>", "<article", "<h2>Par")
+    ]
+    assert order == sorted(order)
+    settings = text[text.index("Settings and environment") : text.index("To repeat it")]
+    assert settings.index("<details>") < settings.index("lora.targets") < settings.index("</details>")
+
+
+def test_each_cell_of_a_table_knows_its_column_for_narrow_screens(tmp_path):
+    text = read(fill(tmp_path))
+    row = re.search(r"<tr><td[^>]*>train</td>(.*?)</tr>", text)
+    assert row is not None
+    assert re.findall(r'data-label="([^"]*)"', row[1]) == [
+        "subjects", "events", "visits", "median length", "90 % length", "99 % length", "longest",
+    ]  # fmt: skip
+    assert re.findall(r">([^<]*)</td>", row[1]) == ["4,048", "60,529", "22,923", "10", "32", "79.1", "188"]
+
+
+def test_a_fine_tuning_run_has_the_same_page_of_its_own_figures(tmp_path):
+    write_json(tmp_path / "config.json", {"settings": {"name": "lora", "task": {"pooling": "mean"}}})
+    best = {"step": 30, "epoch": 5.0, "loss": 0.41936, "auroc": 0.871}
+    summary = {
+        "task": "binary",
+        "best": best,
+        "last": best,
+        "epochs": 5.0,
+        "steps": 30,
+        "stop_reason": "finished",
+        "baselines": {"base rate": {"loss": 0.6758}, "count model": {"loss": 0.383, "auroc": 0.9}},
+        "gaps": {"count model": {"nats": 0.036, "low": -0.02, "high": 0.09}},
+        "calibration": {"temperature": 0.568, "threshold": None},
+        "data": {
+            "labels": 300,
+            "duplicate_labels": 0,
+            "train": {"examples": 184, "positive": 102},
+            "tuning": {"examples": 56, "positive": 34},
+        },
+        "findings": [],
+    }
+    write_json(tmp_path / "summary.json", summary)
+    text = read(tmp_path)
+    page = Page(text)
+    for part in (
+        "Fine-tuning run with the configuration lora",
+        "its validation loss, 0.4194 (AUROC 0.871), is below that of the base rate, 0.6758",
+        "not told apart from that of a model on counts of codes (0.383)",
+        "the doctor found no errors and no warnings",
+        "temperature 0.568",
+        "positive labels",
+        "count model",
+    ):
+        assert part in page.text, part
+    assert 'class="verdict good"' in text
+    assert "duplicate_labels" not in page.text  # there are none
+
+
+def test_a_population_has_a_row_for_each_member(tmp_path):
+    members = [
+        {"member": "seed 0", "best_step": 30, "loss": 0.41, "base_rate_loss": 0.67, "auroc": 0.87},
+        {"member": "seed 1", "best_step": None},
+    ]
+    summary = {"task": "binary", "members": members, "predicting_members": [0], "wall_seconds": 3.0}
+    write_json(tmp_path / "summary.json", summary)
+    page = Page(read(tmp_path))
+    assert "1 of 2 members have learnt more than the base rate, seed 0 has the least" in page.text
+    assert "Predicts: seed 0." in page.text
+    assert "seed 1" in page.text
 
 
 def test_pictures_are_embedded_loss_first(tmp_path):
@@ -160,7 +306,7 @@ def test_each_file_can_be_missing(tmp_path, missing):
     assert ("no summary" in page.text) == (missing == "summary")
     assert ("No pictures" in page.text) == (missing == "plots")
     assert ("configuration is missing" in page.text) == (missing == "config")
-    assert ("adapters" in page.text) == (missing != "parameters")
+    assert ("1 adapters" in page.text) == (missing != "parameters")
     assert ("1 validations" in page.text) == (missing != "metrics")
 
 
@@ -180,16 +326,29 @@ def test_an_interrupted_run_tells_how_far_it_got(tmp_path):
 
 
 def test_everything_is_escaped(tmp_path):
-    nasty = "<script>alert(1)</script>&\"'<b"
+    nasty = "<script>alert(1)</script>&\"'<u"
     folder = fill(tmp_path, ("plots",))
-    write_json(folder / "config.json", {"settings": {"name": nasty}, nasty: nasty, "list": [nasty]})
+    write_json(
+        folder / "config.json",
+        {"settings": {"name": nasty}, nasty: nasty, "list": [nasty], "command": [nasty]},
+    )
     write_json(folder / "parameters.json", {"regime": nasty, "adapters": [{"name": nasty, "in": nasty}]})
-    summary = {"stop_reason": nasty, "findings": [{"id": nasty, "seen": nasty}], "data": {nasty: nasty}}
+    summary = {
+        "stop_reason": nasty,
+        "findings": [{"id": nasty, "seen": nasty}],
+        "data": {nasty: nasty},
+        "confusions": [
+            {"code": nasty, "description": nasty, "masked": 1, "found": 0.0}
+            | {"instead_code": nasty, "instead_description": None, "instead_share": 1.0}
+        ],
+        "neighbours": [{"code": nasty, "events": 1, "near": [{"code": nasty, "cosine": 1.0}]}],
+        "adapter_norms": [{"name": nasty, "norm": 1.0, "share": None}],
+    }
     write_json(folder / "summary.json", summary)
     page = Page(read(folder))
     assert "script" not in page.tags
-    assert "b" not in page.tags
-    assert page.text.count(nasty) == 13
+    assert "u" not in page.tags
+    assert page.text.count(nasty) == 13 + 6
 
 
 def test_figures_that_are_null_leave_empty_cells(tmp_path):

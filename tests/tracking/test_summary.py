@@ -10,14 +10,20 @@ from hypothesis import strategies as st
 from behrt_jax.files import read_json, write_json
 from behrt_jax.tracking.summary import (
     SMALL_GAIN,
+    advice,
     attained,
     band_table,
     figure_table,
     flat,
     format_figure,
     gain_over_unigram,
+    headline,
+    other_counts,
+    rule_table,
+    split_table,
     summarise,
     summary_text,
+    tone,
     verdict,
 )
 
@@ -72,7 +78,7 @@ def test_a_run_that_stopped_before_the_first_validation():
     assert result["gain_over_unigram"] is None
     assert result["steps"] == 20
     text = summary_text(result, "small")
-    assert "no validation loss to compare" in text
+    assert "no validation loss to compare" in " ".join(text.split())
     json.dumps(result, allow_nan=False)
 
 
@@ -82,7 +88,7 @@ def test_a_run_without_any_record():
     text = summary_text(result, "small")
     assert "Findings" not in text
     assert "Parameters" not in text
-    assert "Data" not in text
+    assert "Counts" not in text
 
 
 def test_a_best_step_without_its_record_has_no_figures():
@@ -124,13 +130,15 @@ def test_the_text_is_short_plain_ascii_with_the_figures():
     for part in (
         "Pretraining run: small_lora",
         "2.0 epochs, 80 steps, 2 min 31 s. Stopped: fi?vre.",
-        "below the unigram baseline by 0.500",
         "best step 40, epoch 1.0",
         "271,976 trained of 668,776 (40.7 %)",
         "  events.read: 75,012",
         "- ERROR frozen-at-random: Seen. Why. Mend.",
     ):
         assert part in text
+    assert "below the unigram baseline by 0.500 nats; the doctor found 1 error" in " ".join(text.split())
+    parts = ("The model predicts", "Validation (", "Findings:", "Parameters:", "events.read")
+    assert sorted(parts, key=text.index) == list(parts)
     assert "shards" not in text  # lists could hold anything
 
 
@@ -200,3 +208,72 @@ def test_flat_names_every_single_value_and_leaves_lists_out():
         ("a.c.d", None),
         ("g", "x"),
     ]
+
+
+def gap(low, high):
+    return {"gaps": {"co-occurrence": {"nats": 0.0, "low": low, "high": high}}}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (-0.3, -0.1, "and below that of a table"),
+        (0.1, 0.3, "but above that of a table"),
+        (-0.1, 0.1, "and not told apart from that of a table"),
+        (math.nan, math.nan, "by 0.500 nats; the doctor"),
+    ],
+)
+def test_the_headline_says_how_the_model_stands_beside_a_table_of_codes(low, high, said):
+    known = summary(baselines={**BASELINES, "co-occurrence": {"loss": 4.766}})
+    assert said in headline({**known, **gap(low, high)})
+
+
+def test_the_headline_of_a_model_that_learnt_nothing_says_so_and_what_to_do():
+    poor = summary(baselines={"unigram": {"loss": 4.9}})
+    assert "has learnt nothing of use yet" in headline(poor) and "is NOT below" in headline(poor)
+    assert tone(poor) == "bad"
+    assert "Train longer" in " ".join(advice(poor))
+    assert advice(summary()) == []
+
+
+def test_the_tone_is_as_grave_as_the_findings():
+    assert tone(summary()) == "good"
+    assert tone({**summary(), "findings": [{"severity": "info"}]}) == "good"
+    assert tone({**summary(), "findings": [{"severity": "info"}, {"severity": "warning"}]}) == "doubt"
+    assert tone({**summary(), "findings": [{"severity": "error"}]}) == "bad"
+
+
+def test_labels_that_taught_nothing_are_told():
+    run = {
+        "task": "binary",
+        "best": {"step": 1, "epoch": 1.0, "loss": 0.7},
+        "baselines": {"base rate": {"loss": 0.69}},
+    }
+    assert "is NOT below that of the base rate, 0.6900" in headline(run)
+    assert advice(run) == ["Try another learning rate, more epochs or more labels."]
+    assert headline({**run, "best": None}).startswith("There is no validation yet;")
+
+
+def test_counts_of_splits_are_a_table_and_rules_another():
+    part = {"subjects": 3, "events": 9, "tokens": 12, "lengths": {"p50": 2.0}}
+    data = {
+        "splits": {"train": part, "tuning": {**part, "lengths": {}}},
+        "subjects_without_events": {"train": 2, "tuning": 0},
+        "events_read": 20,
+        "events_kept": 18,
+        "events_dropped": {"no birth": 2},
+        "events_changed": {"unit": 1},
+        "ages": {"min": 0.0, "max": 90.1},
+        "fingerprint": "ab",
+    }
+    columns, rows = split_table(data)
+    assert columns == ["split", "subjects", "events", "tokens", "median length"]
+    assert rows == [["train", 3, 9, 12, 2.0], ["tuning", 3, 9, 12, None]]
+    assert rule_table(data)[1] == [
+        ["read", 20],
+        ["dropped: no birth", 2],
+        ["changed: unit", 1],
+        ["kept", 18],
+        ["subjects of train left without events", 2],
+    ]
+    assert other_counts(data) == [("ages.min", 0.0), ("ages.max", 90.1), ("fingerprint", "ab")]

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from behrt_jax.config import MaskingConfig
+from behrt_jax.config import LoRAConfig, MaskingConfig
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.telemetry import (
     SURELY_SHOWN,
     Telemetry,
+    adapter_norms,
+    code_table,
     compilations,
     leaves_not_finite,
     make_probe,
@@ -152,3 +154,33 @@ def test_a_gradient_that_is_not_finite_is_named(trained):
     assert watching(names).offender(squares) == watching(names).offender(None) == "the loss alone"
     squares[[3, 5]] = np.inf
     assert watching(names).offender(squares) == f"the gradient of {names[3]} (and 1 of {len(names)} leaves)"
+
+
+def test_the_norm_of_an_adapter_is_that_of_what_it_adds_to_its_kernel():
+    rng = np.random.default_rng(0)
+    config = LoRAConfig(rank=2, alpha=6.0)
+
+    def tree(**leaves):
+        return {"encoder": {"layer_0": {"query": leaves}, "layer_1": {"query": leaves}}}
+
+    kernel, a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 3), (4, 2), (2, 3)))
+    variables = {"params": tree(kernel=kernel, bias=np.zeros(3)), "lora": tree(a=a, b=b)}
+    variables["params"]["encoder"]["layer_1"] = {"query": {"kernel": 0 * kernel, "bias": np.zeros(3)}}
+    first, second = adapter_norms(variables, config)
+    assert (first["name"], second["name"]) == ("encoder/layer_0/query", "encoder/layer_1/query")
+    assert first["norm"] == pytest.approx(np.linalg.norm(3.0 * a @ b), rel=1e-6)
+    assert first["share"] == pytest.approx(first["norm"] / np.linalg.norm(kernel), rel=1e-6)
+    assert second["share"] is None
+    # Layers that are stacked are told one by one.
+    stacked = {
+        "params": {"behrt": {"encoder": {"layers": {"query": {"kernel": np.stack([kernel, 2 * kernel])}}}}},
+        "lora": {"behrt": {"encoder": {"layers": {"query": {"a": np.stack([a, a]), "b": np.stack([b, b])}}}}},
+    }
+    shares = [one["share"] for one in adapter_norms(stacked, config)]
+    assert shares == pytest.approx([first["share"], first["share"] / 2], rel=1e-6)
+
+
+def test_the_code_table_is_found_in_the_variables(started):
+    _, fresh, _, _ = started
+    table = code_table(fresh().variables)
+    assert table.shape[0] == VOCABULARY and table.ndim == 2

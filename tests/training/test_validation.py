@@ -55,6 +55,9 @@ def test_sums_over_single_codes_equal_the_validation_step(cls_token, packed):
     assert single["targets"] == sums["targets"] == len(split.targets)
     assert single["loss"] == pytest.approx(sums["loss"], rel=1e-6)
     assert single["accuracy_top10"] == pytest.approx(sums["accuracy_top10"], rel=1e-6)
+    # A guess is the code exactly where no other is ranked before it.
+    assert results.guesses is not None and 0 < np.mean(results.ranks == 0) < 1
+    np.testing.assert_array_equal(results.guesses == split.codes, results.ranks == 0)
     # Each loss belongs to its code: those of the codes' own logits, not of some other target's.
     code = int(np.bincount(split.codes).argmax())
     changed = jax.tree.map(lambda leaf: leaf, variables)
@@ -62,6 +65,23 @@ def test_sums_over_single_codes_equal_the_validation_step(cls_token, packed):
     decoder["bias"] = decoder["bias"].at[code].add(30.0)
     biased = score_masked_codes(step, changed, batches, split, mesh)
     np.testing.assert_array_equal(biased.ranks == 0, split.codes == code)
+    assert biased.guesses is not None and set(biased.guesses.tolist()) == {code}
+
+
+@pytest.mark.slow
+def test_guesses_of_a_large_vocabulary_are_those_of_all_logits():
+    mesh, key, found = make_mesh(), jax.random.key(3), []
+    batches = batches_of()
+    split = mask_split(batches, MASKING, key, VOCABULARY)
+    for chunk in (None, 16):  # the vocabulary in parts
+        model = BEHRTForMLM(tiny_model(positions=16, head_chunk=chunk), VOCABULARY)
+        params = jax.jit(model.init)(jax.random.key(0), example_batch(model.config))["params"]
+        step = jax.jit(make_scoring_step(Predictor(model), MASKING, key))
+        found.append(score_masked_codes(step, {"params": params, "lora": {}}, batches, split, mesh))
+    whole, parts = found
+    assert len(set(whole.guesses.tolist())) > 1
+    np.testing.assert_array_equal(whole.guesses, parts.guesses)
+    np.testing.assert_array_equal(parts.guesses == split.codes, parts.ranks == 0)
 
 
 @pytest.mark.parametrize("window", ["all", "recent"])

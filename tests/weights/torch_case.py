@@ -7,7 +7,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
 from behrt_jax.adapters.lora import applying
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config import LoRAConfig, ModelConfig
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from experiments.benchmarks.torch_model import TorchBEHRTForMLM
 from tests.experiments.reference_cases import uniform
@@ -34,9 +34,11 @@ def drawn_params(seed: str = "") -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def ours(params: Any, lora: Any = None, config: LoRAConfig | None = None) -> np.ndarray:
+def ours(
+    params: Any, lora: Any = None, config: LoRAConfig | None = None, model: ModelConfig = MODEL
+) -> np.ndarray:
     """Logits of the JAX model at real positions, float32 `[events, VOCABULARY]`."""
-    network = BEHRTForMLM(MODEL, VOCABULARY)
+    network = BEHRTForMLM(model, VOCABULARY)
 
     def logits(variables: Any) -> jax.Array:
         with applying(config or LoRAConfig()):

@@ -20,6 +20,7 @@ from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.attention import CHUNKED_FROM
 from behrt_jax.models.behrt import BEHRTForMLM, PatientEmbedding
+from behrt_jax.weights.code_vectors import read_vectors, text_name
 from behrt_jax.weights.portable import write_model
 from behrt_jax.workflows.doctor import examine_folder
 from behrt_jax.workflows.evaluate import evaluate
@@ -38,7 +39,7 @@ from tests.workflows.small_run import SMALL_RUN, changed
 def exported(case, tmp_path_factory):
     """A fine-tuned run with its adapters merged, as a folder."""
     folder = tmp_path_factory.mktemp("exported") / "model"
-    export(ExportConfig(run=case.run(), output=folder, licence="apache-2.0"), ONE)
+    export(ExportConfig(run=case.run(), output=folder, licence="apache-2.0", vectors=True), ONE)
     return folder
 
 
@@ -78,6 +79,16 @@ def test_other_ways_to_the_same_export(case, exported, tmp_path):
         assert (tmp_path / name / "model.safetensors").read_bytes()[-4096:] == (
             exported / "model.safetensors"
         ).read_bytes()[-4096:]
+
+
+def test_learnt_vectors_are_the_code_embedding(exported):
+    loaded, first = load(exported, devices=ONE), len(SPECIAL_TOKENS)
+    table = loaded.params["behrt"]["embeddings"]["code"]["embedding"]
+    found = {name: read_vectors(exported / name) for name in ("vectors.parquet", "vectors.txt")}
+    assert found["vectors.parquet"].codes == loaded.vocabulary.codes[first:]
+    assert found["vectors.txt"].codes == tuple(map(text_name, loaded.vocabulary.codes[first:]))
+    for one in found.values():
+        np.testing.assert_array_equal(one.vectors, table[first:])
 
 
 def test_a_folder_holds_no_path_and_no_subject(case, with_program):
@@ -241,7 +252,8 @@ def test_new_codes_of_an_adapter_are_in_the_table_of_its_export(case, tmp_path):
     given = {"data": tmp_path / "prepared"}
     known = case.predicted(tmp_path / "run.parquet", model=run, **given)
     for adapters in ("merged", "beside"):
-        export(ExportConfig(run=run, output=tmp_path / adapters, adapters=adapters), ONE)
+        export(ExportConfig(run=run, output=tmp_path / adapters, adapters=adapters, vectors=True), ONE)
+        assert read_vectors(tmp_path / adapters / "vectors.parquet").codes[-1] == "NEW//1"
         assert load(tmp_path / adapters, devices=ONE).vocabulary.codes[-1] == "NEW//1"
         found = case.predicted(tmp_path / f"{adapters}.parquet", model=tmp_path / adapters, **given)
         np.testing.assert_allclose(probabilities(found), probabilities(known), rtol=1e-6)

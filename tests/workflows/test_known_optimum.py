@@ -55,6 +55,19 @@ def test_the_optimum_is_in_metrics_summary_text_and_pictures(run):
 
 
 @pytest.mark.slow
+def test_codes_that_are_taken_for_others_are_named_where_enough_subjects_have_them(run):
+    folder, summary = run
+    assert summary["confusions"]
+    for one in summary["confusions"]:
+        assert one["masked"] >= one["subjects"] >= 10 and one["code"] != one["instead_code"]
+        assert 0 < one["instead_share"] <= 1 - one["found"] + 1e-9
+    misses = [one["masked"] * (1 - one["found"]) for one in summary["confusions"]]
+    assert misses == sorted(misses, reverse=True)
+    assert "adapter_norms" not in summary  # it has none
+    assert "What is taken for what" in (folder / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_a_leak_of_what_is_masked_takes_the_loss_below_the_optimum_and_is_an_error(tmp_path, monkeypatch):
     honest = step.masked_code_losses
 

@@ -111,7 +111,7 @@ def test_a_pretrained_model_embeds_as_the_command_does(case, newcomers, tmp_path
     known = pq.read_table(tmp_path / "e.parquet")
     found = base.embed(case.data)
     np.testing.assert_array_equal(found.subject_ids, known["subject_id"].to_numpy())
-    vectors = np.array(known["vector"].to_pylist(), np.float32)
+    vectors = np.array(known["features"].to_pylist(), np.float32)
     np.testing.assert_array_equal(found.values, vectors)
     first = [row for row in newcomers if row.subject == newcomers[0].subject]
     one = base.embed(events_table(first))

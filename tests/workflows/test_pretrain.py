@@ -17,11 +17,12 @@ import pytest
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import load_adapter
-from behrt_jax.config import FreezingConfig, InitConfig, LoRAConfig
+from behrt_jax.config import FreezingConfig, InitConfig, LoRAConfig, TrackingConfig
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers
 from behrt_jax.tracking.console import Console
+from behrt_jax.tracking.summary import headline
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.loop import DivergenceError
@@ -98,10 +99,27 @@ def test_it_learns_more_than_the_unigram_baseline_and_says_so(finished):
     assert summary["best"]["loss"] < summary["baselines"]["unigram"]["loss"] - 0.1
     assert validation[-1]["loss"] < validation[0]["loss"]
     assert summary["gain_over_unigram"] > 0.1
-    assert "below the unigram baseline" in (finished.folder / "SUMMARY.txt").read_text()
+    text = " ".join((finished.folder / "SUMMARY.txt").read_text().split())
+    assert "below the unigram baseline" in text
+    assert headline(summary) in text
     for line in validation:
         assert line["accuracy"] <= line["accuracy_top5"] <= line["accuracy_top10"]
         assert line["perplexity"] == pytest.approx(np.exp(line["loss"]))
+
+
+def test_the_summary_tells_neighbours_and_how_large_the_adapters_are(finished):
+    summary = read(finished.folder, "summary.json")
+    vocabulary = Vocabulary.read(finished.folder / "vocabulary.parquet")
+    counts = dict(zip(vocabulary.codes, vocabulary.counts.tolist(), strict=True))
+    near = summary["neighbours"]
+    assert near and summary["confusions"] == []  # no code is masked in ten of so few subjects
+    assert [one["events"] for one in near] == sorted(counts.values(), reverse=True)[: len(near)]
+    norms = summary["adapter_norms"]
+    adapters = read(finished.folder, "parameters.json")["adapters"]
+    assert [one["name"] for one in norms] == [one["name"] for one in adapters]
+    assert all(one["norm"] > 0 and one["share"] > 0 for one in norms)
+    page = (finished.folder / "report.html").read_text()
+    assert f"({near[0]['near'][0]['cosine']:.2f})" in page and norms[0]["name"] in page
 
 
 def test_no_subject_id_is_written_anywhere(finished):
@@ -304,6 +322,39 @@ def test_core_packages_and_pyarrow_are_enough(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "safetensors" in done.stdout
     assert (tmp_path / "core" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_trackers_get_the_lines_of_metrics_and_a_resumed_run_goes_on(tmp_path):
+    pytest.importorskip("tensorboardX")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = replace(SMALL_RUN, output=tmp_path / "run", tracking=TrackingConfig(tensorboard=True))
+    pretrain(changed(config, "train", epochs=1), ONE)
+    folder = pretrain(replace(changed(config, "train", epochs=2), resume=True), ONE).folder
+    assert len(list((folder / "tensorboard").iterdir())) == 2
+    read_back = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    read_back.Reload()
+    lines = records(folder, "tuning")
+    found = read_back.Scalars("tuning/loss")
+    assert [event.step for event in found] == [line["step"] for line in lines]
+    assert [event.value for event in found] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_is_reported_again_where_jax_is_not_installed(finished, tmp_path):
+    code = """
+        import sys
+        sys.modules["jax"] = None
+        from behrt_jax.cli import main
+        sys.exit(main(sys.argv[1:]))
+    """
+    command = ["report", str(finished.folder), "--output", str(tmp_path / "again.html")]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *command], capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again.html").read_text() == (finished.folder / "report.html").read_text()
 
 
 # Pretraining with stacked layers from end to end, and runs of one layout that start from the other.
