@@ -108,7 +108,7 @@ def figures_of(card: Card) -> Iterator[Figure]:
                     yield Figure(of, name, entry["value"], entry["low"], entry["high"], split)
     best = card.summary.get("best") or {}
     interval = card.summary.get("interval") or (None, None)
-    for name in (*dict(FIGURES), "auroc"):
+    for name, _ in FIGURES:
         if is_number(best.get(name)):
             low, high = interval if name == "loss" else (None, None)
             yield Figure("this model", name, best[name], low, high)
