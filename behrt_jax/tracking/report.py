@@ -165,7 +165,7 @@ def _learnt(summary: outcome.Summary) -> list[str]:
         ),
         section(
             "Size of the adapters",
-            html_table(("adapted layer", "norm of the change", "of the kernel's norm"), norms),
+            html_table(("adapted layer", "norm of what it adds", "of the kernel's norm"), norms),
         ),
     ]
 

@@ -90,9 +90,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, labels: Tree) -> o
 def _faster_b(ratio: float) -> optax.GradientTransformation:
     """Updates of adapters' ``b`` times `ratio`: AdamW's are proportional to the learning rate."""
 
-    def multiplied(path, leaf):
-        names = path_names(path)
-        return ratio * leaf if names[0] == "lora" and names[-1] == "b" else leaf
+    def multiplied(path, leaf):  # rows of new codes are of the group too
+        return ratio * leaf if path_names(path)[-1] == "b" else leaf
 
     return optax.stateless(lambda updates, params: tree_map_with_path(multiplied, updates))
 

@@ -22,7 +22,16 @@ from tests.models.rows import VOCABULARY, random_batch, tiny_model
 SEGMENTS = 3
 MEMBERS: tuple[tuple[LoRAConfig | None, int], ...] = (
     (LoRAConfig(rank=2, targets=("query", "value")), 1),
-    (LoRAConfig(rank=5, alpha=3.0, targets=("intermediate", "output", "projection")), 4),
+    (
+        LoRAConfig(
+            rank=5,
+            alpha=3.0,
+            targets=("intermediate", "output", "projection"),
+            rank_pattern=("output=2",),
+            alpha_pattern=("projection=1",),
+        ),
+        4,
+    ),
     (None, 2),  # a head alone
     (LoRAConfig(rank=3, targets=("query", "out", "task_head/dense"), rank_stabilised=True), 3),
 )

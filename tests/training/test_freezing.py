@@ -38,6 +38,9 @@ def report(model, adapters, freezing):
         (LARGE, OUT, FreezingConfig("lora"), 20_366_312, 1_450_984, 7.1),
         (LARGE, OUT, FreezingConfig("lora_pretrained"), 20_366_312, 874_984, 4.3),
         (LARGE, OUT, FreezingConfig("all_but_adapted"), 20_366_312, 18_790_376, 92.3),
+        # What pissa begins with is kept, and never trains.
+        (LARGE, replace(OUT, init="pissa"), FreezingConfig("full"), 20_464_616, 20_366_312, 99.5),
+        (LARGE, replace(OUT, init="pissa"), FreezingConfig("lora"), 20_464_616, 1_450_984, 7.1),
         (LARGE, LoRAConfig(16, targets=ATTENTION), FreezingConfig("lora"), 20_661_224, 1_745_896, 8.5),
         (SMALL, LoRAConfig(8, targets=ATTENTION), FreezingConfig("lora"), 668_776, 271_976, 40.7),
         (SMALL, None, FreezingConfig("full"), 652_392, 652_392, 100.0),

@@ -128,7 +128,8 @@ def train_alone(case, init_key, key, rate, config, product, own):
 def train_together(case, init_keys, keys, rates, configs, product, own, at_once=None, **more):
     """All by `make_population_step`; `own` has fields `[members, steps, ...]`."""
     config = many.largest(configs)
-    members = many.make_members(keys, rates, configs)
+    layers = lora.layer_paths(case.variables["lora"])
+    members = many.make_members(keys, rates, configs, layers=layers)
     state = many.init_population(
         partial(init, case.model), init_keys, configs, case.variables, case.mask, case.optimizer
     )
@@ -212,6 +213,26 @@ def test_ranks_and_alphas():
             assert own.shape[-1] == 3 and not own[..., config.rank :].any()
     leaves = jax.tree_util.tree_leaves_with_path(found[1]["lora"])
     assert {leaf.shape[-1] for path, leaf in leaves if path_names(path)[-1] == "a"} == {1}
+
+
+@pytest.mark.slow
+def test_ranks_of_single_layers_are_alike_in_all_members_and_each_layer_has_its_scale():
+    patterns = replace(LORA, alpha=4.0, rank_pattern=("out=2",), alpha_pattern=("intermediate=1",))
+    configs = [patterns, replace(patterns, rank=1)]
+    case = make_case(config=patterns)
+    arguments = same(jax.random.key(1), 2), same(jax.random.key(2), 2), [1.0] * 2, configs, "merged"
+    found, _, members = assert_each_as_alone(case, *arguments)
+    # Of out, query and intermediate: with the same alpha, a third of the rank has three times the scale.
+    np.testing.assert_allclose(members.scales, [[1, 1, 1], [1, 3, 3]])
+    ranks = [
+        {
+            path[-2]: leaf.shape[-1]
+            for path, leaf in lora.leaves_by_path(tree["lora"]).items()
+            if path[-1] == "a"
+        }
+        for tree in found
+    ]
+    assert ranks == [{"query": 3, "out": 2, "intermediate": 3}, {"query": 1, "out": 2, "intermediate": 1}]
 
 
 def test_folds_and_tasks():
@@ -305,4 +326,6 @@ def test_a_linear_probe_encodes_once_for_all_members():
 def test_adapters_of_other_layers_are_refused():
     with pytest.raises(InputError, match=r"member 1 differ.*lora\.rank and lora\.alpha"):
         many.largest([LORA, replace(LORA, targets=("query",))])
+    with pytest.raises(InputError, match=r"lora\.init pissa .* give all members the same rank"):
+        many.largest([replace(LORA, init="pissa"), replace(LORA, init="pissa", rank=2)])
     assert many.largest([replace(LORA, rank=1), LORA, replace(LORA, rank=2)]) == LORA

@@ -5,7 +5,9 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
+from behrt_jax.adapters.lora import leaves_by_path
 from behrt_jax.config import LoRAConfig, MaskingConfig
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.telemetry import (
@@ -100,6 +102,19 @@ def test_weight_decay_alone_is_no_movement(trained):
     }
     still = probe(state._replace(variables={**state.variables, "lora": shifted}))["adapters"]
     assert {least["layer"] for least in still.values()} == {"behrt/encoder/layer_1/attention/out"}
+
+
+def test_adapters_that_keep_what_they_began_with_are_measured_from_there(trained):
+    state = trained[3]
+    adapters = jax.device_get(state.variables["lora"])
+    flat = leaves_by_path(adapters)
+    kept = {(*path[:-1], f"{path[-1]}0"): leaf for path, leaf in flat.items()}
+    probe = make_probe(jax.tree.map(np.ones_like, adapters), np.zeros(VOCABULARY), 1)
+    for shift, least, most in ((0.0, 0.0, 1e-6), (0.1, 1e-2, 100.0)):
+        lora = unflatten_dict({path: leaf + np.float32(shift) for path, leaf in flat.items()} | kept)
+        moved = probe(state._replace(variables={**state.variables, "lora": lora}))["adapters"]
+        assert set(moved) == {"a", "b"}
+        assert all(least <= found["movement"] <= most for found in moved.values())
 
 
 def test_rows_of_codes_that_were_never_shown(trained):

@@ -88,6 +88,25 @@ def test_adapters_beside_come_back_with_the_rows_of_new_codes(tmp_path, params):
     assert not (tmp_path / "n").exists()
 
 
+def test_pissa_adapters_beside_are_ordinary_ones_with_alphas_written_out(tmp_path, params):
+    config = replace(ADAPTERS, init="pissa", rank_pattern=("query=3",))
+    adapters = jax.device_get(lora.init(jax.random.key(1), params, config))
+    moved = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf + 0.1 if path[-1].key in ("a", "b") else leaf, adapters
+    )
+    frozen = jax.tree.map(lambda _: False, params)
+    write_model(tmp_path / "m", MODEL, VOCABULARY, None, params, beside=Beside(config, moved, frozen))
+    found = open_portable(tmp_path / "m")
+    assert found.lora is not None and found.lora.init == "default" and found.lora.alpha is not None
+    read, theirs = read_weights(found)
+    merged = lora.merge(read, theirs, found.lora)
+    jax.tree.map(
+        lambda ours, wanted: np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5),
+        merged,
+        lora.merge(params, moved, config),
+    )
+
+
 def test_a_fine_tuned_model_has_the_parameters_of_its_task(tmp_path, params):
     network = BEHRTForTask(MODEL, len(VOCABULARY), 1, "attention")
     init = jax.jit(network.init, static_argnames="segments")

@@ -103,6 +103,10 @@ def test_the_base_of_a_pissa_run_stays_and_its_adapter_is_an_ordinary_one(case, 
     params, adapters, _ = load_adapter(run / "adapter", variables["params"])
     merged = lora.merge(variables["params"], variables["lora"], replace(PATTERNS, init="pissa"))
     chex.assert_trees_all_close(lora.merge(params, adapters, config), merged, rtol=1e-5, atol=1e-6)
+    query = base["encoder"]["layer_1"]["attention"]["query"]["kernel"]
+    begun = variables["lora"]["behrt"]["encoder"]["layer_1"]["attention"]["query"]
+    u, s, v = np.linalg.svd(query)
+    np.testing.assert_allclose(5.0 / 2 * begun["a0"] @ begun["b0"], u[:, :2] * s[:2] @ v[:2], atol=2e-5)
     changed_by = jax.tree.map(lambda x, y: np.abs(x - y).max(), merged["behrt"], base)
     assert changed_by["encoder"]["layer_1"]["attention"]["query"]["kernel"] > 1e-3
     assert not changed_by["encoder"]["layer_0"]["output"]["kernel"]
