@@ -34,7 +34,7 @@ MOST_TRAINABLE = 50.0
 
 def frozen_at_random(run: RunRecord) -> Iterator[Finding]:
     """Groups that neither train nor were loaded from a run."""
-    loaded = set(run.setting("init", "groups") or ()) if run.setting("init", "run") else set()
+    loaded: set[str] = set(run.setting("init", "groups") or ()) if run.setting("init", "run") else set()
     if run.setting("init", "vectors"):
         loaded.add("embedding")
     if run.finetunes and not run.settings.get("from_scratch"):

@@ -318,11 +318,11 @@ def write_evaluation_report(
     path: Path, title: str, record: EvaluationRecord, pictures: Sequence[Path]
 ) -> None:
     """Write the page; `record` as in metrics.json, `pictures` as they were drawn."""
-    first, *words = plain_words(record)
+    words = plain_words(record)[1:]
     pictures_of = ((picture.stem.replace("_", " "), picture.read_bytes()) for picture in pictures)
     missing = "" if pictures else page.text("No pictures were drawn.", "note")
     parts = [
-        page.verdict_card(first, _tone(record)),
+        page.verdict_card(*verdict(record)),
         page.bullets(words),
         page.section("Pictures", page.html_pictures(pictures_of), missing),
         *(page.section(t.title, page.html_table(t.columns, t.rows)) for t in evaluation_tables(record)),
@@ -330,14 +330,20 @@ def write_evaluation_report(
     write_text(path, page.html_page(title, heading(record), parts))
 
 
-def _tone(record: EvaluationRecord) -> str:
-    """The colour of the verdict: doubtful where a baseline wins, or leakage is suspected."""
-    if record["model"]["figures"][main_figure(record["kind"])]["value"] is None or _leakage(record):
-        return "bad"
-    ahead = [
-        _ahead(record, baseline, name)
-        for baseline in record["baselines"]
-        if main_figure(record["kind"]) in baseline.get("model_less_baseline", {})
-        for name in baseline.get("model_less_baseline", {})
-    ]
-    return "doubt" if "baseline" in ahead else "good" if "model" in ahead else "plain"
+def verdict(record: EvaluationRecord) -> tuple[str, str]:
+    """The main figure, and how the model stands beside the baselines by it; and the tone of that: ``good``
+    where it is better than each, and there are enough labels to tell.
+    """
+    first, main = plain_words(record)[0], main_figure(record["kind"])
+    if record["model"]["figures"][main]["value"] is None or _leakage(record):
+        return first, "bad"
+    compared = [one for one in record["baselines"] if main in one.get("model_less_baseline", {})]
+    ahead = {one["name"]: _ahead(record, one, main) for one in compared}
+    if not ahead:
+        return f"{first} No baseline was run beside it.", "plain"
+    better, alike = ([name for name in ahead if ahead[name] == word] for word in ("baseline", "unclear"))
+    if better:
+        return f"{first} By it THE BASELINE WINS: {', '.join(better)}.", "doubt"
+    if alike:
+        return f"{first} By it the model is not told apart from {', '.join(alike)}.", "doubt"
+    return f"{first} By it the model is better than each baseline.", "plain" if _size(record) else "good"

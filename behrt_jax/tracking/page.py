@@ -43,7 +43,7 @@ dl.tiles div {{ background: var(--card); border-radius: 8px; padding: .6rem .8re
 dt {{ color: var(--soft); font-size: .82rem; }} dd {{ margin: 0; font-size: 1.25rem; font-weight: 600;
   font-variant-numeric: tabular-nums; }}
 dd small {{ font-size: .82rem; font-weight: 400; color: var(--soft); }}
-.pictures {{ display: grid; gap: 1rem;
+.pictures {{ display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }}
 figure {{ margin: 0; max-width: 46rem; border: 1px solid var(--line); border-radius: 8px;
   overflow: hidden; }}
@@ -76,7 +76,9 @@ details {{ margin: .7rem 0; }} summary {{ cursor: pointer; color: var(--info); }
 @media print {{
   body {{ font-size: 10.5pt; max-width: none; padding: 0; }} h2, h3 {{ break-after: avoid; }}
   article, figure, tr, .verdict, dl {{ break-inside: avoid; }}
+  .pictures {{ grid-template-columns: 1fr 1fr; }}
   details::details-content {{ content-visibility: visible; block-size: auto; }}
+  details table {{ font-size: 8pt; }} details td {{ padding: 0 .8rem 0 0; }}
 }}
 """
 

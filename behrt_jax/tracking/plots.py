@@ -76,13 +76,15 @@ def plot_together(runs: Mapping[str, Records], folder: Path) -> list[Path]:
             style = {"color": colour, "linestyle": line, "marker": "." if len(points) <= 30 else None}
             axes.plot([one["epoch"] for one in points], heights, label=run, **style)
             drawn = True
+        if not drawn:
+            return False
         axes.set_xlabel("epoch (passes over the training subjects)")
         axes.set_ylabel("validation loss")
         axes.set_title("Validation loss of each run", loc="left", fontsize=11)
         axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-        return drawn
+        return True
 
-    return draw_pictures(folder, {"loss": (7.6, 4.6)}, draw)
+    return draw_pictures(folder, {"loss": SIZE}, draw)
 
 
 def draw_pictures(

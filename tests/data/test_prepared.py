@@ -175,6 +175,16 @@ def test_large_files_are_read_through_where_it_is_asked(folder, monkeypatch):
         load_sequences(DataConfig(source="prepared", path=folder, verify=True), sep_token=False)
 
 
+def test_a_share_of_its_train_subjects_can_be_trained_on(folder):
+    whole = read_prepared(folder)
+    config = DataConfig(source="prepared", path=folder, train_fraction=0.5)
+    found = load_sequences(config, sep_token=False)
+    assert 0 < len(found.splits["train"]) == round(len(whole.splits["train"]) / 2)
+    assert set(found.splits["train"].subject_ids) < set(whole.splits["train"].subject_ids)
+    assert found.vocabulary.codes == whole.vocabulary.codes
+    assert found.fingerprint != whole.fingerprint
+
+
 def test_files_are_read_through_once_in_a_process(folder, monkeypatch):
     read = []
     sha256 = files._sha256

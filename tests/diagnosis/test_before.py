@@ -64,6 +64,7 @@ def test_vectors_of_few_codes_or_frozen_beside_random_embeddings(tmp_path):
         parameters = parameters_of("full", groups, lora=None)
         return told(before.check_before, settings, parameters, facts=Facts(vectors=coverage))
 
+    assert "frozen-at-random" not in ids(found(0.9, ("head", "base")))
     frozen = only(found(0.9, ("head", "base")), "frozen-beside-vectors")
     assert frozen.severity == "info"
     assert f"{109_824 - 900 * 64:,} other parameters" in frozen.seen

@@ -16,6 +16,7 @@ from behrt_jax.tracking.evaluation_report import (
     figure_text,
     plain_words,
     summary_text,
+    verdict,
     write_evaluation_report,
 )
 from tests.tracking.test_report import Page
@@ -161,6 +162,24 @@ def test_calibration_and_useless_thresholds_are_said():
     )
     assert "On average the predicted risk is too high: 40.0% predicted, 30.0% found." in said
     assert "At no threshold is acting on the model better than treating all or nobody" in said
+
+
+def test_the_verdict_is_good_only_where_the_model_is_ahead_of_every_baseline():
+    ahead = entry(0.05, 0.01, 0.09, ahead="model", better="model")
+    even = entry(-0.01, -0.03, 0.02, ahead="unclear", better="baseline")
+    lost = entry(-0.02, -0.03, -0.01, ahead="baseline", better="baseline")
+    two = [baseline("prevalence", ahead), baseline("boosting", ahead)]
+    said, tone = verdict(record_of(baselines=two))
+    assert said.endswith("By it the model is better than each baseline.") and tone == "good"
+    assert verdict(record_of(positives=20, baselines=two)) == (said, "plain")  # too few to tell
+    said, tone = verdict(record_of(baselines=[two[0], baseline("boosting", even)]))
+    assert said.endswith("By it the model is not told apart from boosting.") and tone == "doubt"
+    said, tone = verdict(record_of(baselines=[two[0], baseline("x", even), baseline("boosting", lost)]))
+    assert said.endswith("By it THE BASELINE WINS: boosting.") and tone == "doubt"
+    assert verdict(record_of(baselines=[]))[1] == "plain"
+    leaking = record_of(baselines=two)
+    leaking["model"]["figures"]["auroc"] = entry(0.9999, 0.999, 1.0)
+    assert verdict(leaking)[1] == "bad"
 
 
 def test_predictions_of_other_splits_are_said_to_flatter():

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from behrt_jax.tracking import plots
-from behrt_jax.tracking.plots import best_validation, plot_curves
+from behrt_jax.tracking.plots import best_validation, plot_curves, plot_together
 
 BASELINES = {"unigram": {"loss": 5.6, "accuracy": 0.03, "accuracy_top5": 0.12, "accuracy_top10": 0.2}}
 
@@ -151,3 +151,60 @@ def test_any_records_can_be_drawn_and_gaps_stay_gaps(train, tuning, accuracy):
         assert len(heights) == len(tuning)
         assert heights[~np.isnan(heights)].tolist() == finite
     plots._draw_accuracy(Figure().add_subplot(), metrics, {}, best_validation(metrics))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Lines of each picture that is drawn: name -> label -> heights."""
+    found = {}
+
+    def draw_pictures(folder, sizes, draw):
+        from matplotlib.figure import Figure
+
+        for name in sizes:
+            axes = Figure().add_subplot()
+            if draw(axes, name):
+                found[name] = {label: list(line.get_ydata()) for label, line in lines(axes).items()}
+        return []
+
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plots, "draw_pictures", draw_pictures)
+    return found
+
+
+LABELS = {"base rate": {"loss": 0.67}, "count model": {"loss": 0.4, "auroc": 0.9}}
+
+
+def test_of_labels_loss_and_auroc_are_drawn_beside_their_baselines(drawn, tmp_path):
+    metrics = [
+        {"step": 10, "epoch": 1.0, "split": "train", "loss": 0.7},
+        {"step": 10, "epoch": 1.0, "split": "tuning", "loss": 0.6, "auroc": 0.7},
+        {"step": 20, "epoch": 2.0, "split": "tuning", "loss": 0.5, "auroc": 0.8},
+    ]
+    plot_curves(metrics, LABELS, tmp_path)
+    assert set(drawn) == {"loss", "auroc"}
+    assert drawn["loss"]["train"] == [0.7] and drawn["loss"]["validation"] == [0.6, 0.5]
+    assert drawn["loss"]["base rate"] == [0.67, 0.67] and drawn["loss"]["count model"] == [0.4, 0.4]
+    assert drawn["auroc"]["validation"] == [0.7, 0.8]
+    assert drawn["auroc"]["count model"] == [0.9, 0.9] and drawn["auroc"]["chance"] == [0.5, 0.5]
+
+
+def test_each_member_of_a_population_has_a_curve(drawn, tmp_path):
+    metrics = [
+        {"step": k, "epoch": float(k), "split": "tuning", "loss": 0.6,
+         "members": [{"loss": 0.7 - 0.1 * k}, {"loss": None if k == 2 else 0.5}]}
+        for k in (1, 2)
+    ]  # fmt: skip
+    plot_curves(metrics, LABELS, tmp_path, ["seed 0", "seed 1"])
+    assert set(drawn) == {"loss"}  # no AUROC is known
+    assert drawn["loss"]["validation, mean"] == [0.6, 0.6]
+    assert drawn["loss"]["seed 0"] == pytest.approx([0.6, 0.5])
+    assert drawn["loss"]["seed 1"][0] == 0.5 and math.isnan(drawn["loss"]["seed 1"][1])
+
+
+def test_runs_are_drawn_together_by_name_and_those_without_a_validation_left_out(drawn, tmp_path):
+    plot_together({"a": records([6.0, 5.0]), "b": records([5.5]), "none": records([4.0], "train")}, tmp_path)
+    assert drawn == {"loss": {"a": [6.0, 5.0], "b": [5.5]}}
+    drawn.clear()
+    plot_together({"none": []}, tmp_path)
+    assert drawn == {}

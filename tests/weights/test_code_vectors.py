@@ -121,6 +121,7 @@ def test_both_forms_of_word2vec_keep_every_number(tmp_path_factory, vectors):
     [
         (("1", "2"), b"\n\0\0?"),  # the first line is a number
         (("A",), b"A\nAA\x01\x02\x03?"),  # the first lines could be text
+        (("A",), b"?94\n2AA18A\n14?\n "),  # and so could all
         (("A",), b"AAAA" * 400 + b"\n\0\0?"),  # and so could what is before the first line's end
     ],
 )

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import main
-from behrt_jax.config import PredictConfig, SearchConfig, TaskConfig
+from behrt_jax.config import PopulationConfig, PredictConfig, SearchConfig, TaskConfig, TrackingConfig
 from behrt_jax.data.labels import read_labels
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.errors import InputError
@@ -336,6 +336,7 @@ def test_predictions_are_blended_with_a_count_model(case, tmp_path):
     step, options = jax.jit(make_output_step(found.setup.predictor)), PredictConfig()
     alone = next(outputs_of(step, options, found._replace(blend=None), data, {"tuning": labels}, (), mesh))[1]
     examples = examples_of(data, "tuning", labels, found.model, found.max_length, ())
+    assert found.blend is not None
     count_model, share = found.blend
     odds = blended(alone, count_model.outputs(count_codes(examples, len(found.vocabulary))), share)
     known = 1 / (1 + np.exp(-odds[0, :, 0] / task["calibration"]["temperature"]))
@@ -376,3 +377,29 @@ def test_the_doctor_examines_a_finetuning_run(case, capsys):
     shown = capsys.readouterr().out
     assert all(name in shown for name in ids)
     assert "--data." not in shown and "--model." not in shown and "--init.run" not in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_trackers_get_the_lines_of_metrics(case, size, tmp_path):
+    pytest.importorskip("tensorboardX")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = replace(
+        changed(case.config(), "train", epochs=2),
+        output=tmp_path / "run",
+        tracking=TrackingConfig(tensorboard=True),
+        population=PopulationConfig(size=size),
+    )
+    folder = finetune(config, ONE).folder
+    read_back = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    read_back.Reload()
+    lines = records(folder, "tuning")
+    assert len(lines) == 2
+    found = read_back.Scalars("tuning/loss")
+    assert [(event.step, event.value) for event in found] == [
+        (line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines
+    ]
+    if size > 1:
+        last = [read_back.Scalars(f"tuning/members/{k}/loss")[-1].value for k in range(size)]
+        assert last == pytest.approx([member["loss"] for member in lines[-1]["members"]], rel=1e-6)
+    assert "Curves" in (folder / "report.html").read_text()

@@ -21,6 +21,7 @@ from behrt_jax.config import FreezingConfig, InitConfig, LoRAConfig, TrackingCon
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers
+from behrt_jax.tracking import trackers
 from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.summary import headline
 from behrt_jax.training.checkpoints import open_checkpoints
@@ -322,6 +323,14 @@ def test_core_packages_and_pyarrow_are_enough(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "safetensors" in done.stdout
     assert (tmp_path / "core" / "report.html").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    config = replace(SMALL_RUN, output=tmp_path / "run", tracking=TrackingConfig(wandb=True))
+    with pytest.raises(InputError, match=r"--tracking.wandb takes wandb, which is not installed"):
+        pretrain(config, ONE)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
