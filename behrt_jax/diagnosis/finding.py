@@ -188,6 +188,8 @@ def read_run(folder: Path) -> RunRecord:
         run_folder.read_document(folder, name) if run_folder.checked(folder, name).is_file() else {}
         for name in (run_folder.CONFIG_FILE, run_folder.PARAMETERS_FILE, run_folder.SUMMARY_FILE)
     )
+    if "format" in config:
+        raise InputError(f"{folder} is an exported model, no run: give the run that it was exported from.")
     facts = {name: value for name, value in (config.get("facts") or {}).items() if value is not None}
     return RunRecord(
         config.get("settings") or {},

@@ -145,7 +145,7 @@ def figure_table(runs: Sequence[ComparedRun]) -> tuple[list[str], list[list[obje
         for field, title in outcome.FIGURES
         if any(is_number(run.best.get(field)) for run in runs)
     ]
-    columns = ["run", *(title for _, title in fields), "over the baseline", "best step", "trained", "time"]
+    columns = ["run", *(title for _, title in fields), "below the baseline", "best step", "trained", "time"]
     rows = []
     for run in sorted(runs, key=lambda run: run.best.get("loss", float("inf"))):
         gain, seconds = outcome.gain_over_baseline(run.summary), run.summary.get("wall_seconds")

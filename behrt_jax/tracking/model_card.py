@@ -50,6 +50,9 @@ class Card:
     counts_subjects: bool
     """By train subjects; otherwise by train events, which are as many or more."""
     parameters: int
+    """Of the model with its adapters merged."""
+    beside: bool
+    """Adapters are written beside the parameters."""
     source: str | None
     """Kind of the records."""
     fingerprint: str | None
@@ -70,6 +73,7 @@ class Figure(NamedTuple):
 
     of: str
     name: str
+    """As summaries and evaluations call it."""
     value: float
     low: float | None = None
     high: float | None = None
@@ -103,19 +107,18 @@ def figures_of(card: Card) -> Iterator[Figure]:
                 if is_number(entry["value"]):
                     yield Figure(of, name, entry["value"], entry["low"], entry["high"], split)
     best = card.summary.get("best") or {}
-    names = dict(FIGURES) if card.task is None else {name: name for name in ("loss", "auroc", "accuracy")}
     interval = card.summary.get("interval") or (None, None)
-    for name, shown in names.items():
+    for name, _ in FIGURES:
         if is_number(best.get(name)):
             low, high = interval if name == "loss" else (None, None)
-            yield Figure("this model", shown, best[name], low, high)
+            yield Figure("this model", name, best[name], low, high)
     for baseline, figures in (card.summary.get("baselines") or {}).items():
         of = str(BASELINES.get(baseline, baseline))
         if is_number(figures.get("loss")):
-            yield Figure(of, names["loss"], figures["loss"])
+            yield Figure(of, "loss", figures["loss"])
     for baseline, gap in (card.summary.get("gaps") or {}).items():
         of = f"this model less {BASELINES.get(baseline, baseline)}"
-        yield Figure(of, names["loss"], gap["nats"], gap["low"], gap["high"])
+        yield Figure(of, "loss", gap["nats"], gap["low"], gap["high"])
 
 
 def _front_matter(card: Card) -> str:
@@ -155,6 +158,7 @@ def _what_it_is(card: Card) -> str:
         f"{model.heads} heads, up to {model.positions} tokens, embeddings of {model.embedding_size}, "
         f"{len(card.vocabulary):,} rows of vocabulary. Each token is a code with the patient's age, the "
         "visit and the position."
+        + (" Its adapters lie in adapter/, not merged into model.safetensors." if card.beside else "")
     )
 
 
@@ -203,8 +207,9 @@ def _figures(card: Card) -> str:
     found = list(figures_of(card))
     if not found:
         return ""
+    names = dict(FIGURES)
     rows = [
-        (one.where, one.of, one.name, format_cell(one.value),
+        (one.where, one.of, names.get(one.name, one.name), format_cell(one.value),
          "" if one.low is None else f"{format_cell(one.low)} to {format_cell(one.high)}")
         for one in found
     ]  # fmt: skip
@@ -262,12 +267,11 @@ def _limits(card: Card) -> str:
         if card.task is None
         else "Research on the outcome that it was fine-tuned for, in patients like those it was trained on."
     )
-    return f"""## Intended use and limits
-
-{first} It is no medical device, and nothing about single patients should be decided by it. It repeats how
-care was given and coded where its records come from, with their gaps and biases; in other places, times or
-groups of patients it must be evaluated anew, groups apart, before its predictions are used for anything.
+    rest = """It is no medical device, and nothing about single patients should be decided by it. It repeats
+how care was given and coded where its records come from, with their gaps and biases; in other places, times
+or groups of patients it must be evaluated anew, groups apart, before its predictions are used for anything.
 Weights can hold traces of the records that they were trained on; they were not examined for that."""
+    return f"## Intended use and limits\n\n{first} {' '.join(rest.split())}"
 
 
 def _told(value: object, least: int) -> str:

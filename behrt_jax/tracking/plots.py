@@ -84,7 +84,7 @@ def plot_together(runs: Mapping[str, Records], folder: Path) -> list[Path]:
         axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
         return True
 
-    return draw_pictures(folder, {"loss": (7.6, 4.6)}, draw)
+    return draw_pictures(folder, {"loss": SIZE}, draw)
 
 
 def draw_pictures(

@@ -76,7 +76,11 @@ def _outcome(summary: outcome.Summary, metrics: run_folder.Records) -> list[str]
     best, parameters = summary.get("best") or {}, summary.get("parameters") or {}
     finetunes, seconds = "task" in summary, summary.get("wall_seconds")
     figures = [
-        (title, outcome.figure_text(field, best.get(field), finetunes), "nats" if "nats" in full else "")
+        (
+            title,
+            outcome.figure_text(field, best.get(field), finetunes),
+            "nats" if "nats" in full and not finetunes else "",
+        )
         for field, full in outcome.FIGURES
         for title in (full.removesuffix(" (nats)").replace("loss", "validation loss"),)
         if field != "accuracy_top5"

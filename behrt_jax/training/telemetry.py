@@ -177,8 +177,8 @@ def adapter_norms(variables: Tree, config: LoRAConfig) -> list[JsonObject]:
     """Size of what each adapter adds to its layer's kernel, ready for JSON.
 
     Returns:
-        For each adapted layer: ``name``, ``norm`` (Frobenius norm of ``scale * a @ b``), and ``share``, that
-        norm divided by the kernel's; None of a kernel that is all zeros.
+        For each adapted layer: ``name``, ``norm`` (Frobenius norm of what `lora.merge` adds), and ``share``,
+        that norm divided by the kernel's; None of a kernel that is all zeros.
     """
     params, adapters = unstack_layers(variables["params"]), unstack_layers(variables["lora"])
     layers = {path[:-1]: None for path in leaves_by_path(adapters)}

@@ -58,6 +58,7 @@ def export(config: ExportConfig, devices: Devices | None = None) -> PortableConf
             exported as one: a population of several members.
     """
     run, output = _checked(config)
+    evaluation = None if config.evaluation is None else _evaluation(config.evaluation, run)
     with open_console() as console:
         loaded = load(run, config.base, devices)
         params = loaded.params  # or this is no single model
@@ -84,13 +85,14 @@ def export(config: ExportConfig, devices: Devices | None = None) -> PortableConf
             rare_codes=rare.codes,
             counts_subjects=rare.by_subjects,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            beside=beside is not None,
             source=loaded.preparation and loaded.preparation.source,
             fingerprint=fingerprint,
             settings=told.record.settings,
             chosen=told.chosen,
             data=told.record.data,
             summary=dict(told.record.summary),
-            evaluation=None if config.evaluation is None else _evaluation(config.evaluation, run),
+            evaluation=evaluation,
             program=use_of_program(loaded) if config.stablehlo else "",
         )
         written = write_model(

@@ -71,7 +71,7 @@ def test_figures_are_in_order_of_the_loss_and_settings_by_run(tmp_path):
         "run",
         "loss (nats)",
         "top-1 accuracy",
-        "over the baseline",
+        "below the baseline",
         "best step",
         "trained",
         "time",

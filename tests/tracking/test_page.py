@@ -11,9 +11,11 @@ import pytest
 
 from behrt_jax.config import ReportConfig
 from behrt_jax.files import read_json, write_json
+from behrt_jax.tracking.evaluation_report import write_evaluation_report
 from behrt_jax.tracking.report import write_report
 from behrt_jax.workflows.report import report
 from tests.tracking.test_comparison import make
+from tests.tracking.test_evaluation_report import record_of
 from tests.tracking.test_report import fill
 
 # Opens every fold, and tells what is too wide, and what is higher than its few letters ask for.
@@ -80,7 +82,10 @@ def test_no_element_is_wider_than_the_page_and_no_word_is_broken(width, tmp_path
         )
     )
     many = tuple(make(tmp_path / f"many-{k}", [4.0 + k], rank=k + 1) for k in range(9))
-    for page in (run, few, report(ReportConfig(many, tmp_path / "many.html"))):
+    evaluation = tmp_path / "evaluation.html"
+    record = record_of(task={"model": "/runs" * 60, "split": "held_out"})
+    write_evaluation_report(evaluation, "Evaluation of " + "x" * 80, record, [])
+    for page in (run, few, report(ReportConfig(many, tmp_path / "many.html")), evaluation):
         found = measured(page, width, tmp_path)
         assert found["seen"] > 40
         assert found["wide"] == [], page

@@ -269,6 +269,7 @@ def test_a_fine_tuning_run_has_the_same_page_of_its_own_figures(tmp_path):
     ):
         assert part in page.text, part
     assert 'class="verdict good"' in text
+    assert "nats" not in page.text  # not every loss of a task is in them
     assert "duplicate_labels" not in page.text  # there are none
 
 

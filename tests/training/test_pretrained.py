@@ -13,6 +13,7 @@ from behrt_jax.adapters import lora
 from behrt_jax.config import FreezingConfig, InitConfig, PretrainConfig
 from behrt_jax.data.tasks import BINARY
 from behrt_jax.errors import InputError
+from behrt_jax.models.stacked_layers import unstack_layers
 from behrt_jax.run_folder import read_metrics
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh
@@ -196,13 +197,16 @@ def test_an_exported_model_starts_a_run_as_its_run_does(full, tmp_path):
     folder = tmp_path / "exported"
     write_model(folder, source.model, source.vocabulary, source.preparation, params, step=5)
     assert open_pretrained(folder).vocabulary.codes == source.vocabulary.codes
-    check_source(InitConfig(folder), replace(FULL.model, ffn_size=4 * FULL.model.hidden_size))
+    for model in (FULL.model, replace(FULL.model, ffn_size=4 * FULL.model.hidden_size)):
+        check_source(InitConfig(folder), model)
     with pytest.raises(InputError, match=r"model\.ffn_size is 8, but 64 in the run .*exported"):
         check_source(InitConfig(folder), replace(FULL.model, ffn_size=8))
     for config in (FULL, changed(FULL, "model", scan_layers=True)):
         ours, theirs = (start_from(InitConfig(place), fresh(config)) for place in (folder, full))
         assert ours[1] == 5
         jax.tree.map(np.testing.assert_array_equal, ours[0].variables, theirs[0].variables)
+        read = unstack_layers(ours[0].variables["params"])
+        jax.tree.map(np.testing.assert_array_equal, read, unstack_layers(params))
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"model\.safetensors is missing"):
         check_readable(open_pretrained(folder))

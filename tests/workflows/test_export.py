@@ -12,19 +12,24 @@ import numpy as np
 import pytest
 
 from behrt_jax.cli import COMMANDS, main, parse
-from behrt_jax.config import EvaluateConfig, ExportConfig, PredictConfig
+from behrt_jax.config import DoctorConfig, EvaluateConfig, ExportConfig, PredictConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.tasks import KINDS, Task
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.errors import InputError
+from behrt_jax.models.attention import CHUNKED_FROM
+from behrt_jax.models.behrt import BEHRTForMLM, PatientEmbedding
 from behrt_jax.weights.code_vectors import read_vectors, text_name
+from behrt_jax.weights.portable import write_model
+from behrt_jax.workflows.doctor import examine_folder
 from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.export import export, predicted, subjects_by_code
 from behrt_jax.workflows.finetune import finetune
 from behrt_jax.workflows.loaded import load
 from behrt_jax.workflows.predict import predict
 from behrt_jax.workflows.pretrain import pretrain
+from tests.models.rows import VOCABULARY, random_batch, tiny_model
 from tests.workflows.evaluated import FIRST_ID
 from tests.workflows.finetune_case import ONE
 from tests.workflows.small_run import SMALL_RUN, changed
@@ -178,6 +183,28 @@ def test_a_pretrained_program_gives_the_vectors_of_the_command(case, tmp_path):
 
 
 @pytest.mark.slow
+def test_long_histories_are_read_in_tiles_by_a_program_too(tmp_path):
+    """In bfloat16, its layers stacked, as large models are."""
+    pytest.importorskip("flatbuffers")
+    config = tiny_model(positions=CHUNKED_FROM + 8, compute_dtype="bfloat16", scan_layers=True)
+    network, batch = (
+        BEHRTForMLM(config, VOCABULARY),
+        random_batch(0, rows=3, length=config.positions, segments=1),
+    )
+    codes = (*SPECIAL_TOKENS, *(f"CODE//{index}" for index in range(VOCABULARY - len(SPECIAL_TOKENS))))
+    vocabulary = Vocabulary(codes, np.zeros(VOCABULARY, np.int64), (None,) * VOCABULARY)
+    params = jax.jit(network.init)(jax.random.key(0), batch)["params"]
+    write_model(tmp_path / "m", config, vocabulary, None, params)
+    export(ExportConfig(run=tmp_path / "m", output=tmp_path / "n", stablehlo=True), ONE)
+    found = np.asarray(program_of(tmp_path / "n")(*histories(batch)))
+    pooled = PatientEmbedding(replace(config, attention="dense"), VOCABULARY, "mean")
+    known = pooled.apply({"params": {"behrt": params["behrt"]}}, batch, 1)[:, 0]
+    np.testing.assert_allclose(found, known, rtol=0.05, atol=0.05)
+    model = load(tmp_path / "n", devices=ONE)
+    np.testing.assert_allclose(model.attention(batch).sum(-1)[:, :, :, 0], 1, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_pretraining_run_with_adapters_and_its_exports_are_the_same_model(tmp_path):
     config = changed(SMALL_RUN, "model", layers=1)
     config = changed(config, "data", subjects=60, vocabulary_size=40, source="uniform")
@@ -257,6 +284,8 @@ def test_what_cannot_be_exported_is_told(case, exported, tmp_path, capsys):
     with pytest.raises(InputError, match=r"exported|export of a fine-tuned model: give a pretraining run"):
         finetune(replace(case.config(), init=exported, output=tmp_path / "y"), ONE)
     export(ExportConfig(run=case.base, output=tmp_path / "base"), ONE)
+    with pytest.raises(InputError, match="base is an exported model, no run"):
+        examine_folder(DoctorConfig(run=tmp_path / "base"))
     with pytest.raises(InputError, match="is the export of a pretrained model: give a fine-tuned one"):
         predict(PredictConfig(model=tmp_path / "base", data=case.data, output=tmp_path / "z"), ONE)
 
@@ -319,6 +348,7 @@ def test_the_card_says_what_the_run_says(case, exported):
     (result,) = head["model-index"][0]["results"]
     figures = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert figures == {name: summary["best"][name] for name in ("loss", "auroc")}
+    assert len(figures) == len(result["metrics"])
     assert f"examples {summary['data']['train']['examples']}" in card
     assert "| optimizer.learning_rate | 0.02 |" in card and "| lora.rank | 2 |" in card
     assert "```python\nimport behrt_jax\n" in card and "predict.stablehlo" not in card
@@ -341,7 +371,7 @@ def test_figures_of_an_evaluation_stand_in_the_card_with_their_intervals(case, t
     export(ExportConfig(run=case.run(), output=tmp_path / "m", evaluation=tmp_path / "e"), ONE)
     card = (tmp_path / "m" / "README.md").read_text()
     auroc = record["model"]["figures"]["auroc"]
-    row = next(line for line in card.splitlines() if line.startswith("| held_out split | this model | auroc"))
+    row = next(line for line in card.splitlines() if "| held_out split | this model | auroc " in line.lower())
     assert row.endswith(f"| {auroc['value']:.4g} | {auroc['low']:.4g} to {auroc['high']:.4g} |")
     names = [metric["name"] for metric in front_matter(card)["model-index"][0]["results"][0]["metrics"]]
     assert "auroc, held_out split" in names

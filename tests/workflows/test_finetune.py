@@ -336,6 +336,7 @@ def test_predictions_are_blended_with_a_count_model(case, tmp_path):
     step, options = jax.jit(make_output_step(found.setup.predictor)), PredictConfig()
     alone = next(outputs_of(step, options, found._replace(blend=None), data, {"tuning": labels}, (), mesh))[1]
     examples = examples_of(data, "tuning", labels, found.model, found.max_length, ())
+    assert found.blend is not None
     count_model, share = found.blend
     odds = blended(alone, count_model.outputs(count_codes(examples, len(found.vocabulary))), share)
     known = 1 / (1 + np.exp(-odds[0, :, 0] / task["calibration"]["temperature"]))
