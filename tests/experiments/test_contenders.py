@@ -39,6 +39,7 @@ def test_flops_are_of_the_model_whatever_is_computed_twice(monkeypatch):
     assert [int(turn(index)[0]) for index in range(2)] == [3, 6]
 
 
+@pytest.mark.slow
 def test_a_turn_of_pytorch_has_as_many_steps(monkeypatch):
     pytest.importorskip("torch")
     from experiments.benchmarks import torch_training as benchmark_torch
