@@ -113,7 +113,7 @@ def save_adapter(
         ValueError: ``trained`` does not mirror ``params``, what is written fits no parameter group,
             there is not one new code for each trained row of them, or there are adapters without settings.
     """
-    serialise = import_safetensors().save
+    import_safetensors()
     beside = beside or {}
     _refuse_other_files(folder, {CONFIG_FILE, TENSOR_FILE, OWN_FILE, FORMER_TENSOR_FILE, *beside})
     flat_params, marks = _flatten(params), _flatten(trained)
@@ -127,7 +127,7 @@ def save_adapter(
     written = {f"lora/{path}": leaf for path, leaf in _by_layer(_flatten(lora)).items()}
     written |= {f"params/{path}": leaf for path, leaf in changed.items()}
     tensors = {key: np.asarray(leaf, np.float32, order="C") for key, leaf in sorted(written.items())}
-    data = serialise(peft.as_peft(tensors), {"format": "pt", MARK: str(FORMAT_VERSION)})
+    data = serialised(peft.as_peft(tensors), {"format": "pt", MARK: str(FORMAT_VERSION)})
     settings = None if config.lora is None else from_stored(LoRAConfig, config.lora)
     for_peft = json_text(peft.peft_config(tensors, base, settings, config.base), 2).encode()
     whole = replace(
@@ -236,6 +236,20 @@ def import_safetensors() -> ModuleType:
     except ImportError as error:
         raise InputError("files of weights need the package safetensors: pip install safetensors.") from error
     return safetensors.numpy
+
+
+def serialised(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same content: the library puts metadata in any order.
+
+    Raises:
+        InputError: safetensors is not installed.
+    """
+    data = import_safetensors().save(dict(tensors), dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return data[:8] + text.ljust(end - 8) + data[end:]
 
 
 def _refuse_other_files(folder: Path, own: Set[str]) -> None:

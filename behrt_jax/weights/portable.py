@@ -31,6 +31,7 @@ from behrt_jax.adapters.files import (
     import_safetensors,
     load_adapter,
     save_adapter,
+    serialised,
 )
 from behrt_jax.adapters.lora import leaves_by_path
 from behrt_jax.adapters.targets import with_alphas
@@ -142,7 +143,7 @@ def write_model(
         InputError: the folder holds files, a parameter is missing, not known or of another shape (it is
             named), new codes without an adapter, or safetensors is not installed.
     """
-    serialise = import_safetensors().save
+    import_safetensors()
     check_new_folder(folder, "--output")
     new_codes = len(params[NEW_CODES]["rows"]) if NEW_CODES in params else 0
     if new_codes and beside is None:
@@ -175,7 +176,7 @@ def write_model(
         tensors={path: list(shape) for path, shape in found.items()},
     )
     contents = {
-        MODEL_FILE: serialise(flat, metadata=_metadata(config)),
+        MODEL_FILE: serialised(flat, _metadata(config)),
         **rule_files(vocabulary, preparation),
     }
     contents |= {**(files or {}), CONFIG_FILE: json_text(config, 2).encode()}

@@ -13,10 +13,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import behrt_jax
-from behrt_jax.adapters.files import AdapterConfig, fingerprint_tree, load_adapter, read_config, save_adapter
+from behrt_jax.adapters.files import (
+    AdapterConfig,
+    fingerprint_tree,
+    load_adapter,
+    read_config,
+    save_adapter,
+    serialised,
+)
 from behrt_jax.errors import InputError
 from behrt_jax.files import digest_of, sealed
 
@@ -121,6 +129,19 @@ def test_any_choice_of_trained_leaves_comes_back(data):
         found_params, found_lora, _ = load_adapter(folder, given_params)
     assert_identical(found_params, params)
     assert_identical(found_lora, lora)
+
+
+def test_a_file_of_tensors_is_the_same_bytes_whatever_the_order_of_its_metadata(tmp_path):
+    tensors = {"Ä/b": np.arange(3, dtype=np.float32), "a": np.ones((2, 2), np.float32)}
+    metadata = {name: f'value of "{name}"' for name in "zyxwvu"}
+    files = {serialised(tensors, dict(sorted(metadata.items(), reverse=turned))) for turned in [0, 1] * 4}
+    (data,) = files
+    (tmp_path / "x.safetensors").write_bytes(data)
+    found = load_file(tmp_path / "x.safetensors")
+    for name, values in tensors.items():
+        np.testing.assert_array_equal(found[name], values)
+    with safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
+        assert file.metadata() == metadata
 
 
 def test_no_frozen_leaf_is_written(folder):
