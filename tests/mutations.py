@@ -299,14 +299,14 @@ def runs(folder: Path) -> list[Subject]:
         return digest(*figures, found.vocabulary.codes, step, *leaves(params))
 
     def read_finetuning(run: Path) -> object:
-        record = predict._record(run)
+        record = predict.read_task(run)
         vocabulary = Vocabulary.read(checked(run, VOCABULARY_FILE))
         restored = predict._restored(run, set_up(record, len(vocabulary) - record["new_codes"]), mesh)
         metrics, preparation = read_metrics(run / METRICS_FILE), read_preparation(run)
         return digest(record, vocabulary.codes, metrics, preparation, *leaves(restored))
 
     def read_adapter(run: Path) -> object:
-        record = predict._record(run)
+        record = predict.read_task(run)
         setup = set_up(record, len(open_pretrained(base).vocabulary))
         head = setups.setdefault("head", setup.init(jax.random.key(0))["params"]["task_head"])
         params, lora, config = load_adapter(run, {"behrt": encoder, "task_head": head})
