@@ -223,7 +223,7 @@ def test_help_explains(capsys):
     with pytest.raises(SystemExit) as left:
         main(["doctor", "--help"])
     assert left.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert all(part in text for part in ("--run", "--data", "--labels", "--output", "exit status is 1"))
 
 
