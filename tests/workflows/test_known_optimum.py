@@ -71,8 +71,8 @@ def test_codes_that_are_taken_for_others_are_named_where_enough_subjects_have_th
 def test_a_leak_of_what_is_masked_takes_the_loss_below_the_optimum_and_is_an_error(tmp_path, monkeypatch):
     honest = step.masked_code_losses
 
-    def leaking(predictor, variables, batch, masked, *others):
-        return honest(predictor, variables, batch, masked._replace(codes=batch.codes), *others)
+    def leaking(predictor, variables, batch, masked, *others, **options):
+        return honest(predictor, variables, batch, masked._replace(codes=batch.codes), *others, **options)
 
     for module in (step, validation):
         monkeypatch.setattr(module, "masked_code_losses", leaking)
