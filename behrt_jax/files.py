@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 
@@ -430,6 +430,11 @@ def sealed(value: JsonObject) -> JsonObject:
 def is_sealed(value: JsonObject) -> bool:
     """Tell whether an object, as it was read, is what :func:`sealed` made."""
     return value.get(SEAL) == _seal(value)
+
+
+def is_record(value: object) -> TypeGuard[JsonObject]:
+    """Tell whether this, as it was read, is a sealed record of files and nothing else: ``{"files": ...}``."""
+    return isinstance(value, dict) and value.keys() == {"files", SEAL} and is_sealed(value)
 
 
 def _seal(value: JsonObject) -> str:

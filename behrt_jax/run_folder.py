@@ -26,7 +26,7 @@ from behrt_jax.files import (
     JsonObject,
     check_files,
     digest_of,
-    is_sealed,
+    is_record,
     json_text,
     leftover_of,
     locked,
@@ -231,7 +231,7 @@ def _recorded(folder: Path) -> dict[str, _States] | None:
     if not path.exists():
         return None
     record = read_json(path)
-    if not (isinstance(record, dict) and is_sealed(record)):
+    if not is_record(record):
         raise InputError(f"{path} is damaged (it is not what the run wrote): {_MEND}")
     return record["files"]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from behrt_jax import files
 from behrt_jax.errors import InputError
-from behrt_jax.files import json_text, read_json, write_json, write_text
+from behrt_jax.files import json_text, read_json, sealed, write_json, write_text
 from behrt_jax.run_folder import (
     append_metrics,
     checked,
@@ -317,6 +317,7 @@ def test_recorded_files_are_read_as_they_were_written(tmp_path):
         (lambda run: (run / "files.json").unlink(), "files.json is missing"),
         (lambda run: (run / "files.json").write_text('{"files": {}}'), "files.json is damaged"),
         (lambda run: (run / "files.json").write_text("[]"), "files.json is damaged"),
+        (lambda run: write_json(run / "files.json", sealed({"step": 1})), "files.json is damaged"),
     ],
 )
 def test_a_file_that_is_not_what_the_run_wrote(tmp_path, spoil, message):

@@ -31,7 +31,7 @@ from behrt_jax.files import (
     check_files,
     check_room,
     digests_of,
-    is_sealed,
+    is_record,
     read_json,
     say_unrecorded,
     sealed,
@@ -123,7 +123,7 @@ class ContentsOnDisk:
         if not (folder / FILES_FILE).is_file():
             return say_unrecorded(self._folder.parent)
         record = read_json(folder / FILES_FILE)
-        if not (isinstance(record, dict) and is_sealed(record)):
+        if not is_record(record):
             raise ValueError(f"{FILES_FILE} is not what was written")
         files = {name: one for name, one in record["files"].items() if name.startswith(f"{item}/")}
         return check_files(folder, files, "it is not what was written", at_most=None)
