@@ -129,7 +129,7 @@ def gain_over_counts(run: RunRecord) -> Iterator[Finding]:
         yield Finding(
             "count-model-ahead",
             "warning" if sure else "info",
-            f"On tuning, logistic regression on counts of codes has a loss of {counts:.4f}, the model "
+            f"On tuning, a model on counts of codes has a loss of {counts:.4f}, the model "
             f"{loss:.4f} "
             f"(difference {gap['low']:+.4f} to {gap['high']:+.4f}, paired{also}){chance}.",
             "A simpler model predicts better." if sure else "A simpler model may do as well.",

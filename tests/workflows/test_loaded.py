@@ -32,14 +32,6 @@ def assert_equal(found, expected):
 
 
 @pytest.fixture(scope="module")
-def newcomers(case):
-    """Rows of three held_out subjects."""
-    labelled = case.labelled("binary")
-    chosen = set(labelled.splits["held_out"][:3].tolist())
-    return [row for row in labelled.rows if row.subject in chosen]
-
-
-@pytest.fixture(scope="module")
 def model(case):
     """A fine-tuned run."""
     return load(case.run(), devices=ONE)

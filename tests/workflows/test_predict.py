@@ -451,14 +451,6 @@ def test_wrong_options_are_one_clear_error(case, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def newcomers(case):
-    """Rows of three held_out subjects."""
-    labelled = case.labelled("binary")
-    chosen = set(labelled.splits["held_out"][:3].tolist())
-    return [row for row in labelled.rows if row.subject in chosen]
-
-
-@pytest.fixture(scope="module")
 def meds(newcomers, tmp_path_factory):
     """Their records as they come: no split, no preparation."""
     return write_meds(tmp_path_factory.mktemp("new") / "meds", newcomers)
