@@ -129,6 +129,13 @@ def _check_model(model: ModelConfig) -> None:
         model.hidden_size % model.heads == 0,
         f"model.hidden_size {model.hidden_size} is not divisible by model.heads {model.heads}: change one.",
     )
+    positive("model.rope_base", model.rope_base)
+    size = model.hidden_size // model.heads
+    require(
+        not model.position_embedding.startswith("rope") or size % 2 == 0,
+        f"model.position_embedding is {model.position_embedding}, which turns pairs of components, but heads "
+        f"have the odd size {size} (hidden_size / heads): change one.",
+    )
     for name in ("dropout", "attention_dropout"):
         _dropout(f"model.{name}", getattr(model, name))
     if model.attention == "cudnn":
