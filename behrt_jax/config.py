@@ -578,6 +578,10 @@ class PrepareConfig:
     implausible_ages: Literal["refuse", "drop", "keep"] = "refuse"
     """Events at an age above 150 years: refuse the data, drop them, or keep them. Ages of 300 to 330 years,
     by which MIMIC-III hides those over 89, are always kept."""
+    shifted_dates: bool = False
+    """The records' dates were shifted by subject, as is done to hide who they are. Recorded alone: the doctor
+    warns of models that read the calendar. It sees by itself dates in the future and years that spread over
+    more than a century."""
     delays: tuple[str, ...] = ()
     """REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit where it is known at
     the end of its visit, as diagnoses that are coded at discharge. Recorded alone: events stay as they are,

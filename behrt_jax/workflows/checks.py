@@ -26,6 +26,7 @@ from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
 from behrt_jax.diagnosis.finding import Facts
+from behrt_jax.diagnosis.leakage_data import shifted_dates
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import example_batch
 from behrt_jax.tracking.trackers import check_trackers
@@ -362,6 +363,7 @@ def gather_facts(
         beyond_tables=_beyond_tables(train, config.model),
         unreached_adapters=unreached_adapters(setup),
         micro_batches=micro_batches,
+        shifted_dates=shifted_dates(data),
     )
 
 
