@@ -246,6 +246,7 @@ def parse(command: Command[C], arguments: Sequence[str], prog: str) -> C:
         rest = _spell_out_words(rest, command.positional, config)
     if command.options is PretrainConfig:
         rest = _spell_out_data(rest)
+    rest = _spell_out_distributed(rest)
     try:
         import tyro
     except ModuleNotFoundError as error:
@@ -321,6 +322,22 @@ def _spell_out_data(arguments: list[str]) -> list[str]:
             if not folder or folder.startswith("--"):
                 raise InputError("--data needs the folder of the prepared data after it.")
             return [*arguments[:index], "--data.source", "prepared", "--data.path", folder, *rest]
+    return arguments
+
+
+def _spell_out_distributed(arguments: list[str]) -> list[str]:
+    """``--distributed auto`` as the option that it stands for."""
+    for index, argument in enumerate(arguments):
+        if argument == "--distributed" or argument.startswith("--distributed="):
+            _, joined, how = argument.partition("=")
+            after = arguments[index + 1 :]
+            how, rest = (how, after) if joined else ("".join(after[:1]), after[1:])
+            if how != "auto":
+                raise InputError(
+                    "--distributed takes the word auto; elsewhere give --distributed.coordinator HOST:PORT, "
+                    "--distributed.processes N and --distributed.process I."
+                )
+            return [*arguments[:index], "--distributed.auto", *rest]
     return arguments
 
 
@@ -418,6 +435,9 @@ def _help(command: Command[C], config: C, name: str, prog: str) -> str:
             "Folder of prepared data, in place of generated records: --data.source prepared --data.path DIR."
         )
         sections[0][1].append(_Option("data", "--data DIR", text))
+    if hasattr(config, "distributed"):
+        text = "Join the other processes of a cluster: short for --distributed.auto."
+        sections[0][1].append(_Option("distributed", "--distributed auto", text))
     by_name = {option.name: option for _, options in sections for option in options}
     words = ""
     if command.positional:

@@ -61,13 +61,12 @@ _BEFORE_CONFIG = (VOCABULARY_FILE, PREPARATION_FILE, PARAMETERS_FILE, FILES_FILE
 
 
 @contextmanager
-def open_run_folder(path: Path, resume: bool, alone: bool = True) -> Iterator[Path]:
+def open_run_folder(path: Path, resume: bool) -> Iterator[Path]:
     """The run folder of :func:`prepare_run_folder`, locked until this ends; one that stays empty is removed.
 
     Args:
         path: of the folder.
         resume: whether to go on with the run that is there.
-        alone: False in a process that shares the run with one that holds the lock.
 
     Raises:
         InputError: as :func:`prepare_run_folder`; or another process trains there.
@@ -77,7 +76,7 @@ def open_run_folder(path: Path, resume: bool, alone: bool = True) -> Iterator[Pa
         if not resume and not folder.exists():
             _make(folder)
             stack.callback(_remove_if_empty, folder)
-        if alone and folder.is_dir():
+        if folder.is_dir():
             stack.enter_context(locked(folder / LOCK_FILE))
         yield prepare_run_folder(folder, resume)
 

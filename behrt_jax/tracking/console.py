@@ -99,6 +99,15 @@ class PlainConsole(Console):
         self._stream.flush()
 
 
+class SilentConsole(Console):
+    """Says nothing: for a process beside one that says it all."""
+
+    interval = math.inf
+
+    def log(self, text: str) -> None:
+        pass
+
+
 class RichConsole(Console):
     """A live progress bar with messages and tables above it, drawn by rich."""
 

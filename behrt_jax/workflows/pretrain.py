@@ -41,7 +41,7 @@ from behrt_jax.run_folder import (
     record_metrics,
     write_files,
 )
-from behrt_jax.tracking.console import Console, open_console
+from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.plots import plot_curves
 from behrt_jax.tracking.report import write_report
 from behrt_jax.tracking.summary import Summary, summarise, summary_text
@@ -52,6 +52,7 @@ from behrt_jax.training.loop import Schedule, Steps, catching_signals
 from behrt_jax.training.masking import FIRST_CODE
 from behrt_jax.training.micro_batches import choose_micro_batches, rows_multiple
 from behrt_jax.training.pretrained import check_source, check_vocabulary, start_from
+from behrt_jax.training.processes import agreed, is_first, together, whole_here
 from behrt_jax.training.runtime import Startup, keep_freed_memory, use_compilation_cache
 from behrt_jax.training.state import assemble, set_up, with_code_rows
 from behrt_jax.training.step import TrainState, Variables, masked_code_objective
@@ -75,8 +76,10 @@ from behrt_jax.workflows.run import (
     check_same_run,
     compile_beside,
     exit_status,
+    not_recorded,
     open_folder,
     parameter_report,
+    run_console,
     run_record,
     save,
     settings,
@@ -99,7 +102,8 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
     started, startup = time.perf_counter(), Startup()
     startup.mark("imported")
     with (
-        open_console() as console,
+        together(config.distributed),
+        run_console() as console,
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
         trackers(config, folder) as send,
@@ -117,28 +121,35 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         compiling.add_done_callback(lambda _: startup.mark("compiled"))
 
         masked = mask_split(run.tuning, config.masking, validation_key, len(data.vocabulary))
-        baselines = predict_baselines(config, data, masked)
-        unlearned = {name: results.metrics() for name, results in baselines.items()}
-        announce.baselines(console, baselines)
-        examination = examine_before(config, run, unlearned, console)
+        baselines: dict[str, MaskedCodeResults] = {}
+        unlearned: JsonObject = {}
+        examination, record = None, not_recorded
+        if is_first():
+            baselines = predict_baselines(config, data, masked)
+            unlearned = {name: results.metrics() for name, results in baselines.items()}
+            announce.baselines(console, baselines)
+            examination = examine_before(config, run, unlearned, console)
+            during, path = examination.during, run.folder / METRICS_FILE
+            record = announce.LoopReporter(console, path, unlearned, during, send).record
         startup.mark("baselines counted")
-        during = examination.during
-        lines = announce.LoopReporter(console, run.folder / METRICS_FILE, unlearned, during, send)
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
             start = partial(start_with, run, config, console)
             begun = begin(run, config, compiling, checkpoints, console, start, started)
             del compiling  # or it would hold this state's arrays beside those of a restored one
             state, cursor, telemetry = begun.state, begun.cursor, begun.telemetry
-            validation_step = jax.jit(make_validation_step(predictor, config.masking, validation_key))
+            validation_step = jax.jit(
+                make_validation_step(predictor, config.masking, validation_key),
+                out_shardings=replicated(mesh),
+            )
             placed = PlacedBatches(run.tuning, mesh)
             divergence = None
             try:
                 with open_feed(
                     config.train, assembly, train_step, program, batches, cursor.step, schedule
                 ) as feed:
-                    steps = Steps(feed, cursor, schedule, telemetry, lines.record)
-                    for state in steps.dispatch(begun.state, lambda: bool(interruption)):
+                    steps = Steps(feed, cursor, schedule, telemetry, record)
+                    for state in steps.dispatch(begun.state, agreed(interruption, mesh)):
                         if "first step" not in startup.marks:
                             jax.block_until_ready(state)
                             startup.mark("first step")
@@ -150,7 +161,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
                             # Metrics first: a run killed in between drops the lines past its checkpoint when
                             # resumed, while a line never written could not be brought back.
                             line = schedule.line(cursor.step, "tuning")
-                            lines.record({**line, **validation, **telemetry.probe(state)})
+                            record({**line, **validation, **telemetry.probe(state)})
                             save(checkpoints, config, begun, state, validation)
                             steps.restart_clock()
                 stop_reason = steps.stop_reason
@@ -163,13 +174,20 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
             best_step, assessment = checkpoints.best_step(), {}
             if best_step is not None and not divergence:
                 best = best_variables(checkpoints, best_step, state)
-                write_adapter(console, config, run, best)
+                results = None
                 if stop_reason != "interrupted":  # whoever stops a run wants it to end soon
-                    assessment = assess_model(config, run, best, masked, baselines)
+                    results = score_model(config, run, best, masked)
+                best = whole_here(best, mesh)
+                if is_first():
+                    write_adapter(console, config, run, best)
+                    if results is not None:
+                        assessment = assess_model(config, run, best, results, baselines)
         stop_reason, status = exit_status(stop_reason, interruption)
-        ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup.marks)
-        summary = write_summary(run, config, unlearned, assessment, ended, examination)
-        announce.end(console, run.folder, summary)
+        summary: JsonObject = {}
+        if examination is not None:
+            ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup.marks)
+            summary = write_summary(run, config, unlearned, assessment, ended, examination)
+            announce.end(console, run.folder, summary)
     if divergence:
         raise divergence
     return RunResult(run.folder, summary, status)
@@ -333,24 +351,30 @@ def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, va
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 
 
+def score_model(
+    config: PretrainConfig, run: Pretraining, variables: Variables, masked: MaskedSplit
+) -> MaskedCodeResults:
+    """Losses and ranks of a trained model, code by code, on the tuning split as `masked`."""
+    predictor, mesh, key = run.assembly.setup.predictor, run.assembly.mesh, run.assembly.keys.validation
+    step = jax.jit(make_scoring_step(predictor, config.masking, key), out_shardings=replicated(mesh))
+    return score_masked_codes(step, variables, run.tuning, masked, mesh)
+
+
 def assess_model(
     config: PretrainConfig,
     run: Pretraining,
     variables: Variables,
-    masked: MaskedSplit,
+    results: MaskedCodeResults,
     baselines: Mapping[str, MaskedCodeResults],
 ) -> JsonObject:
-    """What the summary says of a trained model beside its mean loss: how it stands beside the baselines on
-    the tuning split as `masked`, what it makes of codes, and how large its adapters became.
+    """What the summary says of a trained model beside its mean loss: how it stands beside the baselines, what
+    it makes of codes, and how large its adapters became.
     """
-    setup, mesh, vocabulary = run.assembly.setup, run.assembly.mesh, run.data.vocabulary
-    step = jax.jit(make_scoring_step(setup.predictor, config.masking, run.assembly.keys.validation))
-    results = score_masked_codes(step, variables, run.tuning, masked, mesh)
+    vocabulary = run.data.vocabulary
     found = assess(vocabulary.counts, FIRST_CODE, baselines, results)
     found["confusions"] = confusions(vocabulary, results)
     if config.init.run is not None or run.parameters["embedding"]["trainable"]:
-        table = jax.device_put(code_table(variables), replicated(mesh))
-        found["neighbours"] = neighbours(vocabulary, np.asarray(table))
+        found["neighbours"] = neighbours(vocabulary, np.asarray(code_table(variables)))
     if config.lora is not None:
         found["adapter_norms"] = adapter_norms(variables, config.lora)
     return found
