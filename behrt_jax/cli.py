@@ -33,9 +33,9 @@ from behrt_jax.config import (
     PretrainConfig,
     ReportConfig,
 )
-from behrt_jax.errors import InputError, explain
+from behrt_jax.errors import InputError
 from behrt_jax.presets import FINETUNE, PRETRAIN
-from behrt_jax.tracking.console import lasting_streams, printable
+from behrt_jax.tracking.console import lasting_streams, tell
 
 C = TypeVar("C")
 
@@ -207,9 +207,7 @@ def run_command(command: Command[C], arguments: Sequence[str], prog: str) -> int
                 function = getattr(import_module(module), name)
             return command.status(function(config))
         except (Exception, KeyboardInterrupt) as error:
-            line, status = explain(error, output)
-            print(f"error: {' '.join(printable(line).split(chr(10)))}", file=sys.stderr)
-            return status
+            return tell(error, output)
 
 
 @contextmanager
@@ -435,9 +433,6 @@ def _help(command: Command[C], config: C, name: str, prog: str) -> str:
             "Folder of prepared data, in place of generated records: --data.source prepared --data.path DIR."
         )
         sections[0][1].append(_Option("data", "--data DIR", text))
-    if hasattr(config, "distributed"):
-        text = "Join the other processes of a cluster: short for --distributed.auto."
-        sections[0][1].append(_Option("distributed", "--distributed auto", text))
     by_name = {option.name: option for _, options in sections for option in options}
     words = ""
     if command.positional:

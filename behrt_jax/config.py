@@ -278,8 +278,8 @@ class DistributedConfig:
     """
 
     auto: bool = False
-    """Find the processes by what started them: Slurm, Open MPI, Cloud TPU, or Kubernetes (with the package
-    kubernetes)."""
+    """Find the processes by what started them: Slurm, Open MPI, Cloud TPU, or Kubernetes, there with the
+    package kubernetes (--distributed auto for short)."""
     coordinator: str | None = None
     """HOST:PORT of the first process, in place of auto; with `processes` and `process`."""
     processes: int | None = None
@@ -287,8 +287,8 @@ class DistributedConfig:
     process: int | None = None
     """Which of them this one is, from 0."""
     timeout: float = 100.0
-    """Seconds in which all processes must have been started, and after which one that is not heard of any
-    more ends the others. The run then goes on from its last checkpoint with --resume."""
+    """Seconds after which a process that is not heard of any more ends the others. The run then goes on from
+    its last checkpoint with --resume."""
 
 
 # Pretraining: the objective, its course, and all settings of a run.

@@ -32,6 +32,7 @@ from behrt_jax.files import (
     locked,
     read_json,
     remove_leftovers,
+    resolved,
     say_unrecorded,
     sealed,
     write_bytes,
@@ -71,7 +72,7 @@ def open_run_folder(path: Path, resume: bool) -> Iterator[Path]:
     Raises:
         InputError: as :func:`prepare_run_folder`; or another process trains there.
     """
-    folder = path.expanduser().resolve()
+    folder = resolved(path).resolve()
     with ExitStack() as stack:
         if not resume and not folder.exists():
             _make(folder)
@@ -91,7 +92,7 @@ def prepare_run_folder(path: Path, resume: bool) -> Path:
         InputError: the folder holds another run or other files and `resume` is off; `resume` is on
             and no run is there; or the folder cannot be made.
     """
-    folder = path.expanduser().resolve()
+    folder = resolved(path).resolve()
     if not resume:
         if any((folder / name).exists() for name in _SIGNS_OF_A_RUN):
             raise InputError(
