@@ -297,6 +297,9 @@ class MaskingConfig:
     """Share of those shown as [MASK]."""
     random_share: float = 0.1
     """Share of those shown as a random code; the rest are shown unchanged."""
+    unit: Literal["code", "visit"] = "code"
+    """What is drawn. code: single codes. visit: whole visits, all codes of which are masked together, since
+    codes of a visit give each other away."""
 
 
 @dataclass(frozen=True)
