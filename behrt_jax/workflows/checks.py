@@ -82,8 +82,34 @@ def check(config: PretrainConfig) -> None:
         f"train.data_on_device is {train.data_on_device!r}: choose one of {', '.join(choices)}.",
     )
 
+    if config.objective != "mlm":
+        _check_queries(config)
     check_freezing(config.freezing, config.lora)
     set_up(config, vocabulary_size=8)  # adapters and regime; no arrays are made
+
+
+def _check_queries(config: PretrainConfig) -> None:
+    queries = config.queries
+    require(bool(queries.horizon_days), "queries.horizon_days is empty: give a number of days.")
+    for days in queries.horizon_days:
+        positive("queries.horizon_days", days)
+    require(queries.times >= 1, f"queries.times is {queries.times}: give 1 or more.")
+    require(queries.questions >= 1, f"queries.questions is {queries.questions}: give 1 or more.")
+    for name in ("positive_share", "group_share"):
+        value = getattr(queries, name)
+        require(0 <= value < 1, f"queries.{name} is {value}: give a share from 0 up to, but not, 1.")
+    twice = sorted({name for name in queries.groups if queries.groups.count(name) > 1})
+    require(not twice, f"queries.groups has {', '.join(twice)} twice: leave one out.")
+    not_negative("queries.frequency_power", queries.frequency_power)
+    positive("queries.mlm_weight", queries.mlm_weight)
+    require(
+        not config.train.static_masks,
+        "train.static_masks is of masked codes alone: leave it out with --objective queries or both.",
+    )
+    require(
+        config.train.data_on_device != "yes",
+        "train.data_on_device is yes, but questions are drawn by the host: give auto or no.",
+    )
 
 
 def check_optimizer(optimizer: OptimizerConfig, adapters: LoRAConfig | None) -> None:
