@@ -13,7 +13,7 @@ from flax import linen as nn
 from behrt_jax.config import ModelConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.models.behrt import BEHRT, EMBEDDING_STDDEV, BEHRTForMLM, example_batch, pool_segments
-from behrt_jax.models.layers import LayerNorm, gelu
+from behrt_jax.models.layers import Norm, gelu
 from behrt_jax.models.stacked_layers import Tree
 
 TYPICAL_DAYS = 180.0
@@ -59,22 +59,26 @@ class QueryHead(nn.Module):
         Returns:
             Log odds, float32 `[batch, segments, questions]`.
         """
-        dtype, size = jnp.dtype(self.config.compute_dtype), self.config.hidden_size
-        if self.groups:
-            init = nn.initializers.normal(EMBEDDING_STDDEV)
-            own = self.param("groups", init, (self.groups, table.shape[1]))
-            table = jnp.concatenate([table, own])
-        code = LayerNorm(name="code_norm")(table[asked.codes]).astype(dtype)  # [B, S, Q, E]
-        question = nn.Dense(size, dtype=dtype, name="code")(code)
-        horizon = horizon_features(jnp.asarray(asked.horizons)).astype(dtype)  # [B, S, Q, 2]
-        question = question + nn.Dense(size, dtype=dtype, use_bias=False, name="horizon")(horizon)
+        config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
         # What the answer is made of is small at first, so that training starts at the loss of an even guess.
-        small = nn.initializers.normal(EMBEDDING_STDDEV)
-        known = nn.Dense(size, dtype=dtype, name="history")(history.astype(dtype))[:, :, None]  # [B, S, 1, D]
-        match = nn.Dense(size, dtype=dtype, kernel_init=small, name="match")(history.astype(dtype))
-        fit = (match[:, :, None] * question).astype(jnp.float32).sum(-1) * size**-0.5  # [B, S, Q]
-        x = gelu(known + question)  # [B, S, Q, D]
-        x = gelu(nn.Dense(size, dtype=dtype, name="joint")(x)).astype(jnp.float32)
+        small, usual = nn.initializers.normal(EMBEDDING_STDDEV), nn.initializers.lecun_normal()
+
+        def dense(name: str, bias: bool = config.bias, kernel_init: Any = usual) -> nn.Dense:
+            return nn.Dense(
+                config.hidden_size, use_bias=bias, dtype=dtype, kernel_init=kernel_init, name=name
+            )
+
+        if self.groups:
+            own = self.param("groups", small, (self.groups, table.shape[1]))
+            table = jnp.concatenate([table, own])
+        code = Norm(config.norm, config.bias, name="code_norm")(table[asked.codes])  # [B, S, Q, E]
+        horizon = horizon_features(jnp.asarray(asked.horizons))  # [B, S, Q, 2]
+        question = dense("code")(code.astype(dtype)) + dense("horizon", bias=False)(horizon.astype(dtype))
+        history = history.astype(dtype)
+        match = dense("match", kernel_init=small)(history)[:, :, None]  # [B, S, 1, D]
+        fit = (match * question).astype(jnp.float32).sum(-1) * config.hidden_size**-0.5  # [B, S, Q]
+        x = gelu(dense("history")(history)[:, :, None] + question)  # [B, S, Q, D]
+        x = gelu(dense("joint")(x)).astype(jnp.float32)
         return nn.Dense(1, kernel_init=small, name="answer")(x)[..., 0] + fit
 
 
