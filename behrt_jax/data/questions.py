@@ -6,7 +6,7 @@ could be. The idea of pretraining on such questions is EveryQuery's (arXiv 2603.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary, matching_codes
 from behrt_jax.errors import InputError
 
 FIRST_CODE = len(SPECIAL_TOKENS)
+_ROOM = 1.25  # segments that a row has room for, beside those of mean length
 _TRIALS = 3  # epochs by which the rows of all are estimated
 
 # When may be asked.
@@ -49,8 +50,8 @@ class PredictionTimes:
 
     def take(self, chosen: np.ndarray) -> "PredictionTimes":
         """Some of them, by place or by a bool ``[n]``."""
-        columns = (self.subjects, self.up_to, self.times, self.known_until)
-        return PredictionTimes(*(column[chosen] for column in columns), self.left_out)
+        names = ("subjects", "up_to", "times", "known_until")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
     def drawn(self, per_subject: int, rng: np.random.Generator) -> "PredictionTimes":
         """Some of each subject, ``per_subject`` at most, drawn without replacement."""
@@ -367,8 +368,8 @@ class QuestionEpoch(Epoch):
 class QuestionBatches(RowBatches):
     """Batches of questions; made by :func:`question_batches`. Each epoch draws prediction times anew.
 
-    How many rows their histories fill differs a little from epoch to epoch: rows beyond `rows` are left out
-    of an epoch, at random, and missing ones are empty.
+    How many rows their histories fill differs a little from epoch to epoch: of more than `rows`, some are
+    left out of an epoch, at random, and of fewer, some are shown twice.
     """
 
     sampler: QuestionSampler
@@ -434,10 +435,7 @@ class QuestionBatches(RowBatches):
         asked = self.times.drawn(self.per_subject, rng)
         windows = asked.windows(self.sequences, self.row_length - self.cls_token)
         plan = _plan(windows, self.shape, self.segments, rng)
-        order = np.full(self.rows, -1, np.int64)
-        kept = min(self.rows, len(plan))
-        order[:kept] = np.arange(kept)
-        return QuestionEpoch(windows, plan, order, asked)
+        return QuestionEpoch(windows, plan, np.arange(self.rows) % len(plan), asked)
 
 
 def _scattered(values: np.ndarray, filled: np.ndarray) -> np.ndarray:
@@ -489,7 +487,7 @@ def question_batches(
     times = prediction_times(data, split, min(config.horizon_days), delays)
     room = shape.row_length - shape.cls_token
     mean = float(times.windows(sequences, room).lengths.mean()) + shape.cls_token
-    segments = max(1, shape.row_length // max(1, round(mean / 2))) if shape.packed else 1
+    segments = max(1, round(_ROOM * shape.row_length / mean)) if shape.packed else 1
     rows, histories, tokens = [], 0, 0
     for epoch in range(_TRIALS if endless else 1):
         rng = np.random.default_rng((seed, epoch))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from behrt_jax.config import ModelConfig
+from behrt_jax.config import ModelConfig, ObjectiveName
 from behrt_jax.data.batches import Batch
 from behrt_jax.models.behrt import BEHRT, EMBEDDING_STDDEV, BEHRTForMLM, example_batch, pool_segments
 from behrt_jax.models.layers import Norm, gelu
@@ -71,9 +71,12 @@ class QueryHead(nn.Module):
         if self.groups:
             own = self.param("groups", small, (self.groups, table.shape[1]))
             table = jnp.concatenate([table, own])
-        code = Norm(config.norm, config.bias, name="code_norm")(table[asked.codes])  # [B, S, Q, E]
-        horizon = horizon_features(jnp.asarray(asked.horizons))  # [B, S, Q, 2]
-        question = dense("code")(code.astype(dtype)) + dense("horizon", bias=False)(horizon.astype(dtype))
+        # Codes are gathered last where there are fewer of them than questions.
+        few = len(table) <= asked.codes.size
+        code = Norm(config.norm, config.bias, name="code_norm")(table if few else table[asked.codes])
+        code = dense("code")(code.astype(dtype))
+        horizon = horizon_features(jnp.asarray(asked.horizons)).astype(dtype)  # [B, S, Q, 2]
+        question = (code[asked.codes] if few else code) + dense("horizon", bias=False)(horizon)
         history = history.astype(dtype)
         match = dense("match", kernel_init=small)(history)[:, :, None]  # [B, S, 1, D]
         fit = (match * question).astype(jnp.float32).sum(-1) * config.hidden_size**-0.5  # [B, S, Q]
@@ -134,6 +137,15 @@ def example_questions(batch: Batch) -> Asked:
     """One question about the first segment of each row, to initialise or tabulate a model."""
     shape = (batch.codes.shape[0], 1, 1)
     return Asked(jnp.zeros(shape, jnp.int32), jnp.full(shape, TYPICAL_DAYS, jnp.float32))
+
+
+def pretraining_model(
+    config: ModelConfig, vocabulary_size: int, objective: ObjectiveName = "mlm", groups: int = 0
+) -> BEHRTForMLM | BEHRTForQueries:
+    """The model that an objective of pretraining trains; `groups` of codes are questions of their own."""
+    if objective == "mlm":
+        return BEHRTForMLM(config, vocabulary_size)
+    return BEHRTForQueries(config, vocabulary_size, groups, mlm=objective == "both")
 
 
 def init_params(model: BEHRTForMLM | BEHRTForQueries, key: jax.Array) -> Tree:

@@ -24,13 +24,11 @@ from behrt_jax.config import (
     FinetuneConfig,
     FreezingConfig,
     LoRAConfig,
-    ModelConfig,
-    ObjectiveName,
     OptimizerConfig,
     PretrainConfig,
 )
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_batch
-from behrt_jax.models.questions import BEHRTForQueries, init_params
+from behrt_jax.models.questions import BEHRTForQueries, init_params, pretraining_model
 from behrt_jax.training.devices import replicated, shapes_of, shardings_of
 from behrt_jax.training.freezing import adapted_kernels_frozen, optimizer_labels, regime, trainable
 from behrt_jax.training.optimizer import make_optimizer
@@ -80,15 +78,6 @@ def set_up(config: PretrainConfig, vocabulary_size: int, mesh: Mesh | None = Non
     model = pretraining_model(config.model, vocabulary_size, config.objective, groups)
     init = partial(init_params, model)
     return _of_model(model, init, config.lora, config.freezing, mesh, config.data.packed)
-
-
-def pretraining_model(
-    config: ModelConfig, vocabulary_size: int, objective: ObjectiveName = "mlm", groups: int = 0
-) -> BEHRTForMLM | BEHRTForQueries:
-    """The model that an objective of pretraining trains; `groups` of codes are questions of their own."""
-    if objective == "mlm":
-        return BEHRTForMLM(config, vocabulary_size)
-    return BEHRTForQueries(config, vocabulary_size, groups, mlm=objective == "both")
 
 
 def set_up_task(

@@ -23,12 +23,14 @@ from behrt_jax.config import (
     TrainConfig,
 )
 from behrt_jax.data.batches import TrainingBatches
+from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
 from behrt_jax.diagnosis.finding import Facts
 from behrt_jax.diagnosis.leakage_data import shifted_dates
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import example_batch
+from behrt_jax.models.questions import BEHRTForQueries, example_questions
 from behrt_jax.tracking.trackers import check_trackers
 from behrt_jax.training.freezing import REGIMES, regime
 from behrt_jax.training.state import Setup, set_up
@@ -370,7 +372,7 @@ def gather_facts(
     config: PretrainConfig,
     data: SequenceSet,
     setup: Setup,
-    batches: TrainingBatches,
+    batches: TrainingBatches | QuestionBatches,
     total_steps: int,
     micro_batches: int,
 ) -> Facts:
@@ -426,8 +428,10 @@ def unreached_adapters(setup: Setup) -> list[str]:
     """Names of adapter leaves that the prediction does not depend on; nothing is computed."""
     if not setup.layers:
         return []
-    batch = example_batch(setup.predictor.model.config)
-    unread = unread_leaves(lambda variables: setup.predictor.outputs(variables, batch), setup.shapes)
+    predictor = setup.predictor
+    batch = example_batch(predictor.model.config)
+    asked = example_questions(batch) if isinstance(predictor.model, BEHRTForQueries) else None
+    unread = unread_leaves(lambda variables: predictor.outputs(variables, batch, asked), setup.shapes)
     return [
         name
         for name, alone in zip(leaf_names(setup.shapes), unread, strict=True)
