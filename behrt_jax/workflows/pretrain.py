@@ -74,6 +74,7 @@ from behrt_jax.workflows.run import (
     best_variables,
     check_same_run,
     compile_beside,
+    decisive_settings,
     exit_status,
     open_folder,
     parameter_report,
@@ -103,7 +104,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
         trackers(config, folder) as send,
-        ThreadPoolExecutor(1) as beside,
+        ThreadPoolExecutor(2) as beside,
     ):
         run = open_pretraining(config, folder, devices, console)
         assembly, data, batches, schedule = run.assembly, run.data, run.batches, run.schedule
@@ -113,7 +114,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         train_step = assembly.step(run.micro_batches)
         program = one_step(assembly, train_step)
         from_host = not on_device(config.train, batches, mesh)
-        compiling = compile_beside(beside, run, program, from_host)
+        compiling, making = compile_beside(beside, run, program, decisive_settings(config), from_host)
         compiling.add_done_callback(lambda _: startup.mark("compiled"))
 
         masked = mask_split(run.tuning, config.masking, validation_key, len(data.vocabulary))
@@ -127,13 +128,14 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
             start = partial(start_with, run, config, console)
-            begun = begin(run, config, compiling, checkpoints, console, start, started)
-            del compiling  # or it would hold this state's arrays beside those of a restored one
+            begun = begin(run, config, making, checkpoints, console, start, started)
+            del making  # or it would hold this state's arrays beside those of a restored one
             state, cursor, telemetry = begun.state, begun.cursor, begun.telemetry
             validation_step = jax.jit(make_validation_step(predictor, config.masking, validation_key))
             placed = PlacedBatches(run.tuning, mesh)
             divergence = None
             try:
+                program = compiling.result()
                 with open_feed(
                     config.train, assembly, train_step, program, batches, cursor.step, schedule
                 ) as feed:
@@ -167,7 +169,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
                 if stop_reason != "interrupted":  # whoever stops a run wants it to end soon
                     assessment = assess_model(config, run, best, masked, baselines)
         stop_reason, status = exit_status(stop_reason, interruption)
-        ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup.marks)
+        ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup)
         summary = write_summary(run, config, unlearned, assessment, ended, examination)
         announce.end(console, run.folder, summary)
     if divergence:
@@ -363,8 +365,7 @@ class RunEnd(NamedTuple):
     stop_reason: str
     seconds: float
     """Wall time of all its parts."""
-    startup: Mapping[str, float]
-    """Marks of :class:`behrt_jax.training.runtime.Startup`."""
+    startup: Startup
 
 
 def write_summary(
@@ -389,9 +390,11 @@ def write_summary(
     summary = Summary(**found, **assessment)
     if run.coverage:
         summary["init_vectors"] = run.coverage
-    if "first step" in ended.startup:
-        summary["first_step_seconds"] = ended.startup["first step"]
-        summary["startup_seconds"] = dict(ended.startup)
+    if "first step" in ended.startup.marks:
+        summary["first_step_seconds"] = ended.startup.marks["first step"]
+        summary["startup_seconds"] = ended.startup.marks
+        summary["startup_processor_seconds"] = ended.startup.processor
+        summary["startup_programs"] = ended.startup.programs
     summary["findings"] = examination.after(summary)
     record_metrics(folder)
     write_files(folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
