@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.config import TrainConfig
 from behrt_jax.data.batches import Batch, EpochRows, TrainingBatches, ValidationBatches, reading_ahead
+from behrt_jax.data.events import DAY
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS
 from behrt_jax.errors import InputError
@@ -37,6 +38,8 @@ class Tokens(NamedTuple):
     """float32 ``[tokens]``."""
     visits: Any
     """int32 ``[tokens]``."""
+    days: Any
+    """int32 ``[tokens]``."""
 
 
 def tokens_of(sequences: Sequences) -> Tokens:
@@ -45,6 +48,7 @@ def tokens_of(sequences: Sequences) -> Tokens:
         np.asarray(sequences.codes, np.int32),
         np.asarray(sequences.ages, np.float32),
         np.asarray(sequences.visits, np.int32),
+        (sequences.times // DAY).astype(np.int32),
     )
 
 
@@ -52,7 +56,7 @@ def device_bytes(batches: TrainingBatches) -> int:
     """Bytes of the tokens and of the rows of two epochs, the one that is trained on and the next."""
     segments = 8 * batches.windows_per_epoch
     rows = 4 * (batches.rows + 1 + batches.steps_per_epoch * batches.batch_rows)
-    return 12 * len(batches.sequences.codes) + 2 * (segments + rows)
+    return 16 * len(batches.sequences.codes) + 2 * (segments + rows)
 
 
 def gather_on_device(
@@ -100,6 +104,7 @@ def gather_on_device(
         codes=or_padding(codes),
         ages=or_padding(tokens.ages[token]),
         visits=or_padding(tokens.visits[token]),
+        days=or_padding(tokens.days[token]),
         positions=or_padding(position),
         segment_ids=or_padding(slot + 1),
         row_ids=rows,  # pyright: ignore[reportArgumentType]
@@ -294,7 +299,7 @@ class PlacedBatches:
         """Nothing is read yet."""
         self._batches, self._mesh = batches, mesh
         self._kept: list[Batch] | None = None
-        needed = len(batches) * batches.batch_rows * (5 * batches.row_length + 1) * 4
+        needed = len(batches) * batches.batch_rows * (6 * batches.row_length + 1) * 4
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._keep = needed <= KEPT_IN_HOST_MEMORY if on_cpu else fits(needed, mesh)
 
