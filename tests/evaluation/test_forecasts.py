@@ -159,7 +159,6 @@ def brute_occurrence(model: LatentModel, history, codes: list[int], horizon: int
     absent = [
         sum(
             share
-            * np.array([visit_chance(model, z, band, [others] * size) for z in range(4)])
             * np.array([visit_chance(model, z, band, [others] * size) for z in range(len(model.states))])
             for share, size in zip(model.sizes, (1, 2, 3), strict=True)
         )
