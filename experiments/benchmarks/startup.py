@@ -2,9 +2,9 @@
 
 `train` ends with the first finished step of pretraining, `predict` and `embed` with the output of one
 patient. Each is the command itself in a fresh process, in turns with a script that has jax, flax, optax and
-the same model and nothing else of this package (`experiments.benchmarks.bare`): cold with no compiled programs
-on disk, warm with those of the run before. Wall time beside processor time: on a machine that does something
-else too, the second says more.
+the same model and nothing else of this package (`experiments.benchmarks.bare`): cold with no compiled
+programs on disk, warm with those of the run before. Wall time beside processor time: on a machine that does
+something else too, the second says more.
 """
 
 import json
@@ -23,11 +23,11 @@ from statistics import median
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax.config import PrepareConfig
-from behrt_jax.data.vocabulary import FIRST_CODE
+from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.tracking.console import table_text
@@ -174,7 +174,7 @@ def _contenders_of_training(config: StartupBenchmark, folder: Path) -> Contender
     length = facts["row_length"]
     task = {
         "model": {**model, "positions": length},
-        "vocabulary_size": facts["codes"] + FIRST_CODE,
+        "vocabulary_size": facts["codes"] + len(SPECIAL_TOKENS),
         "rows": math.ceil(facts["tokens_per_step"] / length),
         "targets": math.ceil(record["settings"]["masking"]["probability"] * length),
     }
@@ -229,7 +229,8 @@ def _tune(config: StartupBenchmark, folder: Path) -> None:
     flat = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     np.savez(folder / "parameters.npz", **flat)  # pyright: ignore[reportArgumentType]
     events = pq.read_table(folder / "events.parquet")
-    one = events.filter(pc.equal(events["subject_id"], events["subject_id"][0]))
+    subjects = events["subject_id"].to_numpy()
+    one = events.filter(pa.array(subjects == subjects[0]))
     pq.write_table(one, folder / "one.parquet")
     prepare_records(
         PrepareConfig(
