@@ -110,6 +110,7 @@ def finetune_on(
         program = one_step(assembly, assembly.step(run.micro_batches))
         output_step = jax.jit(make_output_step(assembly.setup.predictor))
         decisive = decisive_settings(config) | {
+            "fingerprint": data.fingerprint,
             "task": labelled.task.to_json(),
             "first_outputs": None if labelled.tasks else labelled.base_outputs().tolist(),
         }

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -23,6 +24,7 @@ from behrt_jax import __version__
 from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig, TrackingConfig
 from behrt_jax.data.batches import TaskBatches, TrainingBatches
+from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, json_text, resolved
 from behrt_jax.run_folder import (
@@ -55,7 +57,7 @@ class Run:
 
     folder: Path
     assembly: Assembly
-    batches: TrainingBatches | TaskBatches
+    batches: TrainingBatches | TaskBatches | QuestionBatches
     schedule: Schedule
     micro_batches: int
     parameters: JsonObject
@@ -88,9 +90,14 @@ def compile_beside(
         from_host: batches come from the host, else they are gathered on the device by another program.
     """
     assembly, devices = run.assembly, list(run.assembly.mesh.devices.flat)
-    decisive = {**decisive, "total_steps": run.schedule.total_steps, "micro_batches": run.micro_batches,
-                "predictor": repr(assembly.setup.predictor)}  # fmt: skip
+    decisive = {
+        **decisive,
+        "total_steps": run.schedule.total_steps,
+        "micro_batches": run.micro_batches,
+        "predictor": repr(assembly.setup.predictor),
+    }
     kept: list[KeptProgram] = []
+    state_made = Event()
 
     def compiled(program: Any, *arguments: Any) -> Any:
         kept.append(KeptProgram(program, decisive, arguments, devices))
@@ -103,10 +110,14 @@ def compile_beside(
         return compiled(program, assembly.state_shapes, shapes_of(batch))
 
     def state() -> TrainState:
-        return compiled(assembly.initialise, assembly.keys.init)(assembly.keys.init)
+        try:
+            return compiled(assembly.initialise, assembly.keys.init)(assembly.keys.init)
+        finally:
+            state_made.set()
 
-    def keep(ready: Preparation) -> None:
-        wait(ready)
+    def keep() -> None:
+        wait([stepping])
+        state_made.wait()  # not for its future, which holds the state
         for one in kept:
             one.keep()
 
@@ -116,7 +127,7 @@ def compile_beside(
     ready = Preparation(stepping, executor.submit(state))
     if jax.process_count() > 1:
         wait(ready)
-    executor.submit(keep, ready)
+    executor.submit(keep)
     return ready
 
 
