@@ -20,6 +20,7 @@ from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics, task_losses, totals
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.masking import MaskedCodes, mask_codes
+from behrt_jax.training.runtime import RUN_ONCE
 from behrt_jax.training.step import Predictor, Totals, Variables, masked_code_losses, question_log_odds
 
 OutputStep = Callable[[Variables, Any], jax.Array]
@@ -189,7 +190,7 @@ def mask_split(
     places = replace(
         batches, sequences=replace(sequences, codes=np.arange(len(sequences.codes), dtype=np.int32))
     )
-    mask = jax.jit(_fixed_masks(masking, key, vocabulary_size))
+    mask = jax.jit(_fixed_masks(masking, key, vocabulary_size), compiler_options=RUN_ONCE)
     shown = np.full(len(sequences.codes), PAD, np.int32)
     windows = np.full(len(sequences.codes), -1, np.int64)
     targets, unasked = [], 0
