@@ -528,7 +528,8 @@ def _places(module: TorchBEHRTForMLM) -> Iterator[tuple[Path, _Place]]:
     for index, layer in enumerate(behrt.encoder.layers):
         yield from _layer(("params", "behrt", "encoder", f"layer_{index}"), layer)
     yield from _norm(("params", "behrt", "encoder", "norm"), behrt.layer_norm)
-    dense, _, norm, decoder = module.mlm_head
+    head: Any = module.mlm_head
+    dense, _, norm, decoder = head
     yield from _torch_parameters_linear(("params", "mlm_head", "dense"), dense)
     yield from _norm(("params", "mlm_head", "norm"), norm)
     if decoder.weight is of.code_embedding.weight:
