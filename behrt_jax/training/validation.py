@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ from behrt_jax.evaluation.scores import ON_TUNING
 from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics, task_losses, totals
 from behrt_jax.training.devices import put_rows
-from behrt_jax.training.masking import mask_codes
+from behrt_jax.training.masking import MaskedCodes, mask_codes
+from behrt_jax.training.runtime import RUN_ONCE
 from behrt_jax.training.step import Predictor, Totals, Variables, masked_code_losses, question_log_odds
 
 OutputStep = Callable[[Variables, Any], jax.Array]
@@ -187,7 +189,11 @@ def mask_split(
     places = replace(
         batches, sequences=replace(sequences, codes=np.arange(len(sequences.codes), dtype=np.int32))
     )
-    mask = jax.jit(lambda codes, row_ids: mask_codes(key, codes, row_ids, masking, vocabulary_size))
+
+    @partial(jax.jit, compiler_options=RUN_ONCE)
+    def mask(codes: jax.Array, row_ids: jax.Array) -> MaskedCodes:
+        return mask_codes(key, codes, row_ids, masking, vocabulary_size)
+
     shown = np.full(len(sequences.codes), PAD, np.int32)
     windows = np.full(len(sequences.codes), -1, np.int64)
     targets = []
