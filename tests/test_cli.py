@@ -50,8 +50,8 @@ def test_help_lists_each_command_in_a_line(capsys):
     listed = [line.split(maxsplit=1) for line in shown.splitlines() if line.startswith("  ")]
     assert listed == [[name, command.help] for name, command in COMMANDS.items()]
     assert list(COMMANDS) == [
-        "prepare", "pretrain", "make-labels", "finetune", "combine-adapters", "predict", "evaluate", "export",
-        "import-weights", "doctor", "report",
+        "prepare", "pretrain", "make-labels", "finetune", "combine-adapters", "predict", "ask", "evaluate",
+        "export", "import-weights", "doctor", "report",
     ]  # fmt: skip
     assert main([]) == 2
     assert capsys.readouterr().err == shown
@@ -383,6 +383,12 @@ MISTAKES = {
     "no train split": (["--data.source", "meds", "--data.path", "{meds}/no_train"], "train"),
     "path of a generated source": (["--data.path", "{meds}/healthy"], "add --data.source meds"),
     "length over positions": (["--data.max_length", "51"], "the model has 50 positions"),
+    "rotation of odd heads": (
+        ["--model.position_embedding", "rope", "--model.hidden_size", "60"], "heads have the odd size 15"
+    ),
+    "days and visits": (
+        ["--model.position_embedding", "rope_time", "--model.position_of", "visit"], "rope_time counts days"
+    ),
     "hidden not divisible by heads": (["--model.heads", "5"], "not divisible by model.heads 5"),
     "cudnn in float32": (
         ["--model.attention", "cudnn"], "needs bfloat16, but model.compute_dtype is float32"),

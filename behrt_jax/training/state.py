@@ -1,6 +1,6 @@
 """A training run put together from its configuration: what trains, its first state, its step.
 
-:func:`set_up` (masked codes) and :func:`set_up_task` work out the model, its adapters and what trains,
+:func:`set_up` (pretraining) and :func:`set_up_task` work out the model, its adapters and what trains,
 without computing anything. An :class:`Assembly` adds objective, optimizer, keys and devices: pretraining,
 fine-tuning, benchmarks and studies all train by one.
 """
@@ -20,8 +20,15 @@ from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import Tree, path_names, resolve_product
-from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, OptimizerConfig, PretrainConfig
+from behrt_jax.config import (
+    FinetuneConfig,
+    FreezingConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    PretrainConfig,
+)
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_batch
+from behrt_jax.models.questions import BEHRTForQueries, init_params, pretraining_model
 from behrt_jax.training.devices import replicated, shapes_of, shardings_of
 from behrt_jax.training.freezing import adapted_kernels_frozen, optimizer_labels, regime, trainable
 from behrt_jax.training.optimizer import make_optimizer
@@ -62,16 +69,14 @@ class Setup(NamedTuple):
 
 
 def set_up(config: PretrainConfig, vocabulary_size: int, mesh: Mesh | None = None) -> Setup:
-    """Setup of masked-code prediction. Without a mesh, all is on one device.
+    """Setup of pretraining, for its objective. Without a mesh, all is on one device.
 
     Raises:
         InputError: adapters that match nothing, a regime that trains nothing, and the like.
     """
-    model = BEHRTForMLM(config.model, vocabulary_size)
-
-    def init(key: jax.Array) -> Tree:
-        return model.init(key, example_batch(config.model))["params"]
-
+    groups = len(config.queries.groups)
+    model = pretraining_model(config.model, vocabulary_size, config.objective, groups)
+    init = partial(init_params, model)
     return _of_model(model, init, config.lora, config.freezing, mesh, config.data.packed)
 
 
@@ -113,7 +118,7 @@ def set_up_task(
 
 
 def _of_model(
-    model: BEHRTForMLM | BEHRTForTask,
+    model: BEHRTForMLM | BEHRTForTask | BEHRTForQueries,
     init: Callable[[jax.Array], Tree],
     adapters: LoRAConfig | None,
     freezing: FreezingConfig,
@@ -125,7 +130,7 @@ def _of_model(
         params = init(params_key)
         return {"params": params, "lora": lora.init(lora_key, params, adapters) if adapters else {}}
 
-    shapes = jax.eval_shape(lambda key: init_with(key, adapters), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_with(jax.random.key(0), adapters))
     mask = trainable(shapes, regime(freezing))
     if adapters is None:
         return Setup(Predictor(model, None, "activations", mesh, packed), init_with, shapes, mask, [])
@@ -150,8 +155,12 @@ class RunKeys(NamedTuple):
 
 def run_keys(seed: int) -> RunKeys:
     """Keys of initialisation, of the training steps and of validation."""
+
     # One program: key by key, each operation would be compiled or read from disk by itself.
-    keys = jax.jit(lambda: tuple(jax.random.split(jax.random.key(seed), 3)))
+    @jax.jit
+    def keys() -> tuple[jax.Array, ...]:
+        return tuple(jax.random.split(jax.random.key(seed), 3))
+
     return RunKeys(*keys())
 
 
@@ -171,9 +180,14 @@ class Assembly:
         """The state as ``jax.ShapeDtypeStruct`` with shardings: no arrays are made."""
         return abstract_state(self.setup.shapes, self.optimizer, self.mesh)
 
+    @cached_property
+    def initialise(self) -> Any:
+        """Key -> state before the first step, spread over the devices; jitted."""
+        return init_program(self.setup, self.optimizer, self.mesh)
+
     def first_state(self) -> TrainState:
         """State before the first step, spread over the devices."""
-        return init_state(self.setup, self.optimizer, self.keys.init, self.mesh)
+        return self.initialise(jax.random.clone(self.keys.init))
 
     def step(self, micro_batches: int = 1) -> Step:
         """The train step, not jitted, see :func:`behrt_jax.training.step.make_update_step`."""
@@ -199,7 +213,7 @@ class Assembly:
 def assemble(
     config: PretrainConfig | FinetuneConfig, setup: Setup, objective: Objective, total_steps: int, mesh: Mesh
 ) -> Assembly:
-    """Put a run together; `objective` is of `step.masked_code_objective` or `step.task_objective`."""
+    """Put a run together; `objective` is one of `training.step`."""
     optimizer = optimizer_for(config.optimizer, setup, total_steps)
     keys = run_keys(config.train.seed)
     return Assembly(setup, objective, optimizer, mesh, keys, config.optimizer.clip_norm)
@@ -217,7 +231,14 @@ def assemble_pretraining(
 def init_state(
     setup: Setup, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh, large: int = LARGE
 ) -> TrainState:
-    """Initialise everything in one jitted call, spread over the mesh as :func:`state_shardings` says.
+    """Initialise everything in one jitted call, spread over the mesh as :func:`state_shardings` says."""
+    return init_program(setup, optimizer, mesh, large)(jax.random.clone(key))
+
+
+def init_program(
+    setup: Setup, optimizer: optax.GradientTransformation, mesh: Mesh, large: int = LARGE
+) -> Any:
+    """A jitted function from a key to what :func:`init_state` gives.
 
     Leaf by leaf it would take seconds, and an uncommitted first state would compile the step twice.
     """
@@ -227,7 +248,7 @@ def init_state(
         return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables))
 
     shardings = shardings_of(abstract_state(setup.shapes, optimizer, mesh, large))
-    return jax.jit(init, out_shardings=shardings, compiler_options=RUN_ONCE)(jax.random.clone(key))
+    return jax.jit(init, out_shardings=shardings, compiler_options=RUN_ONCE)
 
 
 def abstract_state(

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.config import MaskingConfig
 from behrt_jax.data.batches import Batch, TaskBatch, TaskBatches, ValidationBatches
+from behrt_jax.data.questions import QuestionBatch, QuestionBatches
 from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.data.vocabulary import CLS, PAD
 from behrt_jax.errors import InputError
@@ -18,10 +19,12 @@ from behrt_jax.evaluation.scores import ON_TUNING
 from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics, task_losses, totals
 from behrt_jax.training.devices import put_rows
-from behrt_jax.training.masking import mask_codes
-from behrt_jax.training.step import Predictor, Totals, Variables, masked_code_losses
+from behrt_jax.training.masking import MaskedCodes, mask_codes
+from behrt_jax.training.runtime import RUN_ONCE
+from behrt_jax.training.step import Predictor, Totals, Variables, masked_code_losses, question_log_odds
 
-OutputStep = Callable[[Variables, TaskBatch], jax.Array]
+OutputStep = Callable[[Variables, Any], jax.Array]
+"""(variables, batch of examples) -> outputs of each segment, float32 `[rows, segments, outputs]`."""
 
 
 def make_output_step(predictor: Predictor) -> OutputStep:
@@ -33,10 +36,19 @@ def make_output_step(predictor: Predictor) -> OutputStep:
     return output_step
 
 
+def make_question_step(predictor: Predictor) -> OutputStep:
+    """Build the step to answers of a batch of questions, `[rows, segments, questions]`, without dropout."""
+
+    def question_step(variables: Variables, batch: QuestionBatch) -> jax.Array:
+        return question_log_odds(predictor, variables, batch)
+
+    return question_step
+
+
 def score(
     output_step: OutputStep,
     variables: Variables,
-    batches: TaskBatches,
+    batches: TaskBatches | QuestionBatches,
     mesh: Mesh,
 ) -> np.ndarray:
     """Outputs of every example, in the order of the examples, float32 ``[examples, outputs]``.
@@ -44,7 +56,7 @@ def score(
     The next batch is on its way while the host takes the outputs of the one before.
 
     Args:
-        output_step: a jitted :func:`make_output_step`.
+        output_step: a jitted :func:`make_output_step` or :func:`make_question_step`.
         variables: of the model.
         batches: one epoch of them is read.
         mesh: the devices.
@@ -89,9 +101,10 @@ def make_validation_step(
     predictor: Predictor, masking: MaskingConfig, key: jax.Array
 ) -> Callable[[Variables, Batch], Totals]:
     """Build the validation step: totals of a batch, with masks fixed by the key and the row ids."""
+    mask = _fixed_masks(masking, key, predictor.model.vocabulary_size)
 
     def validation_step(variables: Variables, batch: Batch) -> Totals:
-        masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
+        masked = mask(batch)
         found = masked_code_losses(predictor, variables, batch, masked)
         return totals(found.loss, found.ranks, masked.weights)
 
@@ -123,9 +136,10 @@ def make_scoring_step(predictor: Predictor, masking: MaskingConfig, key: jax.Arr
     place, and to which slots are used: `[batch, budget]` each. Masks are those of
     :func:`make_validation_step`.
     """
+    mask = _fixed_masks(masking, key, predictor.model.vocabulary_size)
 
     def scoring_step(variables: Variables, batch: Batch) -> tuple[jax.Array, ...]:
-        masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
+        masked = mask(batch)
         found = masked_code_losses(predictor, variables, batch, masked, guess=True)
         assert found.guesses is not None
         return found.losses, found.ranks, found.guesses, masked.weights
@@ -176,26 +190,40 @@ def mask_split(
     places = replace(
         batches, sequences=replace(sequences, codes=np.arange(len(sequences.codes), dtype=np.int32))
     )
-    mask = jax.jit(lambda codes, row_ids: mask_codes(key, codes, row_ids, masking, vocabulary_size))
+    mask = jax.jit(_fixed_masks(masking, key, vocabulary_size), compiler_options=RUN_ONCE)
     shown = np.full(len(sequences.codes), PAD, np.int32)
     windows = np.full(len(sequences.codes), -1, np.int64)
-    targets = []
+    targets, unasked = [], 0
     for batch, of_places in zip(batches, places, strict=True):
-        masked = jax.device_get(mask(batch.codes, batch.row_ids))
-        seen = (batch.segment_ids > 0) & (batch.codes != CLS)  # [B, L]
+        masked = jax.device_get(mask(batch))
+        unasked += int(masked.unasked.sum())
+        seen = (batch.segment_ids > 0) & (batch.codes != CLS) & (batch.visits >= 0)  # [B, L]
         place = of_places.codes[seen]
         shown[place] = masked.codes[seen]
         segments = batch.row_ids[:, None].astype(np.int64) * batches.row_length + batch.segment_ids
         windows[place] = segments[seen]
         rows, slots = np.nonzero(masked.weights)
         targets.append(of_places.codes[rows, masked.columns[rows, slots]])
-    split = MaskedSplit(sequences, shown, windows, np.concatenate(targets).astype(np.int64))
+    found = np.concatenate(targets).astype(np.int64)
+    split = MaskedSplit(sequences, shown, windows, found, unasked)
     if not len(split.targets):
         raise InputError(
             "No code of the tuning split is masked, it is too small: give it more subjects or raise "
             "masking.probability."
         )
     return split
+
+
+def _fixed_masks(
+    masking: MaskingConfig, key: jax.Array, vocabulary_size: int
+) -> Callable[[Batch], MaskedCodes]:
+    """Masks of a batch that the key and its row ids decide."""
+
+    def mask(batch: Batch) -> MaskedCodes:
+        rows = batch.codes, batch.row_ids
+        return mask_codes(key, *rows, masking, vocabulary_size, batch.visits, batch.segment_ids)
+
+    return mask
 
 
 def _mean(totals: list[Totals]) -> dict[str, float]:

@@ -3,7 +3,7 @@ data is read, and facts of data and model, by which the doctor judges it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TypeVar, get_args
@@ -23,12 +23,15 @@ from behrt_jax.config import (
     TrainConfig,
 )
 from behrt_jax.data.batches import TrainingBatches
-from behrt_jax.data.sequences import Sequences, SequenceSet
+from behrt_jax.data.events import DAY
+from behrt_jax.data.questions import QuestionBatches
+from behrt_jax.data.sequences import Sequences, SequenceSet, day_text
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
 from behrt_jax.diagnosis.finding import Facts
 from behrt_jax.diagnosis.leakage_data import shifted_dates
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import example_batch
+from behrt_jax.models.questions import BEHRTForQueries, example_questions
 from behrt_jax.tracking.trackers import check_trackers
 from behrt_jax.training.freezing import REGIMES, regime
 from behrt_jax.training.state import Setup, set_up
@@ -83,8 +86,34 @@ def check(config: PretrainConfig) -> None:
         f"train.data_on_device is {train.data_on_device!r}: choose one of {', '.join(choices)}.",
     )
 
+    if config.objective != "mlm":
+        _check_queries(config)
     check_freezing(config.freezing, config.lora)
     set_up(config, vocabulary_size=8)  # adapters and regime; no arrays are made
+
+
+def _check_queries(config: PretrainConfig) -> None:
+    queries = config.queries
+    require(bool(queries.horizon_days), "queries.horizon_days is empty: give a number of days.")
+    for days in queries.horizon_days:
+        positive("queries.horizon_days", days)
+    require(queries.times >= 1, f"queries.times is {queries.times}: give 1 or more.")
+    require(queries.questions >= 1, f"queries.questions is {queries.questions}: give 1 or more.")
+    for name in ("positive_share", "group_share"):
+        value = getattr(queries, name)
+        require(0 <= value < 1, f"queries.{name} is {value}: give a share from 0 up to, but not, 1.")
+    twice = sorted({name for name in queries.groups if queries.groups.count(name) > 1})
+    require(not twice, f"queries.groups has {', '.join(twice)} twice: leave one out.")
+    not_negative("queries.frequency_power", queries.frequency_power)
+    positive("queries.mlm_weight", queries.mlm_weight)
+    require(
+        not config.train.static_masks,
+        "train.static_masks is of masked codes alone: leave it out with --objective queries or both.",
+    )
+    require(
+        config.train.data_on_device != "yes",
+        "train.data_on_device is yes, but questions are drawn by the host: give auto or no.",
+    )
 
 
 def check_optimizer(optimizer: OptimizerConfig, adapters: LoRAConfig | None) -> None:
@@ -136,6 +165,11 @@ def _check_model(model: ModelConfig) -> None:
         not model.position_embedding.startswith("rope") or size % 2 == 0,
         f"model.position_embedding is {model.position_embedding}, which turns pairs of components, but heads "
         f"have the odd size {size} (hidden_size / heads): change one.",
+    )
+    require(
+        model.position_embedding != "rope_time" or model.position_of == "event",
+        "model.position_of is visit, but model.position_embedding rope_time counts days: leave position_of "
+        "out, or take rope, which counts what it says.",
     )
     for name in ("dropout", "attention_dropout"):
         _dropout(f"model.{name}", getattr(model, name))
@@ -336,6 +370,36 @@ def model_of(config: FinetuneConfig, pretrained: ModelConfig) -> ModelConfig:
 
 # Facts that only the process which holds data and model can see.
 
+FIRST_YEAR, LAST_YEAR = 1900, 2200
+"""Years that a model with `model.time` time2vec reads."""
+
+
+def check_days(model: ModelConfig, splits: Mapping[str, Sequences]) -> None:
+    """Raise :class:`InputError` where a model that reads days has none, a train split of one day; or, where
+    it reads the calendar, years that it does not know: it counts the events of the first split that has some.
+    """
+    train = splits.get("train")
+    if model.reads_days and train is not None and len(train) > 1:
+        day = train.times[0] // DAY
+        require(
+            bool((train.times // DAY != day).any()),
+            f"All {len(train.times):,} events of the train split are on one day ({day_text(day)}), where "
+            f"model.time {model.time} and model.position_embedding {model.position_embedding} say nothing: "
+            "mend the times, or take model.time none and another model.position_embedding.",
+        )
+    if model.time != "time2vec":
+        return
+    first, last = (np.datetime64(f"{year}", "us").astype(np.int64) for year in (FIRST_YEAR, LAST_YEAR + 1))
+    for name, part in splits.items():
+        outside = int(np.count_nonzero((part.times < first) | (part.times >= last)))
+        require(
+            not outside,
+            f"{outside:,} of {len(part.times):,} events of the {name} split are in years outside of "
+            f"{FIRST_YEAR} to {LAST_YEAR}, which model.time time2vec does not read: mend their times, or, "
+            "where dates were shifted by subject, take --model.time gaps.",
+        )
+
+
 MOST_EVENTS = 20_000_000
 """Events looked at; of more, every n-th."""
 
@@ -344,7 +408,7 @@ def gather_facts(
     config: PretrainConfig,
     data: SequenceSet,
     setup: Setup,
-    batches: TrainingBatches,
+    batches: TrainingBatches | QuestionBatches,
     total_steps: int,
     micro_batches: int,
 ) -> Facts:
@@ -391,7 +455,7 @@ def _beyond_tables(sequences: Sequences, model: ModelConfig) -> dict[str, float]
     }
     if model.visit_embedding == "ordinal":
         found["visits"] = np.count_nonzero(visits >= model.visit_rows)
-    if model.position_of == "visit":
+    if model.position_of == "visit" and model.position_embedding in ("learned", "sinusoidal"):
         found["positions"] = np.count_nonzero(visits >= model.positions)
     return {name: int(count) / len(ages) for name, count in found.items()}
 
@@ -400,8 +464,10 @@ def unreached_adapters(setup: Setup) -> list[str]:
     """Names of adapter leaves that the prediction does not depend on; nothing is computed."""
     if not setup.layers:
         return []
-    batch = example_batch(setup.predictor.model.config)
-    unread = unread_leaves(lambda variables: setup.predictor.outputs(variables, batch), setup.shapes)
+    predictor = setup.predictor
+    batch = example_batch(predictor.model.config)
+    asked = example_questions(batch) if isinstance(predictor.model, BEHRTForQueries) else None
+    unread = unread_leaves(lambda variables: predictor.outputs(variables, batch, asked), setup.shapes)
     return [
         name
         for name, alone in zip(leaf_names(setup.shapes), unread, strict=True)

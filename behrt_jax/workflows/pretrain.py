@@ -1,10 +1,10 @@
-"""Masked-code pretraining, from a configuration to a finished run folder."""
+"""Pretraining, by masked codes or questions, from a configuration to a finished run folder."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from behrt_jax.adapters import combine
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import (
+    Batch,
     RowShape,
     TrainingBatches,
     ValidationBatches,
@@ -22,6 +23,7 @@ from behrt_jax.data.batches import (
     validation_batches,
 )
 from behrt_jax.data.prepared import rule_files
+from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import DivergenceError, InputError
@@ -54,8 +56,8 @@ from behrt_jax.training.micro_batches import choose_micro_batches, rows_multiple
 from behrt_jax.training.pretrained import check_source, check_vocabulary, start_from
 from behrt_jax.training.processes import agreed, is_first, together, whole_here
 from behrt_jax.training.runtime import Startup, keep_freed_memory, use_compilation_cache
-from behrt_jax.training.state import assemble, set_up, with_code_rows
-from behrt_jax.training.step import TrainState, Variables, masked_code_objective
+from behrt_jax.training.state import Assembly, assemble, set_up, with_code_rows
+from behrt_jax.training.step import Totals, TrainState, Variables, masked_code_objective
 from behrt_jax.training.telemetry import adapter_norms, code_table
 from behrt_jax.training.validation import (
     make_scoring_step,
@@ -66,8 +68,13 @@ from behrt_jax.training.validation import (
 )
 from behrt_jax.weights.code_vectors import CodeVectors, first_rows, read_vectors
 from behrt_jax.workflows import announce
-from behrt_jax.workflows.checks import check, gather_facts
+from behrt_jax.workflows.checks import check, check_days, gather_facts
 from behrt_jax.workflows.doctor import Examination
+from behrt_jax.workflows.questions import (
+    QuestionValidation,
+    objective_of_questions,
+    split_question_batches,
+)
 from behrt_jax.workflows.run import (
     Run,
     RunResult,
@@ -75,6 +82,7 @@ from behrt_jax.workflows.run import (
     best_variables,
     check_same_run,
     compile_beside,
+    decisive_settings,
     exit_status,
     not_recorded,
     open_folder,
@@ -89,7 +97,7 @@ from behrt_jax.workflows.run import (
 
 
 def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResult:
-    """Pretrain BEHRT by masked-code prediction and leave a run folder behind.
+    """Pretrain BEHRT for its objective and leave a run folder behind.
 
     Args:
         config: every setting of the run.
@@ -107,27 +115,25 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
         trackers(config, folder) as send,
-        ThreadPoolExecutor(1) as beside,
+        ThreadPoolExecutor(2) as beside,
     ):
         run = open_pretraining(config, folder, devices, console)
-        assembly, data, batches, schedule = run.assembly, run.data, run.batches, run.schedule
-        predictor, mesh, validation_key = assembly.setup.predictor, assembly.mesh, assembly.keys.validation
+        assembly, batches, schedule = run.assembly, run.batches, run.schedule
         startup.mark("data read")
 
         train_step = assembly.step(run.micro_batches)
         program = one_step(assembly, train_step)
-        from_host = not on_device(config.train, batches, mesh)
-        compiling = compile_beside(beside, run, program, from_host)
+        from_host = not on_device(config.train, batches, assembly.mesh)
+        decisive = {**decisive_settings(config), "fingerprint": run.data.fingerprint}
+        compiling, making = compile_beside(beside, run, program, decisive, from_host)
         compiling.add_done_callback(lambda _: startup.mark("compiled"))
 
-        masked = mask_split(run.tuning, config.masking, validation_key, len(data.vocabulary))
-        baselines: dict[str, MaskedCodeResults] = {}
+        validation = open_validation(config, run)
         unlearned: JsonObject = {}
         examination, record = None, not_recorded
         if is_first():
-            baselines = predict_baselines(config, data, masked)
-            unlearned = {name: results.metrics() for name, results in baselines.items()}
-            announce.baselines(console, baselines)
+            unlearned = validation.baselines
+            validation.announce(console)
             examination = examine_before(config, run, unlearned, console)
             during, path = examination.during, run.folder / METRICS_FILE
             record = announce.LoopReporter(console, path, unlearned, during, send).record
@@ -135,34 +141,30 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
             start = partial(start_with, run, config, console)
-            begun = begin(run, config, compiling, checkpoints, console, start, started)
-            del compiling  # or it would hold this state's arrays beside those of a restored one
+            begun = begin(run, config, making, checkpoints, console, start, started)
+            del making  # or it would hold this state's arrays beside those of a restored one
             state, cursor, telemetry = begun.state, begun.cursor, begun.telemetry
-            validation_step = jax.jit(
-                make_validation_step(predictor, config.masking, validation_key),
-                out_shardings=replicated(mesh),
-            )
-            placed = PlacedBatches(run.tuning, mesh)
             divergence = None
             try:
+                program = compiling.result()
                 with open_feed(
                     config.train, assembly, train_step, program, batches, cursor.step, schedule
                 ) as feed:
                     steps = Steps(feed, cursor, schedule, telemetry, record)
-                    for state in steps.dispatch(begun.state, agreed(interruption, mesh)):
+                    for state in steps.dispatch(begun.state, agreed(interruption, assembly.mesh)):
                         if "first step" not in startup.marks:
                             jax.block_until_ready(state)
                             startup.mark("first step")
                         console.step(cursor.step, steps.latest_tokens, steps.latest_loss)
                         if schedule.validates(cursor.step):
                             steps.settle()
-                            validation = validate(validation_step, state.variables, placed)
-                            cursor.note_validation(validation["loss"])
+                            figures = validation.figures(state.variables)
+                            cursor.note_validation(figures["loss"])
                             # Metrics first: a run killed in between drops the lines past its checkpoint when
                             # resumed, while a line never written could not be brought back.
                             line = schedule.line(cursor.step, "tuning")
-                            record({**line, **validation, **telemetry.probe(state)})
-                            save(checkpoints, config, begun, state, validation)
+                            record({**line, **figures, **telemetry.probe(state)})
+                            save(checkpoints, config, begun, state, figures)
                             steps.restart_clock()
                 stop_reason = steps.stop_reason
                 if stop_reason == "interrupted":
@@ -174,18 +176,17 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
             best_step, assessment = checkpoints.best_step(), {}
             if best_step is not None and not divergence:
                 best = best_variables(checkpoints, best_step, state)
-                results = None
                 if stop_reason != "interrupted":  # whoever stops a run wants it to end soon
-                    results = score_model(config, run, best, masked)
-                best = whole_here(best, mesh)
+                    assessment = validation.assess(best)
+                best = whole_here(best, assembly.mesh)
                 if is_first():
                     write_adapter(console, config, run, best)
-                    if results is not None:
-                        assessment = assess_model(config, run, best, results, baselines)
+                    if stop_reason != "interrupted":
+                        assessment |= assess_parameters(config, run, best)
         stop_reason, status = exit_status(stop_reason, interruption)
         summary: JsonObject = {}
         if examination is not None:
-            ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup.marks)
+            ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup)
             summary = write_summary(run, config, unlearned, assessment, ended, examination)
             announce.end(console, run.folder, summary)
     if divergence:
@@ -197,11 +198,11 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
 class Pretraining(Run):
     """A pretraining run that is about to begin."""
 
-    batches: TrainingBatches
+    batches: TrainingBatches | QuestionBatches
     data: SequenceSet
     description: JsonObject
     """Counts of `data`, see `data.sequences.describe`."""
-    tuning: ValidationBatches
+    tuning: ValidationBatches | QuestionBatches
     vectors: CodeVectors | None
     """Of `init.vectors`, in a run that begins."""
     coverage: JsonObject
@@ -226,6 +227,7 @@ def open_pretraining(
     if reason := use_compilation_cache(config.compilation_cache):
         console.log(reason)
     data = load_sequences(config.data, config.model.sep_token)
+    check_days(config.model, data.splits)
     description = describe(data)
     announce.data(console, config, description)
     for note in data.notes:
@@ -247,7 +249,10 @@ def open_pretraining(
     schedule = Schedule.of(config.train, batches.steps_per_epoch)
     announce.batches(console, batches, mesh, schedule.total_steps)
 
-    objective = masked_code_objective(setup.predictor, config.masking, config.train.static_masks)
+    if isinstance(batches, QuestionBatches):
+        objective = objective_of_questions(config, setup, batches)
+    else:
+        objective = masked_code_objective(setup.predictor, config.masking, config.train.static_masks)
     assembly = assemble(config, setup, objective, schedule.total_steps, mesh)
     parts = choose_micro_batches(config, folder, batches, schedule.total_steps, assembly, console.log)
     batches = batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts))
@@ -271,8 +276,8 @@ def start_with(run: Pretraining, config: PretrainConfig, console: Console, state
 
 def split_batches(
     config: PretrainConfig, data: SequenceSet, multiple_of: int
-) -> tuple[TrainingBatches, ValidationBatches]:
-    """Batches of the train split and of the tuning split.
+) -> tuple[TrainingBatches, ValidationBatches] | tuple[QuestionBatches, QuestionBatches]:
+    """Batches of the train split and of the tuning split, for the objective of the run.
 
     Args:
         config: of the run.
@@ -284,6 +289,8 @@ def split_batches(
     """
     length, window = config.data.max_length or config.model.positions, config.data.window
     shape = RowShape(length, config.data.packed, config.model.cls_token, multiple_of)
+    if config.objective != "mlm":
+        return split_question_batches(config, data, shape)
     batches = training_batches(
         data.splits["train"],
         shape,
@@ -295,6 +302,73 @@ def split_batches(
     )
     rows = batches.rows_per_batch
     return batches, validation_batches(data.splits["tuning"], shape, rows_per_batch=rows, window=window)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedCodeValidation:
+    """Masked codes of the tuning split, the same ones each time."""
+
+    config: PretrainConfig
+    data: SequenceSet
+    assembly: Assembly
+    tuning: ValidationBatches
+
+    @cached_property
+    def masked(self) -> MaskedSplit:
+        """The split as the validation step sees it."""
+        key = self.assembly.keys.validation
+        return mask_split(self.tuning, self.config.masking, key, len(self.data.vocabulary))
+
+    @cached_property
+    def results(self) -> dict[str, MaskedCodeResults]:
+        """Of :func:`predict_baselines`."""
+        return predict_baselines(self.config, self.data, self.masked)
+
+    @cached_property
+    def baselines(self) -> dict[str, JsonObject]:
+        """Figures of `results`."""
+        return {name: results.metrics() for name, results in self.results.items()}
+
+    def announce(self, console: Console) -> None:
+        """Say what must be beaten."""
+        announce.baselines(console, self.results, self.masked.unasked)
+
+    def figures(self, variables: Variables) -> JsonObject:
+        """Of a model: `models.losses.mean_metrics`."""
+        return validate(self._step, variables, self._placed)
+
+    def assess(self, variables: Variables) -> JsonObject:
+        """How a model stands beside the baselines, code by code, and what it takes for what; told by the
+        first of several processes, which compute it together.
+        """
+        key, masking = self.assembly.keys.validation, self.config.masking
+        step = make_scoring_step(self.assembly.setup.predictor, masking, key)
+        whole = jax.jit(step, out_shardings=replicated(self.assembly.mesh))
+        results = score_masked_codes(whole, variables, self.tuning, self.masked, self.assembly.mesh)
+        if not is_first():
+            return {}
+        found = assess(self.data.vocabulary.counts, FIRST_CODE, self.results, results)
+        found["confusions"] = confusions(self.data.vocabulary, results)
+        return found
+
+    @cached_property
+    def _step(self) -> Callable[[Variables, Batch], Totals]:
+        key, masking = self.assembly.keys.validation, self.config.masking
+        step = make_validation_step(self.assembly.setup.predictor, masking, key)
+        return jax.jit(step, out_shardings=replicated(self.assembly.mesh))
+
+    @cached_property
+    def _placed(self) -> PlacedBatches:
+        return PlacedBatches(self.tuning, self.assembly.mesh)
+
+
+def open_validation(config: PretrainConfig, run: Pretraining) -> MaskedCodeValidation | QuestionValidation:
+    """What is validated, for the objective of the run."""
+    batches, tuning = run.batches, run.tuning
+    if isinstance(batches, QuestionBatches) and isinstance(tuning, QuestionBatches):
+        return QuestionValidation(config, run.data, run.assembly, batches, tuning)
+    assert isinstance(tuning, ValidationBatches)
+    return MaskedCodeValidation(config, run.data, run.assembly, tuning)
 
 
 def predict_baselines(
@@ -351,30 +425,13 @@ def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, va
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 
 
-def score_model(
-    config: PretrainConfig, run: Pretraining, variables: Variables, masked: MaskedSplit
-) -> MaskedCodeResults:
-    """Losses and ranks of a trained model, code by code, on the tuning split as `masked`."""
-    predictor, mesh, key = run.assembly.setup.predictor, run.assembly.mesh, run.assembly.keys.validation
-    step = jax.jit(make_scoring_step(predictor, config.masking, key), out_shardings=replicated(mesh))
-    return score_masked_codes(step, variables, run.tuning, masked, mesh)
-
-
-def assess_model(
-    config: PretrainConfig,
-    run: Pretraining,
-    variables: Variables,
-    results: MaskedCodeResults,
-    baselines: Mapping[str, MaskedCodeResults],
-) -> JsonObject:
-    """What the summary says of a trained model beside its mean loss: how it stands beside the baselines, what
-    it makes of codes, and how large its adapters became.
+def assess_parameters(config: PretrainConfig, run: Pretraining, variables: Variables) -> JsonObject:
+    """What the summary says of a trained model's parameters: which codes it holds alike, and how large its
+    adapters became.
     """
-    vocabulary = run.data.vocabulary
-    found = assess(vocabulary.counts, FIRST_CODE, baselines, results)
-    found["confusions"] = confusions(vocabulary, results)
+    found: JsonObject = {}
     if config.init.run is not None or run.parameters["embedding"]["trainable"]:
-        found["neighbours"] = neighbours(vocabulary, np.asarray(code_table(variables)))
+        found["neighbours"] = neighbours(run.data.vocabulary, np.asarray(code_table(variables)))
     if config.lora is not None:
         found["adapter_norms"] = adapter_norms(variables, config.lora)
     return found
@@ -387,8 +444,7 @@ class RunEnd(NamedTuple):
     stop_reason: str
     seconds: float
     """Wall time of all its parts."""
-    startup: Mapping[str, float]
-    """Marks of :class:`behrt_jax.training.runtime.Startup`."""
+    startup: Startup
 
 
 def write_summary(
@@ -413,9 +469,11 @@ def write_summary(
     summary = Summary(**found, **assessment)
     if run.coverage:
         summary["init_vectors"] = run.coverage
-    if "first step" in ended.startup:
-        summary["first_step_seconds"] = ended.startup["first step"]
-        summary["startup_seconds"] = dict(ended.startup)
+    if "first step" in ended.startup.marks:
+        summary["first_step_seconds"] = ended.startup.marks["first step"]
+        summary["startup_seconds"] = ended.startup.marks
+        summary["startup_processor_seconds"] = ended.startup.processor
+        summary["startup_programs"] = ended.startup.programs
     summary["findings"] = examination.after(summary)
     record_metrics(folder)
     write_files(folder, {SUMMARY_FILE: json_text(summary, 2).encode()})
