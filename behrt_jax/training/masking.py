@@ -34,14 +34,19 @@ def masking_budget(length: int, probability: float) -> int:
 
 
 def mask_codes(
-    key: jax.Array, codes: Rows, row_ids: Rows, config: MaskingConfig, vocabulary_size: int
+    key: jax.Array,
+    codes: Rows,
+    row_ids: Rows,
+    config: MaskingConfig,
+    vocabulary_size: int,
+    visits: Rows | None = None,
 ) -> MaskedCodes:
     """Hide codes and remember them.
 
     In a row of n codes, ``probability * n`` of them are drawn without replacement, the fraction
     rounded up or down at random so that every code is drawn with exactly that probability. Thus
     a budget of ``ceil(probability * length)`` slots can never overflow. Special tokens are neither
-    drawn nor put in place of a code.
+    drawn nor put in place of a code, and static facts are not drawn.
 
     Args:
         key: typed PRNG key; with the row's id it decides everything, whatever batch the row is in.
@@ -49,17 +54,18 @@ def mask_codes(
         row_ids: int32 `[batch]`.
         config: probability and shares.
         vocabulary_size: ids from `FIRST_CODE` up to it are codes.
+        visits: int32 `[batch, length]`; where given, what is in no visit (below 0) is a static fact.
     """
     chex.assert_rank(codes, 2)
     chex.assert_shape(row_ids, codes.shape[:1])
     length = codes.shape[1]
     budget = masking_budget(length, config.probability)
 
-    def mask_row(codes: jax.Array, row_id: jax.Array) -> MaskedCodes:
+    def mask_row(codes: jax.Array, row_id: jax.Array, visits: jax.Array | None) -> MaskedCodes:
         # All that is random comes from one draw: each further one would be compiled anew.
         bits = jax.random.bits(jax.random.fold_in(key, row_id), (length + 1 + 2 * budget,))
         uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24  # [L + 1 + 2T], in [0, 1)
-        is_code = codes >= FIRST_CODE  # [L]
+        is_code = codes >= FIRST_CODE if visits is None else (codes >= FIRST_CODE) & (visits >= 0)  # [L]
         scores = jnp.where(is_code, uniform[:length], -1.0)
         _, columns = jax.lax.top_k(scores, budget)  # [T]
         expected = config.probability * is_code.sum().astype(jnp.float32)
@@ -79,4 +85,5 @@ def mask_codes(
         shown = codes.at[columns].set(jnp.where(weights, replacement, originals), unique_indices=True)
         return MaskedCodes(shown, columns, jnp.where(weights, originals, PAD), weights)
 
-    return jax.vmap(mask_row)(jnp.asarray(codes), jnp.asarray(row_ids))
+    of_visits = None if visits is None else jnp.asarray(visits)
+    return jax.vmap(mask_row)(jnp.asarray(codes), jnp.asarray(row_ids), of_visits)

@@ -186,7 +186,7 @@ def masked_code_objective(
 
     def inputs(key: jax.Array, batch: Batch) -> tuple[Batch, MaskedCodes]:
         codes = predictor.model.vocabulary_size
-        return batch, mask_codes(key, batch.codes, batch.row_ids, masking, codes)
+        return batch, mask_codes(key, batch.codes, batch.row_ids, masking, codes, batch.visits)
 
     def loss(variables: Variables, inputs: tuple[Batch, MaskedCodes], rows: jax.Array, key: jax.Array):
         found = masked_code_losses(local, variables, *inputs, key, rows)

@@ -91,7 +91,8 @@ def make_validation_step(
     """Build the validation step: totals of a batch, with masks fixed by the key and the row ids."""
 
     def validation_step(variables: Variables, batch: Batch) -> Totals:
-        masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
+        codes = predictor.model.vocabulary_size
+        masked = mask_codes(key, batch.codes, batch.row_ids, masking, codes, batch.visits)
         found = masked_code_losses(predictor, variables, batch, masked)
         return totals(found.loss, found.ranks, masked.weights)
 
@@ -125,7 +126,8 @@ def make_scoring_step(predictor: Predictor, masking: MaskingConfig, key: jax.Arr
     """
 
     def scoring_step(variables: Variables, batch: Batch) -> tuple[jax.Array, ...]:
-        masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
+        codes = predictor.model.vocabulary_size
+        masked = mask_codes(key, batch.codes, batch.row_ids, masking, codes, batch.visits)
         found = masked_code_losses(predictor, variables, batch, masked, guess=True)
         assert found.guesses is not None
         return found.losses, found.ranks, found.guesses, masked.weights
@@ -176,13 +178,15 @@ def mask_split(
     places = replace(
         batches, sequences=replace(sequences, codes=np.arange(len(sequences.codes), dtype=np.int32))
     )
-    mask = jax.jit(lambda codes, row_ids: mask_codes(key, codes, row_ids, masking, vocabulary_size))
+    mask = jax.jit(
+        lambda codes, row_ids, visits: mask_codes(key, codes, row_ids, masking, vocabulary_size, visits)
+    )
     shown = np.full(len(sequences.codes), PAD, np.int32)
     windows = np.full(len(sequences.codes), -1, np.int64)
     targets = []
     for batch, of_places in zip(batches, places, strict=True):
-        masked = jax.device_get(mask(batch.codes, batch.row_ids))
-        seen = (batch.segment_ids > 0) & (batch.codes != CLS)  # [B, L]
+        masked = jax.device_get(mask(batch.codes, batch.row_ids, batch.visits))
+        seen = (batch.segment_ids > 0) & (batch.codes != CLS) & (batch.visits >= 0)  # [B, L]
         place = of_places.codes[seen]
         shown[place] = masked.codes[seen]
         segments = batch.row_ids[:, None].astype(np.int64) * batches.row_length + batch.segment_ids

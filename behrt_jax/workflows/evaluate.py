@@ -149,6 +149,8 @@ def open_records(config: EvaluateConfig, file: PredictionFile) -> tuple[Records 
     if config.data is None and not folder.is_dir():
         return None, f"the data that the predictions name is not there ({folder}): {_MEND}"
     data = read_prepared(folder)
+    if file.metadata.get("fact_tokens"):  # what the model reads, the baselines read
+        data = data.with_facts()
     find = partial(
         find_examples,
         data,

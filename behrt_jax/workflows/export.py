@@ -203,12 +203,13 @@ def _carriers(run: Path, vocabulary: Vocabulary) -> np.ndarray | None:
     """Train subjects that have each code, int64 ``[V of the run]``; None where the data are not at hand."""
     if is_portable(run) or not (run / CONFIG_FILE).is_file():
         return None
-    data = stored_settings(run)["data"]
+    stored = stored_settings(run)
+    data, facts = stored["data"], stored["model"].get("fact_tokens", False)
     if not isinstance(data, dict) or data["source"] == "meds":  # the latter would be prepared anew
         return None
     try:
         path = data["path"] and Path(data["path"])
-        found = load_sequences(replace(from_stored(DataConfig, data), path=path), sep_token=False)
+        found = load_sequences(replace(from_stored(DataConfig, data), path=path), False, facts)
     except InputError:
         return None
     size = len(found.vocabulary)
@@ -219,8 +220,10 @@ def _carriers(run: Path, vocabulary: Vocabulary) -> np.ndarray | None:
 
 
 def subjects_by_code(part: Sequences, size: int) -> np.ndarray:
-    """Subjects that have each of `size` codes, int64 ``[size]``."""
+    """Subjects that have each of `size` codes, int64 ``[size]``, as events or static facts."""
     found = np.zeros(size, np.int64)
+    if part.facts is not None:
+        found += np.bincount(part.facts.codes, minlength=size)
     for start in range(0, len(part), 1 << 16):
         offsets = part.offsets[start : start + (1 << 16) + 1]
         subjects = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))

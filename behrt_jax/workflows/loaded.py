@@ -337,7 +337,7 @@ class Loaded:
             if split not in data.splits:
                 raise InputError(f"There is no split {split!r}: choose one of {', '.join(data.splits)}.")
             codes = check_codes(data, [split], self.vocabulary, self.preparation, max_unknown, self.folder)
-            data, _ = in_vocabulary(data, self.vocabulary)
+            data, _ = in_vocabulary(data, self.vocabulary, self.config)
             wanted = (
                 last_events(data, [split]) if labels is None else read_labels(labels, without_values=True)
             )
@@ -346,6 +346,7 @@ class Loaded:
         own = encode_events(event_rows(data), self.vocabulary, self._rules)
         split = "held_out"
         codes = check_codes(own, [split], self.vocabulary, self._rules, max_unknown, self.folder)
+        own = own.with_facts() if self.config.fact_tokens else own
         wanted = last_events(own, [split])
         if time is not None and len(known := own.subject_ids(split)):
             at = pa.scalar(time, pa.timestamp("us")).cast(pa.int64()).as_py()

@@ -101,9 +101,7 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
         if reason := use_compilation_cache(config.compilation_cache):
             console.log(reason)
         finetuned = open_finetuned(config.model, config.base, mesh)
-        records = stack.enter_context(
-            open_records(config, finetuned.vocabulary, finetuned.preparation, console)
-        )
+        records = stack.enter_context(open_records(config, finetuned, console))
         data, delays = records.data, records.delays
         labels, without = labels_to_predict(records)
         task, calibration = finetuned.task, finetuned.calibration
@@ -183,14 +181,13 @@ class Records(NamedTuple):
 
 @contextmanager
 def open_records(
-    config: PredictConfig, vocabulary: Vocabulary, preparation: Preparation | None, console: Console
+    config: PredictConfig, opened: "Finetuned | _Encoder", console: Console
 ) -> Iterator[Records]:
     """Open the prepared data, or prepare the records that are given as those of the model were.
 
     Args:
         config: names the model and either of the two, or neither: then the model knows its data.
-        vocabulary: of the model.
-        preparation: rules of what it was trained on, where they are known.
+        opened: the model.
         console: told what was found.
 
     Raises:
@@ -218,9 +215,11 @@ def open_records(
         own, delays = read_data(folder)
         split = config.split or ("held_out" if config.input is None else "all")
         splits = SPLITS if split == "all" else (split,)
-        codes = check_codes(own, splits, vocabulary, preparation, config.max_unknown, config.model)
+        codes = check_codes(
+            own, splits, opened.vocabulary, opened.preparation, config.max_unknown, config.model
+        )
         announce_codes(console, codes)
-        data, _ = in_vocabulary(own, vocabulary)
+        data, _ = in_vocabulary(own, opened.vocabulary, opened.model)
         yield Records(data, delays, splits, None if config.input is not None else folder, labels, codes)
 
 
@@ -456,7 +455,7 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
         if reason := use_compilation_cache(config.compilation_cache):
             console.log(reason)
         encoder = _open(config, config.model, mesh)
-        records = stack.enter_context(open_records(config, encoder.vocabulary, encoder.preparation, console))
+        records = stack.enter_context(open_records(config, encoder, console))
         data, unknown = records.data, 0
         if config.labels is None:
             labels = last_events(data, records.splits)
@@ -646,5 +645,6 @@ def _metadata(config: PredictConfig, finetuned: Finetuned, records: Records) -> 
         "threshold": finetuned.calibration.threshold,
         "temperature": finetuned.calibration.temperature,
         "max_tokens": (finetuned.max_length or finetuned.model.positions) - finetuned.model.cls_token,
+        "fact_tokens": finetuned.model.fact_tokens,
         "trained": finetuned.trained,
     }

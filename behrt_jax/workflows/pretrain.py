@@ -207,7 +207,7 @@ def open_pretraining(
         vectors = None if config.init.vectors is None else read_vectors(config.init.vectors)
     if reason := use_compilation_cache(config.compilation_cache):
         console.log(reason)
-    data = load_sequences(config.data, config.model.sep_token)
+    data = load_sequences(config.data, config.model.sep_token, config.model.fact_tokens)
     description = describe(data)
     announce.data(console, config, description)
     for note in data.notes:
@@ -287,7 +287,7 @@ def predict_baselines(
     Returns:
         Results of ``unigram`` and ``co-occurrence``, and of the ``oracle`` where the optimum is known.
     """
-    unigram = Unigram(data.vocabulary.counts, FIRST_CODE)
+    unigram = Unigram(data.event_counts, FIRST_CODE)
     cooccurrence = Cooccurrence(data.splits["train"], unigram, FIRST_CODE)
     found = {"unigram": unigram.predict(masked), "co-occurrence": cooccurrence.predict(masked)}
     oracle = oracle_of(config.data, data.vocabulary.codes)
