@@ -47,8 +47,8 @@ class ModelConfig:
     sep_token: bool = False
     """Each visit ends with [SEP]."""
     fact_tokens: bool = False
-    """Facts that do not change (sex, race, ethnicity: `static_codes` of the preparation) stand as tokens before
-    the first event of each sequence, and of each window of a longer history. They are never masked."""
+    """Facts that do not change (sex, race, ethnicity: `static_codes` of the preparation) stand as tokens
+    before the first event of each sequence, and of each window of a longer history. They are never masked."""
     dropout: float = 0.1
     """Dropout rate on embeddings and residual branches."""
     attention_dropout: float | None = None

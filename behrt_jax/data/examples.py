@@ -13,8 +13,8 @@ import numpy as np
 
 from behrt_jax.data.event_rules import number_visits
 from behrt_jax.data.events import DAY, YEAR, SubjectTimes
-from behrt_jax.data.labels import Labels
 from behrt_jax.data.facts import FactRuns
+from behrt_jax.data.labels import Labels
 from behrt_jax.data.packing import Windows, room_beside
 from behrt_jax.data.sequences import Sequences, SequenceSet, with_separators
 from behrt_jax.data.sorting import find_ids, leads, place_in, ragged_indices, run_offsets, runs

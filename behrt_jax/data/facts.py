@@ -1,7 +1,7 @@
 """Facts that do not change about a subject (sex, race, ethnicity): codes without a time, apart from events.
 
-As recorded they are codes of subjects (:class:`CodedFacts`). A model with ``fact_tokens`` reads them as ids of
-its vocabulary (:class:`StaticFacts`), before the first event of each segment.
+As recorded they are codes of subjects (:class:`CodedFacts`). A model with ``fact_tokens`` reads them as ids
+of its vocabulary (:class:`StaticFacts`), before the first event of each segment.
 """
 
 import hashlib
@@ -190,7 +190,7 @@ def subject_facts(
     rows = rows[without | at_birth]
     facts = np.unique(np.stack([events.subject_ids[rows], events.codes[rows]]), axis=1)  # [2, facts]
     used, codes = np.unique(facts[1], return_inverse=True)
-    names = tuple(events.names[code] for code in used)
+    names = tuple(events.names[int(code)] for code in used)
     births, deaths = selected.without_events, selected.deaths
     split, split_of_dead, split_of_births = map(split_of, (facts[0], deaths.subject_ids, births.subject_ids))
     return {

@@ -78,8 +78,9 @@ class Sequences:
 
     def of_tokens(self, subject_ids: np.ndarray, offsets: np.ndarray, tokens: np.ndarray) -> "Sequences":
         """Some tokens, by place or by a bool ``[tokens]``, as the histories of subjects, without facts."""
-        columns = (column[tokens] for column in (self.codes, self.ages, self.visits, self.times))
-        return Sequences(subject_ids, offsets, *columns)
+        columns = (self.codes, self.ages, self.visits, self.times)
+        codes, ages, visits, times = (column[tokens] for column in columns)
+        return Sequences(subject_ids, offsets, codes, ages, visits, times)
 
     def fingerprint(self) -> str:
         """SHA-256 of the names, types, shapes and SHA-256 of all arrays of tokens."""

@@ -36,8 +36,8 @@ def load_sequences(config: DataConfig, sep_token: bool, fact_tokens: bool = Fals
         facts = data.splits["train"].facts
         if facts is None or not (facts.codes != UNK).any():
             raise InputError(
-                "model.fact_tokens is on, but no subject of the train split has a static fact that is frequent "
-                "enough for a row: prepare the data with --static_codes that match some, or leave it out."
+                "model.fact_tokens is on, but no subject of the train split has a static fact that is "
+                "frequent enough for a row: leave it out, or prepare with --static_codes that match some."
             )
     return data if config.train_fraction == 1 else data.with_train_share(config.train_fraction, config.seed)
 

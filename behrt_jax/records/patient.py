@@ -89,8 +89,8 @@ def encode_events(events: pa.Table, vocabulary: Vocabulary, preparation: Prepara
     check_ages(encoded.counts, preparation.life)
     ids = vocabulary.encode(encoded.names)
     splits = {
-        name: Sequences(subjects, run_offsets(lengths), ids[codes], *columns)
-        for name, (subjects, lengths, codes, *columns) in encoded.parts.items()
+        name: Sequences(subjects, run_offsets(lengths), ids[codes], ages, visits, times)
+        for name, (subjects, lengths, codes, ages, visits, times) in encoded.parts.items()
     }
     found = encoded.events["held_out"]
     rows = np.flatnonzero((ids == UNK) & (found > 0))

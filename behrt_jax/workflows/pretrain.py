@@ -346,7 +346,7 @@ def assess_model(
     setup, mesh, vocabulary = run.assembly.setup, run.assembly.mesh, run.data.vocabulary
     step = jax.jit(make_scoring_step(setup.predictor, config.masking, run.assembly.keys.validation))
     results = score_masked_codes(step, variables, run.tuning, masked, mesh)
-    found = assess(vocabulary.counts, FIRST_CODE, baselines, results)
+    found = assess(run.data.event_counts, FIRST_CODE, baselines, results)
     found["confusions"] = confusions(vocabulary, results)
     if config.init.run is not None or run.parameters["embedding"]["trainable"]:
         table = jax.device_put(code_table(variables), replicated(mesh))

@@ -38,7 +38,7 @@ class Like(NamedTuple):
     vocabulary: Vocabulary
     preparation: Preparation
     fact_rows: tuple[str, ...] = ()
-    """Codes of static facts that have a row beside the vocabulary; those of a run that reads them are in it."""
+    """Codes of static facts that have a row beside the vocabulary; it has those that a run reads itself."""
 
     def fingerprint(self) -> str:
         """SHA-256 of the vocabulary and the bins of values, which options do not tell."""
