@@ -27,18 +27,34 @@ class ModelConfig:
     heads: int = 4
     """Attention heads; hidden_size must be divisible by it."""
     ffn_size: int | None = None
-    """Width of the feed-forward layer; 4 * hidden_size where not given."""
+    """Width of the feed-forward layer. Where not given: 4 * hidden_size, or as many parameters of a gated one
+    (8/3 * hidden_size, up to a multiple of 8)."""
+    ffn: Literal["gelu", "geglu", "swiglu"] = "gelu"
+    """Feed-forward layer: two products with GELU between them, or gated by a third one through GELU or SiLU
+    (Shazeer 2020, arXiv 2002.05202)."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm, or RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), which subtracts no mean."""
+    bias: bool = True
+    """Dense layers, LayerNorm and the MLM head's first layer have a bias. Off: none but the decoder's."""
+    tied_decoder: bool = False
+    """The last layer of the MLM head is the code embedding, in place of a matrix of its own."""
     positions: int = 50
     """Longest sequence, in tokens, that the model reads."""
-    position_embedding: Literal["learned", "sinusoidal"] = "learned"
-    """A trained table, or the fixed sinusoids of Vaswani et al. 2017."""
+    position_embedding: Literal["learned", "sinusoidal", "rope", "rope_time"] = "learned"
+    """A trained table, the fixed sinusoids of Vaswani et al. 2017, or rotary positions (Su et al. 2021, arXiv
+    2104.09864), by which attention reads distances: rope in what position_of counts, rope_time in days."""
     position_of: Literal["event", "visit"] = "event"
     """What a position counts: tokens in the sequence, or (as in the BEHRT paper) visits."""
+    rope_base: float = 10_000.0
+    """Of rotary positions: the slowest pair of components turns once in 2 pi times so many steps, or days."""
+    time: Literal["none", "gaps", "time2vec"] = "none"
+    """What is embedded of time beside age, by Time2Vec (Kazemi et al. 2019, arXiv 1907.05321). gaps: days
+    since the visit before. time2vec: also the date, which means nothing where each subject's are shifted."""
     age_bin_years: float = 5.0
     """Width of an age bin in years (0.08333333333333333 for months)."""
     age_rows: int = 22
     """Rows of the age table; older ages share the last row."""
-    visit_embedding: Literal["ordinal", "alternating"] = "ordinal"
+    visit_embedding: Literal["ordinal", "alternating", "none"] = "ordinal"
     """A row per visit ordinal, or (as in the BEHRT paper) two rows, A and B, in turn."""
     visit_rows: int = 512
     """Rows of the ordinal visit table; later visits share the last row."""
@@ -73,7 +89,14 @@ class ModelConfig:
     def resolved(self) -> "ModelConfig":
         """The same model with the value of each setting written out that follows from another one."""
         dropout = self.dropout if self.attention_dropout is None else self.attention_dropout
-        return replace(self, ffn_size=self.ffn_size or 4 * self.hidden_size, attention_dropout=dropout)
+        gated = 8 * -(-self.hidden_size // 3)
+        width = self.ffn_size or (4 * self.hidden_size if self.ffn == "gelu" else gated)
+        return replace(self, ffn_size=width, attention_dropout=dropout)
+
+    @property
+    def reads_days(self) -> bool:
+        """Whether the day of an event makes a difference, beside the order of events and the age."""
+        return self.time != "none" or self.position_embedding == "rope_time"
 
 
 # Adapters, and what of the model is trained.
@@ -565,6 +588,10 @@ class PrepareConfig:
     implausible_ages: Literal["refuse", "drop", "keep"] = "refuse"
     """Events at an age above 150 years: refuse the data, drop them, or keep them. Ages of 300 to 330 years,
     by which MIMIC-III hides those over 89, are always kept."""
+    shifted_dates: bool = False
+    """The records' dates were shifted by subject, as is done to hide who they are. Recorded alone: the doctor
+    warns of models that read the calendar. It sees by itself dates in the future and years that spread over
+    more than a century."""
     delays: tuple[str, ...] = ()
     """REGEX=DAYS, how long after its time an event of such a code is known; REGEX=visit where it is known at
     the end of its visit, as diagnoses that are coded at discharge. Recorded alone: events stay as they are,

@@ -15,6 +15,7 @@ from typing import Generic, NamedTuple, Self, TypeVar
 import numpy as np
 
 from behrt_jax.data import packing
+from behrt_jax.data.events import DAY
 from behrt_jax.data.examples import Examples
 from behrt_jax.data.facts import FACT_VISIT
 from behrt_jax.data.sequences import Sequences
@@ -37,6 +38,8 @@ class Batch(NamedTuple):
     """Age at the event in years, float32 ``[rows, length]``."""
     visits: np.ndarray
     """Ordinal of the visit in the subject's whole history, int32 ``[rows, length]``; -1 of a static fact."""
+    days: np.ndarray
+    """Whole days from 1970-01-01 to the event, int32 ``[rows, length]``."""
     positions: np.ndarray
     """Place within the segment, from 0, int32 ``[rows, length]``."""
     segment_ids: np.ndarray
@@ -99,6 +102,7 @@ def gather_rows(
         codes=scattered(codes, np.int32, PAD),
         ages=scattered(sequences.ages[tokens], np.float32),
         visits=scattered(visits, np.int32),
+        days=scattered(sequences.times[tokens] // DAY, np.int32),
         positions=scattered(positions, np.int32),
         segment_ids=scattered(segment_ids, np.int32),
         row_ids=rows.astype(np.int32),

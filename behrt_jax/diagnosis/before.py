@@ -6,7 +6,7 @@ Each takes the record of a run and passes over what is not known of it; :func:`c
 import math
 from collections.abc import Iterator, Mapping
 
-from behrt_jax.diagnosis.finding import Finding, RunRecord
+from behrt_jax.diagnosis.finding import SHIFTED_MEND, SHIFTED_WHY, Finding, RunRecord
 from behrt_jax.run_folder import is_number
 
 
@@ -21,6 +21,7 @@ def check_before(run: RunRecord) -> Iterator[Finding]:
     yield from unseen_codes(run)
     yield from beyond_tables(run)
     yield from cut_histories(run)
+    yield from calendar_time(run)
     yield from static_masks(run)
     yield from steps_for_schedule(run)
     yield from learning_rate_for_batch(run)
@@ -265,6 +266,12 @@ def cut_histories(run: RunRecord) -> Iterator[Finding]:
             "The model learns nothing from what it does not read.",
             f"Raise {run.option('model.positions')}, or read histories whole with --data.window all.",
         )
+
+
+def calendar_time(run: RunRecord) -> Iterator[Finding]:
+    """A model that reads the calendar, on dates that were shifted by subject."""
+    if run.setting("model", "time") == "time2vec" and run.facts.shifted_dates:
+        yield Finding.warning("shifted-dates", run.facts.shifted_dates, SHIFTED_WHY, SHIFTED_MEND)
 
 
 # How long and how fast a run trains, and on which masks.

@@ -88,6 +88,18 @@ def summary_line(findings: Iterable[Finding]) -> str:
     return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
 
 
+# Of dates that were shifted by subject, found in prepared data and before a run alike.
+
+SHIFTED_WHY = (
+    "Dates look shifted by subject, as is done to hide who they are: the calendar time of an event means "
+    "nothing, and only times between a subject's events do."
+)
+SHIFTED_MEND = (
+    "Give the model --model.time gaps in place of time2vec; prepare --shifted_dates says so of data in which "
+    "it cannot be seen."
+)
+
+
 @dataclass(frozen=True)
 class Facts:
     """Figures that only the process with data and model at hand can see: ``facts`` in config.json.
@@ -116,6 +128,8 @@ class Facts:
     """Coverage of `init.vectors`, see `weights.code_vectors.FirstRows`."""
     micro_batches: int | None = None
     """Parts of a batch that a step computes one after the other."""
+    shifted_dates: str = ""
+    """What says that dates were shifted by subject, in a sentence."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from behrt_jax.data.lives import PLACEHOLDER_BIRTH
 from behrt_jax.data.sequences import Sequences, SequenceSet, day_text, events_by_day, set_fingerprint
 from behrt_jax.data.sorting import leads, place_in
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, matching_codes
-from behrt_jax.diagnosis.finding import Finding
+from behrt_jax.diagnosis.finding import SHIFTED_MEND, SHIFTED_WHY, Finding
 from behrt_jax.files import JsonObject
 
 FIRST_CODE = len(SPECIAL_TOKENS)
@@ -30,6 +30,7 @@ def check_data(data: SequenceSet, manifest: JsonObject, death_codes: tuple[str, 
     yield from check_vocabulary(data, manifest)
     yield from check_quantiles(data, manifest)
     yield from check_times(data)
+    yield from check_calendar(data)
     yield from check_unknown_codes(data)
     yield from check_unknown_visits(data)
     yield from check_ages(data)
@@ -247,6 +248,40 @@ def check_times(data: SequenceSet) -> Iterator[Finding]:
             "Such dates are often placeholders or slips of typing; they stretch histories and follow-up.",
             "Mend or leave out such events in the source, and run prepare again.",
         )
+
+
+_LONGEST_ERA = 120.0
+"""Years over which the events of a data set may spread, before its dates are taken for shifted."""
+_PAST_TODAY = 0.01
+"""Share of the events after today above which they are."""
+
+
+def shifted_dates(data: SequenceSet) -> str:
+    """What says that dates were shifted by subject, as MIMIC's are, in a sentence; empty where nothing does.
+
+    Whoever prepared the data may have said so. Otherwise the events, but for the 0.5 % at either end, spread
+    over more years than records are kept for, or many lie in the future.
+    """
+    if data.preparation is not None and data.preparation.options.get("shifted_dates"):
+        return "The data were prepared with --shifted_dates."
+    days, events = events_by_day(data.splits)
+    if not len(days):
+        return ""
+    total = events.sum()
+    first, last = days[np.searchsorted(np.cumsum(events), np.array([0.005, 0.995]) * total)]
+    years = float(last - first) * DAY / YEAR
+    future = int(events[days > np.datetime64("today").astype(np.int64)].sum())
+    if years > _LONGEST_ERA:
+        return f"The events spread over {years:.0f} years ({day_text(first)} to {day_text(last)})."
+    if future > _PAST_TODAY * total:
+        return f"{future:,} of {total:,} events lie in the future (the last on {day_text(days[-1])})."
+    return ""
+
+
+def check_calendar(data: SequenceSet) -> Iterator[Finding]:
+    """Dates that were shifted by subject, so that the calendar says nothing."""
+    if seen := shifted_dates(data):
+        yield Finding.warning("shifted-dates", seen, SHIFTED_WHY, SHIFTED_MEND)
 
 
 def check_ages(data: SequenceSet) -> Iterator[Finding]:

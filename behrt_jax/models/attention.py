@@ -18,6 +18,7 @@ from behrt_jax.models.chunked_attention import (
     product,
     same_segment,
 )
+from behrt_jax.models.layers import rotate
 
 # Attention by cuDNN, NVIDIA's library: one kernel a pass, without weights in memory (bfloat16 alone).
 
@@ -166,6 +167,7 @@ class SelfAttention(nn.Module):
     dropout: float
     dtype: jnp.dtype
     form: Attention = "auto"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -175,6 +177,7 @@ class SelfAttention(nn.Module):
         deterministic: bool = True,
         rows: jax.Array | None = None,
         packed: bool = True,
+        rotation: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """Attend within segments.
 
@@ -184,6 +187,7 @@ class SelfAttention(nn.Module):
             deterministic: no dropout.
             rows: number of each row in its batch, int32 `[batch]`, for dropout; 0, 1, ... where not given.
             packed: rows may hold several segments; False is faster in the `cudnn` form where each holds one.
+            rotation: of queries and keys, of `layers.rotations`; none where not given.
 
         Returns:
             `[batch, length, hidden]` in `dtype`.
@@ -191,11 +195,13 @@ class SelfAttention(nn.Module):
         batch, length, hidden = x.shape
         size = hidden // self.heads
 
-        def project(name: str) -> jax.Array:
-            y = nn.Dense(hidden, dtype=self.dtype, name=name)(x)
-            return y.reshape(batch, length, self.heads, size).transpose(0, 2, 1, 3)  # [B, N, L, K]
+        def project(name: str, rotation: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+            y = nn.Dense(hidden, dtype=self.dtype, use_bias=self.use_bias, name=name)(x)
+            y = y.reshape(batch, length, self.heads, size)
+            y = y if rotation is None else rotate(y, rotation)
+            return y.transpose(0, 2, 1, 3)  # [B, N, L, K]
 
-        queries, keys, values = project("query"), project("key"), project("value")
+        queries, keys, values = project("query", rotation), project("key", rotation), project("value")
         rate = 0.0 if deterministic else self.dropout
         form = self.form
         if form == "auto":
@@ -209,4 +215,4 @@ class SelfAttention(nn.Module):
         dropout_key = self.make_rng("dropout") if rate else None
         mixed = attend(queries, keys, values, segment_ids, rate=rate, key=dropout_key, rows=rows)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, length, hidden)  # [B, L, D]
-        return nn.Dense(hidden, dtype=self.dtype, name="out")(mixed)
+        return nn.Dense(hidden, dtype=self.dtype, use_bias=self.use_bias, name="out")(mixed)

@@ -18,8 +18,8 @@ from flax import linen as nn
 from behrt_jax.config import ModelConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.models.attention import SelfAttention
-from behrt_jax.models.layers import Dropout, LayerNorm, gelu
-from behrt_jax.models.stacked_layers import STACKED, layer_name
+from behrt_jax.models.layers import Dropout, Norm, gelu, rotations
+from behrt_jax.models.stacked_layers import STACKED, Tree, layer_name
 
 EMBEDDING_STDDEV = 0.02
 
@@ -46,8 +46,74 @@ def age_bins(ages: jax.Array, bin_years: float, rows: int) -> jax.Array:
     return jnp.clip(jnp.floor(known / bin_years), 0, rows - 1).astype(jnp.int32)
 
 
+# Time and place within a segment.
+
+
+def since_segment_start(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Each value less the one at the first token of its segment; int32 `[batch, length]` all."""
+    return values - jnp.take_along_axis(values, _run_starts(_leads(segment_ids)), axis=1)
+
+
+def visit_gaps(days: jax.Array, visits: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Days from the last event of the visit before to the first one of this visit, for each token.
+
+    The first visit of a segment has 0: what a window of a longer history does not show is not known.
+
+    Args:
+        days: int32 `[batch, length]`, as the others.
+        visits: ordinal; facts, at -1 before the first visit and on its day, have 0 like it.
+        segment_ids: 0 is padding.
+    """
+    starts = _leads(segment_ids)
+    before = jnp.concatenate([days[:, :1], days[:, :-1]], axis=1)
+    gaps = jnp.where(starts, 0, days - before)  # at the first token of a visit
+    return jnp.take_along_axis(gaps, _run_starts(starts | _leads(visits)), axis=1)
+
+
+def _leads(values: jax.Array) -> jax.Array:
+    """Where a run of equal values begins along a row: bool `[batch, length]`."""
+    return jnp.pad(values[:, 1:] != values[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+
+def _run_starts(leads: jax.Array) -> jax.Array:
+    """Column at which the run of each token begins: int32 `[batch, length]`."""
+    columns = jax.lax.broadcasted_iota(jnp.int32, leads.shape, 1)
+    return jax.lax.cummax(jnp.where(leads, columns, 0), axis=1)
+
+
+EPOCH_DAY, CENTURY = 10_957, 36_525.0
+"""Time2Vec of the calendar counts centuries of days from 2000-01-01: float32 then holds a day."""
+
+
+class Time2Vec(nn.Module):
+    """One linear and otherwise periodic functions of a time (Kazemi et al. 2019, arXiv 1907.05321).
+
+    Periods begin evenly spread, by their logarithm, between the given ones. Each function has a scale, at
+    first that of the other embeddings, among which it is added.
+    """
+
+    size: int
+    shortest: float
+    """Shortest period at first, days."""
+    longest: float
+    """Longest period at first, days."""
+
+    @nn.compact
+    def __call__(self, days: jax.Array) -> jax.Array:
+        """Map `days`, `[batch, length]`, to float32 `[batch, length, size]`."""
+        periods = np.geomspace(self.longest, self.shortest, self.size - 1) / CENTURY
+        first = np.concatenate([[1.0], 2.0 * np.pi / periods]).astype(np.float32)
+        frequency = self.param("frequency", lambda key: jnp.asarray(first))
+        phase = self.param("phase", nn.initializers.uniform(2.0 * np.pi), (self.size,))
+        scale = self.param("scale", nn.initializers.constant(EMBEDDING_STDDEV * 2.0**0.5), (self.size,))
+        angle = (days.astype(jnp.float32) / CENTURY)[:, :, None] * frequency[None, None]  # [B, L, E]
+        angle = angle + phase[None, None]
+        linear = jax.lax.broadcasted_iota(jnp.int32, angle.shape, 2) == 0
+        return scale[None, None] * jnp.where(linear, angle, jnp.sin(angle))
+
+
 class Embeddings(nn.Module):
-    """Sum of four embeddings, LayerNorm, dropout, and a projection to the encoder's width."""
+    """Sum of the embeddings of an event, normalised, dropout, and a projection to the encoder's width."""
 
     config: ModelConfig
     vocabulary_size: int
@@ -55,7 +121,7 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, deterministic: bool = True, rows: jax.Array | None = None) -> jax.Array:
         """Embed the events of a batch; `[batch, length, hidden]` in the compute dtype."""
-        config, visits = self.config, jnp.asarray(batch.visits)
+        config, visits = self.config, jnp.maximum(jnp.asarray(batch.visits), 0)
         dtype = jnp.dtype(config.compute_dtype)
 
         # The gradient of each table stays the compiler's scatter-add. On a CPU, summing by sorted codes takes
@@ -69,24 +135,51 @@ class Embeddings(nn.Module):
         x = x + table("age", config.age_rows, ages)
         if config.visit_embedding == "alternating":
             x = x + table("visit", 2, visits % 2)
-        else:
+        elif config.visit_embedding == "ordinal":
             x = x + table("visit", config.visit_rows, jnp.clip(visits, 0, config.visit_rows - 1))
         place = jnp.asarray(batch.positions)
         if config.position_of == "visit":
             place = jnp.clip(visits, 0, config.positions - 1)
         if config.position_embedding == "sinusoidal":
             x = x + jnp.asarray(sinusoids(config.positions, config.embedding_size))[place]
-        else:
+        elif config.position_embedding == "learned":
             x = x + table("position", config.positions, place)
-        x = LayerNorm(name="norm")(x)
+        if config.time != "none":
+            days, segments = jnp.asarray(batch.days), jnp.asarray(batch.segment_ids)
+            gaps = visit_gaps(days, jnp.asarray(batch.visits), segments)
+            # From two days to twenty years.
+            x = x + Time2Vec(config.embedding_size, 2.0, CENTURY / 5, name="gap")(gaps)
+            if config.time == "time2vec":
+                # From a month to two centuries.
+                calendar = Time2Vec(config.embedding_size, 30.0, 2 * CENTURY, name="calendar")
+                x = x + calendar(days - EPOCH_DAY)
+        x = Norm(config.norm, config.bias, name="norm")(x)
         x = Dropout(config.dropout)(x, deterministic, rows).astype(dtype)
         if config.embedding_size != config.hidden_size:
-            x = nn.Dense(config.hidden_size, dtype=dtype, name="projection")(x)  # [B, L, D]
+            dense = nn.Dense(config.hidden_size, dtype=dtype, use_bias=config.bias, name="projection")
+            x = dense(x)  # [B, L, D]
         return x
 
 
+def head_rotations(config: ModelConfig, batch: Batch) -> tuple[jax.Array, jax.Array] | None:
+    """Rotations of queries and keys, of `layers.rotations`, where the model's positions are rotary.
+
+    Visits and days are counted from the first token of a segment: attention reads differences alone.
+    """
+    segments = jnp.asarray(batch.segment_ids)
+    if config.position_embedding == "rope_time":
+        places = since_segment_start(jnp.asarray(batch.days), segments)
+    elif config.position_embedding != "rope":
+        return None
+    elif config.position_of == "visit":
+        places = since_segment_start(jnp.maximum(jnp.asarray(batch.visits), 0), segments)
+    else:
+        places = jnp.asarray(batch.positions)
+    return rotations(places, config.hidden_size // config.heads, config.rope_base)
+
+
 class Block(nn.Module):
-    """Attention and feed-forward branch, each behind a LayerNorm and added to its input."""
+    """Attention and feed-forward branch, each behind a norm and added to its input."""
 
     config: ModelConfig
 
@@ -98,28 +191,35 @@ class Block(nn.Module):
         deterministic: bool,
         rows: jax.Array | None = None,
         packed: bool = True,
+        rotation: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """Map `x` `[batch, length, hidden]` to the same shape; other arguments as in `SelfAttention`."""
-        config = self.config
+        config = self.config.resolved()
         dtype = jnp.dtype(config.compute_dtype)
-        attention_dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
         drop = Dropout(config.dropout)
+        dense = partial(nn.Dense, dtype=dtype, use_bias=config.bias)
+        assert config.attention_dropout is not None and config.ffn_size is not None  # resolved
 
-        branch = LayerNorm(name="attention_norm")(x)
-        branch = SelfAttention(config.heads, attention_dropout, dtype, config.attention, name="attention")(
-            branch, segment_ids, deterministic, rows, packed
+        branch = Norm(config.norm, config.bias, name="attention_norm")(x)
+        attention = SelfAttention(
+            config.heads, config.attention_dropout, dtype, config.attention, config.bias, name="attention"
         )
+        branch = attention(branch, segment_ids, deterministic, rows, packed, rotation)
         x = x + drop(branch, deterministic, rows)
 
-        branch = LayerNorm(name="ffn_norm")(x)
-        branch = nn.Dense(config.ffn_size or 4 * config.hidden_size, dtype=dtype, name="intermediate")(branch)
-        branch = gelu(branch)  # [B, L, F]
-        branch = nn.Dense(config.hidden_size, dtype=dtype, name="output")(branch)
+        branch = Norm(config.norm, config.bias, name="ffn_norm")(x)
+        wide = dense(config.ffn_size, name="intermediate")(branch)  # [B, L, F]
+        if config.ffn == "gelu":
+            wide = gelu(wide)
+        else:
+            gate = dense(config.ffn_size, name="gate")(branch)
+            wide = (gelu if config.ffn == "geglu" else nn.silu)(gate) * wide
+        branch = dense(config.hidden_size, name="output")(wide)
         return x + drop(branch, deterministic, rows)
 
 
 class Encoder(nn.Module):
-    """Blocks `layer_0`, `layer_1`, ... and a final LayerNorm; or all blocks as one, `layers`, whose
+    """Blocks `layer_0`, `layer_1`, ... and a final norm; or all blocks as one, `layers`, whose
     parameters have a leading axis over layers (`ModelConfig.scan_layers`).
     """
 
@@ -133,6 +233,7 @@ class Encoder(nn.Module):
         deterministic: bool = True,
         rows: jax.Array | None = None,
         packed: bool = True,
+        rotation: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """Encode `x` `[batch, length, hidden]`; float32 out; other arguments as in `SelfAttention`."""
         config, block = self.config, Block
@@ -144,8 +245,8 @@ class Encoder(nn.Module):
             # Every collection and every random stream goes by the layer, whatever its name: adapters come in
             # a collection that this module does not know.
             scanned = nn.scan(
-                lambda layer, x, segment_ids, rows: (
-                    layer(x, segment_ids, deterministic, rows, packed),
+                lambda layer, x, segment_ids, rows, rotation: (
+                    layer(x, segment_ids, deterministic, rows, packed, rotation),
                     None,
                 ),
                 variable_axes={True: 0},
@@ -153,11 +254,12 @@ class Encoder(nn.Module):
                 in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                 length=config.layers,
             )
-            x, _ = scanned(block(config, name=STACKED), x, segment_ids, rows)
+            x, _ = scanned(block(config, name=STACKED), x, segment_ids, rows, rotation)
         else:
             for layer in range(config.layers):
-                x = block(config, name=layer_name(layer))(x, segment_ids, deterministic, rows, packed)
-        return LayerNorm(name="norm")(x)
+                one = block(config, name=layer_name(layer))
+                x = one(x, segment_ids, deterministic, rows, packed, rotation)
+        return Norm(config.norm, config.bias, name="norm")(x)
 
 
 class BEHRT(nn.Module):
@@ -186,35 +288,65 @@ class BEHRT(nn.Module):
             float32 `[batch, length, hidden]`; at padding, numbers without meaning.
         """
         chex.assert_rank(batch.codes, 2)
-        chex.assert_equal_shape([batch.codes, batch.ages, batch.visits, batch.positions, batch.segment_ids])
+        chex.assert_equal_shape(batch[:-1])
         x = Embeddings(self.config, self.vocabulary_size, name="embeddings")(batch, deterministic, rows)
-        segment_ids = jnp.asarray(batch.segment_ids)
-        return Encoder(self.config, name="encoder")(x, segment_ids, deterministic, rows, packed)
+        segment_ids, rotation = jnp.asarray(batch.segment_ids), head_rotations(self.config, batch)
+        encoder = Encoder(self.config, name="encoder")
+        return encoder(x, segment_ids, deterministic, rows, packed, rotation)
 
 
-class MLMHead(nn.Module):
-    """Logits over the vocabulary: Dense, GELU, LayerNorm, Dense. Not tied to the embeddings."""
+class TiedDecoder(nn.Module):
+    """The MLM head's last layer where that is the code embedding: one parameter, `bias` `[vocabulary]`."""
 
-    vocabulary_size: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, decode: bool = True) -> jax.Array:
+    def __call__(self, x: jax.Array, table: jax.Array) -> jax.Array:
+        """Map `x` `[..., embedding]` to float32 logits by the code embedding `[vocabulary, embedding]`."""
+        bias = self.param("bias", nn.initializers.zeros, table.shape[:1])
+        kernel = table.T.astype(self.dtype)
+        logits = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        return logits + bias.astype(self.dtype).astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def decoder_weights(params: Tree, tied: bool) -> tuple[jax.Array, jax.Array]:
+    """Kernel `[features, vocabulary]` and bias `[vocabulary]` of the MLM head's last layer.
+
+    `params` are those of :class:`BEHRTForMLM`.
+    """
+    decoder = params["mlm_head"]["decoder"]
+    table = params["behrt"]["embeddings"]["code"]["embedding"]
+    return (table.T if tied else decoder["kernel"]), decoder["bias"]
+
+
+class MLMHead(nn.Module):
+    """Logits over the vocabulary: Dense, GELU, a norm, and the decoder."""
+
+    config: ModelConfig
+    vocabulary_size: int
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, decode: bool = True, table: jax.Array | None = None) -> jax.Array:
         """Map `hidden` `[..., hidden]` to float32 logits `[..., vocabulary]`.
 
-        Without `decode`, to the decoder's input `[..., hidden]`: a loss over a large vocabulary takes it
-        from there in parts (`models.losses`).
+        Without `decode`, to the decoder's input `[..., features]`: a loss over a large vocabulary takes it
+        from there in parts (`models.losses`). `table` is the code embedding, which a tied decoder reads.
         """
-        x = nn.Dense(hidden.shape[-1], dtype=self.dtype, name="dense")(hidden)
+        config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
+        features = config.embedding_size if config.tied_decoder else config.hidden_size
+        x = nn.Dense(features, dtype=dtype, use_bias=config.bias, name="dense")(hidden)
         x = gelu(x)
-        x = LayerNorm(name="norm")(x)
+        x = Norm(config.norm, config.bias, name="norm")(x)
         if not decode:
             return x
+        if config.tied_decoder:
+            assert table is not None
+            return TiedDecoder(dtype, name="decoder")(x, table)
         # Small initial logits: training starts at ln(vocabulary), not above it. In bfloat16 the sum
         # over the hidden axis still comes out in float32: the softmax needs its digits.
         return nn.Dense(
             self.vocabulary_size,
-            dtype=self.dtype,
+            dtype=dtype,
             kernel_init=nn.initializers.normal(EMBEDDING_STDDEV),
             dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),
             name="decoder",
@@ -249,14 +381,16 @@ class BEHRTForMLM(nn.Module):
             decode: False for the input of the head's last layer in place of its logits.
 
         Returns:
-            float32 `[batch, targets or length, vocabulary]`, or `[batch, targets or length, hidden]`.
+            float32 `[batch, targets or length, vocabulary]`, or `[batch, targets or length, features]`.
         """
         hidden = BEHRT(self.config, self.vocabulary_size, name="behrt")(batch, deterministic, rows, packed)
         if targets is not None:
             chex.assert_shape(targets, (hidden.shape[0], None))
             hidden = jnp.take_along_axis(hidden, targets[:, :, None], axis=1)  # [B, T, D]
-        head = MLMHead(self.vocabulary_size, jnp.dtype(self.config.compute_dtype), name="mlm_head")
-        return head(hidden, decode)
+        table = None
+        if self.config.tied_decoder:
+            table = self.variables["params"]["behrt"]["embeddings"]["code"]["embedding"]
+        return MLMHead(self.config, self.vocabulary_size, name="mlm_head")(hidden, decode, table)
 
 
 Pooling = Literal["cls", "mean", "max", "last", "attention", "each"]
@@ -396,6 +530,7 @@ def example_batch(config: ModelConfig, rows: int = 1) -> Batch:
         codes=integers,
         ages=np.zeros(shape, np.float32),
         visits=integers,
+        days=integers,
         positions=integers,
         segment_ids=np.ones(shape, np.int32),
         row_ids=np.zeros(rows, np.int32),

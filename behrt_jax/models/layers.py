@@ -1,6 +1,7 @@
-"""LayerNorm (Ba et al. 2016, arXiv 1607.06450) with a backward pass of its own."""
+"""What blocks are made of beside matrix products: dropout, GELU, norms, rotations."""
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,8 @@ def _gelu_backward(x, gradient):
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
 
+# Norms with backward passes of their own: LayerNorm (Ba et al. 2016, arXiv 1607.06450) and RMSNorm.
+
 EPSILON = 1e-5
 
 
@@ -220,13 +223,99 @@ def _sums(left, right):
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-class LayerNorm(nn.Module):
-    """Drop-in for ``flax.linen.LayerNorm``: parameters `scale` and `bias`, float32 `[size]`."""
+@jax.custom_vjp
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Divide the last axis of `x` by its root mean square, then scale it (arXiv 1910.07467).
+
+    Args:
+        x: `[..., size]`.
+        scale: float32 `[size]`.
+
+    Returns:
+        float32 `[..., size]`.
+    """
+    return _rms_norm_forward(x, scale)[0]
+
+
+def _rms_norm_forward(x, scale):
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + EPSILON)  # [..., 1]
+    return wide * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,)), (x, inverse, scale)
+
+
+def _rms_norm_backward(residuals, gradient):
+    x, inverse, scale = residuals
+    normal = x * inverse  # [..., size]
+    scaled = gradient * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    dx = inverse * (scaled - normal * (scaled * normal).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), (gradient * normal).sum(tuple(range(x.ndim - 1)))
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm, in float32: parameters `scale` and, of LayerNorm with `use_bias`, `bias`, float32
+    `[size]`.
+    """
+
+    kind: Literal["layer", "rms"] = "layer"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise `x` `[..., size]`; float32 out."""
-        size = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (size,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (size,), jnp.float32)
-        return layer_norm(x, scale, bias)
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        if self.kind == "rms":
+            return rms_norm(x, scale)
+        if not self.use_bias:
+            return layer_norm(x, scale, jnp.zeros(shape, jnp.float32))
+        return layer_norm(x, scale, self.param("bias", nn.initializers.zeros, shape, jnp.float32))
+
+
+# Rotary positions (Su et al. 2021, arXiv 2104.09864).
+
+_DIGIT = 256
+
+
+def rotations(places: jax.Array, size: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines by which queries and keys at some places are rotated.
+
+    Component pair i turns by ``base ** (-2i / size)`` a step. The angles are tabled in float64 by the two
+    digits of a place to the base 256 and added: in float32 the angle of a place in the thousands has lost its
+    last digits.
+
+    Args:
+        places: int32 `[batch, length]`, from 0 to 65,535, as which larger ones count.
+        size: of a head, even.
+        base: see `config.ModelConfig.rope_base`.
+
+    Returns:
+        float32 `[batch, length, size / 2]` each.
+    """
+    frequencies = base ** (-np.arange(0, size, 2) / size)  # [K / 2]
+    digits = np.arange(_DIGIT)[:, None] * frequencies  # [256, K / 2]
+    low, high = (
+        jnp.asarray(np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32))
+        for angle in (digits, _DIGIT * digits)
+    )  # [2, 256, K / 2]
+    places = jnp.clip(places, 0, _DIGIT**2 - 1)
+    (a, b), (c, d) = low[:, places % _DIGIT], high[:, places // _DIGIT]  # [B, L, K / 2]
+    return a * c - b * d, b * c + a * d
+
+
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate each head's vectors, component i together with component ``size / 2 + i``.
+
+    Args:
+        x: `[batch, length, heads, size]`.
+        rotation: of :func:`rotations`.
+
+    Returns:
+        Shape and dtype of `x`; worked out in float32.
+    """
+    cosines, sines = (part[:, :, None] for part in rotation)  # [B, L, 1, K / 2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cosines - second * sines, second * cosines + first * sines]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

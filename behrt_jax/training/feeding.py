@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.config import TrainConfig
 from behrt_jax.data.batches import Batch, EpochRows, TrainingBatches, ValidationBatches, reading_ahead
+from behrt_jax.data.events import DAY
 from behrt_jax.data.facts import FACT_VISIT
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS
@@ -38,6 +39,8 @@ class Tokens(NamedTuple):
     """float32 ``[tokens]``."""
     visits: Any
     """int32 ``[tokens]``."""
+    days: Any
+    """int32 ``[tokens]``."""
     facts: Any = None
     """int32 ``[facts]``, codes of static facts; None where the model reads none."""
 
@@ -48,6 +51,7 @@ def tokens_of(sequences: Sequences) -> Tokens:
         np.asarray(sequences.codes, np.int32),
         np.asarray(sequences.ages, np.float32),
         np.asarray(sequences.visits, np.int32),
+        (sequences.times // DAY).astype(np.int32),
         None if sequences.facts is None else np.asarray(sequences.facts.codes, np.int32),
     )
 
@@ -57,7 +61,7 @@ def device_bytes(batches: TrainingBatches) -> int:
     facts = batches.sequences.facts
     segments = (8 if facts is None else 16) * batches.windows_per_epoch
     rows = 4 * (batches.rows + 1 + batches.steps_per_epoch * batches.batch_rows)
-    tokens = 12 * len(batches.sequences.codes) + (0 if facts is None else 4 * len(facts.codes))
+    tokens = 16 * len(batches.sequences.codes) + (0 if facts is None else 4 * len(facts.codes))
     return tokens + 2 * (segments + rows)
 
 
@@ -116,6 +120,7 @@ def gather_on_device(
         codes=or_padding(codes),
         ages=or_padding(tokens.ages[token]),
         visits=or_padding(visits),
+        days=or_padding(tokens.days[token]),
         positions=or_padding(position),
         segment_ids=or_padding(slot + 1),
         row_ids=rows,  # pyright: ignore[reportArgumentType]
@@ -310,7 +315,7 @@ class PlacedBatches:
         """Nothing is read yet."""
         self._batches, self._mesh = batches, mesh
         self._kept: list[Batch] | None = None
-        needed = len(batches) * batches.batch_rows * (5 * batches.row_length + 1) * 4
+        needed = len(batches) * batches.batch_rows * (6 * batches.row_length + 1) * 4
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._keep = needed <= KEPT_IN_HOST_MEMORY if on_cpu else fits(needed, mesh)
 

@@ -19,7 +19,7 @@ from behrt_jax.adapters.lora import Product
 from behrt_jax.adapters.new_codes import with_new_codes
 from behrt_jax.config import LoRAConfig, MaskingConfig
 from behrt_jax.data.batches import Batch, TaskBatch
-from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask
+from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, decoder_weights
 from behrt_jax.models.layers import batch_rows
 from behrt_jax.models.losses import (
     CodeLosses,
@@ -134,12 +134,11 @@ def masked_code_losses(
         found = logit_losses(logits, masked.labels, masked.weights)
         return found._replace(guesses=logits.argmax(-1).astype(jnp.int32)) if guess else found
     features = predictor.outputs(variables, shown, masked.columns, key, rows, decode=False)  # [B, T, D]
-    decoder = variables["params"]["mlm_head"]["decoder"]
+    decoder = decoder_weights(variables["params"], config.tied_decoder)
     dtype = jnp.dtype(config.compute_dtype)
     loss, losses, ranks, _ = decoder_losses(
         features.reshape(-1, features.shape[-1]),
-        decoder["kernel"],
-        decoder["bias"],
+        *decoder,
         masked.labels.reshape(-1),
         masked.weights.reshape(-1),
         chunk=chunk,
@@ -149,14 +148,13 @@ def masked_code_losses(
     return CodeLosses(loss, losses.reshape(shape), ranks.reshape(shape), guesses)
 
 
-def _most_likely(features: jax.Array, decoder: Tree, dtype: jnp.dtype) -> jax.Array:
+def _most_likely(features: jax.Array, decoder: tuple[jax.Array, jax.Array], dtype: jnp.dtype) -> jax.Array:
     """The code of the largest logit, int32 `[B, T]` of features `[B, T, D]`, a row of the batch at a time."""
 
     def of_row(row: jax.Array) -> jax.Array:
-        kernel = decoder["kernel"].astype(dtype)
+        kernel, bias = decoder[0].astype(dtype), decoder[1].astype(dtype)
         logits = jnp.matmul(row.astype(dtype), kernel, preferred_element_type=jnp.float32)  # [T, V]
-        shift = decoder["bias"].astype(dtype).astype(jnp.float32)
-        return (logits + shift[None, :]).argmax(-1).astype(jnp.int32)
+        return (logits + bias.astype(jnp.float32)[None, :]).argmax(-1).astype(jnp.int32)
 
     return jax.lax.map(of_row, features)
 

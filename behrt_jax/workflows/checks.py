@@ -26,6 +26,7 @@ from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
 from behrt_jax.diagnosis.finding import Facts
+from behrt_jax.diagnosis.leakage_data import shifted_dates
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import example_batch
 from behrt_jax.tracking.trackers import check_trackers
@@ -128,6 +129,13 @@ def _check_model(model: ModelConfig) -> None:
     require(
         model.hidden_size % model.heads == 0,
         f"model.hidden_size {model.hidden_size} is not divisible by model.heads {model.heads}: change one.",
+    )
+    positive("model.rope_base", model.rope_base)
+    size = model.hidden_size // model.heads
+    require(
+        not model.position_embedding.startswith("rope") or size % 2 == 0,
+        f"model.position_embedding is {model.position_embedding}, which turns pairs of components, but heads "
+        f"have the odd size {size} (hidden_size / heads): change one.",
     )
     for name in ("dropout", "attention_dropout"):
         _dropout(f"model.{name}", getattr(model, name))
@@ -355,6 +363,7 @@ def gather_facts(
         beyond_tables=_beyond_tables(train, config.model),
         unreached_adapters=unreached_adapters(setup),
         micro_batches=micro_batches,
+        shifted_dates=shifted_dates(data),
     )
 
 

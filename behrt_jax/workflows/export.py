@@ -3,7 +3,7 @@
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -252,7 +252,8 @@ def predicted(predicts: Predicts, task: Task, outputs: jax.Array, temperature: f
 def program(loaded: Loaded) -> bytes:
     """The model as StableHLO (`jax.export`), its parameters in it, for any number of histories at once.
 
-    From ``codes`` int32, ``ages`` float32 and ``visits`` int32, `[batch, length]` each, to predictions
+    From ``codes`` int32, ``ages`` float32, ``visits`` int32 and, where the model reads it, ``days`` int32,
+    `[batch, length]` each, to predictions
     (calibrated) of a fine-tuned model or mean vectors of a pretrained one, float32. A history is a row, its
     events oldest first, then padding of code 0; a model that reads [CLS] puts it in front by itself.
 
@@ -272,14 +273,18 @@ def program(loaded: Loaded) -> bytes:
     network = pooled if finetuned is None else loaded.model.clone(config=config)
     used = {"behrt": params["behrt"]} if finetuned is None else params
 
-    def predict(codes: jax.Array, ages: jax.Array, visits: jax.Array) -> jax.Array:
+    def predict(
+        codes: jax.Array, ages: jax.Array, visits: jax.Array, days: jax.Array | None = None
+    ) -> jax.Array:
+        days = jnp.zeros_like(visits) if days is None else days
         if config.cls_token:
             first = jnp.full_like(codes[:, :1], CLS)
             codes = jnp.concatenate([first, codes], axis=1)
-            ages, visits = (jnp.concatenate([x[:, :1], x], axis=1) for x in (ages, visits))
+            ages, visits, days = (jnp.concatenate([x[:, :1], x], axis=1) for x in (ages, visits, days))
         segments = (codes != PAD).astype(jnp.int32)
         positions = jnp.arange(codes.shape[1], dtype=jnp.int32)[None, :] * segments
-        batch = Batch(codes, ages, visits, positions, segments, jnp.zeros_like(codes[:, 0]))  # pyright: ignore[reportArgumentType]
+        rows: list[Any] = [codes, ages, visits, days, positions, segments, jnp.zeros_like(codes[:, 0])]
+        batch = Batch(*rows)
         found = jnp.asarray(network.apply({"params": used}, batch, 1))[:, 0]
         if finetuned is None:
             return found  # [B, D]
@@ -290,13 +295,15 @@ def program(loaded: Loaded) -> bytes:
 
     (batch,) = jax_export.symbolic_shape("batch")
     shape = batch, loaded.max_length - config.cls_token
-    given = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32)]
+    dtypes = (jnp.int32, jnp.float32, jnp.int32, *[jnp.int32] * config.reads_days)
+    given = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
     return bytes(jax_export.export(jax.jit(predict), platforms=PLATFORMS)(*given).serialize())
 
 
 def use_of_program(loaded: Loaded) -> str:
     """How a program of :func:`program` is called, in Markdown."""
     length = loaded.max_length - loaded.config.cls_token
+    kinds = ("int32", "float32", *["int32"] * (1 + loaded.config.reads_days))
     result = f"vectors, float32 [batch, {loaded.config.hidden_size}]: the mean over each history"
     if loaded.finetuned is not None:
         task = loaded.finetuned.task
@@ -308,6 +315,9 @@ def use_of_program(loaded: Loaded) -> str:
             "survival curve": "the probability of no event up to the end of each interval",
         }
         result = f"float32 [batch, {task.outputs}]: {names[task.of.predicts]}"
+    third, days = "visits", ""
+    if loaded.config.reads_days:
+        third, days = "visits, days", " `days` are whole days from 1970-01-01 to the event."
     separators = " Each visit ends with the code 4 ([SEP])." if loaded.config.sep_token else ""
     return f"""`{PROGRAM_FILE}` is the model as a program for which `pip install jax flatbuffers` is enough:
 
@@ -315,14 +325,14 @@ def use_of_program(loaded: Loaded) -> str:
 import jax.export, numpy as np
 
 program = jax.export.deserialize(open("{PROGRAM_FILE}", "rb").read())
-codes, ages, visits = (np.zeros((2, {length}), kind) for kind in ("int32", "float32", "int32"))
+codes, ages, {third} = (np.zeros((2, {length}), kind) for kind in {kinds})
 codes[0, :2], ages[0, :2], visits[0, :2] = [5, 6], [61.2, 61.9], [0, 1]  # a history, oldest event first
 codes[1, :1], ages[1, :1] = [7], [35.0]  # another; the rest of each row stays 0
-print(program.call(codes, ages, visits))
+print(program.call(codes, ages, {third}))
 ```
 
 `codes` are ids of vocabulary.parquet (2 for a code that is not in it), `ages` years at the event, `visits`
 the number of the visit in the whole history, from 0; of a longer history the {length} most recent events are
-given.{separators} A history without an event is one event of code 2 at the present age. The result is
+given.{days}{separators} A history without an event is one event of code 2 at the present age. The result is
 {result}.
 """

@@ -189,6 +189,7 @@ def _batch(model: ModelConfig, vocabulary: int, rows: int) -> Batch:
         codes=_codes(vocabulary, shape),
         ages=(40.0 + positions / 10).astype(np.float32),
         visits=positions // 3,
+        days=14_000 + 40 * positions,
         positions=positions,
         segment_ids=np.ones(shape, np.int32),
         row_ids=np.arange(rows, dtype=np.int32),

@@ -19,6 +19,7 @@ from behrt_jax.data.batches import (
     training_batches,
     validation_batches,
 )
+from behrt_jax.data.events import DAY
 from behrt_jax.data.packing import RowPlan, Windows
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS, PAD
@@ -50,7 +51,7 @@ def long_tailed(subjects: int, longest: int = 10_000) -> Sequences:
 
 
 def segments(batch: Batch) -> list[tuple[np.ndarray, ...]]:
-    """Codes, ages, visits and positions of every segment, after checks of the row they are in."""
+    """Codes, ages, visits, days and positions of every segment, after checks of the row they are in."""
     found = []
     for row in range(len(batch.row_ids)):
         ids = batch.segment_ids[row]
@@ -59,8 +60,8 @@ def segments(batch: Batch) -> list[tuple[np.ndarray, ...]]:
         for segment in range(1, ids.max() + 1):
             cells = ids == segment
             assert cells.any()
-            found.append(tuple(array[row][cells] for array in batch[:4]))
-        padding = [array[row][ids == 0] for array in batch[:4]]
+            found.append(tuple(array[row][cells] for array in batch[:5]))
+        padding = [array[row][ids == 0] for array in batch[:5]]
         assert PAD == 0 and not np.any(padding)
         assert (batch.row_ids[row] == -1) == (not ids.any())
     return found
@@ -161,10 +162,10 @@ def test_a_segment_is_a_window_of_one_history(lengths: list[int], window: Any, c
     batches = training_batches(
         sequences, RowShape(12, cls_token=cls_token), batch_size=10, window=window, seed=3
     )
-    for codes, ages, visits, positions in segments(batches.batch(step)):
+    for codes, ages, visits, days, positions in segments(batches.batch(step)):
         assert positions.tolist() == list(range(len(codes)))
         if cls_token:
-            assert (codes[0], ages[0], visits[0]) == (CLS, ages[1], visits[1])
+            assert (codes[0], ages[0], visits[0], days[0]) == (CLS, ages[1], visits[1], days[1])
         tokens = codes[cls_token:] - FIRST_CODE
         assert (np.diff(tokens) == 1).all()
         owner = subject[tokens[0]]
@@ -174,6 +175,7 @@ def test_a_segment_is_a_window_of_one_history(lengths: list[int], window: Any, c
         assert window != "recent" or tokens[-1] == sequences.offsets[owner + 1] - 1
         np.testing.assert_array_equal(ages[cls_token:], sequences.ages[tokens])
         np.testing.assert_array_equal(visits[cls_token:], sequences.visits[tokens])
+        np.testing.assert_array_equal(days[cls_token:], sequences.times[tokens] // DAY)
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.booleans(), st.booleans())

@@ -152,6 +152,15 @@ def test_cut_histories(window):
     assert told(before.cut_histories, settings, facts=Facts(cut_share=0.05)) == []
 
 
+def test_the_calendar_of_shifted_dates_is_warned_of_where_it_is_read():
+    facts = Facts(shifted_dates="The events spread over 190 years.")
+    found = only(told(before.calendar_time, changed("model", time="time2vec"), facts=facts), "shifted-dates")
+    assert (found.severity, found.seen) == ("warning", facts.shifted_dates)
+    assert "--model.time gaps" in found.mend
+    assert told(before.calendar_time, changed("model", time="gaps"), facts=facts) == []
+    assert told(before.calendar_time, changed("model", time="time2vec")) == []
+
+
 def test_too_few_steps():
     def found(total, per_epoch, **train):
         facts = Facts(total_steps=total, steps_per_epoch=per_epoch)

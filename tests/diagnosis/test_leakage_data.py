@@ -90,6 +90,18 @@ def far(data):
     return data
 
 
+def shifted(years_of):
+    """Each subject by so many years, as a whole."""
+
+    def spoil(data):
+        for part in data.splits.values():
+            years = np.repeat(years_of(np.arange(len(part))), part.lengths)
+            part.times[:] += (years * events.YEAR).astype(np.int64)
+        return data
+
+    return spoil
+
+
 def months_as_years(data):
     train = data.splits["train"]
     months = (train.times // (30 * DAY)) % 12
@@ -114,6 +126,8 @@ FAULTS = {
     "age-implausible": (aged(110), "warning", "above 120 years"),
     "times-of-1970": (in_seconds, "error", "within 100 days of 1970-01-01"),
     "times-far-apart": (far, "warning", "lie more than 20 years from all others"),
+    "shifted-dates/spread": (shifted(lambda row: -70.0 * (row % 3)), "warning", "The events spread over 1"),
+    "shifted-dates/future": (shifted(lambda row: 110.0 + row % 9), "warning", "events lie in the future"),
     "ages-against-times": (months_as_years, "error", "more than a day apart"),
     "events-after-death": (deaths, "error", "(HOSPITAL_DISCHARGE//DIED)"),
 }
@@ -134,6 +148,22 @@ def test_births_on_the_day_of_a_placeholder(prepared, tmp_path):
     found = findings(rewrite(prepared, tmp_path / "spoilt", lambda data: data, events=counts), tmp_path)
     assert alarms(found).keys() == {"placeholder-births"}
     assert found["placeholder-births"]["seen"].startswith("3 subjects are born on a day such as 1900-01-01")
+
+
+def test_a_few_dates_in_the_future_are_no_sign_that_all_were_shifted(prepared, tmp_path):
+    some = shifted(lambda row: np.where(row % 200 == 0, 110.0, 0.0))
+    found = findings(rewrite(prepared, tmp_path / "few", some), tmp_path)
+    assert alarms(found).keys() == {"times-far-apart"}
+
+
+def test_dates_are_shifted_where_who_prepared_them_says_so(tmp_path):
+    rows = history_rows(subjects=60)
+    meds = write_meds(tmp_path / "meds", rows, splits=by_remainder(rows))
+    stated = prepare(meds, tmp_path / "stated", "--shifted_dates")
+    like = prepare(meds, tmp_path / "like", "--like", str(stated))
+    for folder in (stated, like):
+        assert "--shifted_dates" in alarms(findings(folder, tmp_path))["shifted-dates"]
+    assert "shifted-dates" not in findings(prepare(meds, tmp_path / "silent"), tmp_path)
 
 
 def test_files_changed_after_preparing_by_an_older_version(prepared, tmp_path):

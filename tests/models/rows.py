@@ -31,6 +31,7 @@ def random_batch(seed: int, rows: int = 4, length: int = 24, segments: int = 3) 
         codes=np.where(real, rng.integers(len(SPECIAL_TOKENS), VOCABULARY, real.shape), 0).astype(np.int32),
         ages=np.where(real, rng.uniform(0, 99, real.shape), 0).astype(np.float32),
         visits=np.where(real, positions // 3, 0).astype(np.int32),
+        days=np.where(real, 14_000 + 400 * (positions // 3), 0).astype(np.int32),
         positions=positions,
         segment_ids=segment_ids,
         row_ids=np.arange(rows, dtype=np.int32),
@@ -47,8 +48,6 @@ def padded_segment(batch: Batch, row: int, segment: int) -> Batch:
         result[0, : there.sum()] = values[row, there]
         return result
 
-    fields = {
-        name: alone(getattr(batch, name)) for name in ("codes", "ages", "visits", "positions", "segment_ids")
-    }
+    fields = {name: alone(getattr(batch, name)) for name in batch._fields if name != "row_ids"}
     fields["segment_ids"] = np.minimum(fields["segment_ids"], 1)
     return Batch(**fields, row_ids=np.zeros(1, np.int32))

@@ -11,7 +11,7 @@ from flax import linen as nn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.models.layers import EPSILON, LayerNorm, dropout, gelu, hashed_bits
+from behrt_jax.models.layers import EPSILON, Norm, dropout, gelu, hashed_bits
 
 
 @pytest.fixture(params=["cpu", "accelerator"])
@@ -23,7 +23,7 @@ def sums(request, monkeypatch):
 @functools.cache
 def loss_and_gradients(norm, sums):
     """One program for all examples; `sums` tells apart what is traced on a CPU and elsewhere."""
-    module = LayerNorm() if norm == "ours" else nn.LayerNorm(EPSILON, dtype=jnp.float32)
+    module = Norm() if norm == "ours" else nn.LayerNorm(EPSILON, dtype=jnp.float32)
 
     def loss(params, x, weights):
         return (module.apply({"params": params}, x).astype(jnp.float32) * weights).sum()
@@ -50,7 +50,7 @@ def test_layer_norm_and_its_gradients_are_those_of_flax(sums, dtype, seed, mean,
 
 def test_layer_norm_has_the_parameters_of_flax():
     x = jnp.zeros((1, 4))
-    ours, theirs = (module.init(jax.random.key(0), x) for module in (LayerNorm(), nn.LayerNorm()))
+    ours, theirs = (module.init(jax.random.key(0), x) for module in (Norm(), nn.LayerNorm()))
     chex.assert_trees_all_equal(ours, theirs)
 
 

@@ -196,7 +196,7 @@ def compiled_flops(regime, product=None):
     def shape(dtype, *sizes):
         return jax.ShapeDtypeStruct((rows, *sizes), dtype)
 
-    kinds = (jnp.int32, jnp.float32, jnp.int32, jnp.int32, jnp.int32)
+    kinds = (jnp.int32, jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.int32)
     batch = TaskBatch(
         Batch(*(shape(kind, length) for kind in kinds), row_ids=shape(jnp.int32)),
         shape(jnp.int32, SEGMENTS),

@@ -148,7 +148,7 @@ def test_attention_is_what_the_dense_form_weighs_by():
     config = tiny_model(hidden_size=16, heads=2, positions=8)
     network, batch = BEHRT(config, VOCABULARY), random_batch(0, rows=3, length=8)
     params = network.init(jax.random.key(0), batch)["params"]
-    params = jax.tree.map(lambda leaf: leaf * (3 if leaf.ndim == 2 else 1), params)  # far from even weights
+    params = jax.tree.map(lambda leaf: leaf * (2 if leaf.ndim == 2 else 1), params)  # far from even weights
     weights = np.asarray(jax.jit(attention_weights, static_argnums=0)(network, params, batch))
     assert weights.shape == (3, 2, 2, 8, 8) and weights.dtype == np.float32
     segments = batch.segment_ids

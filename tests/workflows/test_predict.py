@@ -390,7 +390,8 @@ def by_hand(data, split, subjects, times, model, vocabulary_size, params, poolin
         visits[row, :count], positions[row, :count] = part.visits[tokens], np.arange(count)
         segments[row, :count] = 1
     network = PatientEmbedding(model, vocabulary_size, pooling)
-    batch = Batch(codes, ages, visits, positions, segments, np.arange(len(codes), dtype=np.int32))
+    days = np.zeros_like(codes)  # not read by this model
+    batch = Batch(codes, ages, visits, days, positions, segments, np.arange(len(codes), dtype=np.int32))
     apply = jax.jit(network.apply, static_argnames="segments")
     return np.asarray(apply({"params": {"behrt": params}}, batch, segments=1))[:, 0]
 

@@ -29,7 +29,7 @@ ROW_LENGTHS = (50, 100, 200, 512)
 TOP_CODES = 20
 UNKNOWN_CODES = 1000
 """Of those without a row in the vocabulary, how many are listed at most."""
-LATER_OPTIONS = ("without_birth", "implausible_ages")
+LATER_OPTIONS = ("without_birth", "implausible_ages", "shifted_dates")
 
 
 class Like(NamedTuple):
