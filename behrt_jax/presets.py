@@ -59,6 +59,13 @@ PAPER = ModelConfig(
 """Sizes, embeddings and tokens of Li et al. 2020 (ages in months up to 110 years)."""
 
 
+def _modern(model: ModelConfig) -> ModelConfig:
+    """The same sizes with distances in place of ordinals, which take longer to learn: rotary positions, and
+    visits told apart by two rows in turn.
+    """
+    return replace(model, position_embedding="rope", visit_embedding="alternating")
+
+
 def _pretraining(
     name: str, model: ModelConfig, data: DataConfig, learning_rate: float, train: TrainConfig
 ) -> PretrainConfig:
@@ -87,24 +94,30 @@ _LATENT = DataConfig(
     held_out_fraction=0.001,
 )
 
-_RANKS = [
+_SIZES = [
     (_pretraining("small", SMALL, _SHORT, 3e-3, TrainConfig(epochs=30, batch_size=64, patience=5)), 8),
     (_pretraining("medium", MEDIUM, _SHORT, 1e-3, TrainConfig(epochs=50, patience=10)), 8),
     (_pretraining("large", LARGE, _SHORT, 3e-4, TrainConfig(epochs=100, patience=10)), 16),
     (_pretraining("base", BASE, DataConfig(subjects=20_000, events_mean=100.0), 3e-4, _TOKENS), 16),
+]
+_LATENT_SMALL = _pretraining(
+    "small_latent",
+    replace(SMALL, dropout=0.0),
+    _LATENT,
+    4e-3,
+    # Many subjects seen a few times: what is left to the optimum is then not memorising.
+    TrainConfig(epochs=6, batch_size=256, log_every=50),
+)
+
+_RANKS = [
+    *_SIZES,
     (_pretraining("xl", XL, DataConfig(subjects=20_000, events_mean=200.0), 2e-4, _TOKENS), 16),
     (_pretraining("long", LONG, DataConfig(subjects=4000, events_mean=1500.0), 1e-3, _TOKENS), 16),
     (_pretraining("paper", PAPER, _SHORT, 3e-4, TrainConfig(epochs=50, patience=10)), None),
-    (
-        _pretraining(
-            "small_latent",
-            replace(SMALL, dropout=0.0),
-            _LATENT,
-            4e-3,
-            # Many subjects seen a few times: what is left to the optimum is then not memorising.
-            TrainConfig(epochs=6, batch_size=256, log_every=50),
-        ),
-        8,
+    (_LATENT_SMALL, 8),
+    *(
+        (replace(config, name=f"modern_{config.name}", model=_modern(config.model)), rank)
+        for config, rank in (*_SIZES, (_LATENT_SMALL, 8))
     ),
 ]
 """Configurations, each with the rank of its adapters in ``<name>_lora``."""

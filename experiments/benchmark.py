@@ -12,6 +12,7 @@ from behrt_jax.cli import Command, run_command
 BENCHMARKS = {
     "ablation": "AblationBenchmark",
     "attention": "AttentionBenchmark",
+    "peers": "PeersBenchmark",
     "population": "PopulationBenchmark",
     "prepare": "PrepareBenchmark",
     "scaling": "ScalingBenchmark",

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -188,8 +189,18 @@ def parsed(*arguments):
 def test_names_of_the_configurations():
     sizes = ("small", "medium", "large", "base", "xl", "long")
     both = [name for size in sizes for name in (size, f"{size}_lora")]
-    assert list(PRETRAIN) == [*both, "paper", "small_latent", "small_latent_lora"]
+    modern = [f"modern_{name}" for name in (*both[:8], "small_latent", "small_latent_lora")]
+    assert list(PRETRAIN) == [*both, "paper", "small_latent", "small_latent_lora", *modern]
     assert all(config.name == name for name, config in PRETRAIN.items())
+
+
+def test_modern_configurations_differ_from_their_namesakes_in_positions_and_visits_alone():
+    for name in (name for name in PRETRAIN if name.startswith("modern_")):
+        config, plain = PRETRAIN[name], PRETRAIN[name.removeprefix("modern_")]
+        given = (config.model.position_embedding, config.model.visit_embedding)
+        assert given == ("rope", "alternating"), name
+        back = replace(config.model, position_embedding="learned", visit_embedding="ordinal")
+        assert replace(config, name=plain.name, model=back) == plain
 
 
 def test_large_lora_is_what_it_is_said_to_be():
