@@ -1,8 +1,11 @@
 """Static facts: from codes of subjects to tokens before the events of each segment."""
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.config import DataConfig, PrepareConfig
+from behrt_jax.config import DataConfig, ModelConfig, PrepareConfig, TableColumns
 from behrt_jax.data.batches import RowShape, task_batches, training_batches, validation_batches
 from behrt_jax.data.events import DAY
 from behrt_jax.data.examples import find_examples
@@ -21,6 +24,8 @@ from behrt_jax.data.vocabulary import CLS, SPECIAL_TOKENS, UNK
 from behrt_jax.errors import InputError
 from behrt_jax.records.load import load_sequences
 from behrt_jax.records.prepare.pipeline import prepare
+from behrt_jax.workflows.labelled_data import in_vocabulary
+from behrt_jax.workflows.prepare import open_source
 from tests.data.histories import Event, labels_at, sequence_set
 from tests.data.test_batches import FIRST_CODE, assert_equal, epoch, histories, history_lengths, segments
 from tests.records.meds_folder import Row, born, event_set
@@ -162,9 +167,6 @@ def test_examples_have_the_facts_of_their_subject_and_room_is_left_for_them(dela
 
 
 def test_codes_of_data_are_read_as_those_of_a_model():
-    from behrt_jax.config import ModelConfig
-    from behrt_jax.workflows.labelled_data import in_vocabulary
-
     data = facts_data()
     names = ("SEX//F", "B//1", "A//1")
     model = replace(data.vocabulary, codes=(*SPECIAL_TOKENS, *names), counts=np.zeros(8, np.int64))
@@ -281,3 +283,53 @@ def test_generated_subjects_have_a_sex():
 
 def test_rows_are_of_frequent_facts_the_most_frequent_first():
     assert fact_rows({"a": 4, "b": 5, "c": 6, "d": 5}, 5) == ("c", "b", "d")
+
+
+# Facts of published data sets, from each kind of source; their READMEs tell how many subjects they have.
+
+REAL = os.environ.get("EHR_TEST_DATA")
+PUBLISHED: dict[str, tuple[dict[str, Any], int, dict[str, int]]] = {
+    "mimic-iv-demo-meds": ({"source": "meds"}, 100, {"GENDER//M": 57, "GENDER//F": 43}),
+    "mimic-iv-demo-omop": (
+        {"source": "omop"},
+        200,
+        {"GENDER//8507": 57, "GENDER//8532": 43, "RACE//8527": 64, "ETHNICITY//38003563": 5},
+    ),
+    "synthea-csv-1462": ({"source": "synthea"}, 3 * 1462, {"GENDER//F": 721, "GENDER//M": 741}),
+    "synthea-csv-nebraska-111": ({"source": "synthea"}, 3 * 111, {"GENDER//F": 69, "GENDER//M": 42}),
+    "synthea27nj-omop": ({"source": "omop"}, 3 * 28, {"GENDER//8507": 15, "GENDER//8532": 13}),
+    # One shard of 80 subjects as a plain table; 7 have several races, insurances or languages.
+    "mimic-iv-demo-meds/data/train/0.parquet": (
+        {
+            "source": "table",
+            "codes": ("DIAG",),
+            "table": TableColumns(visit="hadm_id", static=("race", "insurance", "language")),
+        },
+        327,
+        {"LANGUAGE//ENGLISH": 74, "RACE//WHITE": 51, "INSURANCE//Medicare": 34, "GENDER//M": 45},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason="EHR_TEST_DATA does not name a folder of real data sets")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_facts_of_published_data(name, tmp_path):
+    options, facts, subjects = PUBLISHED[name]
+    config = PrepareConfig(input=Path(REAL or "") / name, output=tmp_path / "out", min_count=2, **options)
+    manifest = prepare(open_source(config), config)
+    counts = manifest["subject_facts"]
+    assert sum(split["facts"] for split in counts.values()) == facts
+    assert sum(split["several"] for split in counts.values()) == 7 * (config.source == "table")
+    found = {row["code"]: row["subjects"] for row in manifest["top_facts"]}
+    assert found | subjects == found
+    data = read_prepared(tmp_path / "out").with_facts()
+    ids, train = data.vocabulary.encode(list(manifest["fact_rows"])), data.splits["train"]
+    assert (ids >= len(data.vocabulary) - len(ids)).all()
+    assert data.vocabulary.counts[ids].tolist() == [*manifest["fact_rows"].values()]
+    window = 64
+    batches = training_batches(train, RowShape(window), batch_size=8)
+    assert train.facts is not None
+    shown = sum(int((batches.batch(step).visits == -1).sum()) for step in range(batches.steps_per_epoch))
+    counted = np.diff(train.facts.offsets)
+    assert shown == sum(counted * -(-train.lengths // (window - counted)))
