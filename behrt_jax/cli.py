@@ -21,6 +21,7 @@ from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from behrt_jax.config import (
+    AskConfig,
     CombineConfig,
     DoctorConfig,
     EvaluateConfig,
@@ -72,8 +73,8 @@ COMMANDS: dict[str, Command[Any]] = {
     "pretrain": Command(
         PretrainConfig,
         "behrt_jax.workflows.pretrain:pretrain",
-        "train by masked codes, on prepared, MEDS or generated records",
-        first=("config", "data", "output", "train.epochs", "resume"),
+        "train by masked codes or questions, on prepared, MEDS or generated records",
+        first=("config", "data", "output", "objective", "train.epochs", "resume"),
         named=PRETRAIN,
         default="small_lora",
         status=attrgetter("exit_status"),
@@ -105,6 +106,12 @@ COMMANDS: dict[str, Command[Any]] = {
         "behrt_jax.workflows.predict:predict",
         "write predictions of a fine-tuned model, or embeddings",
         first=("model", "data", "labels", "split", "output"),
+    ),
+    "ask": Command(
+        AskConfig,
+        "behrt_jax.workflows.ask:ask",
+        "answer a question about the future, by a model pretrained on questions",
+        first=("model", "data", "codes", "horizon_days", "labels", "output"),
     ),
     "evaluate": Command(
         EvaluateConfig,

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 # The encoder.
 
 Attention = Literal["auto", "dense", "chunked", "cudnn"]
+ObjectiveName = Literal["mlm", "queries", "both"]
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,37 @@ class MaskingConfig:
 
 
 @dataclass(frozen=True)
+class QueriesConfig:
+    """Pretraining on questions (as EveryQuery, arXiv 2603.07900): at the end of a visit, does a code come
+    within a horizon? Questions whose horizon ends after the known follow-up (the last event, or death) are
+    not asked, whatever is known of the time before.
+    """
+
+    times: int = 4
+    """Prediction times a subject and epoch, drawn anew from the ends of its visits."""
+    questions: int = 64
+    """Questions at each prediction time, of a code and a horizon each; the history is read once for all."""
+    horizon_days: tuple[float, ...] = (30.0, 90.0, 180.0, 365.0, 730.0)
+    """Horizons that are asked of, evenly of those that follow-up reaches. The model reads a horizon as a
+    number, so that others can be asked for later."""
+    codes: tuple[str, ...] = ()
+    """Regular expressions; codes are asked of if one matches at their start. Default: all."""
+    groups: tuple[str, ...] = ()
+    """Regular expressions, each of which is a question of its own as well: any of the codes that it matches
+    at their start."""
+    group_share: float = 0.2
+    """Share of the questions that is of groups, where there are any."""
+    frequency_power: float = 0.5
+    """Codes are asked of by this power of their frequency in the train split: 1 in proportion to it, 0 all
+    alike."""
+    positive_share: float = 0.5
+    """Share of the questions whose code is drawn from those that do come within the horizon. Importance
+    weights in the loss take this choice back: probabilities stay what they are without it."""
+    mlm_weight: float = 1.0
+    """With objective both: weight of the mean loss of masked codes beside the mean loss of questions."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, batch, validation and stopping of a training run."""
 
@@ -340,7 +372,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Masked-code pretraining of BEHRT."""
+    """Pretraining of BEHRT, by masked codes or by questions about the future."""
 
     name: str = "custom"
     """Name of the configuration; the default run folder is called after it."""
@@ -349,6 +381,10 @@ class PretrainConfig:
     freezing: FreezingConfig = field(default_factory=FreezingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    objective: ObjectiveName = "mlm"
+    """What is predicted. mlm: masked codes. queries: answers to questions about the time after a visit (see
+    queries). both: masked codes of the same histories beside the questions, by queries.mlm_weight."""
+    queries: QueriesConfig = field(default_factory=QueriesConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -724,6 +760,42 @@ class PredictConfig:
     where known: what linear probes read. vector: subject_id, time, vector, as earlier versions wrote them."""
     pooling: Literal["mean", "max", "last", "cls"] | None = None
     """Of embeddings; the model's own, or mean, where not given."""
+    outside_life: Literal["leave_out", "keep"] | None = None
+    """As task.outside_life of finetune."""
+    rows: int = 64
+    """Rows that are computed at once."""
+    compilation_cache: Literal["off"] | Path | None = None
+    """As in finetune."""
+
+
+@dataclass(frozen=True)
+class AskConfig:
+    """Ask a model that was pretrained on questions whether any code of a set comes within a horizon: the
+    probability for each subject and prediction time, without labels to learn from. evaluate reads the file.
+    """
+
+    model: Path | None = None
+    """Folder of a finished pretraining run with --objective queries or both, or of its export."""
+    data: Path | None = None
+    """Folder of the prepared data; the one that the model was trained on where not given."""
+    codes: tuple[str, ...] = ()
+    """Regular expressions; a code is in the set if one matches at its start. A set that the model was trained
+    on as a group (queries.groups, the same expression) is asked as one; the codes of any other are asked one
+    by one, and taken for independent given the history."""
+    horizon_days: float | None = None
+    """Days after the prediction time."""
+    labels: Path | None = None
+    """Label table whose subjects and prediction times are asked about; its values, if it has any, are only
+    copied. Without it, each subject is asked about at its last event."""
+    split: Literal["train", "tuning", "held_out", "all"] = "held_out"
+    """Subjects to ask about."""
+    calibrate: bool = True
+    """Fit slope and intercept of the log odds (Platt 1999) on the same question at ends of visits of the
+    tuning split, where at least 20 answers of either kind are known."""
+    max_unknown: float | None = None
+    """As in predict."""
+    output: Path | None = None
+    """Parquet file to write."""
     outside_life: Literal["leave_out", "keep"] | None = None
     """As task.outside_life of finetune."""
     rows: int = 64

@@ -50,8 +50,8 @@ def test_help_lists_each_command_in_a_line(capsys):
     listed = [line.split(maxsplit=1) for line in shown.splitlines() if line.startswith("  ")]
     assert listed == [[name, command.help] for name, command in COMMANDS.items()]
     assert list(COMMANDS) == [
-        "prepare", "pretrain", "make-labels", "finetune", "combine-adapters", "predict", "evaluate", "export",
-        "import-weights", "doctor", "report",
+        "prepare", "pretrain", "make-labels", "finetune", "combine-adapters", "predict", "ask", "evaluate",
+        "export", "import-weights", "doctor", "report",
     ]  # fmt: skip
     assert main([]) == 2
     assert capsys.readouterr().err == shown

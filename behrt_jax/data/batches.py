@@ -149,7 +149,8 @@ class RowShape:
         return packing.plan_rows(windows.segment_lengths(self.cls_token), self.row_length, rng)
 
 
-class Epoch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Epoch:
     """The rows of an epoch."""
 
     windows: packing.Windows
@@ -286,7 +287,8 @@ class TrainingBatches(RowBatches):
         Returns:
             The rows as numpy arrays, and the tokens of each step's batch without padding, int64 ``[steps]``.
         """
-        windows, plan, order = self._epoch(epoch)
+        drawn = self._epoch(epoch)
+        windows, plan, order = drawn.windows, drawn.plan, drawn.order
         rows = np.stack([self._rows_of(order, index) for index in range(self.steps_per_epoch)])
         windows = windows.take(plan.windows)
         facts = windows.facts
@@ -372,7 +374,7 @@ def training_batches(
     windows = packing.choose_windows(sequences, shape.row_length - shape.cls_token, window, rng)
     rows, most_segments = shape.count_rows(windows)
     if batch_tokens is None:
-        rows_per_batch = _rows_of_batch(rows, len(windows), batch_size)
+        rows_per_batch = rows_of_batch(rows, len(windows), batch_size)
     else:
         rows_per_batch = min(rows, max(1, round(batch_tokens / shape.row_length)))
     return TrainingBatches(
@@ -416,7 +418,7 @@ def validation_batches(
     )
 
 
-def _rows_of_batch(rows: int, windows: int, batch_size: int) -> int:
+def rows_of_batch(rows: int, windows: int, batch_size: int) -> int:
     """Rows of a batch, so that all have as many, of about ``batch_size`` windows."""
     return -(-rows // -(-windows // batch_size))
 
@@ -510,7 +512,7 @@ def task_batches(
         sequences=examples.sequences,
         shape=shape,
         rows=rows,
-        rows_per_batch=_rows_of_batch(rows, len(examples), batch_size),
+        rows_per_batch=rows_of_batch(rows, len(examples), batch_size),
         examples=examples,
         targets=targets,
         segments=max(most, least_segments),

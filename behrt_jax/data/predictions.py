@@ -58,6 +58,8 @@ class PredictionMetadata(TypedDict, total=False):
     counts: dict[str, int]
     input: str | None
     codes: JsonObject
+    question: JsonObject
+    """What was asked of a model without labels (`workflows.ask`)."""
 
 
 @dataclass(frozen=True, eq=False)

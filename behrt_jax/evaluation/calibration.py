@@ -144,6 +144,26 @@ def calibration_line(
     return slope / spread, intercept
 
 
+def fit_platt(log_odds: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Slope and intercept of a logistic regression of labels on log odds (Platt 1999).
+
+    Args:
+        log_odds: float64 ``[n]``.
+        labels: bool ``[n]``.
+
+    Returns:
+        NaN for both where they have no finite value: one class alone, labels that the log odds separate, or
+        log odds that are all the same.
+    """
+    middle, spread = float(log_odds.mean()), float(log_odds.std())
+    if spread < 1e-9:
+        return float("nan"), float("nan")
+    scaled = (log_odds - middle) / spread
+    features = np.stack([np.ones_like(scaled), scaled])
+    intercept, slope = _fit(features, np.zeros_like(scaled), labels, np.ones((1, len(scaled))))[0]
+    return float(slope / spread), float(intercept - slope * middle / spread)
+
+
 def _fit(features: np.ndarray, offsets: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Logistic regressions by Newton's method, one for each set of weights: ``[sets, F]``.
 

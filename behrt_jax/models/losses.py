@@ -62,16 +62,20 @@ def add_totals(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
 
 
 def mean_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Mean loss (nats) from totals and, where they have hits, perplexity and top-1/5/10 accuracy.
+    """Mean loss (nats) from totals and, where they have hits, perplexity and top-1/5/10 accuracy; where they
+    have two losses, the means of both.
 
     NaN where there was no target.
     """
     targets = float(sums["targets"])
 
-    def mean(name: str) -> float:
+    def mean(name: str, targets: float = targets) -> float:
         return float(sums[name]) / targets if targets else math.nan
 
     found = {"loss": mean("loss"), "targets": int(targets)}
+    if "mlm_targets" in sums:
+        found["question_loss"] = mean("question_loss")
+        found["mlm_loss"] = mean("mlm_loss", float(sums["mlm_targets"]))
     if "top1" in sums:
         loss = found["loss"]
         found["perplexity"] = math.exp(min(loss, 700.0)) if not math.isnan(loss) else math.nan

@@ -124,12 +124,13 @@ def best_validation(metrics: Records) -> JsonObject | None:
 
 def _draw_loss(axes: "Axes", metrics: Records, baselines: Baselines, best: JsonObject | None) -> bool:
     curves = [_curve(axes, metrics, split, "loss") for split in CURVES]
-    for which, style in (("unigram", "--"), ("co-occurrence", ":"), ("oracle", "-.")):
+    for which, style in (("unigram", "--"), ("prevalence", "--"), ("co-occurrence", ":"), ("oracle", "-.")):
         _baseline(axes, baselines, which, "loss", style)
     if best is not None:
         _mark_best(axes, best, "loss", f"best validation: {best['loss']:.3f} at epoch {best['epoch']:.4g}")
-    axes.set_ylabel("loss (nats per masked code)")
-    axes.set_title("Masked-code loss", loc="left", fontsize=11)
+    asked = "prevalence" in baselines
+    axes.set_ylabel("loss (nats per question)" if asked else "loss (nats per masked code)")
+    axes.set_title("Loss of questions" if asked else "Masked-code loss", loc="left", fontsize=11)
     return any(curves)
 
 

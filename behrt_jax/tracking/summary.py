@@ -27,10 +27,18 @@ BASELINES = {
     "unigram": "unigram baseline",
     "co-occurrence": "co-occurrence baseline",
     "oracle": "best possible",
+    "prevalence": "prevalence",
     "base rate": "base rate",
     "count model": "count model",
 }
 """Predictors that a run is compared with, with their names for a person."""
+
+
+def aurocs(figures: JsonObject) -> list[tuple[str, float | None]]:
+    """AUROC of questions by horizon, in the order of the figures: ``AUROC 365 days`` and its value."""
+    named = (name for name in figures if name.startswith("auroc_") and name.endswith("_days"))
+    return [(f"AUROC {name.split('_')[1]} days", figures[name]) for name in named]
+
 
 Baselines: TypeAlias = Mapping[str, JsonObject]
 """Figures by the name of the baseline: ``unigram`` predicts by train frequency, and others."""
@@ -55,7 +63,9 @@ class Summary(TypedDict, total=False):
     """Time that the run took, all its parts together."""
     baselines: Baselines
     gain_over_unigram: float | None
-    """Unigram loss less best validation loss in nats (positive is good); None where either is unknown."""
+    """Unigram loss less best validation loss in nats (positive is good); None where either is unknown, as in
+    a run on questions: theirs is ``gain_over_prevalence``."""
+    gain_over_prevalence: float | None
     data: JsonObject
     """What went in, counted; nothing about single subjects."""
     parameters: JsonObject
@@ -102,7 +112,7 @@ def summarise(
     validations = [_without_split(record) for record in of_split(metrics, "tuning")]
     trainings = [_without_split(record) for record in of_split(metrics, "train")]
     best = next((record for record in validations if record["step"] == best_step), None)
-    return {
+    found: Summary = {
         "best_step": best_step,
         "best": best,
         "last": validations[-1] if validations else None,
@@ -112,21 +122,24 @@ def summarise(
         "stop_reason": stop_reason,
         "wall_seconds": wall_seconds,
         "baselines": baselines,
-        "gain_over_unigram": gain_over_unigram(best, baselines),
+        "gain_over_unigram": gain_over("unigram", best, baselines),
         "data": data,
         "parameters": {key: value for key, value in parameters.items() if key != "adapters"},
         "findings": [],
     }
+    if "prevalence" in baselines:
+        found["gain_over_prevalence"] = gain_over("prevalence", best, baselines)
+    return found
 
 
 def _without_split(record: JsonObject) -> JsonObject:
     return {key: value for key, value in record.items() if key != "split"}
 
 
-def gain_over_unigram(record: JsonObject | None, baselines: Baselines) -> float | None:
-    """Unigram loss less the record's loss, in nats; None where either is missing or not finite."""
-    unigram, loss = (baselines.get("unigram") or {}).get("loss"), (record or {}).get("loss")
-    return unigram - loss if is_number(unigram) and is_number(loss) else None
+def gain_over(baseline: str, record: JsonObject | None, baselines: Baselines) -> float | None:
+    """The baseline's loss less the record's, in nats; None where either is missing or not finite."""
+    theirs, loss = (baselines.get(baseline) or {}).get("loss"), (record or {}).get("loss")
+    return theirs - loss if is_number(theirs) and is_number(loss) else None
 
 
 def verdict(gain: float | None) -> str:
@@ -164,6 +177,8 @@ def headline(summary: Summary) -> str:
             counts[found["severity"]] += 1
     told = [f"{count or 'no'} {name}{'' if count == 1 else 's'}" for name, count in counts.items()]
     learnt = _learnt_labels(summary) if "task" in summary else _learnt_codes(summary)
+    if "gain_over_prevalence" in summary:
+        learnt = _learnt_answers(summary)
     return f"{learnt}; the doctor found {' and '.join(told)}."
 
 
@@ -179,8 +194,11 @@ def tone(summary: Summary) -> str:
 def gain_over_baseline(summary: Summary) -> float | None:
     """Nats by which the best validation loss is below that of the simplest baseline; None where unknown.
 
-    That is the unigram baseline, and of a fine-tuning run the base rate. Of several members the best counts.
+    That is the unigram baseline, of questions the prevalence, and of a fine-tuning run the base rate. Of
+    several members the best counts.
     """
+    if "gain_over_prevalence" in summary:
+        return summary["gain_over_prevalence"]
     if "task" not in summary:
         return summary.get("gain_over_unigram")
     gains = [
@@ -221,6 +239,24 @@ def _learnt_codes(summary: Summary) -> str:
     if share is not None:
         said += f", {share:.1%} of what is possible"
     return said + _beside(summary, "co-occurrence", "a table of codes that occur together")
+
+
+def _learnt_answers(summary: Summary) -> str:
+    gain, best = summary.get("gain_over_prevalence"), summary.get("best")
+    if gain is None or best is None:
+        return "There is no validation loss to compare with the prevalence of the answers yet"
+    loss, by = best["loss"], f"{abs(gain):.4f} nats"
+    common = "the prevalence, which knows only how common each code is,"
+    if gain <= 0:
+        return (
+            f"The model has learnt nothing of use yet: its validation loss, {loss:.4f} nats, is NOT below "
+            f"that of {common} but {by} above it"
+        )
+    told = ", ".join(f"{value:.3f} ({name[6:]})" for name, value in aurocs(best) if is_number(value))
+    return (
+        f"The model answers questions about the future better than {common} does: its validation loss, "
+        f"{loss:.4f} nats, is {by} below{f'; AUROC {told}' if told else ''}"
+    )
 
 
 def _learnt_labels(summary: Summary) -> str:
@@ -360,9 +396,9 @@ def figure_table(summary: Summary, titles: tuple[str, str]) -> tuple[list[str], 
         columns, records = [""], []
     for name, title in BASELINES.items():
         figures = dict(baselines.get(name) or {})
-        if not figures and (finetunes or name != "unigram"):
+        if not figures and (finetunes or name != "unigram" or "prevalence" in baselines):
             continue
-        if figures.get("loss") is not None and not finetunes:
+        if figures.get("loss") is not None and not finetunes and "prevalence" not in baselines:
             figures.setdefault("perplexity", math.exp(min(figures["loss"], 700.0)))
         columns.append(title)
         records.append(figures)
@@ -371,9 +407,15 @@ def figure_table(summary: Summary, titles: tuple[str, str]) -> tuple[list[str], 
             "loss" if finetunes and field == "loss" else title,
             *(figure_text(field, (record or {}).get(field), finetunes) for record in records),
         ]
-        for field, title in FIGURES
+        for field, title in (*FIGURES, *_of_horizons(summary))
     ]
     return columns, [row for row in rows if any(row[1:])]
+
+
+def _of_horizons(summary: Summary) -> list[tuple[str, str]]:
+    """Figures of questions, with their names for a person."""
+    horizons = [(f"auroc_{name.split()[1]}_days", name) for name, _ in aurocs(summary.get("best") or {})]
+    return [("question_loss", "loss of questions"), ("mlm_loss", "loss of masked codes"), *horizons]
 
 
 def figure_text(field: str, value: object, finetunes: bool) -> str:

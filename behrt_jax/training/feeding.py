@@ -18,6 +18,7 @@ from behrt_jax.config import TrainConfig
 from behrt_jax.data.batches import Batch, EpochRows, TrainingBatches, ValidationBatches, reading_ahead
 from behrt_jax.data.events import DAY
 from behrt_jax.data.facts import FACT_VISIT
+from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS
 from behrt_jax.errors import InputError
@@ -149,7 +150,7 @@ def open_feed(
     assembly: Assembly,
     step: Step,
     program: Any,
-    batches: TrainingBatches,
+    batches: TrainingBatches | QuestionBatches,
     first_step: int,
     schedule: Schedule,
 ) -> AbstractContextManager[Feed]:
@@ -168,7 +169,7 @@ def open_feed(
         InputError: the data cannot be on the device, although it should.
     """
     steps = range(first_step, schedule.total_steps)
-    if not on_device(config, batches, assembly.mesh):
+    if isinstance(batches, QuestionBatches) or not on_device(config, batches, assembly.mesh):
         return from_host(program, batches, assembly.mesh, steps)
     length = call_length(_stretches(steps, schedule), config.steps_per_call or config.log_every)
     return _from_device(assembly, step, batches, steps, length)
@@ -200,13 +201,13 @@ def fits(needed: int, mesh: Mesh) -> bool:
     return all(s and needed <= DATA_SHARE * (s["bytes_limit"] - s["bytes_in_use"]) for s in stats)
 
 
-def on_device(config: TrainConfig, batches: TrainingBatches, mesh: Mesh) -> bool:
-    """Tell whether batches are gathered on the device.
+def on_device(config: TrainConfig, batches: TrainingBatches | QuestionBatches, mesh: Mesh) -> bool:
+    """Tell whether batches are gathered on the device; questions are drawn by the host.
 
     Raises:
         InputError: the data cannot be on the device, although it should.
     """
-    if config.data_on_device == "no":
+    if config.data_on_device == "no" or isinstance(batches, QuestionBatches):
         return False
     possible = len(batches.sequences.codes) <= MOST_TOKENS
     if config.data_on_device == "auto":

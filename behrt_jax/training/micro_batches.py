@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
+from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.files import JsonObject, write_text
 from behrt_jax.run_folder import CONFIG_FILE, read_document
 from behrt_jax.training.devices import put_rows
@@ -151,7 +152,7 @@ SEARCH_FROM = 2000
 """Steps of a run from which on a search pays: it compiles and times up to four programs."""
 
 
-def rows_multiple(batches: TrainingBatches, mesh: Mesh, parts: int) -> int:
+def rows_multiple(batches: TrainingBatches | QuestionBatches, mesh: Mesh, parts: int) -> int:
     """Of what number the rows of each batch are made a multiple: all devices and parts alike, evenly."""
     shares = mesh.size * parts
     rows, platform = -(-batches.rows_per_batch // shares), mesh.devices.flat[0].platform
@@ -161,7 +162,7 @@ def rows_multiple(batches: TrainingBatches, mesh: Mesh, parts: int) -> int:
 def choose_micro_batches(
     config: PretrainConfig,
     folder: Path,
-    batches: TrainingBatches,
+    batches: TrainingBatches | QuestionBatches,
     total_steps: int,
     assembly: Assembly,
     log: Callable[[str], None],
@@ -191,6 +192,7 @@ def choose_micro_batches(
     if total_steps < SEARCH_FROM or jax.process_count() > 1:
         return likely
     settings = {name: asdict(config)[name] for name in ("model", "lora", "freezing", "masking", "mesh")}
+    settings |= {"objective": config.objective, "questions": config.queries.questions}
     vocabulary_size = assembly.setup.predictor.model.vocabulary_size
     settings |= {"rows": rows, "row_length": batches.row_length, "vocabulary_size": vocabulary_size}
     machine = {

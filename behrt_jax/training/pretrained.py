@@ -12,13 +12,14 @@ from jax.tree_util import tree_map_with_path
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import label, path_names
-from behrt_jax.config import InitConfig, LoRAConfig, ModelConfig, from_stored
+from behrt_jax.config import InitConfig, LoRAConfig, ModelConfig, ObjectiveName, from_stored
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.prepared import read_preparation
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
-from behrt_jax.models.behrt import BEHRTForMLM, example_batch
+from behrt_jax.models.behrt import BEHRTForMLM
+from behrt_jax.models.questions import BEHRTForQueries, init_params, pretraining_model
 from behrt_jax.models.stacked_layers import Tree, count_stacked_layers, unstack_layers, with_layout_of
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -42,6 +43,15 @@ class Pretrained(NamedTuple):
     vocabulary: Vocabulary
     preparation: Preparation | None
     """Rules by which its data were prepared, where they are known."""
+    objective: ObjectiveName = "mlm"
+    """What it was trained for."""
+    groups: tuple[str, ...] = ()
+    """Patterns of the groups of codes that are questions of their own."""
+
+    @property
+    def network(self) -> BEHRTForMLM | BEHRTForQueries:
+        """The Flax module of its parameters."""
+        return pretraining_model(self.model, len(self.vocabulary), self.objective, len(self.groups))
 
 
 def open_pretrained(run: Path) -> Pretrained:
@@ -52,14 +62,17 @@ def open_pretrained(run: Path) -> Pretrained:
     """
     if is_portable(run):
         found = open_exported(run, "--init")
-        return Pretrained(run, found.model, found.vocabulary, found.preparation)
+        trained = found.config.objective, found.config.groups
+        return Pretrained(run, found.model, found.vocabulary, found.preparation, *trained)
     check_finished(run, "--init", (CONFIG_FILE, SUMMARY_FILE, VOCABULARY_FILE))
     settings = stored_settings(run)
     if "masking" not in settings:
         raise InputError(f"--init: {run} is no run of pretraining: give the folder that pretrain.py wrote.")
     model = from_stored(ModelConfig, settings["model"])
     vocabulary = Vocabulary.read(checked(run, VOCABULARY_FILE))
-    return Pretrained(run, model, vocabulary, read_preparation(run))
+    groups = tuple((settings.get("queries") or {}).get("groups") or ())
+    trained = settings.get("objective", "mlm"), groups
+    return Pretrained(run, model, vocabulary, read_preparation(run), *trained)
 
 
 class EncoderParameters(NamedTuple):
@@ -79,8 +92,7 @@ def read_encoder(pretrained: Pretrained, mesh: Mesh) -> EncoderParameters:
     Raises:
         InputError: there is no checkpoint, or it cannot be read.
     """
-    model = BEHRTForMLM(pretrained.model, len(pretrained.vocabulary))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), example_batch(pretrained.model))["params"])
+    shapes = jax.eval_shape(partial(init_params, pretrained.network), jax.random.key(0))
     params, step = read_parameters(pretrained.run, "--init", replicated_shapes(shapes, mesh))
     return EncoderParameters(params["behrt"], step)
 

@@ -1,6 +1,6 @@
 """A training run put together from its configuration: what trains, its first state, its step.
 
-:func:`set_up` (masked codes) and :func:`set_up_task` work out the model, its adapters and what trains,
+:func:`set_up` (pretraining) and :func:`set_up_task` work out the model, its adapters and what trains,
 without computing anything. An :class:`Assembly` adds objective, optimizer, keys and devices: pretraining,
 fine-tuning, benchmarks and studies all train by one.
 """
@@ -20,8 +20,15 @@ from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import Tree, path_names, resolve_product
-from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, OptimizerConfig, PretrainConfig
+from behrt_jax.config import (
+    FinetuneConfig,
+    FreezingConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    PretrainConfig,
+)
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_batch
+from behrt_jax.models.questions import BEHRTForQueries, init_params, pretraining_model
 from behrt_jax.training.devices import replicated, shapes_of, shardings_of
 from behrt_jax.training.freezing import adapted_kernels_frozen, optimizer_labels, regime, trainable
 from behrt_jax.training.optimizer import make_optimizer
@@ -62,16 +69,14 @@ class Setup(NamedTuple):
 
 
 def set_up(config: PretrainConfig, vocabulary_size: int, mesh: Mesh | None = None) -> Setup:
-    """Setup of masked-code prediction. Without a mesh, all is on one device.
+    """Setup of pretraining, for its objective. Without a mesh, all is on one device.
 
     Raises:
         InputError: adapters that match nothing, a regime that trains nothing, and the like.
     """
-    model = BEHRTForMLM(config.model, vocabulary_size)
-
-    def init(key: jax.Array) -> Tree:
-        return model.init(key, example_batch(config.model))["params"]
-
+    groups = len(config.queries.groups)
+    model = pretraining_model(config.model, vocabulary_size, config.objective, groups)
+    init = partial(init_params, model)
     return _of_model(model, init, config.lora, config.freezing, mesh, config.data.packed)
 
 
@@ -113,7 +118,7 @@ def set_up_task(
 
 
 def _of_model(
-    model: BEHRTForMLM | BEHRTForTask,
+    model: BEHRTForMLM | BEHRTForTask | BEHRTForQueries,
     init: Callable[[jax.Array], Tree],
     adapters: LoRAConfig | None,
     freezing: FreezingConfig,
@@ -199,7 +204,7 @@ class Assembly:
 def assemble(
     config: PretrainConfig | FinetuneConfig, setup: Setup, objective: Objective, total_steps: int, mesh: Mesh
 ) -> Assembly:
-    """Put a run together; `objective` is of `step.masked_code_objective` or `step.task_objective`."""
+    """Put a run together; `objective` is one of `training.step`."""
     optimizer = optimizer_for(config.optimizer, setup, total_steps)
     keys = run_keys(config.train.seed)
     return Assembly(setup, objective, optimizer, mesh, keys, config.optimizer.clip_norm)

@@ -19,6 +19,7 @@ from behrt_jax.adapters.lora import Product
 from behrt_jax.adapters.new_codes import with_new_codes
 from behrt_jax.config import LoRAConfig, MaskingConfig
 from behrt_jax.data.batches import Batch, TaskBatch
+from behrt_jax.data.questions import QuestionBatch
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, decoder_weights
 from behrt_jax.models.layers import batch_rows
 from behrt_jax.models.losses import (
@@ -30,6 +31,7 @@ from behrt_jax.models.losses import (
     totals,
     vocabulary_chunk,
 )
+from behrt_jax.models.questions import Asked, BEHRTForQueries
 from behrt_jax.models.stacked_layers import Tree
 from behrt_jax.training.devices import gather, sum_over_devices
 from behrt_jax.training.freezing import Variables, stop_frozen, trainable_leaves
@@ -56,7 +58,7 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Totals]]
 class Predictor(NamedTuple):
     """A model with its adapters, if any: from variables and a batch to what its head puts out."""
 
-    model: BEHRTForMLM | BEHRTForTask
+    model: BEHRTForMLM | BEHRTForTask | BEHRTForQueries
     lora: LoRAConfig | None = None
     product: Product = "activations"
     mesh: Mesh | None = None
@@ -68,7 +70,7 @@ class Predictor(NamedTuple):
         self,
         variables: Variables,
         batch: Batch,
-        head: jax.Array | int | None = None,
+        head: jax.Array | Asked | int | None = None,
         key: jax.Array | None = None,
         rows: jax.Array | None = None,
         **options: Any,
@@ -80,7 +82,7 @@ class Predictor(NamedTuple):
                 out before; codes that are new to the model have rows of their own (`adapters.new_codes`).
             batch: of events.
             head: what the head is asked: columns, int32 `[batch, targets]`, of masked codes (all where not
-                given), or the number of segments of a task.
+                given), questions, or the number of segments of a task.
             key: of dropout.
             rows: numbers the rows, int32 `[batch]`, where they are not 0, 1, ...
             options: others that the model's call takes.
@@ -203,6 +205,59 @@ def task_objective(predictor: Predictor, loss: str) -> Objective:
         return losses.sum(), {"loss": losses.sum(), "targets": batch.weights.sum()}
 
     return Objective(lambda key, batch: batch, loss_of, predictor.merged, predictor.mesh)
+
+
+def question_log_odds(
+    predictor: Predictor,
+    variables: Variables,
+    batch: QuestionBatch,
+    key: jax.Array | None = None,
+    rows: jax.Array | None = None,
+) -> jax.Array:
+    """Answers to the questions of a batch, float32 `[batch, segments, questions]`; other arguments as in
+    :meth:`Predictor.outputs`.
+    """
+    asked = Asked(jnp.asarray(batch.questions.codes), jnp.asarray(batch.questions.horizons))
+    return predictor.outputs(variables, batch.rows, asked, key, rows)
+
+
+def question_objective(
+    predictor: Predictor, masking: MaskingConfig | None = None, mlm_factor: float = 0.0
+) -> Objective:
+    """Answers to questions, each weighed as its batch says; with `masking`, masked codes beside them.
+
+    Their sums of losses are added, that of masked codes times `mlm_factor`, and divided by the weights of the
+    questions: the factor holds how many questions there are for a masked code. For these the encoder reads
+    the rows once more, with the codes hidden: questions are asked of whole histories.
+    """
+    local = predictor._replace(mesh=None)
+
+    def inputs(key: jax.Array, batch: QuestionBatch) -> tuple[QuestionBatch, MaskedCodes | None]:
+        if masking is None:
+            return batch, None
+        rows, codes = batch.rows, predictor.model.vocabulary_size
+        return batch, mask_codes(key, rows.codes, rows.row_ids, masking, codes)
+
+    def loss(
+        variables: Variables,
+        inputs: tuple[QuestionBatch, MaskedCodes | None],
+        rows: jax.Array,
+        key: jax.Array,
+    ):
+        batch, masked = inputs
+        keys = jax.random.split(key)
+        log_odds = question_log_odds(local, variables, batch, keys[0], rows)
+        losses = optax.losses.sigmoid_binary_cross_entropy(log_odds, jnp.asarray(batch.questions.answers))
+        weights = jnp.asarray(batch.questions.weights)
+        of_questions, targets = (losses * weights).sum(), weights.sum()
+        if masked is None:
+            return of_questions, {"loss": of_questions, "targets": targets}
+        found = masked_code_losses(local, variables, batch.rows, masked, keys[1], rows)
+        both = of_questions + mlm_factor * found.loss
+        of_masked = {"mlm_loss": found.loss, "mlm_targets": masked.weights.sum(dtype=jnp.float32)}
+        return both, {"loss": both, "targets": targets, "question_loss": of_questions, **of_masked}
+
+    return Objective(inputs, loss, predictor.merged, predictor.mesh)
 
 
 def make_update_step(

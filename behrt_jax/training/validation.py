@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from behrt_jax.config import MaskingConfig
 from behrt_jax.data.batches import Batch, TaskBatch, TaskBatches, ValidationBatches
+from behrt_jax.data.questions import QuestionBatch, QuestionBatches
 from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.data.vocabulary import CLS, PAD
 from behrt_jax.errors import InputError
@@ -19,9 +20,10 @@ from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics, task_losses, totals
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.masking import mask_codes
-from behrt_jax.training.step import Predictor, Totals, Variables, masked_code_losses
+from behrt_jax.training.step import Predictor, Totals, Variables, masked_code_losses, question_log_odds
 
-OutputStep = Callable[[Variables, TaskBatch], jax.Array]
+OutputStep = Callable[[Variables, Any], jax.Array]
+"""(variables, batch of examples) -> outputs of each segment, float32 `[rows, segments, outputs]`."""
 
 
 def make_output_step(predictor: Predictor) -> OutputStep:
@@ -33,10 +35,19 @@ def make_output_step(predictor: Predictor) -> OutputStep:
     return output_step
 
 
+def make_question_step(predictor: Predictor) -> OutputStep:
+    """Build the step to answers of a batch of questions, `[rows, segments, questions]`, without dropout."""
+
+    def question_step(variables: Variables, batch: QuestionBatch) -> jax.Array:
+        return question_log_odds(predictor, variables, batch)
+
+    return question_step
+
+
 def score(
     output_step: OutputStep,
     variables: Variables,
-    batches: TaskBatches,
+    batches: TaskBatches | QuestionBatches,
     mesh: Mesh,
 ) -> np.ndarray:
     """Outputs of every example, in the order of the examples, float32 ``[examples, outputs]``.
@@ -44,7 +55,7 @@ def score(
     The next batch is on its way while the host takes the outputs of the one before.
 
     Args:
-        output_step: a jitted :func:`make_output_step`.
+        output_step: a jitted :func:`make_output_step` or :func:`make_question_step`.
         variables: of the model.
         batches: one epoch of them is read.
         mesh: the devices.

@@ -35,7 +35,7 @@ from behrt_jax.adapters.files import (
 )
 from behrt_jax.adapters.lora import leaves_by_path
 from behrt_jax.adapters.targets import with_alphas
-from behrt_jax.config import LoRAConfig, ModelConfig, from_stored
+from behrt_jax.config import LoRAConfig, ModelConfig, ObjectiveName, from_stored
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.prepared import read_preparation, rule_files
 from behrt_jax.data.tasks import Task
@@ -43,6 +43,7 @@ from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, check_new_folder, json_text, read_json, work_folder, write_text
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_batch
+from behrt_jax.models.questions import BEHRTForQueries, init_params, pretraining_model
 from behrt_jax.models.stacked_layers import Tree, unstack_layers
 from behrt_jax.run_folder import CONFIG_FILE, VOCABULARY_FILE, checked, write_files
 
@@ -53,6 +54,12 @@ FORMAT, FORMAT_VERSION = "behrt_jax model", 1
 NEW_CODES = "new_codes"
 """Subtree of the parameters with the rows of codes that adapters add (`adapters.new_codes`)."""
 
+_ARCHITECTURES = {
+    "mlm": BEHRTForMLM.__name__,
+    "queries": BEHRTForQueries.__name__,
+    "both": BEHRTForQueries.__name__,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PortableConfig:
@@ -62,7 +69,7 @@ class PortableConfig:
     format_version: int = FORMAT_VERSION
     behrt_jax_version: str = behrt_jax.__version__
     architecture: str
-    """BEHRTForMLM, or BEHRTForTask where there is a task."""
+    """BEHRTForMLM, BEHRTForQueries, or BEHRTForTask where there is a task."""
     model: JsonObject
     """Of `config.ModelConfig`."""
     vocabulary_size: int
@@ -79,6 +86,10 @@ class PortableConfig:
     and ``parameters``, as in the run's task.json."""
     lora: JsonObject | None = None
     """Of `config.LoRAConfig`, where adapters are not merged."""
+    objective: ObjectiveName = "mlm"
+    """What a pretrained model was trained for."""
+    groups: tuple[str, ...] = ()
+    """Patterns of the groups of codes that are questions of their own (`config.QueriesConfig`)."""
     new_codes: int = 0
     """Codes at the end of the vocabulary whose rows are the adapter's."""
     tensors: Mapping[str, list[int]] = field(default_factory=dict)
@@ -117,6 +128,8 @@ def write_model(
     params: Tree,
     *,
     task: JsonObject | None = None,
+    objective: ObjectiveName = "mlm",
+    groups: tuple[str, ...] = (),
     beside: Beside | None = None,
     step: int = 0,
     data_fingerprint: str | None = None,
@@ -130,9 +143,11 @@ def write_model(
         model: its settings.
         vocabulary: a row for each of the code table; what its counts tell is written as it is.
         preparation: rules by which events become its tokens, where they are known.
-        params: float arrays, stacked or not; of a `BEHRTForMLM`, or where there is a task of a
+        params: float arrays, stacked or not; of the model of the objective, or where there is a task of a
             `BEHRTForTask`. Rows of new codes (`adapters.new_codes`) are written with an adapter alone.
         task: as in `PortableConfig`.
+        objective: as in `PortableConfig`.
+        groups: as in `PortableConfig`.
         beside: adapters to write into a folder of their own.
         step: as in `PortableConfig`.
         data_fingerprint: as in `PortableConfig`.
@@ -158,12 +173,13 @@ def write_model(
         path: np.asarray(leaf, np.float32, order="C") for path, leaf in _flat(unstack_layers(base)).items()
     }
     found = {path: leaf.shape for path, leaf in flat.items()}
-    _check_tensors("the model", found, expected_shapes(model, len(codes), task))
+    shapes = expected_shapes(model, len(codes), task, objective, len(groups))
+    _check_tensors("the model", found, shapes)
     if beside is not None:
         lora, adapters = ordinary(beside.lora, beside.config)
         beside = Beside(with_alphas(adapters), lora, beside.trained)
     config = PortableConfig(
-        architecture=BEHRTForMLM.__name__ if task is None else BEHRTForTask.__name__,
+        architecture=BEHRTForTask.__name__ if task else _ARCHITECTURES[objective],
         model=asdict(model),
         vocabulary_size=len(vocabulary),
         vocabulary_fingerprint=vocabulary.fingerprint(),
@@ -171,6 +187,8 @@ def write_model(
         data_fingerprint=data_fingerprint,
         step=step,
         task=task,
+        objective=objective,
+        groups=groups,
         lora=beside and asdict(beside.config),
         new_codes=new_codes,
         tensors={path: list(shape) for path, shape in found.items()},
@@ -262,7 +280,8 @@ def read_weights(portable: Portable) -> tuple[Tree, Tree]:
         raise InputError(f"{path} is damaged (not a safetensors file): copy it again.") from error
     codes = config.vocabulary_size - config.new_codes
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    _check_tensors(str(path), shapes, expected_shapes(portable.model, codes, config.task))
+    own = config.task, config.objective, len(config.groups)
+    _check_tensors(str(path), shapes, expected_shapes(portable.model, codes, *own))
     for name, tensor in tensors.items():
         if tensor.dtype != np.float32:
             raise InputError(f"{path}: tensor {name} is {tensor.dtype}, not float32: export the model again.")
@@ -281,17 +300,22 @@ def read_weights(portable: Portable) -> tuple[Tree, Tree]:
 
 
 def expected_shapes(
-    model: ModelConfig, vocabulary_size: int, task: JsonObject | None = None
+    model: ModelConfig,
+    vocabulary_size: int,
+    task: JsonObject | None = None,
+    objective: ObjectiveName = "mlm",
+    groups: int = 0,
 ) -> dict[str, tuple[int, ...]]:
     """Path -> shape of each parameter of a model, layer by layer; `task` as in `PortableConfig`."""
-    batch, segments = example_batch(model), ()
-    network: BEHRTForMLM | BEHRTForTask = BEHRTForMLM(model, vocabulary_size)
-    if task is not None:
-        outputs, segments = Task.from_json(task["task"]).outputs, (1,)
-        network = BEHRTForTask(model, vocabulary_size, outputs, task["pooling"])
 
     def init() -> Tree:
-        return unstack_layers(network.init(jax.random.key(0), batch, *segments)["params"])
+        key = jax.random.key(0)
+        if task is None:
+            pretrained = pretraining_model(model, vocabulary_size, objective, groups)
+            return unstack_layers(init_params(pretrained, key))
+        outputs = Task.from_json(task["task"]).outputs
+        network = BEHRTForTask(model, vocabulary_size, outputs, task["pooling"])
+        return unstack_layers(network.init(key, example_batch(model), 1)["params"])
 
     return {path: leaf.shape for path, leaf in _flat(jax.eval_shape(init)).items()}
 

@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from behrt_jax.config import InitConfig, PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
+from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, share_of_attainable_gain
 from behrt_jax.files import JsonObject
 from behrt_jax.run_folder import append_metrics, shown_files
 from behrt_jax.tracking.console import Console
-from behrt_jax.tracking.summary import verdict
+from behrt_jax.tracking.summary import Summary, aurocs, headline, verdict
 from behrt_jax.tracking.trackers import Send
 from behrt_jax.training.freezing import report_rows
 
@@ -50,20 +51,25 @@ def data(console: Console, config: PretrainConfig, description: JsonObject) -> N
         console.log(f"Subjects left without events, and so out: {counts}.")
 
 
-def batches(console: Console, batches: TrainingBatches, mesh: Mesh, total_steps: int) -> None:
+def batches(
+    console: Console, batches: TrainingBatches | QuestionBatches, mesh: Mesh, total_steps: int
+) -> None:
     """Say what a step holds."""
     tokens = batches.tokens_per_epoch / batches.steps_per_epoch
     devices = "1 device" if mesh.size == 1 else f"{mesh.size} devices"
     console.log(
-        f"A step: {batches.windows_per_step:.1f} subjects{_cut(batches)} in {batches.rows_per_batch} rows of "
+        f"A step: {batches.windows_per_step:.1f} {_segments(batches)} in {batches.rows_per_batch} rows of "
         f"{batches.row_length}, {tokens:,.0f} real tokens ({batches.fill:.1%} of the places). "
         f"An epoch: {batches.steps_per_epoch} steps. In all {total_steps:,} steps on {devices}."
     )
 
 
-def _cut(batches: TrainingBatches) -> str:
+def _segments(batches: TrainingBatches | QuestionBatches) -> str:
+    """What stands in the rows."""
+    if isinstance(batches, QuestionBatches):
+        return "histories up to the end of a visit"
     cut = batches.windows_per_epoch > len(batches.sequences)
-    return " (long histories cut into several windows)" if cut else ""
+    return f"subjects{' (long histories cut into several windows)' if cut else ''}"
 
 
 def parameters(console: Console, report: JsonObject, product: str) -> None:
@@ -126,7 +132,7 @@ class LoopReporter:
     console: Console
     metrics_path: Path
     baselines: Mapping[str, JsonObject]
-    """Name -> figures; ``unigram`` at least."""
+    """Name -> figures; ``unigram`` at least, of questions ``prevalence``."""
     examine: Callable[[int], None]
     """Called after each validation with the number of lines written so far."""
     send: Send = lambda metrics: None
@@ -135,7 +141,8 @@ class LoopReporter:
 
     def record(self, metrics: JsonObject) -> None:
         """Append to metrics.jsonl; a validation is also shown."""
-        unigram, oracle = (self.baselines.get(name, {}).get("loss") for name in ("unigram", "oracle"))
+        simple = "unigram" if "unigram" in self.baselines else "prevalence"
+        unigram, oracle = (self.baselines.get(name, {}).get("loss") for name in (simple, "oracle"))
         best = ""
         if metrics["split"] != "train" and oracle is not None and unigram is not None:
             share = share_of_attainable_gain(metrics["loss"], unigram, oracle)
@@ -145,10 +152,19 @@ class LoopReporter:
         self.send(metrics)
         self._lines["written"] += 1
         if metrics["split"] != "train":
+            beside = [
+                f"{name} {metrics[field]:.2%}"
+                for field, name in (
+                    ("accuracy", "accuracy"),
+                    ("accuracy_top5", "top-5"),
+                    ("accuracy_top10", "top-10"),
+                )
+                if field in metrics
+            ]
+            beside += [f"{name} {value:.3f}" for name, value in aurocs(metrics) if value is not None]
             self.console.log(
                 f"epoch {metrics['epoch']:.1f}  step {metrics['step']:,}  validation loss "
-                f"{metrics['loss']:.4f} (unigram {unigram:.4f}{best})  accuracy {metrics['accuracy']:.2%}"
-                f"  top-5 {metrics['accuracy_top5']:.2%}  top-10 {metrics['accuracy_top10']:.2%}"
+                f"{metrics['loss']:.4f} ({simple} {unigram:.4f}{best})  {'  '.join(beside)}"
             )
             self.examine(self._lines["written"])
 
@@ -156,5 +172,6 @@ class LoopReporter:
 def end(console: Console, folder: Path, summary: Mapping[str, Any]) -> None:
     """Say how it ended and what was written."""
     console.log(f"Stopped: {summary['stop_reason']}.")
-    console.log(verdict(summary["gain_over_unigram"]))
+    asked = "prevalence" in (summary.get("baselines") or {})
+    console.log(headline(Summary(**summary)) if asked else verdict(summary["gain_over_unigram"]))
     console.log(f"Written to {folder}: {', '.join(shown_files(folder))}")

@@ -23,12 +23,14 @@ from behrt_jax.config import (
     TrainConfig,
 )
 from behrt_jax.data.batches import TrainingBatches
+from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.data.sequences import Sequences, SequenceSet
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
 from behrt_jax.diagnosis.finding import Facts
 from behrt_jax.diagnosis.leakage_data import shifted_dates
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import example_batch
+from behrt_jax.models.questions import BEHRTForQueries, example_questions
 from behrt_jax.tracking.trackers import check_trackers
 from behrt_jax.training.freezing import REGIMES, regime
 from behrt_jax.training.state import Setup, set_up
@@ -83,8 +85,34 @@ def check(config: PretrainConfig) -> None:
         f"train.data_on_device is {train.data_on_device!r}: choose one of {', '.join(choices)}.",
     )
 
+    if config.objective != "mlm":
+        _check_queries(config)
     check_freezing(config.freezing, config.lora)
     set_up(config, vocabulary_size=8)  # adapters and regime; no arrays are made
+
+
+def _check_queries(config: PretrainConfig) -> None:
+    queries = config.queries
+    require(bool(queries.horizon_days), "queries.horizon_days is empty: give a number of days.")
+    for days in queries.horizon_days:
+        positive("queries.horizon_days", days)
+    require(queries.times >= 1, f"queries.times is {queries.times}: give 1 or more.")
+    require(queries.questions >= 1, f"queries.questions is {queries.questions}: give 1 or more.")
+    for name in ("positive_share", "group_share"):
+        value = getattr(queries, name)
+        require(0 <= value < 1, f"queries.{name} is {value}: give a share from 0 up to, but not, 1.")
+    twice = sorted({name for name in queries.groups if queries.groups.count(name) > 1})
+    require(not twice, f"queries.groups has {', '.join(twice)} twice: leave one out.")
+    not_negative("queries.frequency_power", queries.frequency_power)
+    positive("queries.mlm_weight", queries.mlm_weight)
+    require(
+        not config.train.static_masks,
+        "train.static_masks is of masked codes alone: leave it out with --objective queries or both.",
+    )
+    require(
+        config.train.data_on_device != "yes",
+        "train.data_on_device is yes, but questions are drawn by the host: give auto or no.",
+    )
 
 
 def check_optimizer(optimizer: OptimizerConfig, adapters: LoRAConfig | None) -> None:
@@ -344,7 +372,7 @@ def gather_facts(
     config: PretrainConfig,
     data: SequenceSet,
     setup: Setup,
-    batches: TrainingBatches,
+    batches: TrainingBatches | QuestionBatches,
     total_steps: int,
     micro_batches: int,
 ) -> Facts:
@@ -400,8 +428,10 @@ def unreached_adapters(setup: Setup) -> list[str]:
     """Names of adapter leaves that the prediction does not depend on; nothing is computed."""
     if not setup.layers:
         return []
-    batch = example_batch(setup.predictor.model.config)
-    unread = unread_leaves(lambda variables: setup.predictor.outputs(variables, batch), setup.shapes)
+    predictor = setup.predictor
+    batch = example_batch(predictor.model.config)
+    asked = example_questions(batch) if isinstance(predictor.model, BEHRTForQueries) else None
+    unread = unread_leaves(lambda variables: predictor.outputs(variables, batch, asked), setup.shapes)
     return [
         name
         for name, alone in zip(leaf_names(setup.shapes), unread, strict=True)

@@ -70,7 +70,10 @@ def export(config: ExportConfig, devices: Devices | None = None) -> PortableConf
         files = {PROGRAM_FILE: program(loaded)} if config.stablehlo else {}
         if config.format == "torch":
             own = params if beside is None else loaded.variables["params"]
-            named = to_state_dict(loaded.config, {k: part for k, part in own.items() if k != NEW_CODES})
+            if loaded.objective == "queries":
+                raise InputError("--format torch: the model has no masked-code head: leave it out.")
+            theirs = {name: part for name, part in own.items() if name not in (NEW_CODES, "query_head")}
+            named = to_state_dict(loaded.config, theirs)
             files[TORCH_FILE] = import_safetensors().save(named, {"format": "pt"})
         files |= vector_files(learnt_vectors(params, loaded.vocabulary)) if config.vectors else {}
         exported = open_portable(run).config if is_portable(run) else None
@@ -103,6 +106,8 @@ def export(config: ExportConfig, devices: Devices | None = None) -> PortableConf
             loaded.preparation,
             params if beside is None else loaded.variables["params"],
             task=task and {name: task[name] for name in OF_TASK},
+            objective=loaded.objective,
+            groups=loaded.groups,
             beside=beside,
             step=step,
             data_fingerprint=fingerprint,

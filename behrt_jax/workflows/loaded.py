@@ -24,8 +24,10 @@ from behrt_jax.config import (
     FreezingConfig,
     LoRAConfig,
     ModelConfig,
+    ObjectiveName,
     PredictConfig,
     PretrainConfig,
+    QueriesConfig,
     from_stored,
 )
 from behrt_jax.data.batches import Batch, RowShape, TaskBatch, task_batches
@@ -40,6 +42,7 @@ from behrt_jax.evaluation.calibration import mean_predictions
 from behrt_jax.files import JsonObject
 from behrt_jax.models.attention import segment_mask
 from behrt_jax.models.behrt import BEHRT, BEHRTForMLM, BEHRTForTask, PatientEmbedding, Pooling
+from behrt_jax.models.questions import BEHRTForQueries
 from behrt_jax.models.stacked_layers import Tree, layer_name, unstack_layers
 from behrt_jax.records.patient import Events, encode_events, event_rows
 from behrt_jax.training.devices import Devices, make_mesh, replicated, replicated_shapes
@@ -120,6 +123,10 @@ class Loaded:
     """Of the checkpoint of a pretrained model."""
     finetuned: Finetuned | None = None
     """Of a fine-tuned model: task, calibration, members."""
+    objective: ObjectiveName = "mlm"
+    """What a pretrained model was trained for."""
+    groups: tuple[str, ...] = ()
+    """Patterns of the groups of codes that it answers questions about (`config.QueriesConfig`)."""
     rows: int = 64
     """Rows that are computed at once of prepared data."""
     _steps: dict[str, OutputStep] = field(default_factory=dict, init=False, repr=False)
@@ -136,7 +143,7 @@ class Loaded:
         return own or self.config.positions
 
     @property
-    def model(self) -> BEHRTForMLM | BEHRTForTask:
+    def model(self) -> BEHRTForMLM | BEHRTForTask | BEHRTForQueries:
         """The Flax module of `params`, for ``model.apply({"params": params}, batch)``."""
         return self.setup.predictor.model.clone(config=replace(self.config, scan_layers=False))
 
@@ -470,12 +477,26 @@ def _of_adapter(folder: Path, base: Path | None, mesh: Mesh) -> Loaded:
 def _setup(
     pretrained: Pretrained, adapters: LoRAConfig | None, freezing: FreezingConfig, mesh: Mesh
 ) -> Setup:
-    config = PretrainConfig(model=pretrained.model, lora=adapters, freezing=freezing)
+    config = PretrainConfig(
+        model=pretrained.model,
+        lora=adapters,
+        freezing=freezing,
+        objective=pretrained.objective,
+        queries=QueriesConfig(groups=pretrained.groups),
+    )
     return set_up(config, len(pretrained.vocabulary), mesh)
 
 
 def _loaded(folder: Path, pretrained: Pretrained, setup: Setup, found: Weights, mesh: Mesh) -> Loaded:
     variables = {"params": found.params, "lora": found.lora}
     return Loaded(
-        folder, setup, variables, pretrained.vocabulary, pretrained.preparation, mesh, step=found.step
+        folder,
+        setup,
+        variables,
+        pretrained.vocabulary,
+        pretrained.preparation,
+        mesh,
+        step=found.step,
+        objective=pretrained.objective,
+        groups=pretrained.groups,
     )

@@ -87,12 +87,8 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
     """
     if config.model is None:
         raise InputError("--model is missing: give the folder of a fine-tuning run.")
-    if config.output is None:
-        raise InputError("--output is missing: give a Parquet file to write.")
-    if config.output.exists():
-        raise InputError(f"{config.output} is there already: give another --output, or remove it.")
-    if config.rows < 1:
-        raise InputError(f"rows is {config.rows}: give 1 or more.")
+    check_output(config.output, config.rows)
+    assert config.output is not None
     if config.embeddings:
         return embed(config, devices)
     mesh = make_mesh(devices)
@@ -101,7 +97,9 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
         if reason := use_compilation_cache(config.compilation_cache):
             console.log(reason)
         finetuned = open_finetuned(config.model, config.base, mesh)
-        records = stack.enter_context(open_records(config, finetuned, console))
+        records = stack.enter_context(
+            open_records(config, finetuned.vocabulary, finetuned.preparation, finetuned.model, console)
+        )
         data, delays = records.data, records.delays
         labels, without = labels_to_predict(records)
         task, calibration = finetuned.task, finetuned.calibration
@@ -109,18 +107,8 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
             raise InputError(
                 f"--labels: the labels are {labels.kind} ones, but the model predicts a {task.kind} task."
             )
-        chosen = _of_splits(labels, data, records.splits)
-        counts = {
-            "examples": sum(len(part) for part in chosen.values()),
-            "unknown_subjects": of_unknown_subjects(data, labels),
-            "empty_histories": 0,
-            "duplicates": labels.duplicates,
-        }
-        if not counts["examples"]:
-            raise InputError(
-                f"--labels: none of the {len(labels):,} labels is of a subject of {_named(records.splits)} "
-                f"({counts['unknown_subjects']:,} are of subjects that the data lacks)."
-            )
+        chosen = of_splits(labels, data, records.splits)
+        counts = count_outside(records, labels, chosen)
         schema = schema_of(task, labels)
         metadata = _metadata(config, finetuned, records) | {"counts": counts}  # complete when it is closed
         console.start(counts["examples"], 0, None)
@@ -163,6 +151,20 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
     return counts
 
 
+def check_output(output: Path | None, rows: int) -> None:
+    """Refuse a file of predictions that cannot be written anew, and a batch without rows.
+
+    Raises:
+        InputError: it is either.
+    """
+    if output is None:
+        raise InputError("--output is missing: give a Parquet file to write.")
+    if output.exists():
+        raise InputError(f"{output} is there already: give another --output, or remove it.")
+    if rows < 1:
+        raise InputError(f"rows is {rows}: give 1 or more.")
+
+
 class Records(NamedTuple):
     """Histories to predict."""
 
@@ -181,13 +183,19 @@ class Records(NamedTuple):
 
 @contextmanager
 def open_records(
-    config: PredictConfig, opened: "Finetuned | _Encoder", console: Console
+    config: PredictConfig,
+    vocabulary: Vocabulary,
+    preparation: Preparation | None,
+    model: ModelConfig,
+    console: Console,
 ) -> Iterator[Records]:
     """Open the prepared data, or prepare the records that are given as those of the model were.
 
     Args:
         config: names the model and either of the two, or neither: then the model knows its data.
-        opened: the model.
+        vocabulary: of the model.
+        preparation: rules of what it was trained on, where they are known.
+        model: its settings.
         console: told what was found.
 
     Raises:
@@ -215,11 +223,9 @@ def open_records(
         own, delays = read_data(folder)
         split = config.split or ("held_out" if config.input is None else "all")
         splits = SPLITS if split == "all" else (split,)
-        codes = check_codes(
-            own, splits, opened.vocabulary, opened.preparation, config.max_unknown, config.model
-        )
+        codes = check_codes(own, splits, vocabulary, preparation, config.max_unknown, config.model)
         announce_codes(console, codes)
-        data, _ = in_vocabulary(own, opened.vocabulary, opened.model)
+        data, _ = in_vocabulary(own, vocabulary, model)
         yield Records(data, delays, splits, None if config.input is not None else folder, labels, codes)
 
 
@@ -270,6 +276,31 @@ def labels_to_predict(records: Records) -> tuple[Labels, int]:
     data = records.data
     without = sum(len(data.subject_ids(name)) - len(data.splits[name]) for name in records.splits)
     return last_events(data, records.splits), without
+
+
+def count_outside(records: Records, labels: Labels, chosen: dict[str, Labels]) -> dict[str, int]:
+    """Counts of a file of predictions, as far as the labels tell them.
+
+    Args:
+        records: to predict.
+        labels: all of them.
+        chosen: those of each split.
+
+    Raises:
+        InputError: no label is left.
+    """
+    counts = {
+        "examples": sum(len(part) for part in chosen.values()),
+        "unknown_subjects": of_unknown_subjects(records.data, labels),
+        "empty_histories": 0,
+        "duplicates": labels.duplicates,
+    }
+    if not counts["examples"]:
+        raise InputError(
+            f"--labels: none of the {len(labels):,} labels is of a subject of {_named(records.splits)} "
+            f"({counts['unknown_subjects']:,} are of subjects that the data lacks)."
+        )
+    return counts
 
 
 class Finetuned(NamedTuple):
@@ -455,14 +486,16 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
         if reason := use_compilation_cache(config.compilation_cache):
             console.log(reason)
         encoder = _open(config, config.model, mesh)
-        records = stack.enter_context(open_records(config, encoder, console))
+        records = stack.enter_context(
+            open_records(config, encoder.vocabulary, encoder.preparation, encoder.model, console)
+        )
         data, unknown = records.data, 0
         if config.labels is None:
             labels = last_events(data, records.splits)
         else:
             labels = read_labels(config.labels, as_written=True, without_values=True)
             unknown = of_unknown_subjects(data, labels)
-        wanted = _of_splits(labels, data, records.splits)
+        wanted = of_splits(labels, data, records.splits)
         total = sum(len(part) for part in wanted.values())
         if not total:
             raise InputError(f"There is no subject of {_named(records.splits)} to embed.")
@@ -588,7 +621,8 @@ def outputs_of(
         yield part, outputs, int(examples.empty.sum()), seen
 
 
-def _of_splits(labels: Labels, data: SequenceSet, splits: Sequence[str]) -> dict[str, Labels]:
+def of_splits(labels: Labels, data: SequenceSet, splits: Sequence[str]) -> dict[str, Labels]:
+    """The labels of each split's subjects."""
     return {name: labels.take(np.isin(labels.subject_ids, data.subject_ids(name))) for name in splits}
 
 
@@ -629,22 +663,32 @@ def pieces_of(
 
 
 def _metadata(config: PredictConfig, finetuned: Finetuned, records: Records) -> JsonObject:
-    def absolute(path: Path | None) -> str | None:
-        return None if path is None else str(path.resolve())
-
+    assert config.model is not None
+    most = (finetuned.max_length or finetuned.model.positions) - finetuned.model.cls_token
     return {
         "kind": finetuned.task.kind,
         "classes": list(finetuned.task.classes),
         "edges_days": list(finetuned.task.edges_days),
-        "model": absolute(config.model),
-        "data": absolute(records.folder),
-        "input": absolute(config.input),
-        "labels": absolute(records.labels),
-        "split": "all" if records.splits == SPLITS else records.splits[0],
-        "codes": records.codes,
+        **metadata_of(config.model, records, most),
+        "input": _absolute(config.input),
         "threshold": finetuned.calibration.threshold,
         "temperature": finetuned.calibration.temperature,
-        "max_tokens": (finetuned.max_length or finetuned.model.positions) - finetuned.model.cls_token,
-        "fact_tokens": finetuned.model.fact_tokens,
         "trained": finetuned.trained,
     }
+
+
+def metadata_of(model: Path, records: Records, max_tokens: int) -> JsonObject:
+    """What a file of predictions says of where they come from, `max_tokens` being the longest history."""
+    return {
+        "model": _absolute(model),
+        "data": _absolute(records.folder),
+        "labels": _absolute(records.labels),
+        "split": "all" if records.splits == SPLITS else records.splits[0],
+        "codes": records.codes,
+        "max_tokens": max_tokens,
+        "fact_tokens": records.data.splits["train"].facts is not None,
+    }
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())

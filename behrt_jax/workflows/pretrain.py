@@ -1,10 +1,10 @@
-"""Masked-code pretraining, from a configuration to a finished run folder."""
+"""Pretraining, by masked codes or questions, from a configuration to a finished run folder."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from behrt_jax.adapters import combine
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.config import PretrainConfig
 from behrt_jax.data.batches import (
+    Batch,
     RowShape,
     TrainingBatches,
     ValidationBatches,
@@ -22,6 +23,7 @@ from behrt_jax.data.batches import (
     validation_batches,
 )
 from behrt_jax.data.prepared import rule_files
+from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.data.sequences import SequenceSet, describe
 from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import DivergenceError, InputError
@@ -53,8 +55,8 @@ from behrt_jax.training.masking import FIRST_CODE
 from behrt_jax.training.micro_batches import choose_micro_batches, rows_multiple
 from behrt_jax.training.pretrained import check_source, check_vocabulary, start_from
 from behrt_jax.training.runtime import Startup, keep_freed_memory, use_compilation_cache
-from behrt_jax.training.state import assemble, set_up, with_code_rows
-from behrt_jax.training.step import TrainState, Variables, masked_code_objective
+from behrt_jax.training.state import Assembly, assemble, set_up, with_code_rows
+from behrt_jax.training.step import Totals, TrainState, Variables, masked_code_objective
 from behrt_jax.training.telemetry import adapter_norms, code_table
 from behrt_jax.training.validation import (
     make_scoring_step,
@@ -67,6 +69,11 @@ from behrt_jax.weights.code_vectors import CodeVectors, first_rows, read_vectors
 from behrt_jax.workflows import announce
 from behrt_jax.workflows.checks import check, gather_facts
 from behrt_jax.workflows.doctor import Examination
+from behrt_jax.workflows.questions import (
+    QuestionValidation,
+    objective_of_questions,
+    split_question_batches,
+)
 from behrt_jax.workflows.run import (
     Run,
     RunResult,
@@ -86,7 +93,7 @@ from behrt_jax.workflows.run import (
 
 
 def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResult:
-    """Pretrain BEHRT by masked-code prediction and leave a run folder behind.
+    """Pretrain BEHRT for its objective and leave a run folder behind.
 
     Args:
         config: every setting of the run.
@@ -106,20 +113,18 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         ThreadPoolExecutor(1) as beside,
     ):
         run = open_pretraining(config, folder, devices, console)
-        assembly, data, batches, schedule = run.assembly, run.data, run.batches, run.schedule
-        predictor, mesh, validation_key = assembly.setup.predictor, assembly.mesh, assembly.keys.validation
+        assembly, batches, schedule = run.assembly, run.batches, run.schedule
         startup.mark("data read")
 
         train_step = assembly.step(run.micro_batches)
         program = one_step(assembly, train_step)
-        from_host = not on_device(config.train, batches, mesh)
+        from_host = not on_device(config.train, batches, assembly.mesh)
         compiling = compile_beside(beside, run, program, from_host)
         compiling.add_done_callback(lambda _: startup.mark("compiled"))
 
-        masked = mask_split(run.tuning, config.masking, validation_key, len(data.vocabulary))
-        baselines = predict_baselines(config, data, masked)
-        unlearned = {name: results.metrics() for name, results in baselines.items()}
-        announce.baselines(console, baselines)
+        validation = open_validation(config, run)
+        unlearned = validation.baselines
+        validation.announce(console)
         examination = examine_before(config, run, unlearned, console)
         startup.mark("baselines counted")
         during = examination.during
@@ -130,8 +135,6 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
             begun = begin(run, config, compiling, checkpoints, console, start, started)
             del compiling  # or it would hold this state's arrays beside those of a restored one
             state, cursor, telemetry = begun.state, begun.cursor, begun.telemetry
-            validation_step = jax.jit(make_validation_step(predictor, config.masking, validation_key))
-            placed = PlacedBatches(run.tuning, mesh)
             divergence = None
             try:
                 with open_feed(
@@ -145,13 +148,13 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
                         console.step(cursor.step, steps.latest_tokens, steps.latest_loss)
                         if schedule.validates(cursor.step):
                             steps.settle()
-                            validation = validate(validation_step, state.variables, placed)
-                            cursor.note_validation(validation["loss"])
+                            figures = validation.figures(state.variables)
+                            cursor.note_validation(figures["loss"])
                             # Metrics first: a run killed in between drops the lines past its checkpoint when
                             # resumed, while a line never written could not be brought back.
                             line = schedule.line(cursor.step, "tuning")
-                            lines.record({**line, **validation, **telemetry.probe(state)})
-                            save(checkpoints, config, begun, state, validation)
+                            lines.record({**line, **figures, **telemetry.probe(state)})
+                            save(checkpoints, config, begun, state, figures)
                             steps.restart_clock()
                 stop_reason = steps.stop_reason
                 if stop_reason == "interrupted":
@@ -165,7 +168,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
                 best = best_variables(checkpoints, best_step, state)
                 write_adapter(console, config, run, best)
                 if stop_reason != "interrupted":  # whoever stops a run wants it to end soon
-                    assessment = assess_model(config, run, best, masked, baselines)
+                    assessment = assess_model(config, run, best, validation)
         stop_reason, status = exit_status(stop_reason, interruption)
         ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup.marks)
         summary = write_summary(run, config, unlearned, assessment, ended, examination)
@@ -179,11 +182,11 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
 class Pretraining(Run):
     """A pretraining run that is about to begin."""
 
-    batches: TrainingBatches
+    batches: TrainingBatches | QuestionBatches
     data: SequenceSet
     description: JsonObject
     """Counts of `data`, see `data.sequences.describe`."""
-    tuning: ValidationBatches
+    tuning: ValidationBatches | QuestionBatches
     vectors: CodeVectors | None
     """Of `init.vectors`, in a run that begins."""
     coverage: JsonObject
@@ -229,7 +232,10 @@ def open_pretraining(
     schedule = Schedule.of(config.train, batches.steps_per_epoch)
     announce.batches(console, batches, mesh, schedule.total_steps)
 
-    objective = masked_code_objective(setup.predictor, config.masking, config.train.static_masks)
+    if isinstance(batches, QuestionBatches):
+        objective = objective_of_questions(config, setup, batches)
+    else:
+        objective = masked_code_objective(setup.predictor, config.masking, config.train.static_masks)
     assembly = assemble(config, setup, objective, schedule.total_steps, mesh)
     parts = choose_micro_batches(config, folder, batches, schedule.total_steps, assembly, console.log)
     batches = batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts))
@@ -253,8 +259,8 @@ def start_with(run: Pretraining, config: PretrainConfig, console: Console, state
 
 def split_batches(
     config: PretrainConfig, data: SequenceSet, multiple_of: int
-) -> tuple[TrainingBatches, ValidationBatches]:
-    """Batches of the train split and of the tuning split.
+) -> tuple[TrainingBatches, ValidationBatches] | tuple[QuestionBatches, QuestionBatches]:
+    """Batches of the train split and of the tuning split, for the objective of the run.
 
     Args:
         config: of the run.
@@ -266,6 +272,8 @@ def split_batches(
     """
     length, window = config.data.max_length or config.model.positions, config.data.window
     shape = RowShape(length, config.data.packed, config.model.cls_token, multiple_of)
+    if config.objective != "mlm":
+        return split_question_batches(config, data, shape)
     batches = training_batches(
         data.splits["train"],
         shape,
@@ -277,6 +285,67 @@ def split_batches(
     )
     rows = batches.rows_per_batch
     return batches, validation_batches(data.splits["tuning"], shape, rows_per_batch=rows, window=window)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedCodeValidation:
+    """Masked codes of the tuning split, the same ones each time."""
+
+    config: PretrainConfig
+    data: SequenceSet
+    assembly: Assembly
+    tuning: ValidationBatches
+
+    @cached_property
+    def masked(self) -> MaskedSplit:
+        """The split as the validation step sees it."""
+        key = self.assembly.keys.validation
+        return mask_split(self.tuning, self.config.masking, key, len(self.data.vocabulary))
+
+    @cached_property
+    def results(self) -> dict[str, MaskedCodeResults]:
+        """Of :func:`predict_baselines`."""
+        return predict_baselines(self.config, self.data, self.masked)
+
+    @cached_property
+    def baselines(self) -> dict[str, JsonObject]:
+        """Figures of `results`."""
+        return {name: results.metrics() for name, results in self.results.items()}
+
+    def announce(self, console: Console) -> None:
+        """Say what must be beaten."""
+        announce.baselines(console, self.results)
+
+    def figures(self, variables: Variables) -> JsonObject:
+        """Of a model: `models.losses.mean_metrics`."""
+        return validate(self._step, variables, self._placed)
+
+    def assess(self, variables: Variables) -> JsonObject:
+        """How a model stands beside the baselines, code by code, and what it takes for what."""
+        key, masking = self.assembly.keys.validation, self.config.masking
+        step = jax.jit(make_scoring_step(self.assembly.setup.predictor, masking, key))
+        results = score_masked_codes(step, variables, self.tuning, self.masked, self.assembly.mesh)
+        found = assess(self.data.event_counts, FIRST_CODE, self.results, results)
+        found["confusions"] = confusions(self.data.vocabulary, results)
+        return found
+
+    @cached_property
+    def _step(self) -> Callable[[Variables, Batch], Totals]:
+        key, masking = self.assembly.keys.validation, self.config.masking
+        return jax.jit(make_validation_step(self.assembly.setup.predictor, masking, key))
+
+    @cached_property
+    def _placed(self) -> PlacedBatches:
+        return PlacedBatches(self.tuning, self.assembly.mesh)
+
+
+def open_validation(config: PretrainConfig, run: Pretraining) -> MaskedCodeValidation | QuestionValidation:
+    """What is validated, for the objective of the run."""
+    batches, tuning = run.batches, run.tuning
+    if isinstance(batches, QuestionBatches) and isinstance(tuning, QuestionBatches):
+        return QuestionValidation(config, run.data, run.assembly, batches, tuning)
+    assert isinstance(tuning, ValidationBatches)
+    return MaskedCodeValidation(config, run.data, run.assembly, tuning)
 
 
 def predict_baselines(
@@ -337,17 +406,13 @@ def assess_model(
     config: PretrainConfig,
     run: Pretraining,
     variables: Variables,
-    masked: MaskedSplit,
-    baselines: Mapping[str, MaskedCodeResults],
+    validation: MaskedCodeValidation | QuestionValidation,
 ) -> JsonObject:
     """What the summary says of a trained model beside its mean loss: how it stands beside the baselines on
-    the tuning split as `masked`, what it makes of codes, and how large its adapters became.
+    the tuning split, what it makes of codes, and how large its adapters became.
     """
-    setup, mesh, vocabulary = run.assembly.setup, run.assembly.mesh, run.data.vocabulary
-    step = jax.jit(make_scoring_step(setup.predictor, config.masking, run.assembly.keys.validation))
-    results = score_masked_codes(step, variables, run.tuning, masked, mesh)
-    found = assess(run.data.event_counts, FIRST_CODE, baselines, results)
-    found["confusions"] = confusions(vocabulary, results)
+    mesh, vocabulary = run.assembly.mesh, run.data.vocabulary
+    found = validation.assess(variables)
     if config.init.run is not None or run.parameters["embedding"]["trainable"]:
         table = jax.device_put(code_table(variables), replicated(mesh))
         found["neighbours"] = neighbours(vocabulary, np.asarray(table))

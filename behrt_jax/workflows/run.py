@@ -23,6 +23,7 @@ from behrt_jax import __version__
 from behrt_jax.adapters.lora import GROUPS
 from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig, TrackingConfig
 from behrt_jax.data.batches import TaskBatches, TrainingBatches
+from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, json_text, resolved
 from behrt_jax.run_folder import (
@@ -54,7 +55,7 @@ class Run:
 
     folder: Path
     assembly: Assembly
-    batches: TrainingBatches | TaskBatches
+    batches: TrainingBatches | TaskBatches | QuestionBatches
     schedule: Schedule
     micro_batches: int
     parameters: JsonObject

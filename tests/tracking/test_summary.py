@@ -16,7 +16,7 @@ from behrt_jax.tracking.summary import (
     figure_table,
     flat,
     format_figure,
-    gain_over_unigram,
+    gain_over,
     headline,
     other_counts,
     rule_table,
@@ -98,10 +98,10 @@ def test_a_best_step_without_its_record_has_no_figures():
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf])
 def test_no_gain_without_finite_losses(loss):
-    assert gain_over_unigram({"loss": loss}, BASELINES) is None
-    assert gain_over_unigram({"loss": 1.0}, {"unigram": {"loss": loss}}) is None
-    assert gain_over_unigram(None, BASELINES) is None
-    assert gain_over_unigram({"loss": 1.0}, {}) is None
+    assert gain_over("unigram", {"loss": loss}, BASELINES) is None
+    assert gain_over("unigram", {"loss": 1.0}, {"unigram": {"loss": loss}}) is None
+    assert gain_over("unigram", None, BASELINES) is None
+    assert gain_over("unigram", {"loss": 1.0}, {}) is None
 
 
 @given(st.floats(-1e3, 1e4))

@@ -1,0 +1,315 @@
+"""Answers of a model pretrained on questions: the probability that any code of a set comes within a horizon.
+
+No label is learned from. A set on which the model was trained as a group is asked as one question. The codes
+of any other are asked one by one, and the chance of none of them is the product of the chances of each not to
+come, as if they were independent given the history; calibration on the tuning split mends part of that.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from behrt_jax.config import AskConfig, PredictConfig
+from behrt_jax.data.batches import TaskBatch
+from behrt_jax.data.events import DAY
+from behrt_jax.data.labels import Labels
+from behrt_jax.data.predictions import PredictionWriter, prediction_rows, schema_of
+from behrt_jax.data.questions import Occurrences, PredictionTimes, matching_some, prediction_times
+from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.data.sorting import place_in
+from behrt_jax.data.tasks import Task
+from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.errors import InputError
+from behrt_jax.evaluation.calibration import fit_platt, fit_threshold
+from behrt_jax.files import JsonObject
+from behrt_jax.models.questions import Asked
+from behrt_jax.tracking.console import Console, open_console
+from behrt_jax.training.devices import Devices
+from behrt_jax.training.runtime import use_compilation_cache
+from behrt_jax.training.step import Variables
+from behrt_jax.training.validation import score
+from behrt_jax.workflows.loaded import Loaded, load
+from behrt_jax.workflows.predict import (
+    Records,
+    check_output,
+    count_outside,
+    labels_to_predict,
+    metadata_of,
+    of_splits,
+    open_records,
+    pieces_of,
+)
+
+LEAST_ANSWERS = 20
+"""Of either kind on the tuning split, to calibrate by."""
+_AT_ONCE = 256  # codes that are asked of in one pass over the histories
+_CALIBRATED_ON = 20_000  # ends of visits at most
+_BINARY = Task("binary")
+
+
+def ask(config: AskConfig, devices: Devices | None = None) -> JsonObject:
+    """Ask, write the file of predictions, and say what is in it.
+
+    Returns:
+        Counts: ``examples``, ``unknown_subjects``, ``empty_histories``, ``duplicates``, ``after_last_event``
+        (prediction times more than a day after the last event before them), and what else was left out.
+
+    Raises:
+        InputError: something in the options, the model, the data or the labels is wrong; nothing is left
+            half-written.
+    """
+    as_prediction = _checked(config)
+    days = config.horizon_days
+    assert config.model is not None and config.output is not None and days is not None
+    with ExitStack() as stack:
+        console = stack.enter_context(open_console())
+        if reason := use_compilation_cache(config.compilation_cache):
+            console.log(reason)
+        model = load_asked(config.model, devices)
+        question = find_question(model, config.codes, days)
+        records = stack.enter_context(
+            open_records(as_prediction, model.vocabulary, model.preparation, model.config, console)
+        )
+        _announce(console, config, question)
+        fitted = Fitted()
+        if config.calibrate:
+            fitted = calibrate(model, question, records, as_prediction)
+            console.log(fitted.told)
+        labels, without = labels_to_predict(records)
+        chosen = of_splits(labels, records.data, records.splits)
+        schema = schema_of(_BINARY, labels)
+        counts = count_outside(records, labels, chosen) | {"after_last_event": 0}
+        asked = {"codes": list(config.codes), "horizon_days": days, **question.to_json(), **fitted.to_json()}
+        metadata = metadata_of(config.model, records, model.max_length - model.config.cls_token)
+        metadata |= {"kind": "binary", "threshold": fitted.threshold, "question": asked, "counts": counts}
+        console.start(counts["examples"], 0, None)
+        done = 0
+        with PredictionWriter(config.output, schema, metadata) as writer:
+            for part, log_odds, empty, late in answers(model, question, records, chosen, as_prediction):
+                predicted = fitted.probabilities(log_odds)[:, None]
+                writer.write(prediction_rows(schema, _BINARY, part, predicted, fitted.threshold, None))
+                counts["empty_histories"] += empty
+                counts["after_last_event"] += late
+                done += len(part)
+                console.step(done, len(part))
+            if outside := counts["examples"] - done:
+                counts |= {"examples": done, "outside_life": outside}
+            if not done:
+                raise InputError("--labels: all labels are before their subject's birth or after its death.")
+        console.close()
+        for name, said in (
+            ("outside_life", "labels outside of their subject's life are left out"),
+            ("unknown_subjects", "labels are of subjects that the data lacks: left out"),
+            ("empty_histories", "examples have no event yet: answered from the age alone"),
+            (
+                "after_last_event",
+                "prediction times are more than a day after the last event before them: the model, which was "
+                "trained at ends of visits, answers as if it were still that time",
+            ),
+        ):
+            if counts.get(name):
+                console.log(f"{counts[name]:,} {said}.")
+        if records.labels is None:
+            console.log("No labels were given: each subject is asked about at its last event.")
+        if without:
+            console.log(f"{without:,} subjects have no event to be asked about at: left out.")
+        console.log(f"Written to {config.output}: {counts['examples']:,} answers.")
+    return counts
+
+
+def _checked(config: AskConfig) -> PredictConfig:
+    """The options as predict has them, checked."""
+    if config.model is None:
+        raise InputError("--model is missing: give a pretraining run with --objective queries or both.")
+    if not config.codes:
+        raise InputError("--codes is missing: give regular expressions of the codes to ask of.")
+    if config.horizon_days is None:
+        raise InputError("--horizon_days is missing: give the days after the prediction time.")
+    if not 0 < config.horizon_days < 1e6:
+        raise InputError(f"--horizon_days is {config.horizon_days:g}: give a number of days above 0.")
+    check_output(config.output, config.rows)
+    return PredictConfig(
+        model=config.model,
+        data=config.data,
+        labels=config.labels,
+        split=config.split,
+        max_unknown=config.max_unknown,
+        output=config.output,
+        outside_life=config.outside_life,
+        rows=config.rows,
+    )
+
+
+def load_asked(run: Path, devices: Devices | None = None) -> Loaded:
+    """Open a model that answers questions.
+
+    Raises:
+        InputError: there is none in the folder.
+    """
+    model = load(run, devices=devices)
+    if model.finetuned is not None or model.objective == "mlm":
+        was = "fine-tuned" if model.finetuned is not None else "pretrained on masked codes alone"
+        raise InputError(
+            f"--model: {run} was {was}, and answers no questions: give a run of pretrain with --objective "
+            "queries or both."
+        )
+    return model
+
+
+# What is asked.
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A set of codes and a horizon, as a model is asked."""
+
+    ids: np.ndarray
+    """Vocabulary ids, or the id of one group, int32 ``[questions]``."""
+    codes: np.ndarray
+    """Codes of the set, bool ``[vocabulary]``."""
+    horizon_days: float
+    group: bool
+    """The model was trained on the set as one."""
+
+    def to_json(self) -> JsonObject:
+        """What the file of predictions says of it."""
+        return {"matched": int(self.codes.sum()), "asked_as": "a group" if self.group else "single codes"}
+
+
+def find_question(model: Loaded, patterns: tuple[str, ...], horizon_days: float) -> Question:
+    """The set of codes that patterns match, as the model knows it.
+
+    Raises:
+        InputError: a pattern matches no code of the model.
+    """
+    vocabulary: Vocabulary = model.vocabulary
+    codes = matching_some(vocabulary, patterns, "--codes")
+    if len(patterns) == 1 and patterns[0] in model.groups:
+        own = len(vocabulary) + model.groups.index(patterns[0])
+        return Question(np.array([own], np.int32), codes, horizon_days, True)
+    return Question(np.flatnonzero(codes).astype(np.int32), codes, horizon_days, False)
+
+
+def _announce(console: Console, config: AskConfig, question: Question) -> None:
+    said = f"{int(question.codes.sum()):,} codes match {' '.join(config.codes)}"
+    how = "the model was trained on them as a group" if question.group else "asked one by one"
+    console.log(f"{said}, {how}: does one come within {question.horizon_days:g} days?")
+
+
+def any_of(log_odds: np.ndarray) -> np.ndarray:
+    """Log odds that any of several codes comes, from those of each: float64 ``[n]`` of ``[n, codes]``."""
+    if log_odds.shape[1] == 1:
+        return log_odds[:, 0].astype(np.float64)
+    none = -np.logaddexp(0.0, log_odds.astype(np.float64)).sum(axis=1)  # log of the chance
+    none = np.minimum(none, -1e-12)
+    return np.log(-np.expm1(none)) - none
+
+
+def answers(
+    model: Loaded, question: Question, records: Records, chosen: dict[str, Labels], config: PredictConfig
+) -> Iterator[tuple[Labels, np.ndarray, int, int]]:
+    """Labels and log odds float64 ``[n]`` of a few thousand examples at a time; how many have no event yet,
+    and how many are more than a day after their last event.
+
+    Args:
+        model: of :func:`load_asked`.
+        question: what is asked.
+        records: its histories.
+        chosen: labels of each split.
+        config: its ``rows`` and ``outside_life`` are read.
+    """
+    predictor = model.setup.predictor
+    width = min(_AT_ONCE, len(question.ids))
+
+    def step(variables: Variables, batch: TaskBatch, ids: jax.Array) -> jax.Array:
+        shape = (*batch.weights.shape, width)
+        asked = Asked(jnp.broadcast_to(ids[None, None], shape), jnp.full(shape, question.horizon_days))
+        return predictor.outputs(variables, batch.rows, asked)
+
+    compiled = jax.jit(step)
+    parts = [question.ids[start : start + width] for start in range(0, len(question.ids), width)]
+    pieces = pieces_of(config, model.config, None, records.data, chosen, records.delays, model.mesh)
+    for _, part, examples, batches in pieces:
+        found = []
+        for ids in parts:
+            padded = jnp.asarray(np.pad(ids, (0, width - len(ids)), "edge"))
+
+            def one(variables: Variables, batch: TaskBatch, ids: jax.Array = padded) -> jax.Array:
+                return compiled(variables, batch, ids)
+
+            found.append(score(one, model.variables, batches, model.mesh)[:, : len(ids)])
+        last = examples.windows.starts + examples.windows.lengths - 1
+        late = ~examples.empty & (examples.times - examples.sequences.times[last] > DAY)
+        yield part, any_of(np.concatenate(found, axis=1)), int(examples.empty.sum()), int(late.sum())
+
+
+# Calibration on the same question about the tuning split.
+
+
+class Fitted(NamedTuple):
+    """From log odds of a model to probabilities."""
+
+    slope: float = 1.0
+    intercept: float = 0.0
+    threshold: float = 0.5
+    answers: int = 0
+    """That it was fitted to."""
+    told: str = "Not calibrated."
+
+    def probabilities(self, log_odds: np.ndarray) -> np.ndarray:
+        """float64 ``[n]`` of ``[n]``."""
+        return 1 / (1 + np.exp(-np.clip(self.slope * log_odds + self.intercept, -700, 700)))
+
+    def to_json(self) -> JsonObject:
+        """What the file of predictions says of it; None where nothing was fitted."""
+        fitted = {"slope": self.slope, "intercept": self.intercept, "answers": self.answers}
+        return {"calibration": fitted if self.answers else None}
+
+
+def calibrate(model: Loaded, question: Question, records: Records, config: PredictConfig) -> Fitted:
+    """Fit slope and intercept to the question at ends of visits of tuning, where enough answers are known."""
+    try:
+        times = prediction_times(records.data, "tuning", question.horizon_days, records.delays)
+    except InputError:
+        return Fitted(told="Not calibrated: no visit of the tuning split is followed up for the horizon.")
+    if len(times) > _CALIBRATED_ON:
+        drawn = np.random.default_rng(0).permutation(len(times))[:_CALIBRATED_ON]
+        times = times.take(np.sort(drawn))
+    labels = known_answers(records.data, "tuning", times, question)
+    positive = int(labels.values.sum())
+    if min(positive, len(labels) - positive) < LEAST_ANSWERS:
+        return Fitted(
+            told=f"Not calibrated: of the question on the tuning split {positive:,} answers are positive and "
+            f"{len(labels) - positive:,} negative, and {LEAST_ANSWERS} of either are needed."
+        )
+    found = list(answers(model, question, records, {"tuning": labels}, config))
+    log_odds = np.concatenate([part for _, part, _, _ in found])
+    truths = np.concatenate([part.values for part, _, _, _ in found]).astype(bool)
+    slope, intercept = fit_platt(log_odds, truths)
+    if not (np.isfinite(slope) and slope > 0):
+        return Fitted(told="Not calibrated: on the tuning split the answers do not rise with the outcome.")
+    fitted = Fitted(slope, intercept, answers=len(truths))
+    threshold = fit_threshold(fitted.probabilities(log_odds), truths, "f1")
+    told = (
+        f"Calibrated on {len(truths):,} ends of visits of the tuning split ({int(truths.sum()):,} positive): "
+        f"slope {slope:.3f}, intercept {intercept:+.3f}."
+    )
+    return fitted._replace(threshold=threshold, told=told)
+
+
+def known_answers(data: SequenceSet, split: str, times: PredictionTimes, question: Question) -> Labels:
+    """Whether any code of the set came within the horizon of each prediction time, as labels."""
+    part = data.splits[split]
+    ends = times.times + int(question.horizon_days * DAY)
+    stops = place_in(part.times, times.up_to, part.offsets[times.subjects + 1], ends, inclusive=True)
+    # The set as the only group.
+    occurrences = Occurrences.of(part.codes, question.codes[None])
+    group = np.full(len(times), len(question.codes))
+    came = occurrences.count(group, times.up_to, stops) > 0
+    return Labels(part.subject_ids[times.subjects], times.times, came, "boolean")
