@@ -24,7 +24,7 @@ from behrt_jax.data.batches import (
 )
 from behrt_jax.data.prepared import rule_files
 from behrt_jax.data.questions import QuestionBatches
-from behrt_jax.data.sequences import SequenceSet, describe
+from behrt_jax.data.sequences import SequenceSet, describe, told_facts
 from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import DivergenceError, InputError
 from behrt_jax.evaluation.learned import confusions, neighbours
@@ -217,7 +217,7 @@ def open_pretraining(
     check_days(config.model, data.splits)
     description = describe(data)
     announce.data(console, config, description)
-    for note in data.notes:
+    for note in [*data.notes, *told_facts(data, tuple(data.splits))]:
         console.log(note)
     if config.resume:
         check_same_run(folder, config, data.fingerprint)
