@@ -96,6 +96,8 @@ class Summary(TypedDict, total=False):
     out_of_fold: JsonObject
     first_step_seconds: float
     startup_seconds: dict[str, float]
+    startup_processor_seconds: dict[str, float]
+    startup_programs: dict[str, dict[str, float]]
     """Marks of `training.runtime.Startup`."""
 
 

@@ -130,7 +130,7 @@ def _of_model(
         params = init(params_key)
         return {"params": params, "lora": lora.init(lora_key, params, adapters) if adapters else {}}
 
-    shapes = jax.eval_shape(lambda key: init_with(key, adapters), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_with(jax.random.key(0), adapters))
     mask = trainable(shapes, regime(freezing))
     if adapters is None:
         return Setup(Predictor(model, None, "activations", mesh, packed), init_with, shapes, mask, [])
@@ -155,8 +155,12 @@ class RunKeys(NamedTuple):
 
 def run_keys(seed: int) -> RunKeys:
     """Keys of initialisation, of the training steps and of validation."""
+
     # One program: key by key, each operation would be compiled or read from disk by itself.
-    keys = jax.jit(lambda: tuple(jax.random.split(jax.random.key(seed), 3)))
+    @jax.jit
+    def keys() -> tuple[jax.Array, ...]:
+        return tuple(jax.random.split(jax.random.key(seed), 3))
+
     return RunKeys(*keys())
 
 
@@ -176,9 +180,14 @@ class Assembly:
         """The state as ``jax.ShapeDtypeStruct`` with shardings: no arrays are made."""
         return abstract_state(self.setup.shapes, self.optimizer, self.mesh)
 
+    @cached_property
+    def initialise(self) -> Any:
+        """Key -> state before the first step, spread over the devices; jitted."""
+        return init_program(self.setup, self.optimizer, self.mesh)
+
     def first_state(self) -> TrainState:
         """State before the first step, spread over the devices."""
-        return init_state(self.setup, self.optimizer, self.keys.init, self.mesh)
+        return self.initialise(jax.random.clone(self.keys.init))
 
     def step(self, micro_batches: int = 1) -> Step:
         """The train step, not jitted, see :func:`behrt_jax.training.step.make_update_step`."""
@@ -222,7 +231,14 @@ def assemble_pretraining(
 def init_state(
     setup: Setup, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh, large: int = LARGE
 ) -> TrainState:
-    """Initialise everything in one jitted call, spread over the mesh as :func:`state_shardings` says.
+    """Initialise everything in one jitted call, spread over the mesh as :func:`state_shardings` says."""
+    return init_program(setup, optimizer, mesh, large)(jax.random.clone(key))
+
+
+def init_program(
+    setup: Setup, optimizer: optax.GradientTransformation, mesh: Mesh, large: int = LARGE
+) -> Any:
+    """A jitted function from a key to what :func:`init_state` gives.
 
     Leaf by leaf it would take seconds, and an uncommitted first state would compile the step twice.
     """
@@ -232,7 +248,7 @@ def init_state(
         return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables))
 
     shardings = shardings_of(abstract_state(setup.shapes, optimizer, mesh, large))
-    return jax.jit(init, out_shardings=shardings, compiler_options=RUN_ONCE)(jax.random.clone(key))
+    return jax.jit(init, out_shardings=shardings, compiler_options=RUN_ONCE)
 
 
 def abstract_state(

@@ -186,7 +186,8 @@ def masked_code_objective(
 
     def inputs(key: jax.Array, batch: Batch) -> tuple[Batch, MaskedCodes]:
         codes = predictor.model.vocabulary_size
-        return batch, mask_codes(key, batch.codes, batch.row_ids, masking, codes)
+        given = key, batch.codes, batch.row_ids, masking, codes
+        return batch, mask_codes(*given, batch.visits, batch.segment_ids)
 
     def loss(variables: Variables, inputs: tuple[Batch, MaskedCodes], rows: jax.Array, key: jax.Array):
         found = masked_code_losses(local, variables, *inputs, key, rows)
@@ -236,7 +237,8 @@ def question_objective(
         if masking is None:
             return batch, None
         rows, codes = batch.rows, predictor.model.vocabulary_size
-        return batch, mask_codes(key, rows.codes, rows.row_ids, masking, codes)
+        given = key, rows.codes, rows.row_ids, masking, codes
+        return batch, mask_codes(*given, rows.visits, rows.segment_ids)
 
     def loss(
         variables: Variables,
@@ -284,8 +286,6 @@ def make_update_step(
         (before clipping, trainable leaves only) and ``gradient_squares``, the sum of squares of each
         trainable leaf's, float32 `[leaves]`.
     """
-    # Steps built from one key (to compare their speed, say) draw the same.
-    input_key, dropout_key = jax.random.split(jax.random.clone(key))
 
     def loss_of(variables: Variables, merged: Tree, inputs: Any, rows: jax.Array, key: jax.Array):
         return objective.loss({**stop_frozen(variables, mask), "merged": merged}, inputs, rows, key)
@@ -300,6 +300,9 @@ def make_update_step(
         return _accumulate(partial(gradient_of, *variables), inputs, numbers, keys[1], micro_batches)
 
     def update_step(state: TrainState, batch: Any) -> tuple[TrainState, Totals]:
+        # Steps built from one key (to compare their speed, say) draw the same. Split here and not outside:
+        # there, these small operations would be programs of their own, compiled before the first step.
+        input_key, dropout_key = jax.random.split(jax.random.clone(key))
         step_input_key = input_key if objective.same_inputs else jax.random.fold_in(input_key, state.step)
         keys = step_input_key, jax.random.fold_in(dropout_key, state.step)
         variables = state.variables, objective.merged(state.variables)

@@ -35,12 +35,16 @@ def trainable_names(mask: Tree) -> list[str]:
 
 
 def leaves_not_finite(variables: Tree) -> list[str]:
-    """Names of the leaves that hold a value that is not finite."""
-    finite = jax.jit(
-        lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), compiler_options=RUN_ONCE
-    )
-    flags = np.asarray(finite(jax.tree.leaves(variables)))
-    return [name for name, good in zip(leaf_names(variables), flags, strict=True) if not good]
+    """Names of the leaves that hold a value that is not finite, on the devices of this process.
+
+    The host looks: a program for it would take longer to compile than all it looks at takes to come over.
+    """
+
+    def finite(leaf: jax.Array) -> bool:
+        return all(np.isfinite(part.data).all() for part in leaf.addressable_shards if part.replica_id == 0)
+
+    leaves = zip(leaf_names(variables), jax.tree.leaves(variables), strict=True)
+    return [name for name, leaf in leaves if not finite(leaf)]
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,12 @@ class Telemetry:
 
 
 def compilations(jitted: Any) -> int | None:
-    """Number of times that a jitted function was compiled so far; None where JAX does not tell."""
+    """Number of times that a jitted function was compiled so far; None where JAX does not tell.
+
+    One that was compiled ahead (``jax.stages.Compiled``) refuses what it was not compiled for.
+    """
+    if isinstance(jitted, jax.stages.Compiled):
+        return 1
     count = getattr(jitted, "_cache_size", None)
     return None if count is None else count()
 
@@ -117,9 +126,7 @@ def make_probe(
         codes should have been shown by now (``expected``), and how many of those never had a gradient
         (``untouched``).
     """
-    if jax.tree.leaves(start):  # the state that they come from is donated to the first step
-        start = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), compiler_options=RUN_ONCE)(start)
-    start = unstack_layers(start)
+    start = unstack_layers(jax.tree.map(np.array, start))  # the state that they come from is donated
     layers = [name.removesuffix("/a") for name in leaf_names(start) if name.endswith("/a")]
     movement = jax.jit(lambda start, now: _movement(layers, start, unstack_layers(now)))
     updated = jax.jit(lambda moments: (moments != 0).any(axis=1))

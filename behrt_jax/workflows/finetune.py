@@ -58,6 +58,7 @@ from behrt_jax.workflows.run import (
     begin,
     best_variables,
     compile_beside,
+    decisive_settings,
     exit_status,
     open_folder,
     save,
@@ -101,14 +102,19 @@ def finetune_on(
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
         trackers(config, folder) as send,
-        ThreadPoolExecutor(1) as beside,
+        ThreadPoolExecutor(2) as beside,
     ):
         run = open_finetuning(config, folder, data, labels, delays, devices, console, search)
         config = run.config
         assembly, labelled, schedule, mesh = run.assembly, run.labelled, run.schedule, run.assembly.mesh
         program = one_step(assembly, assembly.step(run.micro_batches))
         output_step = jax.jit(make_output_step(assembly.setup.predictor))
-        compiling = compile_beside(beside, run, program)
+        decisive = decisive_settings(config) | {
+            "fingerprint": data.fingerprint,
+            "task": labelled.task.to_json(),
+            "first_outputs": None if labelled.tasks else labelled.base_outputs().tolist(),
+        }
+        compiling, making = compile_beside(beside, run, program, decisive)
         encoder = None if config.from_scratch else read_encoder(run.pretrained, mesh)
 
         def record(line: JsonObject) -> None:
@@ -117,13 +123,13 @@ def finetune_on(
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
             start = partial(_start, config, run, encoder, console)
-            begun = begin(run, config, compiling, checkpoints, console, start, started)
-            del compiling, encoder, start  # or they would hold their arrays beside those that are trained
+            begun = begin(run, config, making, checkpoints, console, start, started)
+            del making, encoder, start  # or they would hold their arrays beside those that are trained
             state, cursor, telemetry = begun.state, begun.cursor, begun.telemetry
             divergence = None
             try:
                 remaining = range(cursor.step, schedule.total_steps)
-                with from_host(program, run.batches, mesh, remaining) as feed:
+                with from_host(compiling.result(), run.batches, mesh, remaining) as feed:
                     steps = Steps(feed, cursor, schedule, telemetry, record)
                     for state in steps.dispatch(begun.state, lambda: bool(interruption)):
                         console.step(cursor.step, steps.latest_tokens, steps.latest_loss)

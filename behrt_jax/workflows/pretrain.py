@@ -1,7 +1,7 @@
 """Pretraining, by masked codes or questions, from a configuration to a finished run folder."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -67,7 +67,7 @@ from behrt_jax.training.validation import (
 )
 from behrt_jax.weights.code_vectors import CodeVectors, first_rows, read_vectors
 from behrt_jax.workflows import announce
-from behrt_jax.workflows.checks import check, gather_facts
+from behrt_jax.workflows.checks import check, check_days, gather_facts
 from behrt_jax.workflows.doctor import Examination
 from behrt_jax.workflows.questions import (
     QuestionValidation,
@@ -81,6 +81,7 @@ from behrt_jax.workflows.run import (
     best_variables,
     check_same_run,
     compile_beside,
+    decisive_settings,
     exit_status,
     open_folder,
     parameter_report,
@@ -110,7 +111,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
         trackers(config, folder) as send,
-        ThreadPoolExecutor(1) as beside,
+        ThreadPoolExecutor(2) as beside,
     ):
         run = open_pretraining(config, folder, devices, console)
         assembly, batches, schedule = run.assembly, run.batches, run.schedule
@@ -119,7 +120,8 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         train_step = assembly.step(run.micro_batches)
         program = one_step(assembly, train_step)
         from_host = not on_device(config.train, batches, assembly.mesh)
-        compiling = compile_beside(beside, run, program, from_host)
+        decisive = {**decisive_settings(config), "fingerprint": run.data.fingerprint}
+        compiling, making = compile_beside(beside, run, program, decisive, from_host)
         compiling.add_done_callback(lambda _: startup.mark("compiled"))
 
         validation = open_validation(config, run)
@@ -132,11 +134,12 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
             start = partial(start_with, run, config, console)
-            begun = begin(run, config, compiling, checkpoints, console, start, started)
-            del compiling  # or it would hold this state's arrays beside those of a restored one
+            begun = begin(run, config, making, checkpoints, console, start, started)
+            del making  # or it would hold this state's arrays beside those of a restored one
             state, cursor, telemetry = begun.state, begun.cursor, begun.telemetry
             divergence = None
             try:
+                program = compiling.result()
                 with open_feed(
                     config.train, assembly, train_step, program, batches, cursor.step, schedule
                 ) as feed:
@@ -170,7 +173,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
                 if stop_reason != "interrupted":  # whoever stops a run wants it to end soon
                     assessment = assess_model(config, run, best, validation)
         stop_reason, status = exit_status(stop_reason, interruption)
-        ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup.marks)
+        ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup)
         summary = write_summary(run, config, unlearned, assessment, ended, examination)
         announce.end(console, run.folder, summary)
     if divergence:
@@ -210,7 +213,8 @@ def open_pretraining(
         vectors = None if config.init.vectors is None else read_vectors(config.init.vectors)
     if reason := use_compilation_cache(config.compilation_cache):
         console.log(reason)
-    data = load_sequences(config.data, config.model.sep_token)
+    data = load_sequences(config.data, config.model.sep_token, config.model.fact_tokens)
+    check_days(config.model, data.splits)
     description = describe(data)
     announce.data(console, config, description)
     for note in data.notes:
@@ -314,7 +318,7 @@ class MaskedCodeValidation:
 
     def announce(self, console: Console) -> None:
         """Say what must be beaten."""
-        announce.baselines(console, self.results)
+        announce.baselines(console, self.results, self.masked.unasked)
 
     def figures(self, variables: Variables) -> JsonObject:
         """Of a model: `models.losses.mean_metrics`."""
@@ -325,7 +329,7 @@ class MaskedCodeValidation:
         key, masking = self.assembly.keys.validation, self.config.masking
         step = jax.jit(make_scoring_step(self.assembly.setup.predictor, masking, key))
         results = score_masked_codes(step, variables, self.tuning, self.masked, self.assembly.mesh)
-        found = assess(self.data.vocabulary.counts, FIRST_CODE, self.results, results)
+        found = assess(self.data.event_counts, FIRST_CODE, self.results, results)
         found["confusions"] = confusions(self.data.vocabulary, results)
         return found
 
@@ -356,7 +360,7 @@ def predict_baselines(
     Returns:
         Results of ``unigram`` and ``co-occurrence``, and of the ``oracle`` where the optimum is known.
     """
-    unigram = Unigram(data.vocabulary.counts, FIRST_CODE)
+    unigram = Unigram(data.event_counts, FIRST_CODE)
     cooccurrence = Cooccurrence(data.splits["train"], unigram, FIRST_CODE)
     found = {"unigram": unigram.predict(masked), "co-occurrence": cooccurrence.predict(masked)}
     oracle = oracle_of(config.data, data.vocabulary.codes)
@@ -428,8 +432,7 @@ class RunEnd(NamedTuple):
     stop_reason: str
     seconds: float
     """Wall time of all its parts."""
-    startup: Mapping[str, float]
-    """Marks of :class:`behrt_jax.training.runtime.Startup`."""
+    startup: Startup
 
 
 def write_summary(
@@ -454,9 +457,11 @@ def write_summary(
     summary = Summary(**found, **assessment)
     if run.coverage:
         summary["init_vectors"] = run.coverage
-    if "first step" in ended.startup:
-        summary["first_step_seconds"] = ended.startup["first step"]
-        summary["startup_seconds"] = dict(ended.startup)
+    if "first step" in ended.startup.marks:
+        summary["first_step_seconds"] = ended.startup.marks["first step"]
+        summary["startup_seconds"] = ended.startup.marks
+        summary["startup_processor_seconds"] = ended.startup.processor
+        summary["startup_programs"] = ended.startup.programs
     summary["findings"] = examination.after(summary)
     record_metrics(folder)
     write_files(folder, {SUMMARY_FILE: json_text(summary, 2).encode()})

@@ -8,12 +8,13 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -44,6 +45,7 @@ from behrt_jax.training.devices import put_rows, shapes_of
 from behrt_jax.training.freezing import count_parameters
 from behrt_jax.training.loop import Cursor, Interruption, Schedule
 from behrt_jax.training.optimizer import rates_on_host
+from behrt_jax.training.runtime import KeptProgram
 from behrt_jax.training.state import Assembly, Setup, with_adapters_of_base
 from behrt_jax.training.step import TrainState, Variables
 from behrt_jax.training.telemetry import Telemetry, leaves_not_finite, make_probe, trainable_names
@@ -64,27 +66,75 @@ class Run:
     """Events of each code in the train split, int64 ``[vocabulary]``."""
 
 
-def compile_beside(executor: Executor, run: Run, program: Any, from_host: bool = True) -> Future[TrainState]:
-    """Make the first state, and compile the step, while the processor has time for it.
+class Preparation(NamedTuple):
+    """What is being made while a run begins."""
+
+    step: Future[Any]
+    """The program of one step, compiled; as it was given where it is not needed."""
+    state: Future[TrainState]
+    """The first state."""
+
+
+def compile_beside(
+    executor: Executor, run: Run, program: Any, decisive: JsonObject, from_host: bool = True
+) -> Preparation:
+    """Compile the step, and make the first state, while the processor has time for it.
+
+    Both programs are kept on disk as they are (:class:`behrt_jax.training.runtime.KeptProgram`).
 
     Args:
-        executor: of one thread.
+        executor: of two threads: the compiler works on both at a time, the longer one first.
         run: what is trained.
         program: `feeding.one_step` of its step.
+        decisive: :func:`decisive_settings` of the run.
         from_host: batches come from the host, else they are gathered on the device by another program.
     """
+    assembly, devices = run.assembly, list(run.assembly.mesh.devices.flat)
+    decisive = {
+        **decisive,
+        "total_steps": run.schedule.total_steps,
+        "micro_batches": run.micro_batches,
+        "predictor": repr(assembly.setup.predictor),
+    }
+    kept: list[KeptProgram] = []
+    state_made = Event()
 
-    def prepare() -> TrainState:
-        state = run.assembly.first_state()
-        if from_host:
-            batch = put_rows(run.batches.batch(0), run.assembly.mesh)
-            program.lower(run.assembly.state_shapes, shapes_of(batch)).compile()
-        return state
+    def compiled(program: Any, *arguments: Any) -> Any:
+        kept.append(KeptProgram(program, decisive, arguments, devices))
+        return kept[-1].compiled()
 
-    compiling = executor.submit(prepare)
+    def step() -> Any:
+        if not from_host:
+            return program
+        batch = put_rows(run.batches.batch(0), assembly.mesh)
+        return compiled(program, assembly.state_shapes, shapes_of(batch))
+
+    def state() -> TrainState:
+        try:
+            return compiled(assembly.initialise, assembly.keys.init)(assembly.keys.init)
+        finally:
+            state_made.set()
+
+    def keep() -> None:
+        wait([stepping])
+        state_made.wait()  # not for its future, which holds the state
+        for one in kept:
+            one.keep()
+
+    stepping = executor.submit(step)
     if jax.process_count() > 1:
-        compiling.result()  # processes must start their programs in the same order
-    return compiling
+        wait([stepping])  # processes must start their programs in the same order
+    ready = Preparation(stepping, executor.submit(state))
+    if jax.process_count() > 1:
+        wait(ready)
+    executor.submit(keep)
+    return ready
+
+
+def decisive_settings(config: PretrainConfig | FinetuneConfig) -> JsonObject:
+    """Settings that may decide what a run's programs do: all but those that surely do not."""
+    surely_not = ("name", "output", "resume", "tracking", "compilation_cache")
+    return {name: value for name, value in settings(config).items() if name not in surely_not}
 
 
 def trackers(config: PretrainConfig | FinetuneConfig, folder: Path) -> AbstractContextManager[Send]:
@@ -110,7 +160,7 @@ class Begun(NamedTuple):
 def begin(
     run: Run,
     config: PretrainConfig | FinetuneConfig,
-    compiling: Future[TrainState],
+    making: Future[TrainState],
     checkpoints: Checkpoints,
     console: Console,
     start: Callable[[TrainState], TrainState],
@@ -121,13 +171,13 @@ def begin(
     Args:
         run: what is trained.
         config: its settings.
-        compiling: gives its first state, which is used up.
+        making: gives its first state, which is used up.
         checkpoints: of the run.
         console: told where it goes on.
         start: puts other parameters in place of the first ones, in a run that begins.
         started: ``time.perf_counter()`` at the start of this process's part.
     """
-    first = compiling.result()
+    first = making.result()
     static_masks = isinstance(config, PretrainConfig) and config.train.static_masks
     # How far adapters moved is told from their first values, also after a restart.
     probe = make_probe(

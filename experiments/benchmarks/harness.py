@@ -76,6 +76,35 @@ def _kind(name: str) -> str:
     return name.rstrip("0123456789").rstrip()
 
 
+def run_script(script: str, options: Sequence[str], **environment: str) -> str:
+    """Run a script of `experiments` in a process of its own, without the user's compiled programs.
+
+    Args:
+        script: its path below `experiments`.
+        options: of its command line.
+        environment: variables that it gets beside ours.
+
+    Returns:
+        Its standard output.
+
+    Raises:
+        InputError: it failed; the last line that it wrote says why.
+    """
+    path = Path(behrt_jax.__file__).parents[1] / "experiments" / script
+    ours = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    search = os.pathsep.join([str(path.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, str(path), *options],
+        env={**ours, "PYTHONPATH": search, **environment},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise InputError(f"The run failed: {reason}")
+    return done.stdout
+
+
 class Contender:
     """A process of `benchmark_contender`, idle but in its turns."""
 

@@ -7,8 +7,6 @@ cache of compiled programs, as they would by default, so that only the first of 
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -18,11 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import behrt_jax
 from behrt_jax.config import DataConfig, MakeLabelsConfig, PrepareConfig
 from behrt_jax.errors import InputError
 from behrt_jax.records.load import load_events
 from behrt_jax.tracking.console import table_text
+from experiments.benchmarks.harness import run_script
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def benchmark_population(config: PopulationBenchmark) -> dict[str, Any]:
         raise InputError("give --members 2 or more, and --steps 1 or more.")
     with tempfile.TemporaryDirectory(prefix="benchmark-population-") as scratch:
         folder = Path(scratch)
-        given = _make_task(config, folder)
+        given = make_task(folder, config.subjects, config.base)
         population = _finetune(
             config, folder, given, "population", ["--population.size", str(config.members)]
         )
@@ -94,19 +92,25 @@ def benchmark_population(config: PopulationBenchmark) -> dict[str, Any]:
     return report
 
 
-def _make_task(config: PopulationBenchmark, folder: Path) -> list[str]:
-    """Prepared data, labels and a base; the options that name them."""
+def make_task(folder: Path, subjects: int, base: str) -> list[str]:
+    """Prepared data, labels and a base, of a step, in a folder; the options of finetune that name them.
+
+    Args:
+        folder: gets ``data``, ``labels.parquet`` and ``base``.
+        subjects: generated.
+        base: named configuration of pretraining.
+    """
     from behrt_jax.workflows.make_labels import make_labels
     from behrt_jax.workflows.prepare import prepare_records
 
-    data = DataConfig(subjects=config.subjects)
+    data = DataConfig(subjects=subjects)
     pq.write_table(load_events(data).events, folder / "events.parquet")
     prepare_records(PrepareConfig(source="table", input=folder / "events.parquet", output=folder / "data"))
     labels = folder / "labels.parquet"
     make_labels(MakeLabelsConfig(task="next_visit", data=folder / "data", output=folder / "all.parquet"))
     _binary(folder / "all.parquet", labels)
-    options = ["--config", config.base, "--data", str(folder / "data"), "--train.max_steps", "1"]
-    _run("pretrain.py", [*options, "--output", str(folder / "base"), "--compilation_cache", "off"])
+    options = ["--config", base, "--data", str(folder / "data"), "--train.max_steps", "1"]
+    run_script("pretrain.py", [*options, "--output", str(folder / "base"), "--compilation_cache", "off"])
     return ["--data", str(folder / "data"), "--labels", str(labels), "--init", str(folder / "base")]
 
 
@@ -128,20 +132,5 @@ def _finetune(
     steps += ["--train.batch_size", "128", "--task.pooling", "mean", "--search.size", "0"]
     places = ["--output", str(folder / name), "--compilation_cache", str(cache)]
     started = time.perf_counter()
-    _run("finetune.py", ["--config", config.config, *given, *steps, *options, *places])
+    run_script("finetune.py", ["--config", config.config, *given, *steps, *options, *places])
     return time.perf_counter() - started
-
-
-def _run(script: str, options: list[str]) -> None:
-    path = Path(behrt_jax.__file__).parents[1] / "experiments" / script
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    search = os.pathsep.join([str(path.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, str(path), *options],
-        env={**environment, "PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise InputError(f"The run failed: {reason}")

@@ -13,6 +13,8 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from behrt_jax.training import runtime as compilation
 from behrt_jax.training.runtime import (
+    KeptProgram,
+    Startup,
     default_folder,
     host_fingerprint,
     keep_freed_memory,
@@ -97,9 +99,128 @@ def test_the_oldest_programs_are_removed_when_there_are_too_many(no_cache_of_the
     for age, name in enumerate(["new", "middle", "old"]):
         (place / f"{name}-cache").write_bytes(bytes(100))
         os.utime(place / f"{name}-cache", (1e9 - age, 1e9 - age))
-    monkeypatch.setattr(compilation, "MOST_BYTES", 250)
+    (place / "step-0.program").write_bytes(bytes(100))  # now
+    monkeypatch.setattr(compilation, "MOST_BYTES", 350)
     use_compilation_cache(tmp_path / "kept")
-    assert entries(place) == {"new-cache", "middle-cache"}
+    assert entries(place) == {"new-cache", "middle-cache"} and (place / "step-0.program").exists()
+
+
+# Programs kept whole.
+
+SETTINGS = {"rate": 0.5}
+VALUES = np.arange(4.0, dtype=np.float32)
+
+
+class Traced(Exception):
+    """A function was traced that should have been found on disk."""
+
+
+def kept(settings=SETTINGS, arguments=(VALUES,), refuse: bool = False) -> KeptProgram:
+    """A program of its own; one that refuses to be traced is of any use only where it is found on disk."""
+
+    @jax.jit
+    def step(*values):
+        if refuse:
+            raise Traced
+        return sum(jax.numpy.sin(value) * 0.5 for value in values)
+
+    placed = tuple(jax.device_put(value, jax.devices()[0]) for value in arguments)
+    return KeptProgram(step, settings, placed, jax.devices()[:1])
+
+
+@pytest.fixture
+def kept_file(no_cache_of_the_user, tmp_path) -> Path:
+    """The file of a program that was kept."""
+    use_compilation_cache()
+    first = kept()
+    first.compiled()
+    first.keep()
+    (file,) = (tmp_path / "caches").rglob("*.program")
+    return file
+
+
+def found_on_disk(**changed) -> bool:
+    try:
+        kept(**changed, refuse=True).compiled()
+    except Traced:
+        return False
+    return True
+
+
+def test_a_kept_program_is_neither_traced_nor_lowered_again_and_computes_the_same(kept_file):
+    watched = Startup()
+    loaded = kept(refuse=True).compiled()
+    watched.mark("first step")
+    assert watched.programs.keys() == {"step"} and watched.programs["step"].keys() == {"load"}
+    np.testing.assert_array_equal(loaded(VALUES), kept().compiled()(VALUES))
+
+
+def test_a_program_of_other_settings_arguments_flags_or_code_is_another(kept_file, monkeypatch):
+    assert found_on_disk()
+    assert not found_on_disk(settings={"rate": 0.25})
+    assert not found_on_disk(arguments=(np.arange(5.0, dtype=np.float32),))
+    assert not found_on_disk(arguments=(np.arange(4, dtype=np.int32),))
+    assert not found_on_disk(arguments=(VALUES,) * 2)
+    with jax.default_matmul_precision("float32"):
+        assert not found_on_disk()
+    with monkeypatch.context() as patched:
+        patched.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+        assert not found_on_disk()
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "__version__", "0.0.1")
+        assert not found_on_disk()
+    with monkeypatch.context() as patched:
+        patched.setattr(compilation, "_source_digest", lambda: "edited")
+        assert not found_on_disk()
+    assert found_on_disk()
+
+
+def test_what_this_user_did_not_write_is_never_unpickled(kept_file, monkeypatch, tmp_path):
+    content, secret = kept_file.read_bytes(), tmp_path / "caches" / "behrt_jax" / "secret"
+    assert secret.stat().st_mode & 0o777 == 0o600
+
+    def never(*arguments):
+        raise AssertionError("unpickled")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compilation.pickle, "loads", never)
+        for damaged in (content[:-1], content[:40] + b"x" + content[41:], bytes(32) + content[32:], b""):
+            kept_file.write_bytes(damaged)
+            assert not found_on_disk()
+        kept_file.write_bytes(content)
+        own = secret.read_bytes()
+        secret.write_bytes(bytes(32))  # of another user, say
+        assert not found_on_disk()
+        secret.write_bytes(own)
+        secret.chmod(0o644)
+        assert not found_on_disk()
+        secret.chmod(0o600)
+        other = kept(arguments=(VALUES[:3],))
+        other.compiled()
+        other.keep()
+        (file,) = (path for path in kept_file.parent.glob("*.program") if path != kept_file)
+        file.write_bytes(content)  # one program under the name of another
+        assert not found_on_disk(arguments=(VALUES[:3],))
+    assert found_on_disk()
+
+
+def test_what_came_out_of_jaxs_cache_is_not_written_again(kept_file):
+    kept_file.unlink()
+    again = kept()
+    again.compiled()
+    again.keep()
+    assert not kept_file.exists()
+
+
+def test_nothing_is_kept_without_a_folder_or_in_one_that_the_user_gave_jax(no_cache_of_the_user, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    use_compilation_cache()
+    for _ in range(2):
+        program = kept()
+        assert program.compiled() is not None
+        program.keep()
+        use_compilation_cache("off")
+    assert not list(tmp_path.rglob("*.program"))
 
 
 def test_processors_with_other_instructions_have_other_folders(monkeypatch):

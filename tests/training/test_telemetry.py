@@ -151,13 +151,13 @@ def test_parameters_that_are_not_finite_are_named(started, spoilt):
     names, fresh, _, _ = started
     assert (spoilt in names) == spoilt.startswith("lora/")
     variables = jax.tree.map(np.array, fresh().variables)
-    assert leaves_not_finite(variables) == []
+    assert leaves_not_finite(jax.device_put(variables)) == []
     *path, last = spoilt.split("/")
     tree = variables
     for name in path:
         tree = tree[name]
     tree[last][0, 0] = np.inf
-    at_start = leaves_not_finite(variables)
+    at_start = leaves_not_finite(jax.device_put(variables))
     assert at_start == [spoilt]
     all_bad = np.full(len(names), np.nan)
     assert watching(names, at_start).offender(all_bad) == f"the parameters {spoilt}, before the first step"
