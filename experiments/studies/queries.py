@@ -60,9 +60,9 @@ class QueriesStudyConfig:
     quick: bool = False
     """A small study of a few minutes, which shows that it runs: its figures say little."""
     subjects: int | None = None
-    """Subjects to generate; 60,000 where not given, quick 6,000."""
+    """Subjects to generate; 100,000 where not given, quick 6,000."""
     epochs: int | None = None
-    """Of pretraining; 5 where not given."""
+    """Of pretraining; 2 where not given."""
     codes: int = 8
     """How many of the most frequent diagnoses and treatments are asked of; quick 2."""
     sizes: tuple[int, ...] = (100, 1000, ALL)
@@ -83,14 +83,15 @@ STUDY_BASE = PretrainConfig(
     model=replace(SMALL, dropout=0.0, position_embedding="rope", visit_embedding="alternating"),
     data=DataConfig(
         source="latent",
-        subjects=60_000,
-        vocabulary_size=200,
-        tuning_fraction=0.03,
-        held_out_fraction=0.1,
+        subjects=100_000,
+        vocabulary_size=100,
+        tuning_fraction=0.02,
+        held_out_fraction=0.06,
     ),
     queries=QueriesConfig(questions=64, horizon_days=(30.0, 60.0, 120.0, 240.0, 480.0, 720.0)),
     optimizer=OptimizerConfig(learning_rate=3e-3),
-    train=TrainConfig(epochs=5, batch_size=256, log_every=50),
+    # Many subjects seen twice, at other prediction times: there is nothing to memorise.
+    train=TrainConfig(epochs=2, batch_size=256, log_every=50),
 )
 WAYS = {
     "head": replace(

@@ -137,6 +137,7 @@ def test_answers_depend_on_code_group_and_horizon_smoothly():
     assert np.isfinite(horizon_features(np.zeros(1, np.float32))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"devices": 8}, {"micro_batches": 4}], ids=["eight devices", "four micro-batches"]
 )

@@ -1,7 +1,6 @@
 """Pretraining on questions, and asking: from a run to a file of answers that evaluate reads."""
 
 import json
-import shutil
 import signal
 from dataclasses import replace
 
@@ -28,12 +27,14 @@ from behrt_jax.config import (
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.questions import prediction_times
 from behrt_jax.errors import InputError
+from behrt_jax.evaluation.calibration import fit_platt
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.workflows import ask as asking
 from behrt_jax.workflows.ask import any_of, ask, find_question, known_answers
+from behrt_jax.workflows.checks import check
 from behrt_jax.workflows.doctor import examine_folder
-from behrt_jax.workflows.evaluate import evaluate
+from behrt_jax.workflows.evaluate import FIGURES_FILE, evaluate
 from behrt_jax.workflows.export import export
 from behrt_jax.workflows.finetune import finetune
 from behrt_jax.workflows.loaded import load
@@ -52,7 +53,7 @@ QUERIES = PretrainConfig(
     freezing=FreezingConfig("lora"),
     queries=QueriesConfig(times=2, questions=8, horizon_days=(2.0, 5.0, 20.0), groups=(GROUP,)),
     optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0),
-    train=TrainConfig(epochs=12, batch_size=32, validate_every=20, log_every=5),
+    train=TrainConfig(epochs=6, batch_size=32, validate_every=16, log_every=4),
 )
 
 
@@ -87,8 +88,9 @@ def test_a_run_on_questions_says_what_it_has_learnt(run):
         assert line["loss"] == pytest.approx(line["question_loss"] + line["mlm_loss"])
         assert {"auroc_2_days", "auroc_5_days", "auroc_20_days", "accuracy"} <= line.keys()
     train = [line for line in lines if line["split"] == "train"]
-    factor = train[-1]["loss"] - train[-1]["question_loss"]
-    assert factor == pytest.approx(train[-1]["mlm_loss"], rel=0.3)  # weight 1: mean beside mean
+    of_masked = np.mean([line["loss"] - line["question_loss"] for line in train])
+    # The weight is 1: the mean of masked codes beside the mean of questions.
+    assert of_masked == pytest.approx(np.mean([line["mlm_loss"] for line in train]), rel=0.1)
     prevalence = summary["baselines"]["prevalence"]
     assert prevalence["auroc_5_days"] == pytest.approx(0.5)
     assert summary["gain_over_prevalence"] == pytest.approx(prevalence["loss"] - best["loss"])
@@ -100,6 +102,7 @@ def test_a_run_on_questions_says_what_it_has_learnt(run):
     assert "query_head" not in {one["name"].split("/")[0] for one in parameters["adapters"]}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(case, run, tmp_path, monkeypatch):
     config, original = config_of(case, output=tmp_path / "parts"), Console.step
 
@@ -124,7 +127,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(case, run, tmp_path, monkeypa
 
 
 def test_answers_are_predictions_that_evaluate_reads(case, run, tmp_path):
-    counts, table = asked(case, run, tmp_path / "answers.parquet")
+    counts, table = asked(case, run, tmp_path / "answers.parquet", calibrate=False)
     labels = pq.read_table(case.labelled("binary").labels)
     held_out = case.labelled("binary").splits["held_out"]
     assert counts["examples"] == len(table) == np.isin(labels["subject_id"], held_out).sum()
@@ -133,15 +136,16 @@ def test_answers_are_predictions_that_evaluate_reads(case, run, tmp_path):
     metadata = json.loads(table.schema.metadata[b"behrt_jax"])
     question = metadata["question"]
     assert question["asked_as"] == "a group" and question["matched"] == 4
-    assert question["horizon_days"] == 5.0 and question["calibration"]["answers"] > 40
+    assert question["horizon_days"] == 5.0 and question["calibration"] is None
     output = tmp_path / "evaluation"
     evaluate(
         EvaluateConfig(predictions=tmp_path / "answers.parquet", output=output, baselines=False, draws=20)
     )
-    figures = json.loads((output / "figures.json").read_text())
+    figures = json.loads((output / FIGURES_FILE).read_text())
     assert figures["counts"]["examples"] == len(table)
 
 
+@pytest.mark.slow
 def test_codes_asked_one_by_one_are_combined_as_independent(case, run, tmp_path):
     table = asked(case, run, tmp_path / "any.parquet", codes=("CODE//0", "CODE//5"), calibrate=False)[1]
     alone = [
@@ -159,6 +163,7 @@ def test_codes_asked_one_by_one_are_combined_as_independent(case, run, tmp_path)
     )
 
 
+@pytest.mark.slow
 def test_many_codes_are_asked_in_several_passes_with_equal_answers(case, run, tmp_path, monkeypatch):
     options = {"codes": ("CODE//",), "calibrate": False}
     whole = asked(case, run, tmp_path / "whole.parquet", **options)[1]
@@ -178,21 +183,30 @@ def test_any_of_several_in_logarithms():
     np.testing.assert_array_equal(any_of(log_odds[:, :1]), log_odds[:, 0])
 
 
+@pytest.mark.slow
 def test_calibration_makes_the_mean_answer_that_of_the_tuning_split(case, run, tmp_path):
-    data = read_prepared(case.data, False)
-    question = find_question(load(run.folder, devices=ONE), ("CODE//[4-7]",), 5.0)
-    labels = known_answers(data, "tuning", prediction_times(data, "tuning", 5.0), question)
-    path = tmp_path / "tuning.parquet"
-    times = pa.array(labels.times, pa.timestamp("us"))
-    pq.write_table(pa.table({"subject_id": labels.subject_ids, "prediction_time": times}), path)
-    options = {"codes": ("CODE//[4-7]",), "labels": path, "split": "tuning"}
-    found = probabilities(asked(case, run, tmp_path / "a.parquet", **options)[1])
-    assert found.mean() == pytest.approx(labels.values.mean(), abs=1e-6)
-    raw = probabilities(asked(case, run, tmp_path / "b.parquet", calibrate=False, **options)[1])
-    assert abs(raw.mean() - labels.values.mean()) > 0.01
-    assert np.array_equal(np.argsort(raw, kind="stable"), np.argsort(found, kind="stable"))
+    data, model = read_prepared(case.data, False), load(run.folder, devices=ONE)
+    times = prediction_times(data, "tuning", 5.0)
+    path, fitted = tmp_path / "tuning.parquet", 0
+    ids, at = data.splits["tuning"].subject_ids[times.subjects], pa.array(times.times, pa.timestamp("us"))
+    pq.write_table(pa.table({"subject_id": ids, "prediction_time": at}), path)
+    for number, pattern in enumerate(("RISK", "CODE//[4-7]", "CODE//0", "CODE//3")):
+        truth = known_answers(data, "tuning", times, find_question(model, (pattern,), 5.0)).values
+        options = {"codes": (pattern,), "labels": path, "split": "tuning"}
+        raw = probabilities(asked(case, run, tmp_path / f"{number}.parquet", calibrate=False, **options)[1])
+        odds = np.log(raw) - np.log1p(-raw)
+        slope, _ = fit_platt(odds, truth)
+        found = probabilities(asked(case, run, tmp_path / f"{number}_fitted.parquet", **options)[1])
+        if min(truth.sum(), (~truth).sum()) < 20 or slope <= 0:  # what rises the wrong way is left as it is
+            np.testing.assert_allclose(found, raw, rtol=1e-6)
+            continue
+        fitted += 1
+        assert found.mean() == pytest.approx(truth.mean(), abs=1e-6)
+        assert abs(raw.mean() - truth.mean()) > 0.01
+    assert fitted
 
 
+@pytest.mark.slow
 def test_what_takes_a_pretrained_run_takes_one_on_questions(case, run, tmp_path, capsys):
     finetuned = finetune(replace(case.config(), init=run.folder, output=tmp_path / "task"), ONE)
     assert finetuned.summary["best"]["loss"] > 0
@@ -216,30 +230,59 @@ def examine_folder_of(folder):
     return examine_folder(COMMANDS["doctor"].options(run=folder))
 
 
-def test_wrong_questions_are_refused_in_one_line(case, run, tmp_path, capsys):
-    output = tmp_path / "no.parquet"
+def test_wrong_options_are_refused_before_anything_is_read(tmp_path, capsys):
+    options = {"model": tmp_path / "nowhere", "codes": ("X",), "horizon_days": 5.0}
 
-    def refused(match, **options):
+    def refused(match, **changes):
         with pytest.raises(InputError, match=match):
-            asked(case, run, output, **options)
-        assert not output.exists()
+            ask(AskConfig(**{"output": tmp_path / "no.parquet", **options, **changes}))
 
     refused("--horizon_days is 0: give a number of days above 0", horizon_days=0.0)
     refused("--horizon_days is -3", horizon_days=-3.0)
+    refused("--horizon_days is nan", horizon_days=float("nan"))
     refused("--horizon_days is missing", horizon_days=None)
     refused("--codes is missing", codes=())
-    refused("--codes: 'NOTHING' matches no code of the vocabulary", codes=("NOTHING",))
-    refused(r"--codes", codes=("(",))
-    masked = replace(run, folder=case.base)
-    with pytest.raises(InputError, match="pretrained on masked codes alone, and answers no questions"):
-        asked(case, masked, output)
-    fitted = replace(run, folder=case.run())
-    with pytest.raises(InputError, match="fine-tuned, and answers no questions"):
-        asked(case, fitted, output)
-    for section in ({"horizon_days": (0.0,)}, {"questions": 0}, {"groups": ("Z",)}, {"positive_share": 1.0}):
-        config = config_of(case, output=tmp_path / "never", queries=replace(QUERIES.queries, **section))
-        with pytest.raises(InputError, match="queries"):
-            pretrain(config, ONE)
-        shutil.rmtree(tmp_path / "never", ignore_errors=True)
-    assert main(["ask", "--model", str(run.folder), "--horizon_days", "0", "--codes", "X"]) == 2
+    refused("--output is missing", output=None)
+    refused("nowhere")
+    assert main(["ask", "--model", "nowhere", "--horizon_days", "0", "--codes", "X"]) == 2
     assert capsys.readouterr().err.startswith("error: --horizon_days is 0")
+    for section in (
+        {"horizon_days": (0.0,)},
+        {"horizon_days": ()},
+        {"questions": 0},
+        {"times": 0},
+        {"groups": ("A", "A")},
+        {"positive_share": 1.0},
+    ):
+        config = replace(QUERIES, queries=replace(QUERIES.queries, **section))
+        with pytest.raises(InputError, match=rf"^queries.{next(iter(section))}"):
+            check(config)
+    for section, values in (("static_masks", True), ("data_on_device", "yes")):
+        with pytest.raises(InputError, match=section):
+            check(replace(QUERIES, train=replace(QUERIES.train, **{section: values})))
+
+
+@pytest.mark.slow
+def test_models_and_codes_that_do_not_fit_are_refused(case, run, tmp_path):
+    output = tmp_path / "no.parquet"
+    for pattern, match in (
+        ("NOTHING", "--codes: 'NOTHING' matches no code of the vocabulary"),
+        ("(", "--codes"),
+    ):
+        with pytest.raises(InputError, match=match):
+            asked(case, run, output, codes=(pattern,))
+    with pytest.raises(InputError, match="pretrained on masked codes alone, and answers no questions"):
+        asked(case, replace(run, folder=case.base), output)
+    with pytest.raises(InputError, match="fine-tuned, and answers no questions"):
+        asked(case, replace(run, folder=case.run()), output)
+    other = tmp_path / "other"
+    case.labelled("binary").prepare(
+        [row._replace(code=f"OTHER//{row.code}") if "MEDS" not in row.code else row
+         for row in case.labelled("binary").rows], other)  # fmt: skip
+    with pytest.raises(InputError, match="unknown"):
+        ask(AskConfig(model=run.folder, data=other, output=output, codes=("RISK",), horizon_days=5.0), ONE)
+    assert not output.exists()
+    with pytest.raises(InputError, match="'Z' matches no code"):
+        pretrain(
+            config_of(case, output=tmp_path / "never", queries=replace(QUERIES.queries, groups=("Z",))), ONE
+        )
