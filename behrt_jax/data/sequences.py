@@ -376,6 +376,21 @@ def describe(sequence_set: SequenceSet) -> JsonObject:
     }
 
 
+def told_facts(data: SequenceSet, splits: Sequence[str]) -> list[str]:
+    """A line on the static facts that a model reads of subjects of some splits; none where it reads none."""
+    facts = [found for name in splits if (found := data.splits[name].facts) is not None]
+    if not facts:
+        return []
+    subjects = sum(len(found.offsets) - 1 for found in facts)
+    having = sum(int(np.count_nonzero(np.diff(found.offsets))) for found in facts)
+    every = sum(len(found.codes) for found in facts)
+    unknown = sum(int(np.count_nonzero(found.codes == UNK)) for found in facts)
+    return [
+        f"Static facts: {having:,} of {subjects:,} subjects have any; {unknown:,} of {every:,} facts have no "
+        "row of the vocabulary ([UNK])."
+    ]
+
+
 def describe_split(part: Sequences) -> JsonObject:
     """Subjects, events, tokens, visits and percentiles of lengths, in tokens; ready for JSON."""
     points = {"p50": 50, "p90": 90, "p99": 99, "max": 100} if len(part) else {}

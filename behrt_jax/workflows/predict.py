@@ -37,7 +37,7 @@ from behrt_jax.data.predictions import (
     schema_of,
 )
 from behrt_jax.data.prepared import read_preparation, read_rules
-from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.data.sequences import SequenceSet, told_facts
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
@@ -228,6 +228,8 @@ def open_records(
         codes = check_codes(own, splits, vocabulary, preparation, config.max_unknown, config.model)
         announce_codes(console, codes)
         data, _ = in_vocabulary(own, vocabulary, model)
+        for line in told_facts(data, splits):
+            console.log(line)
         yield Records(data, delays, splits, None if config.input is not None else folder, labels, codes)
 
 

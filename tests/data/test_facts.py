@@ -19,7 +19,7 @@ from behrt_jax.data.events import DAY
 from behrt_jax.data.examples import find_examples
 from behrt_jax.data.facts import CodedFacts, FactTable, StaticFacts, fact_rows
 from behrt_jax.data.prepared import read_fact_rows, read_manifest, read_prepared
-from behrt_jax.data.sequences import build_sequences, set_fingerprint
+from behrt_jax.data.sequences import build_sequences, set_fingerprint, told_facts
 from behrt_jax.data.vocabulary import CLS, SPECIAL_TOKENS, UNK
 from behrt_jax.errors import InputError
 from behrt_jax.records.load import load_sequences
@@ -227,6 +227,9 @@ def test_facts_of_prepared_data(tmp_path):
             np.testing.assert_array_equal(getattr(part, column), getattr(data.splits[name], column))
     assert plain.fingerprint == set_fingerprint(plain.vocabulary, data.splits) != data.fingerprint
     assert data.with_facts() is data
+    assert told_facts(plain, ["train"]) == []
+    (line,) = told_facts(data, ["train", "tuning"])
+    assert line.startswith("Static facts: 1 of 2 subjects have any; 0 of 3 facts have no row")
 
 
 def test_a_folder_of_before_fits_its_rows_when_read(tmp_path):

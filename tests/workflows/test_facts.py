@@ -4,6 +4,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +31,7 @@ from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.scores import auroc
 from behrt_jax.records.prepare.pipeline import prepare
+from behrt_jax.run_folder import METRICS_FILE, read_metrics
 from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.export import PROGRAM_FILE, export
 from behrt_jax.workflows.finetune import finetune
@@ -41,6 +43,7 @@ from tests.records.meds_folder import DAY, Row, born, events_table
 from tests.records.memory_source import MemorySource
 from tests.workflows.evaluated import CODES, TIME, sigmoid
 from tests.workflows.finetune_case import ONE
+from tests.workflows.small_run import SMALL_RUN, changed
 
 SUBJECTS = 1500
 
@@ -191,6 +194,20 @@ def patient(rows, subject):
         for row in rows
         if row.subject == subject
     ]
+
+
+@pytest.mark.slow
+def test_eight_devices_that_gather_facts_train_as_one_that_is_fed(tmp_path):
+    losses = {}
+    for name, devices in (("no", ONE), ("yes", jax.devices())):
+        config = changed(
+            replace(SMALL_RUN, output=tmp_path / name), "train", max_steps=6, data_on_device=name
+        )
+        config = changed(config, "model", fact_tokens=True, cls_token=True)
+        folder = pretrain(config, devices).folder
+        losses[name] = [line["loss"] for line in read_metrics(folder / METRICS_FILE)]
+    assert len(losses["no"]) >= 3
+    np.testing.assert_allclose(losses["no"], losses["yes"], rtol=1e-4)
 
 
 def test_facts_are_asked_for_where_there_are_none(records, tmp_path):
