@@ -413,8 +413,9 @@ def _from_adapters(
     record = read_task(folders[0])
     pretrained = open_pretrained(base or Path(record["base"]))
     setup = _set_up(record, len(pretrained.vocabulary), mesh)
-    first = setup.init(jax.random.key(0))["params"]
-    heads = {name: head for name, head in first.items() if name.endswith("_head")}
+    # Every leaf of a head comes with the adapter.
+    heads = {name: head for name, head in setup.shapes["params"].items() if name.endswith("_head")}
+    heads = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), heads)
     params = {"behrt": read_encoder(pretrained, mesh).params, **heads}
     members, new_codes = [], ()
     for folder in folders:
