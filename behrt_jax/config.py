@@ -87,9 +87,13 @@ class ModelConfig:
     def resolved(self) -> "ModelConfig":
         """The same model with the value of each setting written out that follows from another one."""
         dropout = self.dropout if self.attention_dropout is None else self.attention_dropout
+        return replace(self, ffn_size=self.inner_size, attention_dropout=dropout)
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the feed-forward layer, where `ffn_size` is not given too."""
         gated = 8 * -(-self.hidden_size // 3)
-        width = self.ffn_size or (4 * self.hidden_size if self.ffn == "gelu" else gated)
-        return replace(self, ffn_size=width, attention_dropout=dropout)
+        return self.ffn_size or (4 * self.hidden_size if self.ffn == "gelu" else gated)
 
     @property
     def reads_days(self) -> bool:

@@ -383,6 +383,12 @@ MISTAKES = {
     "no train split": (["--data.source", "meds", "--data.path", "{meds}/no_train"], "train"),
     "path of a generated source": (["--data.path", "{meds}/healthy"], "add --data.source meds"),
     "length over positions": (["--data.max_length", "51"], "the model has 50 positions"),
+    "rotation of odd heads": (
+        ["--model.position_embedding", "rope", "--model.hidden_size", "60"], "heads have the odd size 15"
+    ),
+    "days and visits": (
+        ["--model.position_embedding", "rope_time", "--model.position_of", "visit"], "rope_time counts days"
+    ),
     "hidden not divisible by heads": (["--model.heads", "5"], "not divisible by model.heads 5"),
     "cudnn in float32": (
         ["--model.attention", "cudnn"], "needs bfloat16, but model.compute_dtype is float32"),

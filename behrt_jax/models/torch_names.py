@@ -5,6 +5,9 @@ difference: query, key and value are linear layers of their own (``q_proj``, ``k
 each can have an adapter; `weights.torch_behrt` packs them into the ``in_proj_weight`` of
 ``nn.MultiheadAttention``. A matrix ``kernel`` `[in, out]` of ours is a ``weight`` `[out, in]` there. Adapters
 are named as PEFT names them: ``lora_A.weight`` `[rank, in]` and ``lora_B.weight`` `[out, rank]`.
+
+What ``torch.nn`` has no part for (the gate of a gated feed-forward layer, embeddings of times) has names of
+the same kind, under which adapters are written and read.
 """
 
 import re
@@ -17,6 +20,8 @@ MODULES = {
     "behrt/embeddings/age": "behrt.embeddings.age_embedding.embedding",
     "behrt/embeddings/visit": "behrt.embeddings.visit_embedding.embedding",
     "behrt/embeddings/position": "behrt.embeddings.position_embedding.embedding",
+    "behrt/embeddings/gap": "behrt.embeddings.gap_embedding",
+    "behrt/embeddings/calendar": "behrt.embeddings.calendar_embedding",
     "behrt/embeddings/norm": "behrt.embeddings.layer_norm",
     "behrt/embeddings/projection": "behrt.embedding_projection",
     "behrt/encoder/layer_#/attention_norm": "behrt.encoder.layers.#.norm1",
@@ -26,6 +31,7 @@ MODULES = {
     "behrt/encoder/layer_#/attention/out": "behrt.encoder.layers.#.self_attn.out_proj",
     "behrt/encoder/layer_#/ffn_norm": "behrt.encoder.layers.#.norm2",
     "behrt/encoder/layer_#/intermediate": "behrt.encoder.layers.#.linear1",
+    "behrt/encoder/layer_#/gate": "behrt.encoder.layers.#.gate_proj",
     "behrt/encoder/layer_#/output": "behrt.encoder.layers.#.linear2",
     "behrt/encoder/norm": "behrt.layer_norm",
     "mlm_head/dense": "mlm_head.0",
@@ -43,6 +49,8 @@ PARAMETERS = {
     "b": "lora_B.weight",
 }
 """Leaf of ours -> parameter in PyTorch."""
+OF_TIMES = ("frequency", "phase", "scale")
+"""Leaves of Time2Vec, which have their own names in PyTorch too."""
 TRANSPOSED = ("kernel", "a", "b")
 """Leaves that PyTorch has the other way round."""
 
@@ -57,7 +65,8 @@ def torch_module(path: Sequence[str]) -> str:
 
 def torch_name(path: Path) -> str:
     """Name in PyTorch of our leaf at `path`, of ``params`` or of ``lora``."""
-    return f"{torch_module(path[:-1])}.{PARAMETERS.get(path[-1], path[-1])}"
+    own = path[-1] in OF_TIMES and not path[-2].endswith("norm")
+    return f"{torch_module(path[:-1])}.{path[-1] if own else PARAMETERS.get(path[-1], path[-1])}"
 
 
 def path_of(name: str) -> Path:

@@ -188,7 +188,7 @@ def choose_micro_batches(
     mesh = assembly.mesh
     rows = -(-batches.rows_per_batch // mesh.size)
     model, platform = config.model, mesh.devices.flat[0].platform
-    likely = likely_parts(rows, batches.row_length, model.ffn_size or 4 * model.hidden_size, platform)
+    likely = likely_parts(rows, batches.row_length, model.inner_size, platform)
     if total_steps < SEARCH_FROM or jax.process_count() > 1:
         return likely
     settings = {name: asdict(config)[name] for name in ("model", "lora", "freezing", "masking", "mesh")}

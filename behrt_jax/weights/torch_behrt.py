@@ -39,8 +39,11 @@ HELD_UNDER = ("model_state_dict", "state_dict")
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 """Put before every name by data parallelism, ``torch.compile`` and PEFT."""
 SEPARATE = ("q_proj", "k_proj", "v_proj")
-ORDINARY = {"position_embedding": "learned", "position_of": "event", "visit_embedding": "ordinal"}
-"""The settings of the embeddings that this layout is for."""
+ORDINARY = {
+    "position_embedding": "learned", "position_of": "event", "visit_embedding": "ordinal", "time": "none",
+    "ffn": "gelu", "norm": "layer", "bias": True, "tied_decoder": False,
+}  # fmt: skip
+"""The settings that this layout is for: those of parts from ``torch.nn``."""
 
 _ADAPTER = re.compile(r"(.+?)(?:\.lora)?\.lora_([AB])(?:\.default)?(?:\.weight)?")
 _BASE = re.compile(r"(.+)\.(?:original_layer|base_layer)\.(.+)")
@@ -55,7 +58,7 @@ def to_state_dict(model: ModelConfig, params: Tree) -> dict[str, np.ndarray]:
         params: stacked or not, without adapters (merge them before).
 
     Raises:
-        InputError: an embedding setting that the layout does not have.
+        InputError: a setting that the layout does not have.
     """
     for name, value in ORDINARY.items():
         if (given := getattr(model, name)) != value:

@@ -3,7 +3,7 @@ data is read, and facts of data and model, by which the doctor judges it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TypeVar, get_args
@@ -23,8 +23,9 @@ from behrt_jax.config import (
     TrainConfig,
 )
 from behrt_jax.data.batches import TrainingBatches
+from behrt_jax.data.events import DAY
 from behrt_jax.data.questions import QuestionBatches
-from behrt_jax.data.sequences import Sequences, SequenceSet
+from behrt_jax.data.sequences import Sequences, SequenceSet, day_text
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
 from behrt_jax.diagnosis.finding import Facts
 from behrt_jax.diagnosis.leakage_data import shifted_dates
@@ -164,6 +165,11 @@ def _check_model(model: ModelConfig) -> None:
         not model.position_embedding.startswith("rope") or size % 2 == 0,
         f"model.position_embedding is {model.position_embedding}, which turns pairs of components, but heads "
         f"have the odd size {size} (hidden_size / heads): change one.",
+    )
+    require(
+        model.position_embedding != "rope_time" or model.position_of == "event",
+        "model.position_of is visit, but model.position_embedding rope_time counts days: leave position_of "
+        "out, or take rope, which counts what it says.",
     )
     for name in ("dropout", "attention_dropout"):
         _dropout(f"model.{name}", getattr(model, name))
@@ -364,6 +370,36 @@ def model_of(config: FinetuneConfig, pretrained: ModelConfig) -> ModelConfig:
 
 # Facts that only the process which holds data and model can see.
 
+FIRST_YEAR, LAST_YEAR = 1900, 2200
+"""Years that a model with `model.time` time2vec reads."""
+
+
+def check_days(model: ModelConfig, splits: Mapping[str, Sequences]) -> None:
+    """Raise :class:`InputError` where a model that reads days has none, a train split of one day; or, where
+    it reads the calendar, years that it does not know: it counts the events of the first split that has some.
+    """
+    train = splits.get("train")
+    if model.reads_days and train is not None and len(train) > 1:
+        day = train.times[0] // DAY
+        require(
+            bool((train.times // DAY != day).any()),
+            f"All {len(train.times):,} events of the train split are on one day ({day_text(day)}), where "
+            f"model.time {model.time} and model.position_embedding {model.position_embedding} say nothing: "
+            "mend the times, or take model.time none and another model.position_embedding.",
+        )
+    if model.time != "time2vec":
+        return
+    first, last = (np.datetime64(f"{year}", "us").astype(np.int64) for year in (FIRST_YEAR, LAST_YEAR + 1))
+    for name, part in splits.items():
+        outside = int(np.count_nonzero((part.times < first) | (part.times >= last)))
+        require(
+            not outside,
+            f"{outside:,} of {len(part.times):,} events of the {name} split are in years outside of "
+            f"{FIRST_YEAR} to {LAST_YEAR}, which model.time time2vec does not read: mend their times, or, "
+            "where dates were shifted by subject, take --model.time gaps.",
+        )
+
+
 MOST_EVENTS = 20_000_000
 """Events looked at; of more, every n-th."""
 
@@ -419,7 +455,7 @@ def _beyond_tables(sequences: Sequences, model: ModelConfig) -> dict[str, float]
     }
     if model.visit_embedding == "ordinal":
         found["visits"] = np.count_nonzero(visits >= model.visit_rows)
-    if model.position_of == "visit":
+    if model.position_of == "visit" and model.position_embedding in ("learned", "sinusoidal"):
         found["positions"] = np.count_nonzero(visits >= model.positions)
     return {name: int(count) / len(ages) for name, count in found.items()}
 

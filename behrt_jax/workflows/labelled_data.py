@@ -22,6 +22,7 @@ from behrt_jax.files import JsonObject
 from behrt_jax.models.stacked_layers import Tree
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.micro_batches import likely_parts
+from behrt_jax.workflows.checks import check_days
 
 # What there is to learn from, counted and said.
 
@@ -297,6 +298,7 @@ def examples_to_train(
     """Examples of the train split (as many as ``task.label_fraction`` says), of the tuning split, and how the
     codes were mapped onto those of the model. Arguments as of :func:`label_data`, errors of `find_examples`.
     """
+    check_days(model, {name: data.splits[name] for name in TRAINS})
     data, mapped = in_vocabulary(data, vocabulary, config.extend_vocabulary)
     train, tuning = (
         examples_of(data, name, labels, model, config.task.max_length, delays, config.task.outside_life)
@@ -367,7 +369,7 @@ def split_batches(
     of_tuning = config.train.batch_size or MOST_AT_ONCE
     tuning = task_batches(labelled.tuning, labelled.tuning_targets, shape, batch_size=of_tuning, seed=None)
     rows = -(-train.rows_per_batch // mesh.size)
-    width = model.ffn_size or 4 * model.hidden_size
+    width = model.inner_size
     platform = mesh.devices.flat[0].platform
     parts = config.train.micro_batches or likely_parts(rows, train.row_length, width, platform)
     return train.with_rows_a_multiple_of(mesh.size * parts), tuning, parts

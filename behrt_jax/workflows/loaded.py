@@ -58,6 +58,7 @@ from behrt_jax.training.state import Setup, set_up
 from behrt_jax.training.step import Variables, with_new_rows
 from behrt_jax.training.validation import OutputStep, make_output_step, score
 from behrt_jax.weights.portable import is_portable
+from behrt_jax.workflows.checks import check_days
 from behrt_jax.workflows.labelled_data import check_codes, examples_of, in_vocabulary, read_data
 from behrt_jax.workflows.predict import (
     Finetuned,
@@ -344,6 +345,7 @@ class Loaded:
             if split not in data.splits:
                 raise InputError(f"There is no split {split!r}: choose one of {', '.join(data.splits)}.")
             codes = check_codes(data, [split], self.vocabulary, self.preparation, max_unknown, self.folder)
+            check_days(self.config, {split: data.splits[split]})
             data, _ = in_vocabulary(data, self.vocabulary)
             wanted = (
                 last_events(data, [split]) if labels is None else read_labels(labels, without_values=True)
@@ -352,6 +354,7 @@ class Loaded:
             return _Histories(data, {split: wanted}, delays, codes)
         own = encode_events(event_rows(data), self.vocabulary, self._rules)
         split = "held_out"
+        check_days(self.config, {split: own.splits[split]})
         codes = check_codes(own, [split], self.vocabulary, self._rules, max_unknown, self.folder)
         wanted = last_events(own, [split])
         if time is not None and len(known := own.subject_ids(split)):

@@ -57,6 +57,7 @@ from behrt_jax.training.state import Setup, set_up_task
 from behrt_jax.training.step import Variables, with_new_rows
 from behrt_jax.training.validation import OutputStep, make_output_step, score
 from behrt_jax.weights.portable import Portable, is_portable, open_portable, read_weights
+from behrt_jax.workflows.checks import check_days
 from behrt_jax.workflows.finetune_run import (
     MEMBERS_FOLDER,
     TASK_FILE,
@@ -101,6 +102,7 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
             open_records(config, finetuned.vocabulary, finetuned.preparation, console)
         )
         data, delays = records.data, records.delays
+        check_days(finetuned.model, {name: data.splits[name] for name in records.splits})
         labels, without = labels_to_predict(records)
         task, calibration = finetuned.task, finetuned.calibration
         if labels.kind != "none" and not task.fits(labels):
@@ -484,6 +486,7 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
         encoder = _open(config, config.model, mesh)
         records = stack.enter_context(open_records(config, encoder.vocabulary, encoder.preparation, console))
         data, unknown = records.data, 0
+        check_days(encoder.model, {name: data.splits[name] for name in records.splits})
         if config.labels is None:
             labels = last_events(data, records.splits)
         else:

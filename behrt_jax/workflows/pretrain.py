@@ -67,7 +67,7 @@ from behrt_jax.training.validation import (
 )
 from behrt_jax.weights.code_vectors import CodeVectors, first_rows, read_vectors
 from behrt_jax.workflows import announce
-from behrt_jax.workflows.checks import check, gather_facts
+from behrt_jax.workflows.checks import check, check_days, gather_facts
 from behrt_jax.workflows.doctor import Examination
 from behrt_jax.workflows.questions import (
     QuestionValidation,
@@ -214,6 +214,7 @@ def open_pretraining(
     if reason := use_compilation_cache(config.compilation_cache):
         console.log(reason)
     data = load_sequences(config.data, config.model.sep_token)
+    check_days(config.model, data.splits)
     description = describe(data)
     announce.data(console, config, description)
     for note in data.notes:

@@ -167,7 +167,7 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[s
         window="recent",
     )
     platform = jax.devices()[0].platform
-    rows, width = batches.rows_per_batch, model.ffn_size or 4 * model.hidden_size
+    rows, width = batches.rows_per_batch, model.inner_size
     likely = likely_parts(rows, model.positions, width, platform)
     parts = ablation.micro_batches or task["micro_batches"] or likely
     batches = batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts))

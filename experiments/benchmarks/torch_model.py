@@ -1,8 +1,11 @@
 """BEHRT in plain PyTorch: what the JAX model must equal, and what it is timed against.
 
-The settings of the reference models: learned positions of events, a row per visit. Rows are padded, one
-subject each, and the head runs at every position, as is usual in PyTorch. Its ``state_dict`` is in the
-layout that `weights.torch_behrt` reads and writes.
+Rows are padded, one subject each, and the head runs at every position, as is usual in PyTorch. With the
+settings of the reference models (learned positions of events, a row per visit, layers with biases) it is
+made of parts from ``torch.nn``, and its ``state_dict`` is in the layout that `weights.torch_behrt` reads and
+writes.
+Rotary positions, times, gated layers and RMSNorm, which ``nn.TransformerEncoderLayer`` does not have, are
+:class:`ModernLayer`'s and :class:`Times`'; there is then no fixed table of positions.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -61,6 +64,7 @@ class SeparateSelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
+        self.angles: torch.Tensor | None = None
         for name, linear in linears.items():
             self.add_module(name, linear)
 
@@ -92,7 +96,8 @@ class SeparateSelfAttention(nn.Module):
         batch, length, hidden = query.shape
 
         def project(name: str) -> torch.Tensor:
-            return getattr(self, name)(query).view(batch, length, self.heads, -1).transpose(1, 2)
+            x = getattr(self, name)(query).view(batch, length, self.heads, -1)
+            return (x if self.angles is None or name == "v_proj" else turned(x, self.angles)).transpose(1, 2)
 
         mask = None
         if key_padding_mask is not None:
@@ -105,6 +110,65 @@ class SeparateSelfAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )  # [B, N, L, K]
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, hidden)), None
+
+
+def turned(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: component i of each head, with component ``size / 2 + i`` as its imaginary part,
+    turned by `angles` `[batch, length, size / 2]`; `x` is `[batch, length, heads, size]`.
+    """
+    real, imaginary = x.chunk(2, dim=-1)
+    pairs = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)[:, :, None]
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+class ModernLayer(nn.Module):
+    """A pre-norm layer with rotary positions, RMSNorm, gates or no biases, as the configuration says."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.inner_size
+        self.norm1, self.norm2 = norm_of(config, hidden), norm_of(config, hidden)
+        linears = {name: nn.Linear(hidden, hidden, config.bias) for name in ATTENTION_LINEARS.values()}
+        dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
+        self.self_attn = SeparateSelfAttention(config.heads, dropout, linears)
+        self.linear1 = nn.Linear(hidden, inner, config.bias)
+        self.gate_proj = None if config.ffn == "gelu" else nn.Linear(hidden, inner, config.bias)
+        self.linear2 = nn.Linear(inner, hidden, config.bias)
+        self.activation = F.silu if config.ffn == "swiglu" else F.gelu
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, src: torch.Tensor, src_mask: None = None, src_key_padding_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        """As of ``nn.TransformerEncoderLayer``."""
+        y = self.norm1(src)
+        x = src + self.dropout(self.self_attn(y, y, y, key_padding_mask=src_key_padding_mask)[0])
+        y = self.norm2(x)
+        wide = self.linear1(y)
+        gate = self.gate_proj
+        wide = self.activation(wide) if gate is None else self.activation(gate(y)) * wide
+        return x + self.dropout(self.linear2(wide))
+
+
+def norm_of(config: ModelConfig, size: int) -> nn.Module:
+    """LayerNorm or RMSNorm."""
+    return nn.RMSNorm(size, eps=1e-5) if config.norm == "rms" else nn.LayerNorm(size, bias=config.bias)
+
+
+class Times(nn.Module):
+    """Time2Vec (Kazemi et al. 2019, arXiv 1907.05321): one linear function, then sines."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.frequency = nn.Parameter(torch.linspace(1.0, 100.0, size))
+        self.phase = nn.Parameter(2 * torch.pi * torch.rand(size))
+        self.scale = nn.Parameter(torch.full((size,), 0.02 * 2**0.5))
+
+    def forward(self, days: torch.Tensor) -> torch.Tensor:
+        """`[batch, length, size]` of `days` `[batch, length]`, in the dtype of the parameters."""
+        angle = (days.to(self.frequency.dtype) / 36525.0)[..., None] * self.frequency + self.phase
+        return self.scale * torch.cat([angle[..., :1], angle[..., 1:].sin()], dim=-1)
 
 
 def adapt(layer: Any, rank: int, scale: float, targets: Collection[str]) -> None:
@@ -153,6 +217,10 @@ def separate_projections(module: "TorchBEHRTForMLM") -> None:
         layer.self_attn = SeparateSelfAttention(attention.num_heads, attention.dropout, linears)
 
 
+OF_TORCH_NN = {"position_embedding": "learned", "ffn": "gelu", "norm": "layer", "bias": True}
+"""Settings with which a layer is ``nn.TransformerEncoderLayer``."""
+
+
 class Table(nn.Module):
     """A table of ages, visits or positions."""
 
@@ -166,7 +234,7 @@ class Table(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Sum of four embeddings, LayerNorm, dropout."""
+    """Sum of the embeddings of an event, normalised, dropout."""
 
     def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
@@ -174,48 +242,98 @@ class Embeddings(nn.Module):
         self.age_bin_years = config.age_bin_years
         self.code_embedding = nn.Embedding(vocabulary_size, size)
         self.age_embedding = Table(config.age_rows, size)
-        self.visit_embedding = Table(config.visit_rows, size)
-        self.position_embedding = Table(config.positions, size)
-        self.layer_norm = nn.LayerNorm(size)
+        self.alternates = config.visit_embedding == "alternating"
+        rows = 2 if self.alternates else config.visit_rows
+        self.visit_embedding = None if config.visit_embedding == "none" else Table(rows, size)
+        learned = config.position_embedding == "learned"
+        self.position_embedding = Table(config.positions, size) if learned else None
+        self.gap_embedding = None if config.time == "none" else Times(size)
+        self.calendar_embedding = Times(size) if config.time == "time2vec" else None
+        self.layer_norm = norm_of(config, size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, codes: torch.Tensor, ages: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, codes: torch.Tensor, ages: torch.Tensor, visits: torch.Tensor, days: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`[batch, length, embedding]`; arguments as of :class:`TorchBEHRTForMLM`."""
         bins = (ages / self.age_bin_years).floor().long()
-        x = self.code_embedding(codes) + self.age_embedding(bins) + self.visit_embedding(visits)
-        x = x + self.position_embedding.embedding.weight[: codes.shape[1]]  # [B, L, E]
+        x = self.code_embedding(codes) + self.age_embedding(bins)
+        if self.visit_embedding is not None:
+            x = x + self.visit_embedding(visits % 2 if self.alternates else visits)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.embedding.weight[: codes.shape[1]]  # [B, L, E]
+        if self.gap_embedding is not None and days is not None:
+            x = x + self.gap_embedding(gaps_between(days, visits))
+        if self.calendar_embedding is not None and days is not None:
+            x = x + self.calendar_embedding(days - 10957)
         return self.dropout(self.layer_norm(x))
 
 
+def gaps_between(days: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
+    """Days from the last event of the visit before to the first of this one, 0 in the first visit."""
+    gaps = torch.zeros_like(days)
+    for column in range(1, days.shape[1]):
+        same = visits[:, column] == visits[:, column - 1]
+        gaps[:, column] = torch.where(same, gaps[:, column - 1], days[:, column] - days[:, column - 1])
+    return gaps
+
+
 class TorchBEHRT(nn.Module):
-    """Embeddings, their projection, encoder, LayerNorm."""
+    """Embeddings, their projection, encoder, norm."""
 
     def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
         size, hidden = config.embedding_size, config.hidden_size
         self.embeddings = Embeddings(config, vocabulary_size)
-        self.embedding_projection = nn.Linear(size, hidden) if size != hidden else nn.Identity()
-        layer: Any = nn.TransformerEncoderLayer(
-            hidden,
-            config.heads,
-            config.ffn_size or 4 * hidden,
-            config.dropout,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
+        project = size != hidden
+        self.embedding_projection = nn.Linear(size, hidden, config.bias) if project else nn.Identity()
+        self.rotary, self.of_visits = config.position_embedding, config.position_of == "visit"
+        self.frequencies = config.rope_base ** (
+            -np.arange(0, hidden // config.heads, 2) * config.heads / hidden
         )
-        layer.dropout = nn.Identity()
-        if config.attention_dropout is not None:
-            layer.self_attn.dropout = config.attention_dropout
-        self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
-        self.layer_norm = nn.LayerNorm(hidden)
+        self.encoder = nn.TransformerEncoder(_layer_of(config), config.layers, enable_nested_tensor=False)
+        self.layer_norm = norm_of(config, hidden)
 
     def forward(
-        self, codes: torch.Tensor, ages: torch.Tensor, visits: torch.Tensor, padding: torch.Tensor | None
+        self,
+        codes: torch.Tensor,
+        ages: torch.Tensor,
+        visits: torch.Tensor,
+        padding: torch.Tensor | None,
+        days: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`[batch, length, hidden]`; arguments as of :class:`TorchBEHRTForMLM`."""
-        x = self.embedding_projection(self.embeddings(codes, ages, visits))  # [B, L, D]
+        x = self.embedding_projection(self.embeddings(codes, ages, visits, days))  # [B, L, D]
+        if self.rotary.startswith("rope"):
+            places = (
+                visits if self.of_visits else torch.arange(codes.shape[1], device=x.device).expand_as(codes)
+            )
+            if self.rotary == "rope_time":
+                assert days is not None
+                places = days - days[:, :1]
+            angles = places[..., None] * torch.from_numpy(self.frequencies).to(x.device)  # float64
+            layers: Any = self.encoder.layers
+            for layer in layers:
+                layer.self_attn.angles = torch.remainder(angles, 2 * torch.pi).to(x.dtype)
         return self.layer_norm(self.encoder(x, src_key_padding_mask=padding))
+
+
+def _layer_of(config: ModelConfig) -> Any:
+    if any(getattr(config, name) != value for name, value in OF_TORCH_NN.items()):
+        return ModernLayer(config)
+    layer: Any = nn.TransformerEncoderLayer(
+        config.hidden_size,
+        config.heads,
+        config.inner_size,
+        config.dropout,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    )
+    layer.dropout = nn.Identity()
+    if config.attention_dropout is not None:
+        layer.self_attn.dropout = config.attention_dropout
+    return layer
 
 
 Regime = Literal["full", "frozen", "lora"]
@@ -252,10 +370,13 @@ class TorchBEHRTForMLM(nn.Module):
         _check(config, regime, lora)
         self.vocabulary_size, hidden = vocabulary_size, config.hidden_size
         self.behrt = TorchBEHRT(config, vocabulary_size)
-        decoder = nn.Linear(hidden, vocabulary_size)
-        self.mlm_head = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden), decoder)
+        features = config.embedding_size if config.tied_decoder else hidden
+        dense, decoder = nn.Linear(hidden, features, config.bias), nn.Linear(features, vocabulary_size)
+        self.mlm_head = nn.Sequential(dense, nn.GELU(), norm_of(config, features), decoder)
         of = self.behrt.embeddings
-        tables = [of.age_embedding, of.visit_embedding, of.position_embedding]
+        if config.tied_decoder:
+            decoder.weight = of.code_embedding.weight
+        tables = [table for table in of.children() if isinstance(table, Table)]
         for table in (of.code_embedding, *(table.embedding for table in tables), decoder):
             nn.init.normal_(table.weight, std=0.02)
         if regime != "full":
@@ -271,6 +392,7 @@ class TorchBEHRTForMLM(nn.Module):
         ages: torch.Tensor,
         visits: torch.Tensor,
         padding: torch.Tensor | None = None,
+        days: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits over the vocabulary at every position.
 
@@ -280,20 +402,22 @@ class TorchBEHRTForMLM(nn.Module):
             visits: ordinal of the visit from 0, int64 `[batch, length]`.
             padding: bool `[batch, length]`, True at padding; none where every position holds an event. A
                 row needs one event at least.
+            days: of the event since 1970, int64 `[batch, length]`; where the model reads them.
 
         Returns:
             `[batch, length, vocabulary]`; at padding, numbers without meaning.
         """
-        return self.mlm_head(self.behrt(codes, ages, visits, padding))
+        return self.mlm_head(self.behrt(codes, ages, visits, padding, days))
 
 
 def _check(config: ModelConfig, regime: str, lora: LoRAConfig | None) -> None:
-    supported = {"position_embedding": "learned", "position_of": "event", "visit_embedding": "ordinal"}
-    for name, value in supported.items():
-        if getattr(config, name) != value:
-            raise InputError(
-                f"model.{name} is {getattr(config, name)!r}: the PyTorch reference has {value!r} alone."
-            )
+    learned = config.position_embedding == "learned"
+    if config.position_embedding == "sinusoidal" or (learned and config.position_of == "visit"):
+        name = "position_of" if learned else "position_embedding"
+        raise InputError(
+            f"model.{name} is {getattr(config, name)!r}: of tables, the PyTorch reference has a learned one "
+            "of events alone."
+        )
     if regime not in ("full", "frozen", "lora"):
         raise InputError(f"regime is {regime!r}: choose one of full, frozen, lora.")
     if (regime == "lora") != (lora is not None):
@@ -301,6 +425,8 @@ def _check(config: ModelConfig, regime: str, lora: LoRAConfig | None) -> None:
             f"regime is {regime!r} and lora is {lora}: give lora with regime 'lora', and only then."
         )
     if lora is not None:
+        if any(getattr(config, name) != value for name, value in OF_TORCH_NN.items()):
+            raise InputError(f"lora: the PyTorch reference adapts layers with {OF_TORCH_NN} alone.")
         _check_adapters(lora)
 
 
@@ -389,17 +515,27 @@ def _places(module: TorchBEHRTForMLM) -> Iterator[tuple[Path, _Place]]:
     of: Any = behrt.embeddings
     yield (*path, "code", "embedding"), _Place(of.code_embedding.weight)
     for name in ("age", "visit", "position"):
-        yield (*path, name, "embedding"), _Place(getattr(of, f"{name}_embedding").embedding.weight)
+        if (table := getattr(of, f"{name}_embedding")) is not None:
+            yield (*path, name, "embedding"), _Place(table.embedding.weight)
+    for name in ("gap", "calendar"):
+        times: Any = getattr(of, f"{name}_embedding")
+        if times is not None:
+            for leaf in ("frequency", "phase", "scale"):
+                yield (*path, name, leaf), _Place(getattr(times, leaf))
     yield from _norm((*path, "norm"), of.layer_norm)
     if isinstance(behrt.embedding_projection, nn.Linear):
         yield from _torch_parameters_linear((*path, "projection"), behrt.embedding_projection)
     for index, layer in enumerate(behrt.encoder.layers):
         yield from _layer(("params", "behrt", "encoder", f"layer_{index}"), layer)
     yield from _norm(("params", "behrt", "encoder", "norm"), behrt.layer_norm)
-    dense, _, norm, decoder = module.mlm_head
+    head: Any = module.mlm_head
+    dense, _, norm, decoder = head
     yield from _torch_parameters_linear(("params", "mlm_head", "dense"), dense)
     yield from _norm(("params", "mlm_head", "norm"), norm)
-    yield from _torch_parameters_linear(("params", "mlm_head", "decoder"), decoder)
+    if decoder.weight is of.code_embedding.weight:
+        yield ("params", "mlm_head", "decoder", "bias"), _Place(decoder.bias)
+    else:
+        yield from _torch_parameters_linear(("params", "mlm_head", "decoder"), decoder)
 
 
 def _layer(path: Path, layer: Any) -> Iterator[tuple[Path, _Place]]:
@@ -417,6 +553,8 @@ def _layer(path: Path, layer: Any) -> Iterator[tuple[Path, _Place]]:
     yield from _norm((*path, "ffn_norm"), layer.norm2)
     yield from _torch_parameters_linear((*path, "intermediate"), layer.linear1)
     yield from _torch_parameters_linear((*path, "output"), layer.linear2)
+    if (gate := getattr(layer, "gate_proj", None)) is not None:
+        yield from _torch_parameters_linear((*path, "gate"), gate)
 
 
 def _torch_parameters_linear(path: Path, linear: Any) -> Iterator[tuple[Path, _Place]]:
@@ -425,12 +563,14 @@ def _torch_parameters_linear(path: Path, linear: Any) -> Iterator[tuple[Path, _P
         yield ("lora", *path[1:], "b"), _Place(linear.b)
         linear = linear.linear
     yield (*path, "kernel"), _Place(linear.weight, True)
-    yield (*path, "bias"), _Place(linear.bias)
+    if linear.bias is not None:
+        yield (*path, "bias"), _Place(linear.bias)
 
 
 def _norm(path: Path, norm: Any) -> Iterator[tuple[Path, _Place]]:
     yield (*path, "scale"), _Place(norm.weight)
-    yield (*path, "bias"), _Place(norm.bias)
+    if getattr(norm, "bias", None) is not None:
+        yield (*path, "bias"), _Place(norm.bias)
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:

@@ -31,14 +31,12 @@ class TorchBatch(NamedTuple):
     """Ordinal of the visit, int64 ``[rows, length]``."""
     padding: torch.Tensor | None
     """bool ``[rows, length]``, True at padding; None where there is none."""
+    days: torch.Tensor | None = None
+    """Of the event since 1970, int64 ``[rows, length]``; where the model reads them."""
 
     def to(self, device: str) -> "TorchBatch":
         """Copy to a device."""
-        codes, ages, visits = (x.to(device, non_blocking=True) for x in self[:3])
-        padding = self.padding
-        return TorchBatch(
-            codes, ages, visits, None if padding is None else padding.to(device, non_blocking=True)
-        )
+        return TorchBatch(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # pyright: ignore[reportArgumentType]
 
 
 def padded_batches(sequences: Sequences, length: int, batch_size: int, seed: int = 0) -> Iterator[TorchBatch]:
@@ -143,7 +141,7 @@ class TorchTrainStep:
             labels: codes to predict, `IGNORED` elsewhere, int64 `[rows, length]`.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(shown, batch.ages, batch.visits, batch.padding, labels)
+        loss = self._loss(shown, batch.ages, batch.visits, batch.padding, batch.days, labels)
         loss.backward()
         if self.clip_norm is not None:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -157,10 +155,11 @@ class TorchTrainStep:
         ages: torch.Tensor,
         visits: torch.Tensor,
         padding: torch.Tensor | None,
+        days: torch.Tensor | None,
         labels: torch.Tensor,
     ) -> torch.Tensor:
         with self._autocast:
-            logits = self.module(shown, ages, visits, padding)  # [B, L, V]
+            logits = self.module(shown, ages, visits, padding, days)  # [B, L, V]
             return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 

@@ -24,6 +24,18 @@ ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")
 SIZES = {
     name: replace(c, dropout=0.0) for name, c in {"small": SMALL, "medium": MEDIUM, "large": LARGE}.items()
 }
+MODERN = {
+    "modern": replace(
+        SIZES["small"], position_embedding="rope", time="time2vec", ffn="swiglu", norm="rms", bias=False,
+        tied_decoder=True, visit_embedding="none",
+    ),
+    "by days": replace(
+        SIZES["small"], position_embedding="rope_time", time="gaps", ffn="geglu",
+        visit_embedding="alternating",
+    ),
+    "by visits": replace(SIZES["small"], position_embedding="rope", position_of="visit", tied_decoder=True),
+}  # fmt: skip
+"""Models of today, of the size of `small`."""
 TOLERANCE = 5e-6
 """Of a difference relative to what is compared, in the 2-norm over a leaf."""
 
@@ -34,6 +46,7 @@ class PaddedCase(NamedTuple):
     shown: np.ndarray
     ages: np.ndarray
     visits: np.ndarray
+    days: np.ndarray
     positions: np.ndarray
     segment_ids: np.ndarray
     columns: np.ndarray
@@ -44,8 +57,7 @@ class PaddedCase(NamedTuple):
     def batch(self) -> Batch:
         """The rows as our model takes them."""
         rows = np.arange(len(self.shown), dtype=np.int32)
-        days = np.zeros_like(self.visits)  # not read by the reference
-        return Batch(self.shown, self.ages, self.visits, days, self.positions, self.segment_ids, rows)
+        return Batch(self.shown, self.ages, self.visits, self.days, self.positions, self.segment_ids, rows)
 
 
 class Results(NamedTuple):
@@ -68,6 +80,8 @@ def padded_case(config: ModelConfig) -> PaddedCase:
     )
     ages = 55 + 55 * uniform("ages", real.shape)
     visits = np.sort(np.floor(300 + 300 * uniform("visits", real.shape)))
+    # Visits of a hundred days, in this century and the one before.
+    days = 20_000 * uniform("rows", (len(lengths), 1)).round() + 100 * (visits - visits[:, :1])
     columns = np.argsort(np.where(real, uniform("columns", real.shape), 2.0), axis=1)[:, :TARGETS]
     codes = np.where(real, codes, 0).astype(np.int32)
     shown = codes.copy()
@@ -76,6 +90,7 @@ def padded_case(config: ModelConfig) -> PaddedCase:
         shown,
         np.where(real, ages, 0).astype(np.float32),
         np.where(real, visits, 0).astype(np.int32),
+        np.where(real, days, 0).astype(np.int32),
         np.where(real, np.arange(length), 0).astype(np.int32),
         real.astype(np.int32),
         columns.astype(np.int32),
@@ -101,6 +116,9 @@ def weights(config: ModelConfig, lora: LoRAConfig | None = None) -> dict[str, An
         variables = {**variables, "lora": grown}
 
     def drawn(path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+        if path[-2] in ("gap", "calendar"):  # turns in 4 years and more, as large as a code
+            size, least = {"frequency": (80.0, 80.0), "phase": (3.0, 0.0), "scale": (0.03, 0.0)}[path[-1]]
+            return (least + size * uniform("/".join(path), shape)).astype(np.float32)
         size = {"embedding": 0.035, "bias": 0.05, "scale": 0.2, "b": 0.05}.get(
             path[-1], (3 / shape[0]) ** 0.5
         )

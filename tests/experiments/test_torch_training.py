@@ -25,7 +25,7 @@ from experiments.benchmarks.torch_training import (
     mask_codes,
     padded_batches,
 )
-from tests.experiments.reference_cases import ALL_LINEARS, SIZES, VOCABULARY, padded_case, weights
+from tests.experiments.reference_cases import ALL_LINEARS, MODERN, SIZES, VOCABULARY, padded_case, weights
 from tests.models.rows import random_batch, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -125,10 +125,11 @@ def test_two_steps_move_what_trains_and_nothing_else(regime, precision):
         assert bool((parameter != before[name]).any()) == trains, name
 
 
-def test_updates_are_those_of_our_optimizer():
+@pytest.mark.parametrize("name", ["small", "modern"])
+def test_updates_are_those_of_our_optimizer(name):
     """Losses of some updates with clipping and weight decay, from the same weights and masks."""
     config, settings = (
-        SIZES["small"],
+        {**SIZES, **MODERN}[name],
         OptimizerConfig(
             learning_rate=3e-3, weight_decay=0.3, clip_norm=0.5, schedule="constant", warmup_fraction=0.0
         ),
@@ -144,6 +145,7 @@ def test_updates_are_those_of_our_optimizer():
         torch.from_numpy(case.ages),
         torch.from_numpy(case.visits).long(),
         torch.from_numpy(case.segment_ids == 0),
+        torch.from_numpy(case.days).long(),
     )
     theirs = [step.update(batch, shown, torch.from_numpy(labels)).item() for _ in range(6)]
 

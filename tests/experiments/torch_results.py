@@ -32,6 +32,7 @@ def torch_results(
         torch.from_numpy(case.ages),
         torch.from_numpy(case.visits).long(),
         torch.from_numpy(case.segment_ids == 0),
+        torch.from_numpy(case.days).long(),
     )
     loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(labels).flatten(), ignore_index=IGNORED)
     loss.backward()

@@ -204,9 +204,19 @@ def test_heads_must_divide_the_width():
 
 @pytest.mark.parametrize(
     "setting",
-    [{"position_of": "visit"}, {"position_embedding": "sinusoidal"}, {"visit_embedding": "alternating"}],
+    [
+        {"position_of": "visit"},
+        {"position_embedding": "sinusoidal"},
+        {"position_embedding": "rope"},
+        {"visit_embedding": "alternating"},
+        {"time": "gaps"},
+        {"ffn": "swiglu"},
+        {"norm": "rms"},
+        {"bias": False},
+        {"tied_decoder": True},
+    ],
 )
-def test_embeddings_that_the_layout_does_not_have_are_refused(setting):
+def test_settings_that_the_layout_does_not_have_are_refused(setting):
     with pytest.raises(InputError, match=f"model.{next(iter(setting))}"):
         to_state_dict(tiny_model(**setting), {})
 

@@ -5,7 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.workflows.checks import unread_leaves
+from behrt_jax.config import ModelConfig
+from behrt_jax.data.sequences import Sequences
+from behrt_jax.errors import InputError
+from behrt_jax.workflows.checks import check_days, unread_leaves
 
 TREE = {"a": np.float32(1), "b": np.float32(2), "c": np.float32(3)}
 
@@ -60,3 +63,36 @@ def test_a_scan_reads_what_its_steps_hand_on():
     expected = {"total": [False, False, True], "each": [False, False, True], "left": [True, True, False]}
     for result, unread in expected.items():
         assert unread_leaves(lambda tree, result=result: function(tree, result), TREE) == unread
+
+
+# Days that a model can read.
+
+
+def on_days(*days):
+    """A subject an event."""
+    count = len(days)
+    times = np.array(days, "datetime64[us]").astype(np.int64)
+    columns = [np.zeros(count, kind) for kind in (np.int32, np.float32, np.int32)]
+    return Sequences(np.arange(count), np.arange(count + 1), *columns, times)
+
+
+def test_years_that_the_calendar_does_not_know_are_counted_by_split():
+    fair = on_days("1900-01-01", "2026-07-01", "2200-12-31T23:59:59")
+    wrong = on_days("1899-12-31T23:59:59", "2000-01-01", "2201-01-01", "0001-01-01")
+    calendar = ModelConfig(time="time2vec")
+    check_days(calendar, {"train": fair, "tuning": fair})
+    with pytest.raises(
+        InputError, match=r"^3 of 4 events of the tuning split .*1900 to 2200.*--model.time gaps"
+    ):
+        check_days(calendar, {"train": fair, "tuning": wrong})
+    check_days(ModelConfig(time="gaps", position_embedding="rope_time"), {"train": wrong})
+
+
+@pytest.mark.parametrize("model", [ModelConfig(time="gaps"), ModelConfig(position_embedding="rope_time")])
+def test_days_of_data_that_have_one_alone_are_refused(model):
+    same = on_days("2020-02-03T01:00", "2020-02-03T09:00")
+    with pytest.raises(InputError, match=r"^All 2 events of the train split are on one day .2020-02-03"):
+        check_days(model, {"train": same})
+    check_days(ModelConfig(), {"train": same})
+    check_days(model, {"train": on_days("2020-02-03"), "held_out": same})  # one subject, and no training
+    check_days(model, {"train": on_days("2020-02-03", "2020-02-04")})
