@@ -136,8 +136,8 @@ def of_step(
     Returns:
         ``step_seconds``, ``floor_seconds``, ``multiple`` (step by floor), ``overlapped_seconds`` (the floor
         of a device that computes and moves at the same time, whatever the order), ``flops_per_second`` that
-        they were worked out with, and ``groups``: name -> ``flops``, ``bytes``, ``floor_seconds``, ``alone_seconds``; the rest of the step is elementwise work,
-        which the floor has for nothing.
+        they were worked out with, and ``groups``: name -> ``flops``, ``bytes``, ``floor_seconds``,
+        ``alone_seconds``; the rest of the step is elementwise work, which the floor has for nothing.
     """
     groups = {}
     for group in GROUPS:
