@@ -33,6 +33,8 @@ class MaskedSplit:
     windows do not see each other."""
     targets: np.ndarray
     """int64 ``[targets]``: which tokens are to be predicted, each once."""
+    unasked: int = 0
+    """Codes that are hidden with their visit, but not to be predicted: too many for the slots of a row."""
 
     @property
     def codes(self) -> np.ndarray:

@@ -72,7 +72,7 @@ def find_visits(model: LatentModel, histories: np.ndarray, visits: np.ndarray, a
 
 def read_forward(
     model: LatentModel, visits: VisitRuns, likelihoods: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read the codes of each visit in order.
 
     Args:
@@ -82,11 +82,13 @@ def read_forward(
 
     Returns:
         ``[tokens, Z, T]``: a token's topic together with the tokens before it in the visit, given the joint
-        stage; and ``[V, Z]``: all tokens of the visit given it. Each up to a factor by token and by visit.
+        stage, up to a factor by token; ``[V, Z]``: all tokens of the visit given it, up to a factor by visit;
+        and ``[V]``, the logarithm of that factor.
     """
     going_on, fresh = model.continues[:, None] * model.follows, 1 - model.continues  # [T, T], [T]
     arriving = np.empty((len(likelihoods), *model.starts.shape))
     totals = np.empty((len(visits.starts), len(model.starts)))
+    logarithms = np.zeros(len(visits.starts))
     filtered = np.empty((0, *model.starts.shape))  # [n, Z, T], of the visits `chosen`
     chosen = np.arange(len(visits.starts))
     arriving[visits.starts] = model.starts
@@ -101,8 +103,9 @@ def read_forward(
         # One factor for all stages of a visit keeps the numbers from vanishing and cancels later.
         factor = total.max(axis=1, keepdims=True)
         totals[chosen] = total / factor
+        logarithms[chosen] += np.log(factor[:, 0])
         filtered /= factor[:, :, None]
-    return arriving, totals
+    return arriving, totals, logarithms
 
 
 def read_backward(model: LatentModel, visits: VisitRuns, likelihoods: np.ndarray) -> np.ndarray:
@@ -201,8 +204,9 @@ class Oracle:
         """Loss and rank of every masked code under the posterior given all that is shown.
 
         A code that is shown may be a random one in place of the true one: each, independently, with the
-        chance that the masking gives to it. (The masking draws a fixed share of each row. What that tells
-        is left out: less than 0.006 nats at the default shares, nothing where ``mask_share`` is 1.)
+        chance that the masking gives to it; where whole visits are masked, each visit independently. (The
+        masking draws a fixed share of each row. What that tells is left out: less than 0.006 nats at the
+        default shares, nothing where ``mask_share`` is 1.)
 
         Args:
             split: whole histories, or their beginnings.
@@ -252,13 +256,14 @@ class Oracle:
     def _of_chunk(
         self, visits: VisitRuns, shown: np.ndarray, targets: np.ndarray, masking: MaskingConfig
     ) -> np.ndarray:
-        bands = visits.bands[visits.of_token]  # [tokens]
-        likelihoods = self._likelihoods(bands, shown, masking)  # [tokens, R]
-        arriving, of_visits = read_forward(self.model, visits, likelihoods)
+        likelihoods = self._likelihoods(visits, shown, masking)  # [tokens, R]
+        arriving, of_visits, _ = messages = read_forward(self.model, visits, likelihoods)
+        if masking.unit == "visit":
+            of_visits = self._masked_or_not(visits, shown, masking, messages)
         rests = read_backward(self.model, visits, likelihoods)
         outside = pass_over_visits(self.model, visits, of_visits)  # [visits, Z]
         rows = rows_of_targets(self.model, visits, outside, (arriving, rests), targets)  # [targets, R]
-        posterior = _by_band(rows, bands[targets], self.emissions)
+        posterior = _by_band(rows, visits.bands[visits.of_token[targets]], self.emissions)
         posterior[:, :_FIRST] = 0.0  # [UNK] is never chosen to be masked
         # What is shown instead of the code is a hint of its own, but for [MASK].
         hinted = np.flatnonzero(shown[targets] != MASK)
@@ -268,19 +273,54 @@ class Oracle:
         posterior[hinted, shown[targets[hinted]]] += seen
         return posterior / posterior.sum(axis=1, keepdims=True)
 
-    def _likelihoods(self, bands: np.ndarray, shown: np.ndarray, masking: MaskingConfig) -> np.ndarray:
-        """Probability of what is shown given the row of emissions, ``[tokens, rows]``."""
-        replaced = masking.probability * masking.random_share
-        unmasked = 1 - masking.probability * masking.mask_share
-        error = replaced / unmasked if replaced else 0.0
-        known = 1 - self.emissions[:, :, UNK]  # [B, R]: only codes in the vocabulary are ever masked
+    def _likelihoods(self, visits: VisitRuns, shown: np.ndarray, masking: MaskingConfig) -> np.ndarray:
+        """Probability of what is shown given the row of emissions, up to a factor by token: ``[tokens, R]``.
+
+        Where visits are masked, it is that of the tokens of a masked one.
+        """
+        if masking.unit == "visit" and masking.mask_share < 1:
+            masked, left = masking.mask_share, max(0.0, 1 - masking.mask_share - masking.random_share)
+            random = masking.random_share
+        else:  # of visits with [MASK] alone, all codes that are shown are as they were
+            replaced = masking.probability * masking.random_share
+            masked, random = 1.0, 0.0
+            if replaced:
+                random = replaced / (1 - masking.probability * masking.mask_share)
+            left = 1 - random
+        bands = visits.bands[visits.of_token]  # [tokens]
+        known = (1 - self.emissions[:, :, UNK])[bands]  # [tokens, R]: only codes in the vocabulary are masked
         likelihoods = self.emissions[bands, :, shown]  # [tokens, R]
-        is_code = shown >= _FIRST
-        random = error * known[bands] / (self.emissions.shape[2] - _FIRST)
-        likelihoods[is_code] = (1 - error) * likelihoods[is_code] + random[is_code]
-        hidden = shown == MASK
-        likelihoods[hidden] = known[bands[hidden]]
+        is_code, hidden = shown >= _FIRST, shown == MASK
+        any_code = known / (self.emissions.shape[2] - _FIRST)
+        likelihoods[is_code] = left * likelihoods[is_code] + random * any_code[is_code]
+        likelihoods[hidden] = masked * known[hidden]
         return likelihoods
+
+    def _masked_or_not(
+        self,
+        visits: VisitRuns,
+        shown: np.ndarray,
+        masking: MaskingConfig,
+        messages: tuple[np.ndarray, np.ndarray, np.ndarray],
+    ) -> np.ndarray:
+        """Tokens of each visit given the joint stage, masked or not: ``[V, Z]``, up to a factor by visit.
+
+        A visit with a [MASK] is masked. Another one is with the chance that all its codes are shown unchanged
+        or at random, to one who does not know that they are to be predicted.
+        """
+        _, of_masked, logarithms = messages
+        bands = visits.bands[visits.of_token]
+        plain = self.emissions[bands, :, shown]  # [tokens, R]
+        plain[shown == MASK] = 1.0  # not used, but as a number
+        _, of_plain, plain_logarithms = read_forward(self.model, visits, plain)
+        open_ones = np.add.reduceat(shown == MASK, visits.starts) == 0  # [V]
+        codes = np.add.reduceat(shown >= _FIRST, visits.starts) > 0  # without any there is nothing to mask
+        chance = np.where(codes & (masking.mask_share < 1), masking.probability, 0.0)
+        with np.errstate(divide="ignore"):
+            ways = np.stack([np.log(chance) + logarithms, np.log1p(-chance) + plain_logarithms])  # [2, V]
+        weights = np.exp(ways - ways.max(axis=0))
+        either = weights[0, :, None] * of_masked + weights[1, :, None] * of_plain
+        return np.where(open_ones[:, None], either, of_masked)
 
 
 def make_oracle(model: LatentModel, codes: tuple[str, ...]) -> Oracle:

@@ -186,7 +186,8 @@ def masked_code_objective(
 
     def inputs(key: jax.Array, batch: Batch) -> tuple[Batch, MaskedCodes]:
         codes = predictor.model.vocabulary_size
-        return batch, mask_codes(key, batch.codes, batch.row_ids, masking, codes)
+        given = key, batch.codes, batch.row_ids, masking, codes
+        return batch, mask_codes(*given, batch.visits, batch.segment_ids)
 
     def loss(variables: Variables, inputs: tuple[Batch, MaskedCodes], rows: jax.Array, key: jax.Array):
         found = masked_code_losses(local, variables, *inputs, key, rows)
@@ -236,7 +237,8 @@ def question_objective(
         if masking is None:
             return batch, None
         rows, codes = batch.rows, predictor.model.vocabulary_size
-        return batch, mask_codes(key, rows.codes, rows.row_ids, masking, codes)
+        given = key, rows.codes, rows.row_ids, masking, codes
+        return batch, mask_codes(*given, rows.visits, rows.segment_ids)
 
     def loss(
         variables: Variables,

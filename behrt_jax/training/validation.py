@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -102,9 +101,10 @@ def make_validation_step(
     predictor: Predictor, masking: MaskingConfig, key: jax.Array
 ) -> Callable[[Variables, Batch], Totals]:
     """Build the validation step: totals of a batch, with masks fixed by the key and the row ids."""
+    mask = _fixed_masks(masking, key, predictor.model.vocabulary_size)
 
     def validation_step(variables: Variables, batch: Batch) -> Totals:
-        masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
+        masked = mask(batch)
         found = masked_code_losses(predictor, variables, batch, masked)
         return totals(found.loss, found.ranks, masked.weights)
 
@@ -136,9 +136,10 @@ def make_scoring_step(predictor: Predictor, masking: MaskingConfig, key: jax.Arr
     place, and to which slots are used: `[batch, budget]` each. Masks are those of
     :func:`make_validation_step`.
     """
+    mask = _fixed_masks(masking, key, predictor.model.vocabulary_size)
 
     def scoring_step(variables: Variables, batch: Batch) -> tuple[jax.Array, ...]:
-        masked = mask_codes(key, batch.codes, batch.row_ids, masking, predictor.model.vocabulary_size)
+        masked = mask(batch)
         found = masked_code_losses(predictor, variables, batch, masked, guess=True)
         assert found.guesses is not None
         return found.losses, found.ranks, found.guesses, masked.weights
@@ -189,30 +190,40 @@ def mask_split(
     places = replace(
         batches, sequences=replace(sequences, codes=np.arange(len(sequences.codes), dtype=np.int32))
     )
-
-    @partial(jax.jit, compiler_options=RUN_ONCE)
-    def mask(codes: jax.Array, row_ids: jax.Array) -> MaskedCodes:
-        return mask_codes(key, codes, row_ids, masking, vocabulary_size)
-
+    mask = jax.jit(_fixed_masks(masking, key, vocabulary_size), compiler_options=RUN_ONCE)
     shown = np.full(len(sequences.codes), PAD, np.int32)
     windows = np.full(len(sequences.codes), -1, np.int64)
-    targets = []
+    targets, unasked = [], 0
     for batch, of_places in zip(batches, places, strict=True):
-        masked = jax.device_get(mask(batch.codes, batch.row_ids))
-        seen = (batch.segment_ids > 0) & (batch.codes != CLS)  # [B, L]
+        masked = jax.device_get(mask(batch))
+        unasked += int(masked.unasked.sum())
+        seen = (batch.segment_ids > 0) & (batch.codes != CLS) & (batch.visits >= 0)  # [B, L]
         place = of_places.codes[seen]
         shown[place] = masked.codes[seen]
         segments = batch.row_ids[:, None].astype(np.int64) * batches.row_length + batch.segment_ids
         windows[place] = segments[seen]
         rows, slots = np.nonzero(masked.weights)
         targets.append(of_places.codes[rows, masked.columns[rows, slots]])
-    split = MaskedSplit(sequences, shown, windows, np.concatenate(targets).astype(np.int64))
+    found = np.concatenate(targets).astype(np.int64)
+    split = MaskedSplit(sequences, shown, windows, found, unasked)
     if not len(split.targets):
         raise InputError(
             "No code of the tuning split is masked, it is too small: give it more subjects or raise "
             "masking.probability."
         )
     return split
+
+
+def _fixed_masks(
+    masking: MaskingConfig, key: jax.Array, vocabulary_size: int
+) -> Callable[[Batch], MaskedCodes]:
+    """Masks of a batch that the key and its row ids decide."""
+
+    def mask(batch: Batch) -> MaskedCodes:
+        rows = batch.codes, batch.row_ids
+        return mask_codes(key, *rows, masking, vocabulary_size, batch.visits, batch.segment_ids)
+
+    return mask
 
 
 def _mean(totals: list[Totals]) -> dict[str, float]:

@@ -87,8 +87,8 @@ def parameters(console: Console, report: JsonObject, product: str) -> None:
         )
 
 
-def baselines(console: Console, results: Mapping[str, MaskedCodeResults]) -> None:
-    """Say what must be beaten, and where it is known, what cannot be."""
+def baselines(console: Console, results: Mapping[str, MaskedCodeResults], unasked: int) -> None:
+    """Say what must be beaten, and where it is known, what cannot be, and what is hidden besides."""
     metrics = {name: result.metrics() for name, result in results.items()}
     targets = metrics["unigram"]["targets"]
     console.table(
@@ -104,6 +104,10 @@ def baselines(console: Console, results: Mapping[str, MaskedCodeResults]) -> Non
             for name, figures in metrics.items()
         ],
     )
+    if unasked:
+        console.log(
+            f"{unasked:,} more codes are hidden with their visit but not predicted: rows have no slots left."
+        )
 
 
 def vectors(console: Console, init: InitConfig, coverage: JsonObject) -> None:

@@ -1,5 +1,6 @@
 """Tiny latent models, and their probabilities by enumeration of everything that can happen."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -139,18 +140,24 @@ def brute_posterior(
     posterior = np.zeros(len(ids))
     for code in range(len(ids)):
         place = 0
-        ways = []
-        for _, codes in history:
-            of_visit = []
-            for shown in codes:
-                way = ways_of_seeing(shown, ids, masking, scored=True if place == target else None)
-                of_visit.append({code: way[code]} if place == target else way)
-                place += 1
-            ways.append(of_visit)
-        table = [
-            [visit_chance(model, state, band, way) for state in range(len(model.states))]
-            for band, way in zip(bands, ways, strict=True)
-        ]
+        table = []
+        for band, (_, codes) in zip(bands, history, strict=True):
+            # What may have been done to the visit: a chance, and how its codes are masked then.
+            cases = [(1.0, masking)]
+            asked = place <= target < place + len(codes)
+            if masking.unit == "visit":
+                share = masking.probability if any(id >= FIRST or id == MASK for id in codes) else 0.0
+                cases = [(share, replace(masking, probability=1.0))]
+                cases += [] if asked else [(1 - share, replace(masking, probability=0.0))]
+            row = np.zeros(len(model.states))
+            for chance, case in cases:
+                ways = [ways_of_seeing(shown, ids, case, scored=None) for shown in codes]
+                if asked:
+                    own = ways_of_seeing(codes[target - place], ids, case, scored=True)
+                    ways[target - place] = {code: own[code]}
+                row += chance * np.array([visit_chance(model, z, band, ways) for z in range(len(row))])
+            table.append(row)
+            place += len(codes)
         for path, chance in stage_paths(model, bands):
             posterior[code] += chance * np.prod([table[at][state] for at, state in enumerate(path)])
     return posterior / posterior.sum()

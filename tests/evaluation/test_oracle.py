@@ -57,7 +57,8 @@ def test_posterior_equals_enumeration(seed, data):
     known = data.draw(st.integers(2, 4))  # the other codes have no row in the vocabulary
     ids = [FIRST + code if code < known else UNK for code in range(4)]
     mask_share = data.draw(st.sampled_from([1.0, 0.8, 0.3]))
-    masking = MaskingConfig(0.3, mask_share, (1 - mask_share) * data.draw(st.sampled_from([0.5, 0.9])))
+    random_share = (1 - mask_share) * data.draw(st.sampled_from([0.5, 0.9]))
+    masking = MaskingConfig(0.3, mask_share, random_share, data.draw(st.sampled_from(["code", "visit"])))
     days = np.cumsum(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     shown = st.sampled_from([MASK, *sorted(set(ids))])
     history = [(int(day), data.draw(st.lists(shown, min_size=1, max_size=2))) for day in days]
@@ -68,6 +69,11 @@ def test_posterior_equals_enumeration(seed, data):
         flat[target] = MASK
         codes = iter(flat)
         history = [(day, [next(codes) for _ in visit]) for day, visit in history]
+    if masking.unit == "visit" and mask_share == 1:  # all codes of a visit are [MASK], or none
+        history = [
+            (day, [MASK if MASK in visit and id != UNK else id for id in visit]) for day, visit in history
+        ]
+        flat = [id for _, visit in history for id in visit]
 
     oracle = make_oracle(model, (*SPECIAL_TOKENS, *model.codes[:known]))
     truth = make_sequences([[(day, [FIRST for _ in visit]) for day, visit in history]])
