@@ -435,7 +435,11 @@ def pool_segments(hidden: jax.Array, segment_ids: jax.Array, how: Pooling, segme
 
 
 class PoolingHead(nn.Module):
-    """Poolings with parameters: attention, by a learned query for each head, and a choice among `EACH`."""
+    """Poolings with parameters: attention by one learned query, and a choice among `EACH`.
+
+    The query's scores in a head, ``(query @ W_q) @ (x @ W_k).T``, are linear in `x`: one vector a head, which
+    is what is learned in place of query and projections. All columns alike are a query without heads.
+    """
 
     heads: int
     how: Pooling

@@ -41,7 +41,7 @@ SHALLOW = replace(TINY, model=tiny_model(layers=1))
 OF_TODAY = replace(
     TINY,
     model=tiny_model(layers=1, **MODERN),
-    lora=LoRAConfig(rank=2, targets=(*ALL_LINEARS, "gate", "dense", "projection")),
+    lora=LoRAConfig(rank=2, targets=(*ALL_LINEARS, "gate")),
 )
 SGD = optax.sgd(0.5)
 
