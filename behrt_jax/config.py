@@ -63,6 +63,9 @@ class ModelConfig:
     """Each sequence starts with [CLS] (needed for `cls` pooling)."""
     sep_token: bool = False
     """Each visit ends with [SEP]."""
+    fact_tokens: bool = False
+    """Facts that do not change (sex, race, ethnicity: `static_codes` of the preparation) stand as tokens
+    before the first event of each sequence, and of each window of a longer history. They are never masked."""
     dropout: float = 0.1
     """Dropout rate on embeddings and residual branches."""
     attention_dropout: float | None = None
@@ -540,6 +543,9 @@ class FinetuneConfig:
 
 # Preparation: records of any source to a data set on disk.
 
+STATIC_CODES = ("GENDER//", "SEX//", "RACE//", "ETHNICITY//")
+"""Patterns of codes that are facts about a subject where they have no time."""
+
 
 @dataclass(frozen=True)
 class TableColumns:
@@ -557,6 +563,9 @@ class TableColumns:
     """Visit id; a visit is a calendar day where it is null or not given."""
     birth: str | None = None
     """Date of birth, the same in each of a subject's rows, where births are not events of their own."""
+    static: tuple[str, ...] = ()
+    """Facts that do not change, such as sex race: of each value a subject gets a fact SEX//value, the name of
+    the column in capitals, without a time. `static_codes` need not name them."""
 
 
 @dataclass(frozen=True)
@@ -610,9 +619,10 @@ class PrepareConfig:
     fitted on the train split (LAB//51006//Q3). They are selected in addition to `codes`."""
     value_bins: int = 5
     """How many quantile bins."""
-    static_codes: tuple[str, ...] = ("GENDER//", "SEX//", "RACE//", "ETHNICITY//")
+    static_codes: tuple[str, ...] = STATIC_CODES
     """Regular expressions of codes that are kept as facts about the subject (static.parquet) where they have
-    no time, for evaluation by group; no token is made of them."""
+    no time, or that of birth: for evaluation by group, and for models with model.fact_tokens, in whose
+    vocabulary those of min_count train subjects or more have a row. They are no events."""
     births: Path | None = None
     """Table (.csv, .csv.gz or .parquet) of births, with the columns subject_id and birth: of its subjects
     they count in place of those of the records."""

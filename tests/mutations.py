@@ -158,15 +158,20 @@ def digest(*values: object) -> str:
     return found.hexdigest()
 
 
+COLUMNS = ("subject_ids", "offsets", "codes", "ages", "visits", "times")
+
+
 def read_data(folder: Path) -> object:
     """Of prepared data: vocabulary, sequences, facts, manifest."""
-    data, manifest = read_prepared(folder), read_manifest(folder)
+    data, manifest = read_prepared(folder).with_facts(), read_manifest(folder)
     vocabulary, facts = data.vocabulary, []
     for name in SPLITS:
         part, deaths = data.splits[name], read_deaths(folder, name)
         births = data.births[name]
         facts += [
-            *vars(part).values(),
+            *(getattr(part, column) for column in COLUMNS),
+            part.facts and part.facts.codes,
+            data.facts_without_events[name].codes,
             births.subject_ids,
             births.times,
             read_static(folder, name).to_pydict(),
@@ -250,7 +255,7 @@ def _preparing(options: PrepareConfig) -> Callable[[Path], object]:
 def read_data_of(folder: Path) -> str:
     """As :func:`read_data`, without the manifest, which names the input's own digest."""
     data = read_prepared(folder)
-    arrays = [array for name in SPLITS for array in vars(data.splits[name]).values()]
+    arrays = [getattr(data.splits[name], column) for name in SPLITS for column in COLUMNS]
     return digest(data.vocabulary.codes, data.vocabulary.descriptions, *arrays)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from behrt_jax.data import packing
 from behrt_jax.data.events import DAY
 from behrt_jax.data.examples import Examples
+from behrt_jax.data.facts import FACT_VISIT
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.sorting import ragged_indices, run_offsets
 from behrt_jax.data.vocabulary import CLS, PAD
@@ -36,7 +37,7 @@ class Batch(NamedTuple):
     ages: np.ndarray
     """Age at the event in years, float32 ``[rows, length]``."""
     visits: np.ndarray
-    """Ordinal of the visit in the subject's whole history, int32 ``[rows, length]``."""
+    """Ordinal of the visit in the subject's whole history, int32 ``[rows, length]``; -1 of a static fact."""
     days: np.ndarray
     """Whole days from 1970-01-01 to the event, int32 ``[rows, length]``."""
     positions: np.ndarray
@@ -58,7 +59,8 @@ def gather_rows(
     """Copy the tokens of some rows of a plan of windows into a batch ``[rows, row_length]``.
 
     ``rows`` are integers ``[rows]``, row indices of the plan; -1 gives an empty row. With ``cls_token``,
-    [CLS] stands before each segment, with the age and visit of its first event.
+    [CLS] stands before each segment, with the age and visit of its first event. Static facts come next, where
+    the windows have any: with that age too, and the visit `FACT_VISIT`.
 
     Raises:
         ValueError: if the segments of a row are longer than ``row_length``.
@@ -67,18 +69,27 @@ def gather_rows(
     segments = np.where(rows < 0, 0, plan.row_offsets[rows + 1] - plan.row_offsets[rows])  # [B]
     first = np.cumsum(segments) - segments  # [B]
     chosen = plan.windows[ragged_indices(plan.row_offsets[rows], segments)]  # [S]
-    lengths = windows.lengths[chosen].astype(np.int64) + cls_token  # [S]
+    lengths = windows.segment_lengths(cls_token)[chosen].astype(np.int64)  # [S]
     ends = run_offsets(lengths)  # [S + 1]
     if (ends[first + segments] - ends[first]).max(initial=0) > row_length:
-        raise ValueError(f"the segments of a row do not fit in {row_length} tokens: plan with [CLS] counted")
+        raise ValueError(
+            f"the segments of a row do not fit in {row_length} tokens: plan with [CLS] and facts counted"
+        )
 
     # Below, T is all tokens of the batch that are not padding.
     columns = ends[:-1] - np.repeat(ends[first], segments)  # [S]
     cells = ragged_indices(np.repeat(np.arange(len(rows)) * row_length, segments) + columns, lengths)  # [T]
     positions = ragged_indices(np.zeros_like(lengths), lengths)  # [T]
     segment_ids = np.repeat(ragged_indices(np.ones_like(segments), segments), lengths)  # [T]
-    tokens = np.repeat(windows.starts[chosen], lengths) + np.maximum(positions - cls_token, 0)  # [T]
-    codes = sequences.codes[tokens]  # [T]
+    before = np.int64(cls_token)  # tokens before the first event, [T] where there are facts
+    if windows.facts is not None:
+        before = np.repeat(windows.facts.lengths[chosen] + before, lengths)
+    tokens = np.repeat(windows.starts[chosen], lengths) + np.maximum(positions - before, 0)  # [T]
+    codes, visits = sequences.codes[tokens], sequences.visits[tokens]  # [T]
+    if windows.facts is not None and sequences.facts is not None:
+        facts = np.flatnonzero((positions >= cls_token) & (positions < before))
+        runs = np.repeat(windows.facts.starts[chosen], lengths)[facts]
+        codes[facts], visits[facts] = sequences.facts.codes[runs + positions[facts] - cls_token], FACT_VISIT
     if cls_token:
         codes = np.where(positions == 0, CLS, codes)
 
@@ -90,7 +101,7 @@ def gather_rows(
     return Batch(
         codes=scattered(codes, np.int32, PAD),
         ages=scattered(sequences.ages[tokens], np.float32),
-        visits=scattered(sequences.visits[tokens], np.int32),
+        visits=scattered(visits, np.int32),
         days=scattered(sequences.times[tokens] // DAY, np.int32),
         positions=scattered(positions, np.int32),
         segment_ids=scattered(segment_ids, np.int32),
@@ -128,14 +139,14 @@ class RowShape:
         """Rows that windows fill, the same in each plan, and segments of the fullest one."""
         if not self.packed:
             return len(windows), 1
-        found = packing.pack_lengths(windows.lengths + self.cls_token, self.row_length)
+        found = packing.pack_lengths(windows.segment_lengths(self.cls_token), self.row_length)
         return found.rows, int(np.diff(found.offsets).max())
 
     def plan(self, windows: packing.Windows, rng: np.random.Generator) -> packing.RowPlan:
         """Put windows into rows."""
         if not self.packed:
             return packing.one_per_row(len(windows), rng)
-        return packing.plan_rows(windows.lengths + self.cls_token, self.row_length, rng)
+        return packing.plan_rows(windows.segment_lengths(self.cls_token), self.row_length, rng)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,13 +235,17 @@ class EpochRows(NamedTuple, Generic[Array]):
     starts: Array
     """First token of each segment in the flat arrays, one row after the other, int32 ``[segments]``."""
     lengths: Array
-    """Tokens of each segment without [CLS], int32 ``[segments]``."""
+    """Tokens of each segment without [CLS] and facts, int32 ``[segments]``."""
     offsets: Array
     """Row ``i`` holds the segments from ``offsets[i]`` up to ``offsets[i + 1]``, int32 ``[rows + 1]``."""
     rows: Array
     """Rows of each step, -1 for an empty one, int32 ``[steps, batch_rows]``."""
     first_step: Array
     """Step of the run with which the epoch begins, int32 scalar."""
+    fact_starts: Array | None = None
+    """First fact of each segment in the flat array of facts, int32 ``[segments]``; None without facts."""
+    fact_lengths: Array | None = None
+    """Facts of each segment, int32 ``[segments]``."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -242,7 +257,7 @@ class TrainingBatches(RowBatches):
     most_segments: int
     """Segments of the fullest row, the same in each epoch."""
     tokens_per_epoch: int
-    """Tokens of an epoch without padding, [CLS] included."""
+    """Tokens of an epoch without padding, [CLS] and facts included."""
     window: packing.WindowChoice
     seed: int
     static: bool
@@ -275,15 +290,18 @@ class TrainingBatches(RowBatches):
         drawn = self._epoch(epoch)
         windows, plan, order = drawn.windows, drawn.plan, drawn.order
         rows = np.stack([self._rows_of(order, index) for index in range(self.steps_per_epoch)])
-        lengths = windows.lengths[plan.windows]
-        ends = run_offsets(lengths + self.cls_token)
+        windows = windows.take(plan.windows)
+        facts = windows.facts
+        ends = run_offsets(windows.segment_lengths(self.cls_token))
         row_tokens = np.append(np.diff(ends[plan.row_offsets]), 0)  # an empty row, -1, has none
         found = EpochRows(
-            starts=windows.starts[plan.windows].astype(np.int32),
-            lengths=lengths.astype(np.int32),
+            starts=windows.starts.astype(np.int32),
+            lengths=windows.lengths.astype(np.int32),
             offsets=plan.row_offsets.astype(np.int32),
             rows=rows.astype(np.int32),
             first_step=np.array(epoch * self.steps_per_epoch, np.int32),
+            fact_starts=None if facts is None else facts.starts.astype(np.int32),
+            fact_lengths=None if facts is None else facts.lengths,
         )
         return found, row_tokens[rows].sum(axis=1)
 
@@ -366,7 +384,7 @@ def training_batches(
         rows_per_batch=rows_per_batch,
         windows_per_epoch=len(windows),
         most_segments=most_segments,
-        tokens_per_epoch=int(windows.lengths.sum(dtype=np.int64)) + len(windows) * shape.cls_token,
+        tokens_per_epoch=int(windows.segment_lengths(shape.cls_token).sum(dtype=np.int64)),
         window=window,
         seed=seed,
         static=static,

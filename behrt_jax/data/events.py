@@ -53,6 +53,14 @@ class EventCounts:
         if events:
             self.dropped[rule] = self.dropped.get(rule, 0) + int(events)
 
+    def move(self, rule: str, other: str, events: int) -> None:
+        """Count as dropped by another rule what one has counted."""
+        if events:
+            self.dropped[rule] -= events
+            if not self.dropped[rule]:
+                del self.dropped[rule]
+            self.drop(other, events)
+
     def change(self, rule: str, events: int) -> None:
         """Count events that a rule changed but kept."""
         if events:

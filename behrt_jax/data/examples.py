@@ -13,8 +13,9 @@ import numpy as np
 
 from behrt_jax.data.event_rules import number_visits
 from behrt_jax.data.events import DAY, YEAR, SubjectTimes
+from behrt_jax.data.facts import FactRuns
 from behrt_jax.data.labels import Labels
-from behrt_jax.data.packing import Windows
+from behrt_jax.data.packing import Windows, room_beside
 from behrt_jax.data.sequences import Sequences, SequenceSet, with_separators
 from behrt_jax.data.sorting import find_ids, leads, place_in, ragged_indices, run_offsets, runs
 from behrt_jax.data.vocabulary import UNK, Vocabulary, matching_codes
@@ -63,7 +64,7 @@ class Examples:
         """Some of the examples, by a bool ``[examples]``."""
         return replace(
             self,
-            windows=Windows(self.windows.starts[kept], self.windows.lengths[kept]),
+            windows=self.windows.take(kept),
             rows=self.rows[kept],
             subject_ids=self.subject_ids[kept],
             times=self.times[kept],
@@ -91,7 +92,7 @@ def find_examples(
         data: opened without separators.
         split: whose subjects; labels of other splits are passed over.
         labels: in any order.
-        max_tokens: longest example, in tokens, separators included.
+        max_tokens: longest example, in tokens, separators and, where the data have them, facts included.
         delays: ``REGEX=DAYS`` or ``REGEX=visit``; see `code_delays`.
         sep_token: put a [SEP] after each run of known events of one visit.
         outside_life: labels at a time before birth, or on a day after the death that the data have: leave
@@ -104,13 +105,12 @@ def find_examples(
     """
     if split not in data.splits:
         raise InputError(f"There is no split {split!r}: choose one of {', '.join(data.splits)}.")
-    if max_tokens < 1:
-        raise InputError(f"data.max_length leaves an example {max_tokens} codes: give it more")
     code_delay = code_delays(data.vocabulary, delays)
     part, born = data.splits[split], data.births[split]
     if len(born):  # after the others, with no token each
         offsets = np.pad(part.offsets, (0, len(born)), "edge")
-        part = replace(part, subject_ids=data.subject_ids(split), offsets=offsets)
+        facts = part.facts and part.facts.followed_by(data.facts_without_events[split])
+        part = replace(part, subject_ids=data.subject_ids(split), offsets=offsets, facts=facts)
     place = find_ids(part.subject_ids, labels.subject_ids)
     rows = np.flatnonzero(place >= 0)
     subjects, times = place[rows], labels.times[rows]
@@ -131,19 +131,21 @@ def find_examples(
         kept = ~(early | late)
         rows, subjects, times, births = rows[kept], subjects[kept], times[kept], births[kept]
 
+    facts = None if part.facts is None else part.facts.runs(subjects)
+    room = room_beside(facts, max_tokens)  # [examples], or the same for all
     starts, stops = part.offsets[subjects], part.offsets[subjects + 1]
     up_to = place_in(part.times, starts, stops, times, inclusive=True)
-    begins = np.maximum(starts, up_to - max_tokens)
+    begins = np.maximum(starts, up_to - room)
     lengths = up_to - begins
-    pieces = list(known_where_hidden(part, code_delay, Cuts(subjects, times, up_to), max_tokens))
+    pieces = list(known_where_hidden(part, code_delay, Cuts(subjects, times, up_to), room))
     for known in pieces:
         lengths[known.examples] = known.lengths
     empty = lengths == 0
-    sequences, windows = data.splits[split], Windows(begins, lengths.astype(np.int32))
+    sequences, windows = data.splits[split], Windows(begins, lengths.astype(np.int32), facts)
     if pieces or sep_token or empty.any():
         ids = labels.subject_ids[rows]
         sequences = _copied(part, ids, times, begins, lengths, pieces)
-        windows = Windows(sequences.offsets[:-1], np.maximum(lengths, 1).astype(np.int32))
+        windows = Windows(sequences.offsets[:-1], np.maximum(lengths, 1).astype(np.int32), facts)
     ages = np.where(empty, 0.0, _ages_at(times, sequences, windows))
     # Of births, which are whole hours, any token of the subject tells the same.
     ages[empty] = (times - np.round(births / _HOUR) * _HOUR)[empty] / YEAR
@@ -151,9 +153,10 @@ def find_examples(
     if empty.any():
         sequences.ages[windows.starts[empty]] = ages[empty]
     if sep_token:
-        sequences, windows = _separated(sequences, empty, max_tokens)
+        sequences, windows = _separated(sequences, empty, room, facts)
     return Examples(
-        sequences,
+        # Runs of facts are of the subjects of the split, whose tokens may have been copied.
+        sequences if part.facts is None else replace(sequences, facts=part.facts),
         windows,
         rows=rows,
         subject_ids=labels.subject_ids[rows],
@@ -208,13 +211,15 @@ def _copied(
     return Sequences(subject_ids=subject_ids, offsets=offsets, **columns)
 
 
-def _separated(sequences: Sequences, empty: np.ndarray, max_tokens: int) -> tuple[Sequences, Windows]:
+def _separated(
+    sequences: Sequences, empty: np.ndarray, room: np.ndarray | int, facts: FactRuns | None
+) -> tuple[Sequences, Windows]:
     sequences = with_separators(sequences)
-    lengths = np.minimum(sequences.lengths, max_tokens)
+    lengths = np.minimum(sequences.lengths, room)
     starts = sequences.offsets[1:] - lengths
     # Nothing was known, so there is no visit to close.
     starts[empty], lengths[empty] = sequences.offsets[:-1][empty], 1
-    return sequences, Windows(starts, lengths.astype(np.int32))
+    return sequences, Windows(starts, lengths.astype(np.int32), facts)
 
 
 def of_unknown_subjects(data: SequenceSet, labels: Labels) -> int:
@@ -328,8 +333,11 @@ class Known(NamedTuple):
     """int32 ``[tokens]``."""
 
 
-def known_where_hidden(part: Sequences, delays: CodeDelays, cuts: Cuts, max_tokens: int) -> Iterator[Known]:
-    """The last known tokens, ``max_tokens`` at most, of those examples from which a delay hides some token.
+def known_where_hidden(
+    part: Sequences, delays: CodeDelays, cuts: Cuts, room: np.ndarray | int
+) -> Iterator[Known]:
+    """The last known tokens, ``room`` at most (int64 ``[examples]``, or the same for all), of those examples
+    from which a delay hides some token.
 
     Visits are numbered anew, in the order of their first known tokens: a number that is skipped would tell
     that there is something hidden.
@@ -339,14 +347,15 @@ def known_where_hidden(part: Sequences, delays: CodeDelays, cuts: Cuts, max_toke
     order = np.argsort(cuts.subjects, kind="stable")
     own, first = np.unique(cuts.subjects[order], return_index=True)
     first = np.append(first, len(order))
+    room = np.broadcast_to(room, len(cuts.subjects))
     for begin, end in runs(np.cumsum(part.lengths[own]) // _PIECE_TOKENS):
         examples = order[first[begin] : first[end]]
-        for known in _known_of(part, delays, own[begin:end], cuts.take(examples), max_tokens):
+        for known in _known_of(part, delays, own[begin:end], cuts.take(examples), room[examples]):
             yield known._replace(examples=examples[known.examples])
 
 
 def _known_of(
-    part: Sequences, delays: CodeDelays, own: np.ndarray, cuts: Cuts, max_tokens: int
+    part: Sequences, delays: CodeDelays, own: np.ndarray, cuts: Cuts, room: np.ndarray
 ) -> Iterator[Known]:
     """Those of some subjects, places ``own`` in the split, ascending."""
     known_at = delays.known_at(part, own)  # [T], the tokens of these subjects
@@ -372,7 +381,7 @@ def _known_of(
         place, example = tokens[place[seen]], example[seen]
         visits = _renumbered(example, part.times[place], part.visits[place])
         count = np.bincount(example, minlength=len(chosen))
-        kept = np.minimum(count, max_tokens)
+        kept = np.minimum(count, room[chosen])
         recent = ragged_indices(np.cumsum(count) - kept, kept)
         yield Known(chosen, kept, place[recent], visits[recent])
 

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from behrt_jax.data.facts import FactRuns
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.sorting import ragged_indices, run_offsets
 from behrt_jax.errors import InputError
@@ -31,9 +32,21 @@ class Windows:
     """First token of each window in the flat arrays, int64 ``[windows]``."""
     lengths: np.ndarray
     """Tokens of each window, int32 ``[windows]``."""
+    facts: FactRuns | None = None
+    """Static facts that stand before each window; None where a model reads none."""
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def segment_lengths(self, cls_token: bool) -> np.ndarray:
+        """Tokens of each segment, with its facts and [CLS]: int32 ``[windows]``."""
+        lengths = self.lengths + cls_token
+        return lengths if self.facts is None else lengths + self.facts.lengths
+
+    def take(self, chosen: np.ndarray) -> "Windows":
+        """Some of them."""
+        facts = None if self.facts is None else self.facts.take(chosen)
+        return Windows(self.starts[chosen], self.lengths[chosen], facts)
 
 
 def choose_windows(
@@ -46,7 +59,7 @@ def choose_windows(
 
     Args:
         sequences: the histories.
-        max_tokens: longest window, in tokens.
+        max_tokens: longest window, in tokens, static facts included where the histories have any.
         how: ``all`` cuts every history into consecutive windows of ``max_tokens`` tokens, of which the last
             may be shorter, so that every token is in exactly one. The others take one window of
             ``min(tokens of the subject, max_tokens)`` tokens: ``recent`` the last tokens of a history,
@@ -58,27 +71,49 @@ def choose_windows(
         has none.
 
     Raises:
-        InputError: if ``max_tokens`` is below 1 or ``how`` is unknown.
+        InputError: if ``max_tokens`` leaves no room for an event or ``how`` is unknown.
         ValueError: if ``how`` is ``random`` and there is no ``rng``.
     """
-    if max_tokens < 1:
-        raise InputError(f"data.max_length leaves a sequence {max_tokens} codes: give it more")
+    tokens, starts = sequences.lengths, sequences.offsets[:-1]
+    subjects = np.arange(len(tokens))
+    facts = None if sequences.facts is None else sequences.facts.runs(subjects)
+    room = room_beside(facts, max_tokens)  # [subjects], or the same for all
     if how not in get_args(WindowChoice):
         raise InputError(f"data.window is {how!r}: choose one of {', '.join(get_args(WindowChoice))}")
-    tokens, starts = sequences.lengths, sequences.offsets[:-1]
-    lengths = np.minimum(tokens, max_tokens)
+    lengths = np.minimum(tokens, room)
     if how == "all":
-        pieces = -(-tokens // max_tokens)  # [subjects]
-        ends = np.repeat(sequences.offsets[1:], pieces)  # [windows]
-        starts = np.repeat(starts, pieces) + max_tokens * ragged_indices(np.zeros_like(pieces), pieces)
-        lengths = np.minimum(max_tokens, ends - starts)
+        pieces = -(-tokens // room)  # [subjects]
+        subjects = np.repeat(subjects, pieces)  # [windows]
+        longest = np.broadcast_to(room, len(tokens))[subjects]
+        starts = starts[subjects] + longest * ragged_indices(np.zeros_like(pieces), pieces)
+        lengths = np.minimum(longest, sequences.offsets[1:][subjects] - starts)
+        facts = None if facts is None else facts.take(subjects)
     elif how == "recent":
         starts = starts + (tokens - lengths)
     elif how == "random":
         if rng is None:
             raise ValueError("random windows need a generator of random numbers")
         starts = starts + rng.integers(0, tokens - lengths, endpoint=True)
-    return Windows(np.asarray(starts, np.int64), lengths.astype(np.int32))
+    return Windows(np.asarray(starts, np.int64), lengths.astype(np.int32), facts)
+
+
+def room_beside(facts: FactRuns | None, max_tokens: int) -> np.ndarray | int:
+    """Tokens that are left for events beside facts: int64 ``[n]``, or the same for all where there are none.
+
+    Raises:
+        InputError: not one is left, beside the facts of some subject.
+    """
+    if max_tokens < 1:
+        raise InputError(f"data.max_length leaves a sequence {max_tokens} codes: give it more")
+    if facts is None or not len(facts.lengths):
+        return max_tokens
+    most = int(facts.lengths.max())
+    if most >= max_tokens:
+        raise InputError(
+            f"data.max_length leaves a sequence {max_tokens} codes, but a subject has {most} static facts: "
+            "give it more, or prepare with fewer --static_codes."
+        )
+    return max_tokens - facts.lengths.astype(np.int64)
 
 
 # Rows of windows.

@@ -53,6 +53,7 @@ class PredictionMetadata(TypedDict, total=False):
     threshold: float | None
     temperature: float
     max_tokens: int
+    fact_tokens: bool
     trained: JsonObject
     counts: dict[str, int]
     input: str | None

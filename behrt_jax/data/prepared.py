@@ -9,9 +9,8 @@ and SHA-256 of each file, and of itself; what a reader opens is checked against 
 
 import json
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.data.event_rules import Preparation, Selected
-from behrt_jax.data.events import SPLITS, EventColumns, EventCounts, SubjectTimes
+from behrt_jax.data.event_rules import Preparation
+from behrt_jax.data.events import SPLITS, EventCounts, SubjectTimes
+from behrt_jax.data.facts import CodedFacts, FactCounts, FactTable, SubjectFacts, fact_rows
 from behrt_jax.data.parquet import readable, sound
 from behrt_jax.data.sequences import Sequences, SequenceSet, set_fingerprint, with_separators
-from behrt_jax.data.sorting import find_ids
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import (
@@ -198,7 +197,28 @@ def read_prepared(path: Path, sep_token: bool = False, verify: bool = False) -> 
         deaths,
         preparation=Preparation.from_json(manifest, path / MANIFEST),
         unknown_codes=unknown,
+        static=FactTable(lambda: read_facts(path), lambda: read_fact_rows(path)),
     )
+
+
+def read_facts(folder: Path) -> dict[str, CodedFacts]:
+    """Split -> its static facts; see :func:`read_static`."""
+    tables = {name: read_static(folder, name) for name in SPLITS}
+    return {
+        name: CodedFacts.of(table["subject_id"].to_numpy(), table["code"]) for name, table in tables.items()
+    }
+
+
+def read_fact_rows(folder: Path) -> tuple[str, ...]:
+    """Codes of static facts that have a row of the vocabulary of a model that reads them.
+
+    They are fitted on the train split where an older version prepared the folder.
+    """
+    manifest = read_manifest(folder)
+    if "fact_rows" in manifest:
+        return tuple(manifest["fact_rows"])
+    train = read_split(folder / "train").subject_ids
+    return fact_rows(read_facts(folder)["train"].counts(train), manifest["options"]["min_count"])
 
 
 def read_split(folder: Path) -> Sequences:
@@ -352,53 +372,6 @@ def read_columns(file: Path, schema: pa.Schema) -> list[np.ndarray]:
 _ROWS = 1 << 20  # of a row group
 
 
-@dataclass(frozen=True, eq=False)
-class SubjectFacts:
-    """Those of some subjects, ascending."""
-
-    static_ids: np.ndarray
-    """int64 ``[facts]``, subject ids."""
-    static_codes: np.ndarray
-    """object ``[facts]``, strings."""
-    deaths: SubjectTimes
-    births: SubjectTimes
-    """Of those without any event left."""
-
-
-def subject_facts(
-    events: EventColumns, static: np.ndarray, selected: Selected, split_of: Callable[[np.ndarray], np.ndarray]
-) -> dict[str, SubjectFacts]:
-    """Split -> the facts of its subjects.
-
-    Args:
-        events: all events of whole subjects.
-        static: bool ``[names]``, codes that are static facts where they have no time, or that of birth.
-        selected: what the rules made of them.
-        split_of: from subject ids, ascending, to the places of their splits in `events.SPLITS`.
-    """
-    names = np.array(events.names, object)
-    rows = np.flatnonzero(static[events.codes])
-    without = np.zeros(len(rows), bool) if events.timed is None else ~events.timed[rows]
-    at_birth = np.zeros(len(rows), bool)
-    for ids, times in ((selected.subject_ids, selected.births), vars(selected.without_events).values()):
-        place = find_ids(ids, events.subject_ids[rows])
-        known = place >= 0
-        at_birth[known] = events.times[rows[known]] == times[place[known]]
-    rows = rows[without | at_birth]
-    facts = np.unique(np.stack([events.subject_ids[rows], events.codes[rows]]), axis=1)  # [2, facts]
-    births, deaths = selected.without_events, selected.deaths
-    split, split_of_dead, split_of_births = map(split_of, (facts[0], deaths.subject_ids, births.subject_ids))
-    return {
-        name: SubjectFacts(
-            facts[0][split == index],
-            names[facts[1][split == index]],
-            deaths.of(split_of_dead == index),
-            births.of(split_of_births == index),
-        )
-        for index, name in enumerate(SPLITS)
-    }
-
-
 class FactWriter:
     """Writes the facts of one split, subjects ascending; row groups do not depend on how they come."""
 
@@ -406,14 +379,13 @@ class FactWriter:
         folder.mkdir(parents=True, exist_ok=True)
         schemas = {"static": STATIC, "deaths": DEATHS, "births": BIRTHS}
         self._tables = [_Rows(folder / f"{name}.parquet", schema) for name, schema in schemas.items()]
-        self.subjects = 0
-        """Subjects with a static fact."""
+        self.static = FactCounts()
 
-    def append(self, facts: SubjectFacts) -> None:
-        """Add the facts of further subjects."""
-        self.subjects += len(np.unique(facts.static_ids))
+    def append(self, facts: SubjectFacts, with_events: np.ndarray) -> None:
+        """Add the facts of further subjects; of them, int64 ``[n]`` ascending have events."""
+        self.static.add(facts.static, with_events)
         columns = [
-            (facts.static_ids, facts.static_codes),
+            (facts.static.subject_ids, np.array(facts.static.names, object)[facts.static.codes]),
             (facts.deaths.subject_ids, facts.deaths.times.astype("datetime64[us]")),
             (facts.births.subject_ids, facts.births.times.astype("datetime64[us]")),
         ]
@@ -423,9 +395,17 @@ class FactWriter:
                 rows.append(pa.table(columns, schema=rows.schema))
 
     def counts(self) -> dict[str, int]:
-        """Static facts, subjects with any, deaths, and births of subjects without any event left."""
+        """Static facts, subjects with any and with several of a kind, deaths, and births of subjects without
+        any event left.
+        """
         static, deaths, births = (table.rows for table in self._tables)
-        return {"facts": static, "subjects": self.subjects, "deaths": deaths, "births_without_events": births}
+        return {
+            "facts": static,
+            "subjects": self.static.subjects,
+            "several": self.static.several,
+            "deaths": deaths,
+            "births_without_events": births,
+        }
 
     def __enter__(self) -> "FactWriter":
         return self

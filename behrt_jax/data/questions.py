@@ -61,9 +61,11 @@ class PredictionTimes:
         return self.take(np.sort(order[rank < per_subject]))
 
     def windows(self, sequences: Sequences, max_tokens: int) -> packing.Windows:
-        """The most recent tokens of each history."""
-        starts = np.maximum(sequences.offsets[self.subjects], self.up_to - max_tokens)
-        return packing.Windows(starts, (self.up_to - starts).astype(np.int32))
+        """The most recent tokens of each history, beside its static facts where there are any."""
+        facts = None if sequences.facts is None else sequences.facts.runs(self.subjects)
+        room = packing.room_beside(facts, max_tokens)
+        starts = np.maximum(sequences.offsets[self.subjects], self.up_to - room)
+        return packing.Windows(starts, (self.up_to - starts).astype(np.int32), facts)
 
 
 def prediction_times(
@@ -381,7 +383,7 @@ class QuestionBatches(RowBatches):
     histories: int
     """Prediction times of an epoch."""
     tokens_per_epoch: int
-    """Tokens of an epoch without padding, [CLS] included; of the first one."""
+    """Tokens of an epoch without padding, [CLS] and facts included; of the first one."""
     seed: int
     endless: bool = True
     """Other prediction times and questions in each epoch."""
@@ -450,7 +452,7 @@ def _plan(
     """Rows of at most so many segments: short ones count as long as their share of a row."""
     if not shape.packed:
         return packing.one_per_row(len(windows), rng)
-    lengths = np.maximum(windows.lengths + shape.cls_token, -(-shape.row_length // segments))
+    lengths = np.maximum(windows.segment_lengths(shape.cls_token), -(-shape.row_length // segments))
     return packing.plan_rows(lengths, shape.row_length, rng)
 
 
@@ -486,7 +488,7 @@ def question_batches(
     delays = data.preparation.delays if data.preparation else ()
     times = prediction_times(data, split, min(config.horizon_days), delays)
     room = shape.row_length - shape.cls_token
-    mean = float(times.windows(sequences, room).lengths.mean()) + shape.cls_token
+    mean = float(times.windows(sequences, room).segment_lengths(shape.cls_token).mean())
     segments = max(1, round(_ROOM * shape.row_length / mean)) if shape.packed else 1
     rows, histories, tokens = [], 0, 0
     for epoch in range(_TRIALS if endless else 1):
@@ -494,7 +496,7 @@ def question_batches(
         windows = times.drawn(config.times, rng).windows(sequences, room)
         rows.append(len(_plan(windows, shape, segments, rng)))
         histories = len(windows)
-        tokens = int(windows.lengths.sum(dtype=np.int64)) + histories * shape.cls_token
+        tokens = int(windows.segment_lengths(shape.cls_token).sum(dtype=np.int64))
     count = max(1, round(float(np.mean(rows))))
     if batch_tokens is None:
         rows_per_batch = rows_of_batch(count, histories, batch_size)

@@ -7,16 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pyarrow as pa
 
-from behrt_jax.config import DataConfig
+from behrt_jax.config import STATIC_CODES, DataConfig
 from behrt_jax.data.event_rules import (
     CodeChoice,
     Preparation,
     Selected,
+    matches,
     select_events,
+    selects,
     told_without_effect,
 )
-from behrt_jax.data.events import DAY, SPLITS, YEAR, EventCounts, EventSet, SubjectTimes
+from behrt_jax.data.events import DAY, SPLITS, YEAR, EventCounts, EventSet, SubjectTimes, event_columns
+from behrt_jax.data.facts import CodedFacts, FactTable, StaticFacts, fact_rows, subject_facts
 from behrt_jax.data.lives import LifeRules
 from behrt_jax.data.sorting import leads, run_offsets
 from behrt_jax.data.splits import check_disjoint, hash_splits, split_index, told_split
@@ -44,6 +48,8 @@ class Sequences:
     """int32 ``[tokens]``, visit ordinal from 0 for each subject."""
     times: np.ndarray
     """int64 ``[tokens]``, microseconds since 1970, ascending within a subject."""
+    facts: StaticFacts | None = None
+    """Static facts of each subject, where a model is to read them."""
 
     def __len__(self) -> int:
         return len(self.subject_ids)
@@ -71,14 +77,16 @@ class Sequences:
         return np.repeat(run_offsets(self.visits_per_subject)[:-1], self.lengths) + self.visits
 
     def of_tokens(self, subject_ids: np.ndarray, offsets: np.ndarray, tokens: np.ndarray) -> "Sequences":
-        """Some tokens, by place or by a bool ``[tokens]``, as the histories of subjects."""
-        columns = (column[tokens] for column in (self.codes, self.ages, self.visits, self.times))
-        return Sequences(subject_ids, offsets, *columns)
+        """Some tokens, by place or by a bool ``[tokens]``, as the histories of subjects, without facts."""
+        columns = (self.codes, self.ages, self.visits, self.times)
+        codes, ages, visits, times = (column[tokens] for column in columns)
+        return Sequences(subject_ids, offsets, codes, ages, visits, times)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the names, types, shapes and SHA-256 of all arrays."""
+        """SHA-256 of the names, types, shapes and SHA-256 of all arrays of tokens."""
+        arrays = {name: array for name, array in vars(self).items() if name != "facts"}
         with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
-            prints = pool.map(_array_print, vars(self).keys(), vars(self).values())
+            prints = pool.map(_array_print, arrays.keys(), arrays.values())
             return hashlib.sha256("\n".join(prints).encode()).hexdigest()
 
 
@@ -112,6 +120,49 @@ class SequenceSet:
     """The rules by which events became tokens, where they are known."""
     unknown_codes: Mapping[str, int] = field(default_factory=dict)
     """Code without a row in the vocabulary -> its events, most frequent first; where they are known."""
+    static: FactTable | None = None
+    """Static facts as recorded; None where they are not known."""
+    facts_without_events: Mapping[str, StaticFacts] = field(default_factory=dict)
+    """Split -> facts of the subjects of ``births``, after :meth:`with_facts`."""
+
+    def with_facts(self) -> "SequenceSet":
+        """The set for a model that reads static facts: their codes have rows, after those of events, and each
+        subject has its own. The same set where it has them already.
+
+        Raises:
+            InputError: nothing is known of facts.
+        """
+        if self.splits["train"].facts is not None:
+            return self
+        if self.static is None:
+            raise InputError(
+                "model.fact_tokens: the data do not tell of static facts: read them with read_prepared, or "
+                "turn it off."
+            )
+        coded = self.static.read()
+        new = [code for code in self.static.rows() if code not in set(self.vocabulary.codes)]
+        vocabulary = self.vocabulary.extended(new)
+        splits = {
+            name: replace(part, facts=coded[name].encoded(part.subject_ids, vocabulary))
+            for name, part in self.splits.items()
+        }
+        alone = {
+            name: coded[name].encoded(born.subject_ids, vocabulary) for name, born in self.births.items()
+        }
+        counts = vocabulary.counts + _fact_counts(splits["train"], len(vocabulary))
+        vocabulary = replace(vocabulary, counts=counts)
+        return replace(
+            self,
+            vocabulary=vocabulary,
+            splits=splits,
+            fingerprint=_with_facts(self.fingerprint, vocabulary, splits),
+            facts_without_events=alone,
+        )
+
+    @property
+    def event_counts(self) -> np.ndarray:
+        """Events of the train split by row of the vocabulary, static facts left out: int64 ``[V]``."""
+        return self.vocabulary.counts - _fact_counts(self.splits["train"], len(self.vocabulary))
 
     def with_train_share(self, share: float, seed: int) -> "SequenceSet":
         """The set with a share of the train split's subjects, one at least, drawn by the seed.
@@ -127,9 +178,9 @@ class SequenceSet:
         counts.drop("subject beyond data.train_fraction", int(left_out))
         events = np.bincount(part.codes, minlength=len(self.vocabulary)).astype(np.int64)
         events[: len(SPECIAL_TOKENS)] *= np.arange(len(SPECIAL_TOKENS)) == UNK
-        vocabulary = replace(self.vocabulary, counts=events)
+        vocabulary = replace(self.vocabulary, counts=events + _fact_counts(part, len(events)))
         splits = {**self.splits, "train": part}
-        fingerprint = set_fingerprint(vocabulary, splits)
+        fingerprint = _with_facts(set_fingerprint(vocabulary, splits), vocabulary, splits)
         return replace(self, vocabulary=vocabulary, splits=splits, counts=counts, fingerprint=fingerprint)
 
     def subject_ids(self, split: str) -> np.ndarray:
@@ -176,7 +227,11 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
 
     idle = CodeChoice(data.codes, data.exclude_codes).without_effect(selected.names)
     notes = [] if event_set.splits else [told_split(*by_hash)]
-    vocabulary = _fit(selected, event_split == SPLITS.index("train"), event_set, data)
+    min_count = data.min_count
+    if min_count is None:
+        min_count = 5 if event_set.declared_codes is None else 1
+    train = SPLITS.index("train")
+    vocabulary = _fit(selected, event_split == train, event_set, min_count, data.vocabulary_size)
     ids = vocabulary.encode(selected.names)[selected.codes]  # [N]
     unknown = (ids == UNK) & (event_split >= 0)
     counts.change("rare or unseen code -> [UNK]", int(np.count_nonzero(unknown)))
@@ -185,6 +240,8 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
     if sep_token:
         sequences = with_separators(sequences)
     by_split = {name: _of_subjects(sequences, split == index) for index, name in enumerate(SPLITS)}
+    facts = _static_facts(event_set, selected, splits, (patterns, data.exclude_codes))
+    in_train = facts["train"].counts(by_split["train"].subject_ids)
     return SequenceSet(
         vocabulary,
         by_split,
@@ -198,32 +255,68 @@ def build_sequences(event_set: EventSet, data: DataConfig, sep_token: bool) -> S
             {
                 "codes": list(patterns),
                 "exclude_codes": list(data.exclude_codes),
-                "static_codes": [],
+                "static_codes": list(STATIC_CODES),
                 "duplicates": duplicates,
                 "delays": [],
                 "visit_column": data.visit_column,
             },
         ),
         notes=[*notes, *told_without_effect(idle, "--data.")],
+        static=FactTable(lambda: facts, lambda: fact_rows(in_train, min_count)),
     )
 
 
+def _static_facts(
+    event_set: EventSet,
+    selected: Selected,
+    splits: Mapping[str, np.ndarray],
+    patterns: tuple[tuple[str, ...], tuple[str, ...]],
+) -> dict[str, CodedFacts]:
+    """Split -> static facts; ``patterns`` are those of the codes that are events, and those that are not."""
+    code = event_set.events["code"].combine_chunks()
+    static = matches(code.dictionary.to_pylist(), STATIC_CODES, "static_codes")
+    events = event_columns(event_set.events.filter(pa.array(static[code.indices.to_numpy()])))
+    found = subject_facts(
+        events,
+        matches(events.names, STATIC_CODES, "static_codes"),
+        selected,
+        lambda ids: split_index(ids, splits),
+        selects(events.names, *patterns),
+        event_set.counts,
+    )
+    return {name: known.static for name, known in found.items()}
+
+
+def _fact_counts(part: Sequences, rows: int) -> np.ndarray:
+    """Facts of a split's subjects by row of the vocabulary, int64 ``[rows]``."""
+    if part.facts is None:
+        return np.zeros(rows, np.int64)
+    return np.bincount(part.facts.codes, minlength=rows).astype(np.int64)
+
+
+def _with_facts(fingerprint: str, vocabulary: Vocabulary, splits: Mapping[str, Sequences]) -> str:
+    """The fingerprint of a set with the facts of its splits; the same where they have none."""
+    facts = [part.facts.fingerprint() for name in SPLITS if (part := splits[name]).facts is not None]
+    if not facts:
+        return fingerprint
+    return hashlib.sha256("\n".join([fingerprint, vocabulary.fingerprint(), *facts]).encode()).hexdigest()
+
+
 def set_fingerprint(vocabulary: Vocabulary, splits: Mapping[str, Sequences]) -> str:
-    """SHA-256 of a vocabulary and the sequences of every split."""
+    """SHA-256 of a vocabulary and the tokens of every split."""
     prints = [vocabulary.fingerprint(), *(splits[name].fingerprint() for name in SPLITS)]
     return hashlib.sha256("\n".join(prints).encode()).hexdigest()
 
 
-def _fit(selected: Selected, train: np.ndarray, event_set: EventSet, data: DataConfig) -> Vocabulary:
+def _fit(
+    selected: Selected, train: np.ndarray, event_set: EventSet, min_count: int, most_rows: int | None
+) -> Vocabulary:
     """Fit on the events where ``train``, bool ``[N]``, is true."""
-    min_count = data.min_count
-    if min_count is None:
-        min_count = 5 if event_set.declared_codes is None else 1
     events = np.bincount(selected.codes[train], minlength=len(selected.names)).tolist()
     return fit_vocabulary(
         {code: count for code, count in zip(selected.names, events, strict=True) if count},
         min_count,
-        data.vocabulary_size,
+        most_rows,
         event_set.declared_codes,
         event_set.descriptions,
     )
@@ -250,14 +343,16 @@ def with_separators(sequences: Sequences) -> Sequences:
     source = np.repeat(np.arange(len(visits)), 1 + ends)  # [T]
     separated = sequences.of_tokens(sequences.subject_ids, places[sequences.offsets], source)
     separated.codes[places[1:][ends] - 1] = SEP
-    return separated
+    return replace(separated, facts=sequences.facts)
 
 
 def _of_subjects(sequences: Sequences, chosen: np.ndarray) -> Sequences:
     """The subjects where ``chosen``, bool ``[subjects]``, is true."""
     lengths = sequences.lengths
     offsets = run_offsets(lengths[chosen])
-    return sequences.of_tokens(sequences.subject_ids[chosen], offsets, np.repeat(chosen, lengths))
+    part = sequences.of_tokens(sequences.subject_ids[chosen], offsets, np.repeat(chosen, lengths))
+    facts = sequences.facts
+    return part if facts is None else replace(part, facts=facts.of(np.flatnonzero(chosen)))
 
 
 def describe(sequence_set: SequenceSet) -> JsonObject:
@@ -279,6 +374,21 @@ def describe(sequence_set: SequenceSet) -> JsonObject:
         "ages": {"min": round(float(ages.min()), 2), "max": round(float(ages.max()), 2)},
         "fingerprint": sequence_set.fingerprint,
     }
+
+
+def told_facts(data: SequenceSet, splits: Sequence[str]) -> list[str]:
+    """A line on the static facts that a model reads of subjects of some splits; none where it reads none."""
+    facts = [found for name in splits if (found := data.splits[name].facts) is not None]
+    if not facts:
+        return []
+    subjects = sum(len(found.offsets) - 1 for found in facts)
+    having = sum(int(np.count_nonzero(np.diff(found.offsets))) for found in facts)
+    every = sum(len(found.codes) for found in facts)
+    unknown = sum(int(np.count_nonzero(found.codes == UNK)) for found in facts)
+    return [
+        f"Static facts: {having:,} of {subjects:,} subjects have any; {unknown:,} of {every:,} facts have no "
+        "row of the vocabulary ([UNK])."
+    ]
 
 
 def describe_split(part: Sequences) -> JsonObject:
@@ -352,9 +462,16 @@ class VocabularyMap:
     def apply(self, sequences: Sequences) -> Sequences:
         """The same histories in new ids; the very same object where all ids stay as they are.
 
-        Only ``codes``, int32 `[tokens]`, is a new array.
+        Only ``codes``, int32 `[tokens]`, and those of facts are new arrays.
         """
-        return sequences if self.identical else replace(sequences, codes=self.ids[sequences.codes])
+        if self.identical:
+            return sequences
+        facts = None if sequences.facts is None else self.apply_to_facts(sequences.facts)
+        return replace(sequences, codes=self.ids[sequences.codes], facts=facts)
+
+    def apply_to_facts(self, facts: StaticFacts) -> StaticFacts:
+        """The same facts in new ids."""
+        return replace(facts, codes=self.ids[facts.codes])
 
     def apply_to(self, splits: Mapping[str, Sequences]) -> dict[str, Sequences]:
         """:meth:`apply` for each split."""

@@ -20,8 +20,17 @@ from behrt_jax.evaluation.task_baselines import Baseline
 LEVEL = 0.95
 AGE_BANDS = ((0, 17), (18, 39), (40, 64), (65, 79), (80, None))
 """Completed years, both ends in."""
-_SEX = re.compile(r"(?:gender|sex)(?://|[/|:])(.*)", re.IGNORECASE)
-_SEX_WORDS = {"8507": "male", "8532": "female"}  # https://athena.ohdsi.org, the vocabulary Gender
+_GROUPED = {
+    name: re.compile(rf"(?:{words})(?://|[/|:])(.*)", re.IGNORECASE)
+    for name, words in {"sex": "gender|sex", "race": "race", "ethnicity": "ethnicity"}.items()
+}
+_CONCEPTS = {
+    "0": "unknown", "8507": "male", "8532": "female",
+    "8515": "Asian", "8516": "Black or African American", "8527": "White",
+    "8557": "Native Hawaiian or Other Pacific Islander", "8657": "American Indian or Alaska Native",
+    "38003563": "Hispanic or Latino", "38003564": "Not Hispanic or Latino",
+}  # fmt: skip
+"""https://athena.ohdsi.org, the vocabularies Gender, Race and Ethnicity."""
 LEAST = 10
 """Fewer positives or negatives (binary), events (survival) or examples (else) are too few for figures."""
 _PIECE = 1 << 22
@@ -232,25 +241,31 @@ def age_groups(ages: np.ndarray) -> dict[str, np.ndarray]:
     return {name: inside for name, inside in bands.items() if inside.any()}
 
 
-def sex_groups(
+def fact_groups(
     subject_ids: np.ndarray, fact_subjects: Sequence[int], fact_codes: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Sex -> which examples are of it, bool ``[n]``; empty where no subject has such a code.
+) -> dict[str, dict[str, np.ndarray]]:
+    """``sex``, ``race`` and ``ethnicity`` -> value -> which examples have it, bool ``[n]``; a fact that no
+    subject has is left out.
 
     Args:
         subject_ids: of the examples, int64 ``[n]``.
         fact_subjects: subjects of static facts.
-        fact_codes: the facts; those that begin with GENDER// or SEX// (or one of / | : in place of //, in any
-            case) count, by what follows. The concept ids of OMOP become words.
+        fact_codes: the facts; those that begin with GENDER// or SEX//, RACE// and ETHNICITY// (or one of / |
+            : in place of //, in any case) count, by what follows. The concept ids of OMOP become words.
     """
-    found: dict[int, set[str]] = {}
+    found: dict[str, dict[int, set[str]]] = {name: {} for name in _GROUPED}
     for subject, code in zip(fact_subjects, fact_codes, strict=True):
-        if sex := _SEX.match(code):
-            found.setdefault(subject, set()).add(_SEX_WORDS.get(sex[1], sex[1]) or "unknown")
-    if not found:
-        return {}
-    names = np.array([" and ".join(sorted(found.get(one, {"unknown"}))) for one in subject_ids.tolist()])
-    return {str(name): names == name for name in np.unique(names)}
+        for name, begins in _GROUPED.items():
+            if value := begins.match(code):
+                word = _CONCEPTS.get(value[1], value[1]) or "unknown"
+                found[name].setdefault(subject, set()).add(word)
+    groups = {}
+    for name, values in found.items():
+        if values:
+            own = (values.get(one, {"unknown"}) for one in subject_ids.tolist())
+            names = np.array([" and ".join(sorted(several)) for several in own])
+            groups[name] = {str(value): names == value for value in np.unique(names)}
+    return groups
 
 
 def too_small(kind: TaskKind, labels: np.ndarray) -> str | None:

@@ -43,7 +43,8 @@ class HistoryCounts:
     """Counts of codes in the histories of n examples; V rows of the vocabulary."""
 
     counts: "csr_array"
-    """float32 ``[n, V]``: how often each code occurs, padding and other marks left out."""
+    """float32 ``[n, V]``: how often each code occurs, padding and other marks left out; static facts, where
+    the model reads them, once each."""
     last_visit: "csr_array"
     """float32 ``[n, V]``: the same for the last visit that is known."""
     ages: np.ndarray
@@ -68,12 +69,20 @@ def count_codes(examples: Examples, vocabulary_rows: int, chosen: np.ndarray | N
     rows = np.repeat(np.arange(len(chosen)), lengths)
     last = np.repeat(examples.sequences.visits[starts + lengths - 1], lengths) == visits
     kept = ~np.isin(codes, (PAD, MASK, CLS, SEP))
+    facts, of_facts = np.empty(0, np.int32), np.empty(0, np.int64)
+    if examples.windows.facts is not None and examples.sequences.facts is not None:
+        runs = examples.windows.facts.take(chosen)
+        facts = examples.sequences.facts.codes[ragged_indices(*runs)]
+        of_facts = np.repeat(np.arange(len(chosen)), runs.lengths)
+    codes, rows = np.append(codes, facts), np.append(rows, of_facts)
+    last = np.append(last & kept, np.zeros(len(facts), bool))
+    kept = np.append(kept, np.ones(len(facts), bool))
 
     def counted(which: np.ndarray) -> "csr_array":
         ones = np.ones(np.count_nonzero(which), np.float32)
         return csr_array((ones, (rows[which], codes[which])), shape=(len(chosen), vocabulary_rows))
 
-    return HistoryCounts(counted(kept), counted(kept & last), examples.ages[chosen])
+    return HistoryCounts(counted(kept), counted(last), examples.ages[chosen])
 
 
 def join_histories(parts: Sequence[HistoryCounts], order: np.ndarray) -> HistoryCounts:

@@ -4,7 +4,7 @@ from behrt_jax.config import DataConfig
 from behrt_jax.data.events import EventSet
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.sequences import SequenceSet, build_sequences
-from behrt_jax.data.vocabulary import SPECIAL_TOKENS
+from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK
 from behrt_jax.errors import InputError
 from behrt_jax.records.synthetic.clinical import generate_clinical
 from behrt_jax.records.synthetic.histories import generate_uniform
@@ -17,18 +17,28 @@ GENERATED_VOCABULARY_SIZE = 1000
 _OF_TRAINING = ("source", "path", "window", "max_length", "packed", "train_fraction", "verify")
 
 
-def load_sequences(config: DataConfig, sep_token: bool) -> SequenceSet:
+def load_sequences(config: DataConfig, sep_token: bool, fact_tokens: bool = False) -> SequenceSet:
     """Read or generate the events and turn them into sequences, or open prepared ones.
 
-    Of the train split the share that ``train_fraction`` says is taken.
+    Of the train split the share that ``train_fraction`` says is taken. With ``fact_tokens`` subjects have
+    their static facts.
 
     Raises:
-        InputError: options that do not fit the source, or a source that cannot be read.
+        InputError: options that do not fit the source, a source that cannot be read, or no train subject
+            with a fact where there should be facts.
     """
     if config.source == "prepared":
         data = _open_prepared(config, sep_token)
     else:
         data = build_sequences(load_events(config), config, sep_token)
+    if fact_tokens:
+        data = data.with_facts()
+        facts = data.splits["train"].facts
+        if facts is None or not (facts.codes != UNK).any():
+            raise InputError(
+                "model.fact_tokens is on, but no subject of the train split has a static fact that is "
+                "frequent enough for a row: leave it out, or prepare with --static_codes that match some."
+            )
     return data if config.train_fraction == 1 else data.with_train_share(config.train_fraction, config.seed)
 
 

@@ -10,6 +10,7 @@ import pyarrow.types as pt
 
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import EVENT_SCHEMA, SPLITS, VISIT_FIELD, event_columns
+from behrt_jax.data.facts import FactTable
 from behrt_jax.data.lives import check_ages
 from behrt_jax.data.parquet import cast_column, refuse_nulls
 from behrt_jax.data.sequences import Sequences, SequenceSet
@@ -88,8 +89,8 @@ def encode_events(events: pa.Table, vocabulary: Vocabulary, preparation: Prepara
     check_ages(encoded.counts, preparation.life)
     ids = vocabulary.encode(encoded.names)
     splits = {
-        name: Sequences(subjects, run_offsets(lengths), ids[codes], *columns)
-        for name, (subjects, lengths, codes, *columns) in encoded.parts.items()
+        name: Sequences(subjects, run_offsets(lengths), ids[codes], ages, visits, times)
+        for name, (subjects, lengths, codes, ages, visits, times) in encoded.parts.items()
     }
     found = encoded.events["held_out"]
     rows = np.flatnonzero((ids == UNK) & (found > 0))
@@ -103,4 +104,5 @@ def encode_events(events: pa.Table, vocabulary: Vocabulary, preparation: Prepara
         deaths={name: facts.deaths for name, facts in encoded.facts.items()},
         preparation=preparation,
         unknown_codes={encoded.names[row]: int(found[row]) for row in rows},
+        static=FactTable(lambda: {name: facts.static for name, facts in encoded.facts.items()}, tuple),
     )

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from behrt_jax.config import TrainConfig
 from behrt_jax.data.batches import Batch, EpochRows, TrainingBatches, ValidationBatches, reading_ahead
 from behrt_jax.data.events import DAY
+from behrt_jax.data.facts import FACT_VISIT
 from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS
@@ -41,6 +42,8 @@ class Tokens(NamedTuple):
     """int32 ``[tokens]``."""
     days: Any
     """int32 ``[tokens]``."""
+    facts: Any = None
+    """int32 ``[facts]``, codes of static facts; None where the model reads none."""
 
 
 def tokens_of(sequences: Sequences) -> Tokens:
@@ -50,14 +53,17 @@ def tokens_of(sequences: Sequences) -> Tokens:
         np.asarray(sequences.ages, np.float32),
         np.asarray(sequences.visits, np.int32),
         (sequences.times // DAY).astype(np.int32),
+        None if sequences.facts is None else np.asarray(sequences.facts.codes, np.int32),
     )
 
 
 def device_bytes(batches: TrainingBatches) -> int:
     """Bytes of the tokens and of the rows of two epochs, the one that is trained on and the next."""
-    segments = 8 * batches.windows_per_epoch
+    facts = batches.sequences.facts
+    segments = (8 if facts is None else 16) * batches.windows_per_epoch
     rows = 4 * (batches.rows + 1 + batches.steps_per_epoch * batches.batch_rows)
-    return 16 * len(batches.sequences.codes) + 2 * (segments + rows)
+    tokens = 16 * len(batches.sequences.codes) + (0 if facts is None else 4 * len(facts.codes))
+    return tokens + 2 * (segments + rows)
 
 
 def gather_on_device(
@@ -70,7 +76,8 @@ def gather_on_device(
         epoch: what is in its rows, on the device; `epoch.rows` and `epoch.first_step` are not read.
         rows: int32 ``[rows]``, row indices of the epoch; -1 gives an empty row.
         row_length: tokens of a row; no row of the epoch holds more.
-        cls_token: put [CLS] before each segment, with the age and visit of its first event.
+        cls_token: put [CLS] before each segment, with the age and visit of its first event. Static facts come
+            next, where the epoch has any: see `data.batches.gather_rows`.
         most_segments: segments of the fullest row, or more.
     """
     row = jnp.maximum(rows, 0)  # [B]
@@ -79,7 +86,10 @@ def gather_on_device(
     slots = jnp.arange(most_segments, dtype=jnp.int32)[None]  # [1, S]
     held = slots < count[:, None]  # [B, S]
     segment = jnp.where(held, first[:, None] + slots, 0)  # [B, S]
-    lengths = jnp.where(held, epoch.lengths[segment] + int(cls_token), 0)  # [B, S]
+    before: Any = int(cls_token)  # tokens before the first event, [B, S] where there are facts
+    if epoch.fact_lengths is not None:
+        before = epoch.fact_lengths[segment] + before
+    lengths = jnp.where(held, epoch.lengths[segment] + before, 0)  # [B, S]
     starts = epoch.starts[segment]  # [B, S]
 
     ends = jnp.cumsum(lengths, axis=1)  # [B, S]
@@ -91,10 +101,16 @@ def gather_on_device(
     used = cells[None] < ends[:, -1:]  # [B, L]
     at = jnp.minimum(slot, most_segments - 1)  # [B, L]
     position = cells[None] - jnp.take_along_axis(ends - lengths, at, axis=1)  # [B, L]
-    token = jnp.take_along_axis(starts, at, axis=1) + jnp.maximum(position - int(cls_token), 0)
+    before = before if epoch.fact_lengths is None else jnp.take_along_axis(before, at, axis=1)  # [B, L]
+    token = jnp.take_along_axis(starts, at, axis=1) + jnp.maximum(position - before, 0)
     token = jnp.where(used, token, 0)  # [B, L]
 
-    codes = tokens.codes[token]
+    codes, visits = tokens.codes[token], tokens.visits[token]
+    if epoch.fact_starts is not None:
+        is_fact = used & (position >= int(cls_token)) & (position < before)  # [B, L]
+        fact = jnp.take_along_axis(epoch.fact_starts[segment], at, axis=1) + position - int(cls_token)
+        codes = jnp.where(is_fact, tokens.facts[jnp.where(is_fact, fact, 0)], codes)
+        visits = jnp.where(is_fact, FACT_VISIT, visits)
     if cls_token:
         codes = jnp.where(position == 0, CLS, codes)
 
@@ -104,7 +120,7 @@ def gather_on_device(
     return Batch(
         codes=or_padding(codes),
         ages=or_padding(tokens.ages[token]),
-        visits=or_padding(tokens.visits[token]),
+        visits=or_padding(visits),
         days=or_padding(tokens.days[token]),
         positions=or_padding(position),
         segment_ids=or_padding(slot + 1),

@@ -74,7 +74,7 @@ def ask(config: AskConfig, devices: Devices | None = None) -> JsonObject:
         model = load_asked(config.model, devices)
         question = find_question(model, config.codes, days)
         records = stack.enter_context(
-            open_records(as_prediction, model.vocabulary, model.preparation, console)
+            open_records(as_prediction, model.vocabulary, model.preparation, model.config, console)
         )
         _announce(console, config, question)
         fitted = Fitted()

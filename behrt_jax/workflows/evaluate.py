@@ -20,7 +20,7 @@ from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation import task_baselines
-from behrt_jax.evaluation.performance import EvaluationRecord, age_groups, assess_predictions, sex_groups
+from behrt_jax.evaluation.performance import EvaluationRecord, age_groups, assess_predictions, fact_groups
 from behrt_jax.files import check_new_folder, work_folder, write_json, write_text
 from behrt_jax.run_folder import PLOTS_FOLDER, REPORT_FILE, SUMMARY_TEXT_FILE
 from behrt_jax.tracking import evaluation_report
@@ -149,6 +149,8 @@ def open_records(config: EvaluateConfig, file: PredictionFile) -> tuple[Records 
     if config.data is None and not folder.is_dir():
         return None, f"the data that the predictions name is not there ({folder}): {_MEND}"
     data = read_prepared(folder)
+    if file.metadata.get("fact_tokens"):  # what the model reads, the baselines read
+        data = data.with_facts()
     find = partial(
         find_examples,
         data,
@@ -211,11 +213,11 @@ def baseline_data(
 
 
 def find_groups(file: PredictionFile, records: Records) -> dict[str, Mapping[str, np.ndarray]]:
-    """``age``, and ``sex`` where the data has it as a static fact."""
+    """``age``, and ``sex``, ``race`` and ``ethnicity`` where the data has them as static facts."""
     groups: dict[str, Mapping[str, np.ndarray]] = {"age": age_groups(records.evaluated.ages)}
     facts = pa.concat_tables([read_static(records.folder, name) for name in _splits(file.metadata)])
-    sex = sex_groups(file.subject_ids, facts["subject_id"].to_pylist(), facts["code"].to_pylist())
-    return {"sex": sex, **groups} if sex else groups
+    known = fact_groups(file.subject_ids, facts["subject_id"].to_pylist(), facts["code"].to_pylist())
+    return {**known, **groups}
 
 
 def _splits(metadata: PredictionMetadata) -> Sequence[str]:

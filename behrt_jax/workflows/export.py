@@ -12,6 +12,7 @@ import numpy as np
 from behrt_jax.adapters.files import import_safetensors
 from behrt_jax.config import DataConfig, ExportConfig, from_stored
 from behrt_jax.data.batches import Batch
+from behrt_jax.data.facts import FACT_VISIT
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.tasks import Predicts, Task
 from behrt_jax.data.vocabulary import CLS, PAD, SPECIAL_TOKENS, Vocabulary
@@ -208,12 +209,13 @@ def _carriers(run: Path, vocabulary: Vocabulary) -> np.ndarray | None:
     """Train subjects that have each code, int64 ``[V of the run]``; None where the data are not at hand."""
     if is_portable(run) or not (run / CONFIG_FILE).is_file():
         return None
-    data = stored_settings(run)["data"]
+    stored = stored_settings(run)
+    data, facts = stored["data"], stored["model"].get("fact_tokens", False)
     if not isinstance(data, dict) or data["source"] == "meds":  # the latter would be prepared anew
         return None
     try:
         path = data["path"] and Path(data["path"])
-        found = load_sequences(replace(from_stored(DataConfig, data), path=path), sep_token=False)
+        found = load_sequences(replace(from_stored(DataConfig, data), path=path), False, facts)
     except InputError:
         return None
     size = len(found.vocabulary)
@@ -224,8 +226,10 @@ def _carriers(run: Path, vocabulary: Vocabulary) -> np.ndarray | None:
 
 
 def subjects_by_code(part: Sequences, size: int) -> np.ndarray:
-    """Subjects that have each of `size` codes, int64 ``[size]``."""
+    """Subjects that have each of `size` codes, int64 ``[size]``, as events or static facts."""
     found = np.zeros(size, np.int64)
+    if part.facts is not None:
+        found += np.bincount(part.facts.codes, minlength=size)
     for start in range(0, len(part), 1 << 16):
         offsets = part.offsets[start : start + (1 << 16) + 1]
         subjects = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
@@ -255,9 +259,9 @@ def program(loaded: Loaded) -> bytes:
     """The model as StableHLO (`jax.export`), its parameters in it, for any number of histories at once.
 
     From ``codes`` int32, ``ages`` float32, ``visits`` int32 and, where the model reads it, ``days`` int32,
-    `[batch, length]` each, to predictions
-    (calibrated) of a fine-tuned model or mean vectors of a pretrained one, float32. A history is a row, its
-    events oldest first, then padding of code 0; a model that reads [CLS] puts it in front by itself.
+    `[batch, length]` each, to predictions (calibrated) of a fine-tuned model or mean vectors of a pretrained
+    one, float32. A history is a row, its static facts, which are in visit -1, then its events oldest first,
+    then padding of code 0; a model that reads [CLS] puts it in front by itself.
 
     Raises:
         InputError: predictions that are blended with those of a count model.
@@ -282,7 +286,11 @@ def program(loaded: Loaded) -> bytes:
         if config.cls_token:
             first = jnp.full_like(codes[:, :1], CLS)
             codes = jnp.concatenate([first, codes], axis=1)
-            ages, visits, days = (jnp.concatenate([x[:, :1], x], axis=1) for x in (ages, visits, days))
+            event = jnp.argmax(visits > FACT_VISIT, axis=1, keepdims=True)  # the first
+            ages, visits, days = (
+                jnp.concatenate([jnp.take_along_axis(x, event, axis=1), x], axis=1)
+                for x in (ages, visits, days)
+            )
         segments = (codes != PAD).astype(jnp.int32)
         positions = jnp.arange(codes.shape[1], dtype=jnp.int32)[None, :] * segments
         rows: list[Any] = [codes, ages, visits, days, positions, segments, jnp.zeros_like(codes[:, 0])]
@@ -320,6 +328,12 @@ def use_of_program(loaded: Loaded) -> str:
     third, days = "visits", ""
     if loaded.config.reads_days:
         third, days = "visits, days", " `days` are whole days from 1970-01-01 to the event."
+    facts = ""
+    if loaded.config.fact_tokens:
+        facts = (
+            " Facts that do not change (sex, ...) stand before the events of each row, with visit -1 and the "
+            f"age and day of the first event; facts and events are {length} at most."
+        )
     separators = " Each visit ends with the code 4 ([SEP])." if loaded.config.sep_token else ""
     return f"""`{PROGRAM_FILE}` is the model as a program for which `pip install jax flatbuffers` is enough:
 
@@ -335,6 +349,6 @@ print(program.call(codes, ages, {third}))
 
 `codes` are ids of vocabulary.parquet (2 for a code that is not in it), `ages` years at the event, `visits`
 the number of the visit in the whole history, from 0; of a longer history the {length} most recent events are
-given.{days}{separators} A history without an event is one event of code 2 at the present age. The result is
-{result}.
+given.{days}{facts}{separators} A history without an event is one event of code 2 at the present age. The
+result is {result}.
 """

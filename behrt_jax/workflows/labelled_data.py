@@ -299,7 +299,7 @@ def examples_to_train(
     codes were mapped onto those of the model. Arguments as of :func:`label_data`, errors of `find_examples`.
     """
     check_days(model, {name: data.splits[name] for name in TRAINS})
-    data, mapped = in_vocabulary(data, vocabulary, config.extend_vocabulary)
+    data, mapped = in_vocabulary(data, vocabulary, model, config.extend_vocabulary)
     train, tuning = (
         examples_of(data, name, labels, model, config.task.max_length, delays, config.task.outside_life)
         for name in TRAINS
@@ -320,11 +320,16 @@ def require_labels(whose: str, split: str, examples: int, unknown: int, labels: 
 
 
 def in_vocabulary(
-    data: SequenceSet, vocabulary: Vocabulary, extend: bool = False
+    data: SequenceSet, vocabulary: Vocabulary, model: ModelConfig, extend: bool = False
 ) -> tuple[SequenceSet, VocabularyMap]:
-    """The data written in a model's vocabulary, and how its codes were mapped onto that."""
+    """The data written in a model's vocabulary, with static facts where it reads them, and how the codes were
+    mapped onto that.
+    """
+    data = data.with_facts() if model.fact_tokens else data
     found = map_vocabulary(data.vocabulary, vocabulary, extend)
-    return replace(data, vocabulary=found.vocabulary, splits=found.apply_to(data.splits)), found
+    alone = {name: found.apply_to_facts(facts) for name, facts in data.facts_without_events.items()}
+    splits = found.apply_to(data.splits)
+    return replace(data, vocabulary=found.vocabulary, splits=splits, facts_without_events=alone), found
 
 
 def examples_of(

@@ -346,7 +346,7 @@ class Loaded:
                 raise InputError(f"There is no split {split!r}: choose one of {', '.join(data.splits)}.")
             codes = check_codes(data, [split], self.vocabulary, self.preparation, max_unknown, self.folder)
             check_days(self.config, {split: data.splits[split]})
-            data, _ = in_vocabulary(data, self.vocabulary)
+            data, _ = in_vocabulary(data, self.vocabulary, self.config)
             wanted = (
                 last_events(data, [split]) if labels is None else read_labels(labels, without_values=True)
             )
@@ -356,6 +356,7 @@ class Loaded:
         split = "held_out"
         check_days(self.config, {split: own.splits[split]})
         codes = check_codes(own, [split], self.vocabulary, self._rules, max_unknown, self.folder)
+        own = own.with_facts() if self.config.fact_tokens else own
         wanted = last_events(own, [split])
         if time is not None and len(known := own.subject_ids(split)):
             at = pa.scalar(time, pa.timestamp("us")).cast(pa.int64()).as_py()

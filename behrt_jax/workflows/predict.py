@@ -37,7 +37,7 @@ from behrt_jax.data.predictions import (
     schema_of,
 )
 from behrt_jax.data.prepared import read_preparation, read_rules
-from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.data.sequences import SequenceSet, told_facts
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
@@ -99,7 +99,7 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
             console.log(reason)
         finetuned = open_finetuned(config.model, config.base, mesh)
         records = stack.enter_context(
-            open_records(config, finetuned.vocabulary, finetuned.preparation, console)
+            open_records(config, finetuned.vocabulary, finetuned.preparation, finetuned.model, console)
         )
         data, delays = records.data, records.delays
         check_days(finetuned.model, {name: data.splits[name] for name in records.splits})
@@ -185,7 +185,11 @@ class Records(NamedTuple):
 
 @contextmanager
 def open_records(
-    config: PredictConfig, vocabulary: Vocabulary, preparation: Preparation | None, console: Console
+    config: PredictConfig,
+    vocabulary: Vocabulary,
+    preparation: Preparation | None,
+    model: ModelConfig,
+    console: Console,
 ) -> Iterator[Records]:
     """Open the prepared data, or prepare the records that are given as those of the model were.
 
@@ -193,6 +197,7 @@ def open_records(
         config: names the model and either of the two, or neither: then the model knows its data.
         vocabulary: of the model.
         preparation: rules of what it was trained on, where they are known.
+        model: its settings.
         console: told what was found.
 
     Raises:
@@ -222,7 +227,9 @@ def open_records(
         splits = SPLITS if split == "all" else (split,)
         codes = check_codes(own, splits, vocabulary, preparation, config.max_unknown, config.model)
         announce_codes(console, codes)
-        data, _ = in_vocabulary(own, vocabulary)
+        data, _ = in_vocabulary(own, vocabulary, model)
+        for line in told_facts(data, splits):
+            console.log(line)
         yield Records(data, delays, splits, None if config.input is not None else folder, labels, codes)
 
 
@@ -483,7 +490,9 @@ def embed(config: PredictConfig, devices: Devices | None = None) -> JsonObject:
         if reason := use_compilation_cache(config.compilation_cache):
             console.log(reason)
         encoder = _open(config, config.model, mesh)
-        records = stack.enter_context(open_records(config, encoder.vocabulary, encoder.preparation, console))
+        records = stack.enter_context(
+            open_records(config, encoder.vocabulary, encoder.preparation, encoder.model, console)
+        )
         data, unknown = records.data, 0
         check_days(encoder.model, {name: data.splits[name] for name in records.splits})
         if config.labels is None:
@@ -682,6 +691,7 @@ def metadata_of(model: Path, records: Records, max_tokens: int) -> JsonObject:
         "split": "all" if records.splits == SPLITS else records.splits[0],
         "codes": records.codes,
         "max_tokens": max_tokens,
+        "fact_tokens": records.data.splits["train"].facts is not None,
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from behrt_jax.config import PrepareConfig
 from behrt_jax.data.event_rules import told_without_effect
+from behrt_jax.data.facts import FACT_WITH_TIME
 from behrt_jax.data.splits import told_split
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, check_new_folder
@@ -157,14 +158,7 @@ def report(console: Console, manifest: JsonObject) -> None:
     like = "like" in manifest["options"]
     for name in (name for name, part in splits.items() if not part["subjects"] and not like):
         console.log(f"Warning: the {name} split has no subject with events.")
-    console.table(
-        "Facts about subjects (no tokens)",
-        ("split", "static facts", "subjects with any", "deaths", "births of subjects without events"),
-        [
-            (name, *map(counts.get, ("facts", "subjects", "deaths", "births_without_events")))
-            for name, counts in manifest["subject_facts"].items()
-        ],
-    )
+    _report_facts(console, manifest)
     console.table(
         f"Subjects ({manifest['vocabulary']['rows']:,} vocabulary rows)",
         ("split", "subjects", "without events", "events", "codes", "visits", "p50", "p90", "p99", "max"),
@@ -194,6 +188,29 @@ def report(console: Console, manifest: JsonObject) -> None:
             f"Codes that the vocabulary does not know, [UNK] ({manifest['distinct_unknown_codes']:,})",
             ("code", "events"),
             [(row["code"], row["events"]) for row in unknown[:20]],
+        )
+
+
+def _report_facts(console: Console, manifest: JsonObject) -> None:
+    """What is known of subjects beside their events."""
+    shown = ("facts", "subjects", "several", "unknown", "deaths", "births_without_events")
+    console.table(
+        "Facts about subjects (tokens for models with model.fact_tokens alone)",
+        ("split", "static facts", "subjects with any", "with several of a kind", "rare, [UNK]", "deaths",
+         "births of subjects without events"),
+        [(name, *map(counts.get, shown)) for name, counts in manifest["subject_facts"].items()],
+    )  # fmt: skip
+    rows = manifest.get("fact_rows", {})
+    if top := manifest.get("top_facts"):
+        console.table(
+            f"Most frequent static facts ({len(rows):,} with a row of the vocabulary)",
+            ("code", "subjects"),
+            [(row["code"], row["subjects"]) for row in top[:10]],
+        )
+    if timed := manifest["events"]["dropped"].get(FACT_WITH_TIME):
+        console.log(
+            f"{timed:,} events match --static_codes, but have a time: they are no facts, and no events "
+            "unless --codes select them."
         )
 
 

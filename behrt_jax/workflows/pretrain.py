@@ -24,7 +24,7 @@ from behrt_jax.data.batches import (
 )
 from behrt_jax.data.prepared import rule_files
 from behrt_jax.data.questions import QuestionBatches
-from behrt_jax.data.sequences import SequenceSet, describe
+from behrt_jax.data.sequences import SequenceSet, describe, told_facts
 from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import DivergenceError, InputError
 from behrt_jax.evaluation.learned import confusions, neighbours
@@ -213,11 +213,11 @@ def open_pretraining(
         vectors = None if config.init.vectors is None else read_vectors(config.init.vectors)
     if reason := use_compilation_cache(config.compilation_cache):
         console.log(reason)
-    data = load_sequences(config.data, config.model.sep_token)
+    data = load_sequences(config.data, config.model.sep_token, config.model.fact_tokens)
     check_days(config.model, data.splits)
     description = describe(data)
     announce.data(console, config, description)
-    for note in data.notes:
+    for note in [*data.notes, *told_facts(data, tuple(data.splits))]:
         console.log(note)
     if config.resume:
         check_same_run(folder, config, data.fingerprint)
@@ -329,7 +329,7 @@ class MaskedCodeValidation:
         key, masking = self.assembly.keys.validation, self.config.masking
         step = jax.jit(make_scoring_step(self.assembly.setup.predictor, masking, key))
         results = score_masked_codes(step, variables, self.tuning, self.masked, self.assembly.mesh)
-        found = assess(self.data.vocabulary.counts, FIRST_CODE, self.results, results)
+        found = assess(self.data.event_counts, FIRST_CODE, self.results, results)
         found["confusions"] = confusions(self.data.vocabulary, results)
         return found
 
@@ -361,7 +361,7 @@ def predict_baselines(
         Results of ``unigram`` and ``co-occurrence``, and of the ``oracle`` where the optimum is known; where
         codes depend on covariates, also of ``oracle without sex``, ``year`` or ``gaps``.
     """
-    unigram = Unigram(data.vocabulary.counts, FIRST_CODE)
+    unigram = Unigram(data.event_counts, FIRST_CODE)
     cooccurrence = Cooccurrence(data.splits["train"], unigram, FIRST_CODE)
     found = {"unigram": unigram.predict(masked), "co-occurrence": cooccurrence.predict(masked)}
     oracle = oracle_of(config.data, data.vocabulary.codes)

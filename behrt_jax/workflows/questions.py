@@ -1,6 +1,6 @@
 """Pretraining on questions: batches, the loss, and how answers stand on the tuning split."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
@@ -35,7 +35,8 @@ def split_question_batches(
     Raises:
         InputError: nothing to ask of, or nobody to ask about.
     """
-    catalogue, train = Catalogue.of(data.vocabulary, config.queries), config.train
+    events = replace(data.vocabulary, counts=data.event_counts)
+    catalogue, train = Catalogue.of(events, config.queries), config.train
     of_run = catalogue, config.queries, shape
     batches = question_batches(
         data,
@@ -81,7 +82,7 @@ class QuestionValidation:
         masked = mask_split(
             self._masked, self.config.masking, self.assembly.keys.validation, len(self.data.vocabulary)
         )
-        unigram = Unigram(self.data.vocabulary.counts, FIRST_CODE).predict(masked).metrics()
+        unigram = Unigram(self.data.event_counts, FIRST_CODE).predict(masked).metrics()
         # The interval is that of the questions' loss alone.
         interval = found.pop("interval")
         return {"prevalence": {**self._together(found, unigram), "interval": interval}}

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -332,6 +333,12 @@ def facts_of(rows, names, present):
     return sorted(static), sorted(first[DEATH_CODE].items()), sorted(births.items())
 
 
+def several_values(static):
+    """Subjects with two codes of one beginning, by loops."""
+    found = Counter((subject, code.partition("//")[0]) for subject, code in static)
+    return len({subject for (subject, _), count in found.items() if count > 1})
+
+
 def stored_facts(folder, split):
     static, deaths = read_static(folder, split), read_deaths(folder, split)
     assert deaths is not None
@@ -382,20 +389,38 @@ def test_facts_are_kept_and_change_no_event(
     }
     if not bins:
         data = DataConfig(codes=("DX//",), min_count=1, duplicates="drop")
-        assert_same(read_prepared(folder / "with"), build_sequences(event_set(rows, SPLIT_IDS), data, False))
+        built = build_sequences(event_set(rows, SPLIT_IDS), data, False)
+        assert_same(read_prepared(folder / "without"), built)
     prepared = read_prepared(folder / "with")
+    in_train = prepared.splits["train"].subject_ids.tolist()
+    trained = Counter(
+        code for subject, code in facts_of(rows, SPLIT_IDS["train"], ())[0] if subject in in_train
+    )
+    assert manifest["fact_rows"] == trained
+    trained = {*trained, *prepared.vocabulary.codes}
     for split in SPLITS:
         present = prepared.splits[split].subject_ids.tolist()
         static, deaths, births = facts_of(rows, SPLIT_IDS[split], present)
         assert stored_facts(folder / "with", split) == (static, deaths, births)
         assert prepared.subject_ids(split).tolist() == [*present, *(subject for subject, _ in births)]
         assert read_static(folder / "without", split).num_rows == 0
-        subjects = len({subject for subject, _ in static})
-        counts = {"facts": len(static), "subjects": subjects, "deaths": len(deaths)}
-        assert manifest["subject_facts"][split] == counts | {"births_without_events": len(births)}
+        counts = {
+            "facts": len(static),
+            "subjects": len({subject for subject, _ in static}),
+            "several": several_values(static),
+            "unknown": sum(code not in trained for _, code in static),
+            "deaths": len(deaths),
+            "births_without_events": len(births),
+        }
+        assert manifest["subject_facts"][split] == counts
     kept = sum(split["events"] for split in manifest["splits"].values())
     assert manifest["events"]["read"] == kept + sum(manifest["events"]["dropped"].values()) == len(rows)
-    assert manifest["events"] == read_manifest(folder / "without")["events"]
+    dropped = manifest["events"]["dropped"]
+    plain = read_manifest(folder / "without")["events"]
+    other = dropped.pop("fact with a time", 0)
+    if other:
+        dropped["code not selected"] = dropped.get("code not selected", 0) + other
+    assert manifest["events"] | {"dropped": dropped} == plain
 
 
 def test_a_static_code_with_a_time_is_no_fact(tmp_path):
@@ -405,7 +430,11 @@ def test_a_static_code_with_a_time_is_no_fact(tmp_path):
     )
     assert read_static(tmp_path / "out", "train").to_pydict() == {"subject_id": [1], "code": ["GENDER//F"]}
     assert read_static(tmp_path / "out", "tuning").num_rows == 0
-    assert manifest["events"]["dropped"]["code not selected"] == 3
+    assert manifest["events"]["dropped"] == {
+        "birth or death marker": 2,
+        "code not selected": 2,
+        "fact with a time": 1,
+    }
 
 
 def test_what_is_timed_at_birth_is_a_static_fact(tmp_path):

@@ -137,7 +137,9 @@ def _write_like(model: Path, file: Path, columns: Mapping[str, np.ndarray]) -> N
 
 def writable(data: SequenceSet) -> SequenceSet:
     splits = {
-        name: Sequences(**{key: np.array(array) for key, array in vars(part).items()})
+        name: Sequences(
+            **{key: array if array is None else array.copy() for key, array in vars(part).items()}
+        )
         for name, part in data.splits.items()
     }
     vocabulary = replace(data.vocabulary, counts=np.array(data.vocabulary.counts))

@@ -10,9 +10,9 @@ from behrt_jax.evaluation.performance import (
     age_groups,
     assess_predictions,
     bootstrap,
+    fact_groups,
     interval,
     mean_figures,
-    sex_groups,
     subject_draws,
     too_small,
 )
@@ -172,18 +172,25 @@ def test_age_bands_are_of_completed_years():
     ]
 
 
-def test_sex_is_what_static_facts_say():
+def test_groups_are_what_static_facts_say():
     ids = np.array([1, 2, 2, 3, 4])
     facts = {1: "GENDER//F", 2: "SEX//M", 9: "SEX//M"}
-    groups = sex_groups(ids, [*facts, 3, 3, 1], [*facts.values(), "GENDER//F", "SEX//M", "RACE//X"])
-    found = {name: np.flatnonzero(inside).tolist() for name, inside in groups.items()}
-    assert found == {"F": [0], "F and M": [3], "M": [1, 2], "unknown": [4]}
-    assert sex_groups(ids, [1, 2], ["RACE//X", "RACE//Y"]) == {}
-    named = sex_groups(ids[:3], [1, 2], ["GENDER//8507", "Gender/F"])
-    assert {name: np.flatnonzero(inside).tolist() for name, inside in named.items()} == {
-        "F": [1, 2],
-        "male": [0],
-    }
+
+    def places(*known):
+        return {
+            name: {value: np.flatnonzero(inside).tolist() for value, inside in groups.items()}
+            for name, groups in fact_groups(ids, *known).items()
+        }
+
+    found = places([*facts, 3, 3, 1], [*facts.values(), "GENDER//F", "SEX//M", "RACE//X"])
+    sex = {"F": [0], "F and M": [3], "M": [1, 2], "unknown": [4]}
+    assert found == {"sex": sex, "race": {"X": [0], "unknown": [1, 2, 3, 4]}}
+    assert places([1, 2], ["INSURANCE//X", "MARITAL//Y"]) == {}
+    concepts = ["GENDER//8507", "Gender/F", "RACE//8527", "RACE//0", "ETHNICITY//38003563"]
+    named = places([1, 2, 1, 2, 3], concepts)
+    assert named["sex"] == {"F": [1, 2], "male": [0], "unknown": [3, 4]}
+    assert named["race"] == {"White": [0], "unknown": [1, 2, 3, 4]}
+    assert named["ethnicity"] == {"Hispanic or Latino": [3], "unknown": [0, 1, 2, 4]}
 
 
 def test_groups_with_few_positives_or_negatives_are_too_small():

@@ -50,10 +50,13 @@ def test_logits_have_the_stated_shape_and_dtype(changes):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.parametrize("facts", [0, 2])
 @pytest.mark.parametrize("changes", [{}, PAPER_LIKE])
-def test_packed_logits_equal_padded_logits(changes):
+def test_packed_logits_equal_padded_logits(changes, facts):
     model, variables = initialised(tiny_model(**changes))
     batch = random_batch(1)
+    is_fact = (batch.segment_ids > 0) & (batch.positions < facts)
+    batch = batch._replace(visits=np.where(is_fact, -1, batch.visits))
     packed = logits_of(model, variables, batch)
     for row in range(4):
         for segment in (1, 2, 3):

@@ -30,6 +30,7 @@ from behrt_jax.training.state import assemble_pretraining
 from behrt_jax.training.telemetry import Telemetry, leaf_names
 from tests.commands import QUICK_COMPILATION
 from tests.data.test_batches import assert_equal, histories, history_lengths, long_tailed, readers
+from tests.data.test_facts import with_facts
 from tests.models.rows import VOCABULARY
 from tests.training.test_step import SHALLOW
 
@@ -248,7 +249,7 @@ def assert_device_gathers_the_same(batches: TrainingBatches, epochs) -> None:
     for number in epochs:
         epoch, counts = batches.epoch_rows(number)
         assert epoch.first_step == number * batches.steps_per_epoch
-        assert {array.dtype for array in epoch} == {np.dtype(np.int32)}
+        assert {array.dtype for array in epoch if array is not None} == {np.dtype(np.int32)}
         assert epoch.rows.shape == (batches.steps_per_epoch, batches.batch_rows)
         for index, rows in enumerate(epoch.rows):
             found = gather(
@@ -268,17 +269,19 @@ def assert_device_gathers_the_same(batches: TrainingBatches, epochs) -> None:
 @settings(max_examples=8)  # each has shapes of its own, and so a compilation
 @given(
     history_lengths,
-    st.integers(2, 30),
+    st.integers(5, 30),
     st.integers(1, 12),
     st.sampled_from(["all", "random", "recent", "first"]),
     st.booleans(),
     st.booleans(),
     st.booleans(),
     st.sampled_from([1, 4]),
+    st.booleans(),
 )
-def test_any_batches(lengths, row_length, batch_size, window, packed, cls_token, static, multiple_of):
+def test_any_batches(lengths, row_length, batch_size, window, packed, cls_token, static, multiple_of, facts):
+    sequences = histories(lengths)
     batches = training_batches(
-        histories(lengths),
+        with_facts(sequences, seed=len(lengths)) if facts else sequences,
         RowShape(row_length, packed=packed, cls_token=cls_token, multiple_of=multiple_of),
         batch_size=batch_size,
         window=window,
@@ -304,8 +307,11 @@ def test_awkward_values_keep_their_bits():
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_bytes_are_those_of_the_tokens_and_two_epochs(packed):
-    batches = training_batches(long_tailed(100), RowShape(20, packed=packed), batch_size=8)
-    tokens = sum(array.nbytes for array in tokens_of(batches.sequences))
-    epoch = sum(array.nbytes for array in batches.epoch_rows(0)[0][:4])
+@pytest.mark.parametrize("facts", [False, True])
+def test_bytes_are_those_of_the_tokens_and_two_epochs(packed, facts):
+    sequences = with_facts(long_tailed(100)) if facts else long_tailed(100)
+    batches = training_batches(sequences, RowShape(20, packed=packed), batch_size=8)
+    tokens = sum(array.nbytes for array in jax.tree.leaves(tokens_of(batches.sequences)))
+    rows = batches.epoch_rows(0)[0]._replace(first_step=None)
+    epoch = sum(array.nbytes for array in jax.tree.leaves(rows))
     assert device_bytes(batches) == tokens + 2 * epoch

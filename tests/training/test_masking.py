@@ -44,6 +44,27 @@ def test_labels_are_the_codes_that_were_hidden_and_nothing_else_changes(seed, sp
         assert np.floor(share - 1e-4) <= len(hidden) <= np.ceil(share + 1e-4)
 
 
+@given(st.integers(0, 10_000), st.integers(0, LENGTH))
+def test_static_facts_are_never_drawn(seed, facts):
+    codes, ids = rows_of_codes(seed), np.arange(6, dtype=np.int32)
+    visits = np.where(np.arange(LENGTH) < facts, -1, np.arange(LENGTH) // 3).astype(np.int32)
+    visits = np.random.default_rng(seed).permuted(np.tile(visits, (6, 1)), axis=1)
+    config = MaskingConfig(probability=0.9)
+    masked = mask_batch(jax.random.key(seed), codes, ids, config, VOCABULARY, visits)
+    is_fact = visits < 0
+    np.testing.assert_array_equal(np.asarray(masked.codes)[is_fact], codes[is_fact])
+    drawn = np.take_along_axis(is_fact, np.asarray(masked.columns), axis=1)
+    assert not (drawn & np.asarray(masked.weights)).any()
+    share = 0.9 * ((codes >= FIRST_CODE) & ~is_fact).sum(axis=1)
+    assert (np.abs(np.asarray(masked.weights).sum(axis=1) - share) < 1 + 1e-4).all()
+    # Were they special tokens, the same would be drawn.
+    plain = mask_batch(
+        jax.random.key(seed), np.where(is_fact, PAD, codes), ids, config, VOCABULARY, np.zeros_like(visits)
+    )
+    np.testing.assert_array_equal(masked.columns, plain.columns)
+    np.testing.assert_array_equal(masked.weights, plain.weights)
+
+
 def test_shares_of_masked_random_and_kept_codes():
     rng = np.random.default_rng(0)
     codes = rng.integers(FIRST_CODE, VOCABULARY, (4000, LENGTH)).astype(np.int32)

@@ -17,8 +17,8 @@ import pyarrow as pa
 from behrt_jax.config import PrepareConfig
 from behrt_jax.data import event_rules
 from behrt_jax.data.events import SPLITS, EventColumns, EventCounts
+from behrt_jax.data.facts import SubjectFacts, subject_facts
 from behrt_jax.data.lives import LifeRules
-from behrt_jax.data.prepared import SubjectFacts, subject_facts
 from behrt_jax.data.sequences import ages_in_years
 from behrt_jax.data.sorting import ascending, distinct
 from behrt_jax.data.splits import check_disjoint, hash_split_index, hash_splits, split_index
@@ -90,12 +90,12 @@ class EncodingRules:
         """
         counts = EventCounts()
         recorded = events
-        wanted = chosen_codes(self.choice.tokens, tuple(events.names))
+        wanted = tokens = chosen_codes(self.choice.tokens, tuple(events.names))
         is_bin = None
         if self.bins is not None and values is not None:
-            tokens = {name for name, chosen in zip(events.names, wanted.tolist(), strict=True) if chosen}
+            named = {name for name, chosen in zip(events.names, wanted.tolist(), strict=True) if chosen}
             events, is_bin = self.bins.apply(events, values)
-            wanted = is_bin | np.array([name in tokens for name in events.names])
+            wanted = is_bin | np.array([name in named for name in events.names])
         selected = event_rules.select_columns(events, wanted, self.duplicates, counts, self.life)
         ages = ages_in_years(selected)
         split = self.split_of(selected.subject_ids)  # [S]
@@ -108,8 +108,8 @@ class EncodingRules:
             if chosen.all():
                 parts[name] = (selected.subject_ids, lengths, *columns)
             else:
-                tokens = np.repeat(chosen, lengths)  # [N]
-                rows = (column[tokens] for column in columns)
+                of_chosen = np.repeat(chosen, lengths)  # [N]
+                rows = (column[of_chosen] for column in columns)
                 parts[name] = (selected.subject_ids[chosen], lengths[chosen], *rows)
             by_code[name] = np.bincount(parts[name][2], minlength=len(selected.names))
             if self.duplicates == "count":
@@ -119,7 +119,7 @@ class EncodingRules:
             changed = sum(int(found[binned].sum()) for found in by_code.values())
             counts.change("value -> quantile bin", changed)
         static = chosen_codes(self.choice.static, tuple(recorded.names))
-        facts = subject_facts(recorded, static, selected, self.split_of)
+        facts = subject_facts(recorded, static, selected, self.split_of, tokens, counts)
         return Encoded(parts, selected.names, by_code, counts, facts)
 
 

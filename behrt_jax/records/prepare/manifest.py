@@ -17,7 +17,7 @@ from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import EventCounts
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.packing import pack_lengths
-from behrt_jax.data.prepared import FORMAT_VERSION, read_rules
+from behrt_jax.data.prepared import FORMAT_VERSION, MANIFEST, read_fact_rows, read_rules
 from behrt_jax.data.sequences import Sequences, describe_split, span_of_times
 from behrt_jax.data.vocabulary import Vocabulary, matching_codes
 from behrt_jax.errors import InputError
@@ -37,6 +37,8 @@ class Like(NamedTuple):
 
     vocabulary: Vocabulary
     preparation: Preparation
+    fact_rows: tuple[str, ...] = ()
+    """Codes of static facts that have a row beside the vocabulary; it has those that a run reads itself."""
 
     def fingerprint(self) -> str:
         """SHA-256 of the vocabulary and the bins of values, which options do not tell."""
@@ -61,7 +63,9 @@ def read_like(config: PrepareConfig, option: str = "--like") -> tuple[PrepareCon
     """
     if config.like is None:
         return config, None
-    like = Like(*read_rules(config.like, option))
+    rules = read_rules(config.like, option)
+    prepared = (config.like / MANIFEST).is_file()
+    like = Like(*rules, read_fact_rows(config.like) if prepared else ())
     source, options = like.preparation.source, like.preparation.options
     taken = {}
     for name in _OF_RULES:
@@ -179,9 +183,19 @@ class Prepared:
     subjects_without_events: Mapping[str, int]
     """By split."""
     facts: Mapping[str, Mapping[str, int]]
-    """Split -> what `prepared.FactWriter.counts` gives."""
+    """Split -> what `prepared.FactWriter.counts` gives, and ``unknown``: static facts without a row."""
+    fact_rows: Mapping[str, int]
+    """Static facts that have a row of the vocabulary of a model that reads them -> train subjects with events
+    that have it."""
+    fact_codes: Mapping[str, int]
+    """Code of a static fact -> subjects of all splits."""
     value_edges: Mapping[str, list[float]] | None
     """Code -> the values that end its quantile bins, where there are bins."""
+
+
+def _most(subjects: Mapping[str, int]) -> list[JsonObject]:
+    ranked = sorted(subjects.items(), key=lambda item: (-item[1], item[0]))
+    return [{"code": code, "subjects": count} for code, count in ranked[:TOP_CODES]]
 
 
 def describe_prepared(
@@ -214,6 +228,8 @@ def describe_prepared(
         "events": describe_counts(prepared.counts),
         "subjects_without_events": dict(prepared.subjects_without_events),
         "subject_facts": {name: dict(counts) for name, counts in prepared.facts.items()},
+        "fact_rows": dict(prepared.fact_rows),
+        "top_facts": _most(prepared.fact_codes),
         "delayed_codes": {
             delay: int(matching_codes(vocabulary, (parse_delay(delay)[0],), "--delays").sum())
             for delay in options["delays"]

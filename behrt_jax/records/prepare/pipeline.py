@@ -22,9 +22,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ from behrt_jax.config import PrepareConfig
 from behrt_jax.data.event_rules import CodeChoice, matches, nothing_left
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.examples import parse_delay
+from behrt_jax.data.facts import fact_rows, without_row
 from behrt_jax.data.lives import check_ages
 from behrt_jax.data.prepared import (
     MANIFEST,
@@ -102,12 +105,14 @@ def prepare(
     _check(config)
     if not source.splits() and config.shares != (0.0, 1.0):
         check_fractions(*config.shares, options="")
+    # A default that matches nothing is no slip.
+    static = () if config.static_codes == PrepareConfig().static_codes else config.static_codes
+    asked_for = (pattern for pattern in source.static_codes if pattern not in config.static_codes)
+    config = replace(config, static_codes=(*config.static_codes, *asked_for))
     codes = config.codes or (source.default_codes if like is None else ())
     options = content_options(source, config, codes, like)
     choice = CodeChoice(codes, config.exclude_codes, config.value_codes, config.static_codes)
     choice.read([])  # wrong patterns are told before anything is read
-    # A default that matches nothing is no slip.
-    static = () if config.static_codes == PrepareConfig().static_codes else config.static_codes
     given = CodeChoice(config.codes, config.exclude_codes, config.value_codes, static)
 
     def reading() -> spill.Reading:
@@ -235,7 +240,7 @@ def finish(
             number = codes.add(encoded)
             for name, (subjects, lengths, tokens, *columns) in encoded.parts.items():
                 writers[name].append(subjects, lengths, number[tokens], *columns)
-                facts[name].append(encoded.facts[name])
+                facts[name].append(encoded.facts[name], subjects)
             if sum(writer.held for writer in writers.values()) > HELD_BYTES:
                 for writer in writers.values():
                     writer.flush()
@@ -263,6 +268,9 @@ def finish(
             )
         else:
             vocabulary = like.vocabulary.counted(train)
+        with_events = facts["train"].static.with_events
+        rows = fact_rows(with_events, config.min_count) if like is None else like.fact_rows
+        static = {name: writer.static.by_code for name, writer in facts.items()}
         ids = vocabulary.encode(names)
         everywhere = sum(events.values(), np.zeros(len(names), np.int64))  # [names]
         counts.change("rare or unseen code -> [UNK]", int(everywhere[ids == UNK].sum()))
@@ -283,7 +291,12 @@ def finish(
         top_codes=[(name, descriptions.of(name), -count) for count, name, _ in ranked[:TOP_CODES] if count],
         unknown_codes=[(name, -count) for count, name, unknown in ranked if unknown and count],
         subjects_without_events={name: len(splits[name]) - len(sequences[name]) for name in SPLITS},
-        facts={name: writer.counts() for name, writer in facts.items()},
+        facts={
+            name: writer.counts() | {"unknown": without_row(static[name], vocabulary, rows)}
+            for name, writer in facts.items()
+        },
+        fact_rows={code: with_events[code] for code in rows},
+        fact_codes=sum(static.values(), Counter()),
         value_edges=encoding.bins
         and dict(zip(encoding.bins.codes, encoding.bins.edges.tolist(), strict=True)),
     )

@@ -44,6 +44,12 @@ def encode_text(values: pa.Array) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(indices.cast(pa.int32()), again.dictionary)
 
 
+def prefixed(prefix: str, texts: pa.DictionaryArray) -> pa.DictionaryArray:
+    """``<prefix>//<text>`` of each text."""
+    words = pc.binary_join_element_wise(pa.scalar(prefix), texts.dictionary, "//")
+    return pa.DictionaryArray.from_arrays(texts.indices, words)
+
+
 def hashed_id(text: str) -> int:
     """A signed 64-bit id for a text: the first eight bytes, big-endian, of the SHA-256 of its UTF-8.
 

@@ -26,6 +26,8 @@ class Source(ABC):
     default_codes: tuple[str, ...] = ()
     """Patterns of the codes that are selected where the user gives none: diagnoses, medications and
     procedures as the source names them; none for all codes."""
+    static_codes: tuple[str, ...] = ()
+    """Patterns of codes of facts, beside those of the options, that the user has asked the source for."""
 
     @abstractmethod
     def files(self) -> list[Path]:

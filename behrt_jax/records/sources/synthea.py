@@ -36,6 +36,7 @@ from behrt_jax.records.sources.columns import (
     find,
     hashed_ids,
     parse_numbers,
+    prefixed,
 )
 from behrt_jax.records.sources.files import Piece, csv_columns, read_csv, refuse_absent, refuse_other_form
 from behrt_jax.records.sources.source import Source, count, events_table, keep_rows, one_code, valid
@@ -337,12 +338,6 @@ def encoded_ids(texts: pa.DictionaryArray) -> pa.Array:
 
 
 # What the columns of Synthea's tables become: codes, values, visits and descriptions.
-
-
-def prefixed(prefix: str, texts: pa.DictionaryArray) -> pa.DictionaryArray:
-    """``<prefix>//<text>`` of each text."""
-    words = pc.binary_join_element_wise(pa.scalar(prefix), texts.dictionary, "//")
-    return pa.DictionaryArray.from_arrays(texts.indices, words)
 
 
 def codes_of(name: str, piece: Piece) -> pa.DictionaryArray:

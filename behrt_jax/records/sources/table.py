@@ -21,6 +21,7 @@ from behrt_jax.data.event_rules import matches
 from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, EventCounts
 from behrt_jax.data.lives import birth_ranks, births_of_ranks
 from behrt_jax.data.parquet import CHUNK_ROWS, whole_numbers
+from behrt_jax.data.sorting import leads, sort_rows
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, refuse_versions
 from behrt_jax.records.sources import files as reading
@@ -37,6 +38,7 @@ from behrt_jax.records.sources.columns import (
     is_time,
     is_whole,
     parse_numbers,
+    prefixed,
     text_ids,
 )
 from behrt_jax.records.sources.source import Source, count, events_table, one_code, valid
@@ -71,8 +73,8 @@ def open_table(path: Path, columns: TableColumns) -> "TableSource":
             ranges = reading.column_ranges(file, parts, columns.subject)
     else:
         raise InputError(f"{path} is neither .csv, .csv.gz nor .parquet: write it as one of them.")
-    for option, name in vars(columns).items():
-        if name is not None and names.count(name) != 1:
+    for option, name in named_columns(columns):
+        if names.count(name) != 1:
             what = "has no column" if name not in names else "has more than one column"
             raise InputError(
                 f"{path} {what} {name}, which table.{option} names: choose from {', '.join(names)}."
@@ -86,8 +88,9 @@ class TableSource(Source):
     """An opened table.
 
     A CSV file is one unit, a Parquet file one for each run of row groups with `UNIT_ROWS` rows or more.
-    With a column of births there is one more unit before them, which reads each subject's birth; it holds
-    24 bytes for each subject, and all units hold 16 for each of their subjects with an id in text.
+    With a column of births there is one more unit before them, which reads each subject's birth; with columns
+    of facts one more, which reads each subject's facts. They hold 24 bytes for each subject (and fact), and
+    all units hold 16 for each of their subjects with an id in text.
     """
 
     name = "table"
@@ -98,18 +101,23 @@ class TableSource(Source):
     ) -> None:
         """Use `open_table`, which checks the columns."""
         self._path, self._columns, self._parts = path, columns, parts
-        self._ranges = np.array(ranges, np.int64) if ranges and columns.birth is None else None
+        alone = columns.birth is None and not columns.static  # else some units have all subjects
+        self._ranges = np.array(ranges, np.int64) if ranges and alone else None
+        self.static_codes = tuple(f"{re.escape(fact_prefix(name))}//" for name in columns.static)
 
     def files(self) -> list[Path]:
         """The one file."""
         return [self._path]
 
     def options(self) -> JsonObject:
-        """The names of the columns."""
-        return {"table": asdict(self._columns)}
+        """The names of the columns; those of facts, which came later, where there are any."""
+        names = asdict(self._columns)
+        if not self._columns.static:
+            del names["static"]
+        return {"table": names}
 
     def units(self) -> int:
-        """Runs of row groups, with the unit of births."""
+        """Runs of row groups, with the units of births and of facts."""
         return self._first_rows + len(self._parts)
 
     def subject_ranges(self) -> np.ndarray | None:
@@ -131,7 +139,8 @@ class TableSource(Source):
     def read(self, unit: int, counts: EventCounts) -> Iterator[pa.Table]:
         """Events of one unit.
 
-        Each row counts as one event, and each subject with a birth in the births' column as one more.
+        Each row counts as one event, each subject with a birth in the births' column as one more, and so does
+        each fact of a subject.
         Dropped: ``null subject``, ``null code``. Changed: ``unknown visit`` (a null one, where visits
         are given), ``value is not finite``, ``births differ`` (a subject with several in the births'
         column: see `birth_events`).
@@ -140,13 +149,15 @@ class TableSource(Source):
             InputError: the file cannot be read, or a value cannot be what its column means; the message
                 names the column and the row.
         """
-        if unit < self._first_rows:
-            return self._read_births(counts)
+        before = [self._read_births] if self._columns.birth is not None else []
+        before += [self._read_facts] if self._columns.static else []
+        if unit < len(before):
+            return before[unit](counts)
         return self._read_rows(self._parts[unit - self._first_rows], counts)
 
     @property
     def _first_rows(self) -> int:
-        return int(self._columns.birth is not None)
+        return (self._columns.birth is not None) + bool(self._columns.static)
 
     @property
     def _groups(self) -> list[int]:
@@ -182,6 +193,28 @@ class TableSource(Source):
         )
         return birth_events(births, counts)
 
+    def _read_facts(self, counts: EventCounts) -> Iterator[pa.Table]:
+        static, ids = self._columns.static, TextIds(self._path, integer_or_hashed_ids)
+        names: dict[str, int] = {}  # code -> its number
+        found = [np.empty(0, np.int64), np.empty(0, np.int64)]  # subjects and their facts, none twice
+        for piece in self._pieces([self._columns.subject, *static], self._groups):
+            subject = read_ids(piece, self._columns.subject, ids)
+            for column in static:
+                codes = prefixed(fact_prefix(column), encode_text(read_text(piece, column)))
+                there = pc.and_(subject.is_valid(), codes.is_valid())
+                codes = codes.filter(there)
+                number = [names.setdefault(name, len(names)) for name in codes.dictionary.to_pylist()]
+                numbers = np.array(number, np.int64)[codes.indices.to_numpy()]
+                further = subject.filter(there).to_numpy(), numbers
+                found = sort_rows([np.concatenate(pair) for pair in zip(found, further, strict=True)])
+                new = leads(found)
+                found = [column[new] for column in found]
+        counts.read += len(found[0])
+        for start in range(0, len(found[0]), CHUNK_ROWS):
+            subjects, numbers = (column[start : start + CHUNK_ROWS] for column in found)
+            codes = pa.DictionaryArray.from_arrays(pa.array(numbers.astype(np.int32)), list(names))
+            yield events_table(subjects, pa.nulls(len(subjects), pa.timestamp("us")), codes)
+
     def _pieces(self, names: list[str], groups: Sequence[int]) -> Iterator[reading.Piece]:
         """Columns, of some row groups where the file has such."""
         names = list(dict.fromkeys(names))
@@ -193,6 +226,11 @@ class TableSource(Source):
             for group in groups:
                 part = reading.Part(self._path, (group,), sum(sizes[:group]))
                 yield from reading.read_part(opened, part, names, CHUNK_ROWS)
+
+
+def fact_prefix(column: str) -> str:
+    """What the code of a fact begins with that stands in a column: its name in capitals."""
+    return column.upper()
 
 
 def birth_events(pieces: Iterable[tuple[pa.Array, pa.Array]], counts: EventCounts) -> Iterator[pa.Table]:
@@ -233,7 +271,7 @@ class WithBirths(Source):
         """
         self._source, self._births, self._codes = source, None, codes
         self.name, self.births_from = source.name, source.births_from
-        self.default_codes = source.default_codes
+        self.default_codes, self.static_codes = source.default_codes, source.static_codes
         matches([], codes, "--birth_codes")
         if births is not None:
             columns = TableColumns(time="birth", code="subject_id", birth="birth")
@@ -338,14 +376,23 @@ _MEANT = {
     "birth": _TIME,
     "code": ((is_whole, is_text), "text or integers"),
     "value": ((is_number, pt.is_null), "numbers"),
+    "static": ((is_whole, is_text, pt.is_boolean), "text, integers or yes and no"),
 }
+
+
+def named_columns(columns: TableColumns) -> Iterator[tuple[str, str]]:
+    """Option and name of each column that is given."""
+    for option, given in vars(columns).items():
+        for name in given if isinstance(given, tuple) else (given,):
+            if name is not None:
+                yield option, name
 
 
 def check_types(path: Path, schema: pa.Schema, columns: TableColumns) -> None:
     """Refuse columns of a Parquet file whose type cannot be meant."""
-    for option, name in vars(columns).items():
+    for option, name in named_columns(columns):
         fits, meant = _MEANT[option]
-        if name is not None and not any(fit(schema.field(name).type) for fit in fits):
+        if not any(fit(schema.field(name).type) for fit in fits):
             raise InputError(
                 f"{path} has {schema.field(name).type} in the column {name}, which table.{option} names: "
                 f"write it as {meant}."

@@ -13,13 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.config import TableColumns
+from behrt_jax.config import STATIC_CODES, PrepareConfig, SplitOptions, TableColumns
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.errors import InputError
+from behrt_jax.records.prepare.pipeline import prepare
 from behrt_jax.records.sources import files as csv_reading
 from behrt_jax.records.sources import table as table_source
 from behrt_jax.records.sources.columns import hashed_id
 from behrt_jax.records.sources.table import TableSource, WithBirths, open_table
+from behrt_jax.workflows.prepare import open_source
 
 ALL = TableColumns(value="value", visit="visit", birth="birth")
 BIG = 2**62 + 1
@@ -373,6 +375,78 @@ def test_files_that_are_none(tmp_path):
     raised(lambda: open_table(tmp_path, TableColumns()), str(tmp_path), "no file")
     raised(lambda: open_table(tmp_path / "no.csv", TableColumns()), "no.csv", "no file")
     raised(lambda: open_table(write(tmp_path / "t.xlsx", "x"), TableColumns()), "t.xlsx", ".parquet")
+
+
+# Columns of facts.
+
+FACTS = {
+    "subject_id": [4, 4, 2, 2, None, 9],
+    "time": ["2020-01-02"] * 6,
+    "code": ["I10"] * 6,
+    "sex": ["F", " F ", "M", "M", "M", None],
+    "district": [7, 8, 7, 7, 7, 7],
+}
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+@pytest.mark.parametrize("birth", [None, "time"])
+def test_columns_of_facts(tmp_path, name, birth):
+    write(tmp_path / name, arrow(FACTS, subject_id=pa.int64()))
+    columns = TableColumns(static=("sex", "district"), birth=birth)
+    source, counts = open_table(tmp_path / name, columns), EventCounts()
+    tables = [table for unit in range(source.units()) for table in source.read(unit, counts)]
+    events = pa.concat_tables(tables).to_pylist()
+    facts = [(row["subject_id"], row["code"]) for row in events if row["time"] is None]
+    assert sorted(facts) == [
+        (2, "DISTRICT//7"),
+        (2, "SEX//M"),
+        (4, "DISTRICT//7"),
+        (4, "DISTRICT//8"),
+        (4, "SEX//F"),
+        (9, "DISTRICT//7"),
+    ]
+    assert counts.read == 6 + len(facts) + 3 * (birth is not None)
+    assert source.static_codes == ("SEX//", "DISTRICT//")
+    assert source.subject_ranges() is None
+    assert WithBirths(source, None, ()).static_codes == source.static_codes
+    assert "static" not in open_table(tmp_path / name, TableColumns()).options()["table"]
+
+
+def test_columns_of_facts_that_cannot_be(tmp_path):
+    write(tmp_path / "t.parquet", arrow(FACTS, subject_id=pa.int64()))
+    with pytest.raises(InputError, match=r"has no column race, which table.static names: choose from"):
+        open_table(tmp_path / "t.parquet", TableColumns(static=("sex", "race")))
+    rows = FACTS | {"sex": [1.5, None, 2.0, 1.0, 1.0, 1.0]}
+    write(tmp_path / "t.parquet", arrow(rows, subject_id=pa.int64()))
+    with pytest.raises(InputError, match=r"has double in the column sex, which table.static names: write it"):
+        open_table(tmp_path / "t.parquet", TableColumns(static=("sex",)))
+
+
+def test_facts_of_columns_reach_the_prepared_data(tmp_path):
+    rows = {
+        "subject_id": [1, 1, 2, 3],
+        "time": ["2020-01-02", "2020-02-02", "2020-01-02", "2020-01-02"],
+        "code": ["I10"] * 4,
+        "born": ["1950-01-01"] * 4,
+        "insurance": ["a", "b", "a", "c"],
+    }
+    write(tmp_path / "t.csv", arrow(rows))
+    config = PrepareConfig(
+        source="table",
+        input=tmp_path / "t.csv",
+        output=tmp_path / "out",
+        table=TableColumns(birth="born", static=("insurance",)),
+        min_count=1,
+        tuning_fraction=0.4,
+        held_out_fraction=0.0,
+        splits=SplitOptions(exact=True),
+    )
+    manifest = prepare(open_source(config), config)
+    assert manifest["options"]["static_codes"] == [*STATIC_CODES, "INSURANCE//"]
+    facts = {row["code"]: row["subjects"] for row in manifest["top_facts"]}
+    assert facts == {"INSURANCE//a": 2, "INSURANCE//b": 1, "INSURANCE//c": 1}
+    assert sum(split["several"] for split in manifest["subject_facts"].values()) == 1
+    assert prepare(open_source(config), config)["up_to_date"]
 
 
 def test_default_codes():
