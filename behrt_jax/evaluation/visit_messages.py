@@ -1,7 +1,7 @@
 """Messages of a latent model within visits and between them, many visits at a time.
 
-Forward and backward (Rabiner 1989, Proceedings of the IEEE 77(2), section III) over the codes of each visit, and
-over the visits of each history.
+Forward and backward (Rabiner 1989, Proceedings of the IEEE 77(2), section III) over the codes of each visit,
+and over the visits of each history.
 """
 
 from dataclasses import dataclass
