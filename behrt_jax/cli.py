@@ -34,9 +34,9 @@ from behrt_jax.config import (
     PretrainConfig,
     ReportConfig,
 )
-from behrt_jax.errors import InputError, explain
+from behrt_jax.errors import InputError
 from behrt_jax.presets import FINETUNE, PRETRAIN
-from behrt_jax.tracking.console import lasting_streams, printable
+from behrt_jax.tracking.console import lasting_streams, tell
 
 C = TypeVar("C")
 
@@ -214,9 +214,7 @@ def run_command(command: Command[C], arguments: Sequence[str], prog: str) -> int
                 function = getattr(import_module(module), name)
             return command.status(function(config))
         except (Exception, KeyboardInterrupt) as error:
-            line, status = explain(error, output)
-            print(f"error: {' '.join(printable(line).split(chr(10)))}", file=sys.stderr)
-            return status
+            return tell(error, output)
 
 
 @contextmanager
@@ -253,6 +251,7 @@ def parse(command: Command[C], arguments: Sequence[str], prog: str) -> C:
         rest = _spell_out_words(rest, command.positional, config)
     if command.options is PretrainConfig:
         rest = _spell_out_data(rest)
+    rest = _spell_out_distributed(rest)
     try:
         import tyro
     except ModuleNotFoundError as error:
@@ -328,6 +327,22 @@ def _spell_out_data(arguments: list[str]) -> list[str]:
             if not folder or folder.startswith("--"):
                 raise InputError("--data needs the folder of the prepared data after it.")
             return [*arguments[:index], "--data.source", "prepared", "--data.path", folder, *rest]
+    return arguments
+
+
+def _spell_out_distributed(arguments: list[str]) -> list[str]:
+    """``--distributed auto`` as the option that it stands for."""
+    for index, argument in enumerate(arguments):
+        if argument == "--distributed" or argument.startswith("--distributed="):
+            _, joined, how = argument.partition("=")
+            after = arguments[index + 1 :]
+            how, rest = (how, after) if joined else ("".join(after[:1]), after[1:])
+            if how != "auto":
+                raise InputError(
+                    "--distributed takes the word auto; elsewhere give --distributed.coordinator HOST:PORT, "
+                    "--distributed.processes N and --distributed.process I."
+                )
+            return [*arguments[:index], "--distributed.auto", *rest]
     return arguments
 
 

@@ -279,6 +279,26 @@ class MeshConfig:
     used (FSDP: Zhao et al. 2023, arXiv 2304.11277). The batch is split over all devices in any case."""
 
 
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that train as one, on one machine or many, each started with the same command and the
+    same folders; the mesh is over the devices of all. One process alone where nothing is given.
+    """
+
+    auto: bool = False
+    """Find the processes by what started them: Slurm, Open MPI, Cloud TPU, or Kubernetes, there with the
+    package kubernetes (--distributed auto for short)."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process, in place of auto; with `processes` and `process`."""
+    processes: int | None = None
+    """Number of processes."""
+    process: int | None = None
+    """Which of them this one is, from 0."""
+    timeout: float = 100.0
+    """Seconds after which a process that is not heard of any more ends the others. The run then goes on from
+    its last checkpoint with --resume."""
+
+
 # Pretraining: the objective, its course, and all settings of a run.
 
 
@@ -396,6 +416,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     init: InitConfig = field(default_factory=InitConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     output: Path | None = None
     """Run folder; runs/<name>-<time> where not given."""
@@ -529,6 +550,7 @@ class FinetuneConfig:
     """Codes of the data that the pretrained model has no embedding for get a row of their own, trained with
     the adapter. Off: they are read as [UNK]."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resume: bool = False
     """Go on with the run in `output` where it stopped."""

@@ -8,8 +8,9 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-NO_ROOM, UNFORESEEN = 3, 70
-"""Exit statuses: space or memory ran out; an error that nobody foresaw (EX_SOFTWARE of sysexits.h)."""
+NO_ROOM, UNFORESEEN, PEER_LOST = 3, 70, 75
+"""Exit statuses: space or memory ran out; an error that nobody foresaw (EX_SOFTWARE of sysexits.h); another
+process of the run has ended (EX_TEMPFAIL: start it again)."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the system's errors where a file finds no room: disk full, quota, largest size of a file."""
 

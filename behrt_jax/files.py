@@ -349,8 +349,15 @@ def resolved(path: Path) -> Path:
     Its last name stays as it is, a link or not: its ending tells what kind of file it is.
 
     Raises:
-        InputError: ``~NAME`` of no user, links in a circle.
+        InputError: ``~NAME`` of no user, links in a circle, an address such as ``gs://bucket/name``.
     """
+    if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", str(path)):
+        rest = str(path)[address.end() :]
+        raise InputError(
+            f"{address[1]}://{rest} is an address, not a path: data are mapped into memory, and folders are "
+            "locked, so that both must be on a file system. Mount the bucket (gcsfuse, mount-s3), or copy it "
+            "to a disk that all processes see."
+        )
     try:
         path = path.expanduser()
         return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name

@@ -32,6 +32,7 @@ from behrt_jax.files import (
     locked,
     read_json,
     remove_leftovers,
+    resolved,
     say_unrecorded,
     sealed,
     write_bytes,
@@ -61,23 +62,22 @@ _BEFORE_CONFIG = (VOCABULARY_FILE, PREPARATION_FILE, PARAMETERS_FILE, FILES_FILE
 
 
 @contextmanager
-def open_run_folder(path: Path, resume: bool, alone: bool = True) -> Iterator[Path]:
+def open_run_folder(path: Path, resume: bool) -> Iterator[Path]:
     """The run folder of :func:`prepare_run_folder`, locked until this ends; one that stays empty is removed.
 
     Args:
         path: of the folder.
         resume: whether to go on with the run that is there.
-        alone: False in a process that shares the run with one that holds the lock.
 
     Raises:
         InputError: as :func:`prepare_run_folder`; or another process trains there.
     """
-    folder = path.expanduser().resolve()
+    folder = resolved(path).resolve()
     with ExitStack() as stack:
         if not resume and not folder.exists():
             _make(folder)
             stack.callback(_remove_if_empty, folder)
-        if alone and folder.is_dir():
+        if folder.is_dir():
             stack.enter_context(locked(folder / LOCK_FILE))
         yield prepare_run_folder(folder, resume)
 
@@ -92,7 +92,7 @@ def prepare_run_folder(path: Path, resume: bool) -> Path:
         InputError: the folder holds another run or other files and `resume` is off; `resume` is on
             and no run is there; or the folder cannot be made.
     """
-    folder = path.expanduser().resolve()
+    folder = resolved(path).resolve()
     if not resume:
         if any((folder / name).exists() for name in _SIGNS_OF_A_RUN):
             raise InputError(

@@ -126,8 +126,6 @@ def test_one_process_trains_in_a_folder(tmp_path):
                 open_run_folder(folder, resume),
             ):
                 pass
-        with open_run_folder(folder, resume=True, alone=False):  # another process of the same run
-            pass
     with open_run_folder(folder, resume=True):
         pass
 

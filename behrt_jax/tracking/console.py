@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, SupportsFloat, TextIO
 
+from behrt_jax.errors import explain
+
 if TYPE_CHECKING:
     import rich.console
 
@@ -99,6 +101,15 @@ class PlainConsole(Console):
         self._stream.flush()
 
 
+class SilentConsole(Console):
+    """Says nothing: for a process beside one that says it all."""
+
+    interval = math.inf
+
+    def log(self, text: str) -> None:
+        pass
+
+
 class RichConsole(Console):
     """A live progress bar with messages and tables above it, drawn by rich."""
 
@@ -154,6 +165,16 @@ def open_console() -> Console:
             if not terminal.is_dumb_terminal:
                 return RichConsole(terminal)
     return PlainConsole(sys.stdout)
+
+
+def tell(error: BaseException, output: Path | None = None) -> int:
+    """Say on standard error, in one line, what ended a command; returns its exit status.
+
+    Arguments of `errors.explain`.
+    """
+    line, status = explain(error, output)
+    print(f"error: {' '.join(printable(line).splitlines())}", file=sys.stderr, flush=True)
+    return status
 
 
 class _Sink(io.FileIO):

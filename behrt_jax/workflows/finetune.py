@@ -12,7 +12,7 @@ from behrt_jax.config import FinetuneConfig
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.diagnosis import finding
-from behrt_jax.errors import DivergenceError
+from behrt_jax.errors import DivergenceError, InputError
 from behrt_jax.files import JsonObject, json_text, write_text
 from behrt_jax.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -26,15 +26,16 @@ from behrt_jax.run_folder import (
     shown_files,
     write_files,
 )
-from behrt_jax.tracking.console import Console, open_console
+from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.plots import plot_curves
 from behrt_jax.tracking.report import write_report
 from behrt_jax.tracking.summary import Summary, headline, summary_text
 from behrt_jax.training.checkpoints import open_checkpoints
-from behrt_jax.training.devices import Devices
+from behrt_jax.training.devices import Devices, replicated
 from behrt_jax.training.feeding import from_host, one_step
 from behrt_jax.training.loop import Steps, catching_signals
 from behrt_jax.training.pretrained import EncoderParameters, check_readable, open_pretrained, read_encoder
+from behrt_jax.training.processes import agreed, is_first, together, whole_here
 from behrt_jax.training.state import with_encoder
 from behrt_jax.training.step import TrainState, Variables
 from behrt_jax.training.telemetry import adapter_norms
@@ -60,7 +61,9 @@ from behrt_jax.workflows.run import (
     compile_beside,
     decisive_settings,
     exit_status,
+    not_recorded,
     open_folder,
+    run_console,
     save,
     trackers,
 )
@@ -79,13 +82,19 @@ def finetune(config: FinetuneConfig, devices: Devices | None = None) -> RunResul
     """
     check_finetune(config)
     assert config.init is not None
-    pretrained = open_pretrained(config.init)
-    if not config.from_scratch:
-        check_readable(pretrained)
-    if has_members(config):
-        return finetune_population(config, devices)
-    data, labels, delays = read_labelled(config.data, config.labels)
-    return finetune_on(config, data, labels, delays, devices)
+    with together(config.distributed):
+        if has_members(config) and jax.process_count() > 1:
+            raise InputError(
+                "population.size: members are trained by one process alone: leave out --distributed, or give "
+                "each member a run of its own (train.seed)."
+            )
+        pretrained = open_pretrained(config.init)
+        if not config.from_scratch:
+            check_readable(pretrained)
+        if has_members(config):
+            return finetune_population(config, devices)
+        data, labels, delays = read_labelled(config.data, config.labels)
+        return finetune_on(config, data, labels, delays, devices)
 
 
 def finetune_on(
@@ -98,7 +107,7 @@ def finetune_on(
     """As :func:`finetune`, a single model with data (opened without separators) and labels in memory."""
     started = time.perf_counter()
     with (
-        open_console() as console,
+        run_console() as console,
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
         trackers(config, folder) as send,
@@ -108,7 +117,7 @@ def finetune_on(
         config = run.config
         assembly, labelled, schedule, mesh = run.assembly, run.labelled, run.schedule, run.assembly.mesh
         program = one_step(assembly, assembly.step(run.micro_batches))
-        output_step = jax.jit(make_output_step(assembly.setup.predictor))
+        output_step = jax.jit(make_output_step(assembly.setup.predictor), out_shardings=replicated(mesh))
         decisive = decisive_settings(config) | {
             "fingerprint": data.fingerprint,
             "task": labelled.task.to_json(),
@@ -117,9 +126,11 @@ def finetune_on(
         compiling, making = compile_beside(beside, run, program, decisive)
         encoder = None if config.from_scratch else read_encoder(run.pretrained, mesh)
 
-        def record(line: JsonObject) -> None:
+        def write(line: JsonObject) -> None:
             append_metrics(run.folder / METRICS_FILE, line)
             send(line)
+
+        record = write if is_first() else not_recorded
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
             start = partial(_start, config, run, encoder, console)
@@ -131,7 +142,7 @@ def finetune_on(
                 remaining = range(cursor.step, schedule.total_steps)
                 with from_host(compiling.result(), run.batches, mesh, remaining) as feed:
                     steps = Steps(feed, cursor, schedule, telemetry, record)
-                    for state in steps.dispatch(begun.state, lambda: bool(interruption)):
+                    for state in steps.dispatch(begun.state, agreed(interruption, mesh)):
                         console.step(cursor.step, steps.latest_tokens, steps.latest_loss)
                         if schedule.validates(cursor.step):
                             steps.settle()
@@ -156,11 +167,15 @@ def finetune_on(
             if best_step is not None and not divergence:
                 variables = best_variables(checkpoints, best_step, state)
                 outputs = score(output_step, variables, run.tuning, mesh)
-                best = variables, judge(config, labelled, outputs[None])
+                variables = whole_here(variables, mesh)
+                if is_first():
+                    best = variables, judge(config, labelled, outputs[None])
         stop_reason, status = exit_status(stop_reason, interruption)
         seconds = time.perf_counter() - begun.clock
-        summary = _summary(run, best, best_step, stop_reason, seconds)
-        write_results(console, config, run, best, summary)
+        summary: JsonObject = {}
+        if is_first():
+            summary = _summary(run, best, best_step, stop_reason, seconds)
+            write_results(console, config, run, best, summary)
     if divergence:
         raise divergence
     return RunResult(run.folder, summary, status)

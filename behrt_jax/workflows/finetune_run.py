@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -36,6 +37,7 @@ from behrt_jax.training.devices import Devices, make_mesh
 from behrt_jax.training.freezing import regime
 from behrt_jax.training.loop import Schedule
 from behrt_jax.training.pretrained import Pretrained, open_pretrained
+from behrt_jax.training.processes import from_first, is_first
 from behrt_jax.training.runtime import keep_freed_memory, use_compilation_cache
 from behrt_jax.training.state import Setup, assemble, set_up_task
 from behrt_jax.training.step import Variables, task_objective
@@ -153,7 +155,8 @@ def open_finetuning(
     }
     description = {"fingerprint": _fingerprint(data, labelled), **labelled.counts}
     rules = rule_files(labelled.vocabulary, data.preparation)
-    write_start(folder, rules, parameters, run_record(given, description, facts, {}))
+    if is_first():
+        write_start(folder, rules, parameters, run_record(given, description, facts, {}))
     counts = labelled.vocabulary.counts
     return Finetuning(
         folder,
@@ -241,7 +244,10 @@ def choose(
     trained = regime(config.freezing).groups
     varies = config.task.pooling == "auto" or not has_members(config)
     if varies and config.search.size and not labelled.tasks and not trained & {"base", "embedding"}:
-        return search(console, config, model, labelled, pretrained, mesh)
+        if jax.process_count() > 1:  # each by itself, as one process would; the first one's choice counts
+            mesh = make_mesh(jax.local_devices())
+        tried = search(console, config, model, labelled, pretrained, mesh)
+        return from_first(lambda: tried)
     pooling = "attention" if config.task.pooling == "auto" else config.task.pooling
     rank = None if config.lora is None else config.lora.rank
     return dict(zip(CHOICE, (pooling, config.optimizer.learning_rate, rank, False), strict=True))

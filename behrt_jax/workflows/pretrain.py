@@ -43,7 +43,7 @@ from behrt_jax.run_folder import (
     record_metrics,
     write_files,
 )
-from behrt_jax.tracking.console import Console, open_console
+from behrt_jax.tracking.console import Console
 from behrt_jax.tracking.plots import plot_curves
 from behrt_jax.tracking.report import write_report
 from behrt_jax.tracking.summary import Summary, summarise, summary_text
@@ -54,6 +54,7 @@ from behrt_jax.training.loop import Schedule, Steps, catching_signals
 from behrt_jax.training.masking import FIRST_CODE
 from behrt_jax.training.micro_batches import choose_micro_batches, rows_multiple
 from behrt_jax.training.pretrained import check_source, check_vocabulary, start_from
+from behrt_jax.training.processes import agreed, is_first, together, whole_here
 from behrt_jax.training.runtime import Startup, keep_freed_memory, use_compilation_cache
 from behrt_jax.training.state import Assembly, assemble, set_up, with_code_rows
 from behrt_jax.training.step import Totals, TrainState, Variables, masked_code_objective
@@ -83,8 +84,10 @@ from behrt_jax.workflows.run import (
     compile_beside,
     decisive_settings,
     exit_status,
+    not_recorded,
     open_folder,
     parameter_report,
+    run_console,
     run_record,
     save,
     settings,
@@ -107,7 +110,8 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
     started, startup = time.perf_counter(), Startup()
     startup.mark("imported")
     with (
-        open_console() as console,
+        together(config.distributed),
+        run_console() as console,
         catching_signals() as interruption,
         open_folder(config) as (folder, config),
         trackers(config, folder) as send,
@@ -125,12 +129,15 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         compiling.add_done_callback(lambda _: startup.mark("compiled"))
 
         validation = open_validation(config, run)
-        unlearned = validation.baselines
-        validation.announce(console)
-        examination = examine_before(config, run, unlearned, console)
+        unlearned: JsonObject = {}
+        examination, record = None, not_recorded
+        if is_first():
+            unlearned = validation.baselines
+            validation.announce(console)
+            examination = examine_before(config, run, unlearned, console)
+            during, path = examination.during, run.folder / METRICS_FILE
+            record = announce.LoopReporter(console, path, unlearned, during, send).record
         startup.mark("baselines counted")
-        during = examination.during
-        lines = announce.LoopReporter(console, run.folder / METRICS_FILE, unlearned, during, send)
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
             start = partial(start_with, run, config, console)
@@ -143,8 +150,8 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
                 with open_feed(
                     config.train, assembly, train_step, program, batches, cursor.step, schedule
                 ) as feed:
-                    steps = Steps(feed, cursor, schedule, telemetry, lines.record)
-                    for state in steps.dispatch(begun.state, lambda: bool(interruption)):
+                    steps = Steps(feed, cursor, schedule, telemetry, record)
+                    for state in steps.dispatch(begun.state, agreed(interruption, assembly.mesh)):
                         if "first step" not in startup.marks:
                             jax.block_until_ready(state)
                             startup.mark("first step")
@@ -156,7 +163,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
                             # Metrics first: a run killed in between drops the lines past its checkpoint when
                             # resumed, while a line never written could not be brought back.
                             line = schedule.line(cursor.step, "tuning")
-                            lines.record({**line, **figures, **telemetry.probe(state)})
+                            record({**line, **figures, **telemetry.probe(state)})
                             save(checkpoints, config, begun, state, figures)
                             steps.restart_clock()
                 stop_reason = steps.stop_reason
@@ -169,13 +176,19 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
             best_step, assessment = checkpoints.best_step(), {}
             if best_step is not None and not divergence:
                 best = best_variables(checkpoints, best_step, state)
-                write_adapter(console, config, run, best)
                 if stop_reason != "interrupted":  # whoever stops a run wants it to end soon
-                    assessment = assess_model(config, run, best, validation)
+                    assessment = validation.assess(best)
+                best = whole_here(best, assembly.mesh)
+                if is_first():
+                    write_adapter(console, config, run, best)
+                    if stop_reason != "interrupted":
+                        assessment |= assess_parameters(config, run, best)
         stop_reason, status = exit_status(stop_reason, interruption)
-        ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup)
-        summary = write_summary(run, config, unlearned, assessment, ended, examination)
-        announce.end(console, run.folder, summary)
+        summary: JsonObject = {}
+        if examination is not None:
+            ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup)
+            summary = write_summary(run, config, unlearned, assessment, ended, examination)
+            announce.end(console, run.folder, summary)
     if divergence:
         raise divergence
     return RunResult(run.folder, summary, status)
@@ -325,10 +338,15 @@ class MaskedCodeValidation:
         return validate(self._step, variables, self._placed)
 
     def assess(self, variables: Variables) -> JsonObject:
-        """How a model stands beside the baselines, code by code, and what it takes for what."""
+        """How a model stands beside the baselines, code by code, and what it takes for what; told by the
+        first of several processes, which compute it together.
+        """
         key, masking = self.assembly.keys.validation, self.config.masking
-        step = jax.jit(make_scoring_step(self.assembly.setup.predictor, masking, key))
-        results = score_masked_codes(step, variables, self.tuning, self.masked, self.assembly.mesh)
+        step = make_scoring_step(self.assembly.setup.predictor, masking, key)
+        whole = jax.jit(step, out_shardings=replicated(self.assembly.mesh))
+        results = score_masked_codes(whole, variables, self.tuning, self.masked, self.assembly.mesh)
+        if not is_first():
+            return {}
         found = assess(self.data.event_counts, FIRST_CODE, self.results, results)
         found["confusions"] = confusions(self.data.vocabulary, results)
         return found
@@ -336,7 +354,8 @@ class MaskedCodeValidation:
     @cached_property
     def _step(self) -> Callable[[Variables, Batch], Totals]:
         key, masking = self.assembly.keys.validation, self.config.masking
-        return jax.jit(make_validation_step(self.assembly.setup.predictor, masking, key))
+        step = make_validation_step(self.assembly.setup.predictor, masking, key)
+        return jax.jit(step, out_shardings=replicated(self.assembly.mesh))
 
     @cached_property
     def _placed(self) -> PlacedBatches:
@@ -406,20 +425,13 @@ def write_adapter(console: Console, config: PretrainConfig, run: Pretraining, va
         console.log(f"The adapter was not written: {error} Its values are in checkpoints/ all the same.")
 
 
-def assess_model(
-    config: PretrainConfig,
-    run: Pretraining,
-    variables: Variables,
-    validation: MaskedCodeValidation | QuestionValidation,
-) -> JsonObject:
-    """What the summary says of a trained model beside its mean loss: how it stands beside the baselines on
-    the tuning split, what it makes of codes, and how large its adapters became.
+def assess_parameters(config: PretrainConfig, run: Pretraining, variables: Variables) -> JsonObject:
+    """What the summary says of a trained model's parameters: which codes it holds alike, and how large its
+    adapters became.
     """
-    mesh, vocabulary = run.assembly.mesh, run.data.vocabulary
-    found = validation.assess(variables)
+    found: JsonObject = {}
     if config.init.run is not None or run.parameters["embedding"]["trainable"]:
-        table = jax.device_put(code_table(variables), replicated(mesh))
-        found["neighbours"] = neighbours(vocabulary, np.asarray(table))
+        found["neighbours"] = neighbours(run.data.vocabulary, np.asarray(code_table(variables)))
     if config.lora is not None:
         found["adapter_norms"] = adapter_norms(variables, config.lora)
     return found

@@ -14,6 +14,7 @@ from behrt_jax.evaluation.masked_codes import Unigram
 from behrt_jax.evaluation.questions import predict_prevalence, question_metrics
 from behrt_jax.files import JsonObject
 from behrt_jax.tracking.console import Console
+from behrt_jax.training.devices import replicated
 from behrt_jax.training.feeding import PlacedBatches
 from behrt_jax.training.masking import FIRST_CODE
 from behrt_jax.training.state import Assembly, Setup
@@ -130,7 +131,8 @@ class QuestionValidation:
 
     @cached_property
     def _step(self):
-        return jax.jit(make_question_step(self.assembly.setup.predictor))
+        step = make_question_step(self.assembly.setup.predictor)
+        return jax.jit(step, out_shardings=replicated(self.assembly.mesh))
 
     @cached_property
     def _masked(self) -> ValidationBatches:
@@ -145,4 +147,5 @@ class QuestionValidation:
     @cached_property
     def _masked_step(self):
         key, masking = self.assembly.keys.validation, self.config.masking
-        return jax.jit(make_validation_step(self.assembly.setup.predictor, masking, key))
+        step = make_validation_step(self.assembly.setup.predictor, masking, key)
+        return jax.jit(step, out_shardings=replicated(self.assembly.mesh))

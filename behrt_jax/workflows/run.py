@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -37,7 +37,7 @@ from behrt_jax.run_folder import (
     truncate_metrics,
     write_files,
 )
-from behrt_jax.tracking.console import Console
+from behrt_jax.tracking.console import Console, SilentConsole, open_console
 from behrt_jax.tracking.summary import flat
 from behrt_jax.tracking.trackers import Send, open_trackers
 from behrt_jax.training.checkpoints import Checkpoints
@@ -45,6 +45,7 @@ from behrt_jax.training.devices import put_rows, shapes_of
 from behrt_jax.training.freezing import count_parameters
 from behrt_jax.training.loop import Cursor, Interruption, Schedule
 from behrt_jax.training.optimizer import rates_on_host
+from behrt_jax.training.processes import from_first, is_first
 from behrt_jax.training.runtime import KeptProgram
 from behrt_jax.training.state import Assembly, Setup, with_adapters_of_base
 from behrt_jax.training.step import TrainState, Variables
@@ -133,8 +134,17 @@ def compile_beside(
 
 def decisive_settings(config: PretrainConfig | FinetuneConfig) -> JsonObject:
     """Settings that may decide what a run's programs do: all but those that surely do not."""
-    surely_not = ("name", "output", "resume", "tracking", "compilation_cache")
+    surely_not = ("name", "output", "resume", "distributed", "tracking", "compilation_cache")
     return {name: value for name, value in settings(config).items() if name not in surely_not}
+
+
+def run_console() -> Console:
+    """The console of a run: of several processes, the first one alone speaks."""
+    return open_console() if is_first() else SilentConsole()
+
+
+def not_recorded(line: JsonObject) -> None:
+    """Take a line of metrics.jsonl in a process that does not write it."""
 
 
 def trackers(config: PretrainConfig | FinetuneConfig, folder: Path) -> AbstractContextManager[Send]:
@@ -143,7 +153,7 @@ def trackers(config: PretrainConfig | FinetuneConfig, folder: Path) -> AbstractC
     Raises:
         InputError: see `trackers.open_trackers`.
     """
-    asked = config.tracking if jax.process_index() == 0 else TrackingConfig()
+    asked = config.tracking if is_first() else TrackingConfig()
     return open_trackers(asked, folder, settings(config))
 
 
@@ -193,10 +203,12 @@ def begin(
         probe,
         leaves_not_finite(state.variables),
     )
+    if is_first():
+        if config.resume:
+            check_metrics(run.folder, run.schedule, cursor.step)
+        truncate_metrics(run.folder / METRICS_FILE, cursor.step)
     if config.resume:
-        check_metrics(run.folder, run.schedule, cursor.step)
         checkpoints.remove_older()
-    truncate_metrics(run.folder / METRICS_FILE, cursor.step)
     console.start(run.schedule.total_steps, cursor.step, run.schedule.steps_per_epoch)
     return Begun(state, cursor, telemetry, started - cursor.seconds)
 
@@ -302,6 +314,11 @@ FREE = (
     "train.steps_per_call",
     "mesh.data",
     "mesh.fsdp",
+    "distributed.auto",
+    "distributed.coordinator",
+    "distributed.processes",
+    "distributed.process",
+    "distributed.timeout",
     "tracking.tensorboard",
     "tracking.wandb",
     "tracking.project",
@@ -322,16 +339,21 @@ C = TypeVar("C", PretrainConfig, FinetuneConfig)
 def open_folder(config: C) -> Iterator[tuple[Path, C]]:
     """The run's folder, locked until this ends, and its settings: ``resume`` is off where nothing was begun.
 
-    Without ``output`` it is ``runs/<name>-<time>`` in the working directory.
+    Without ``output`` it is ``runs/<name>-<time>`` in the working directory. Of several processes the first
+    one opens it.
 
     Raises:
         InputError: see `run_folder.open_run_folder`.
     """
     path = config.output or Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    alone = jax.process_index() == 0
-    with open_run_folder(path, config.resume, alone) as folder:
-        begun = (folder / CONFIG_FILE).is_file()
-        yield folder, replace(config, resume=config.resume and begun)
+    with ExitStack() as stack:
+
+        def opened() -> JsonObject:
+            folder = stack.enter_context(open_run_folder(path, config.resume))
+            return {"folder": str(folder), "begun": (folder / CONFIG_FILE).is_file()}
+
+        found = from_first(opened)
+        yield Path(found["folder"]), replace(config, resume=config.resume and found["begun"])
 
 
 def run_record(

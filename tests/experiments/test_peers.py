@@ -129,6 +129,7 @@ def test_subjects_of_a_packed_row_are_apart_in_models_of_hugging_face_too(archit
                     codes.columns[row : row + 1, own] - there[0],
                     codes.labels[row : row + 1, own],
                     np.ones((1, own.sum()), bool),
+                    np.zeros(1, np.int32),
                 )
                 np.testing.assert_allclose(peer(shown, slots).numpy()[0], packed[row, own], atol=1e-5)
     older = batch._replace(ages=batch.ages / 2)

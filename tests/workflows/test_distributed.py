@@ -1,0 +1,170 @@
+"""Runs of several processes, as commands: they equal a run of one, and end together."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN = [
+    "pretrain", "--config", "small_lora", "--model.layers", "1", "--data.subjects", "150",
+    "--data.vocabulary_size", "200", "--train.batch_size", "16", "--train.validate_every", "4",
+    "--train.log_every", "1", "--optimizer.schedule", "constant", "--optimizer.warmup_fraction", "0",
+]  # fmt: skip
+TRAINED = [*PRETRAIN, "--train.max_steps", "8"]
+
+
+@contextmanager
+def started(processes, devices, arguments, also=()):
+    """A command as so many processes, with so many devices each; killed in the end.
+
+    `also` are arguments of the last process alone.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Threads of one share a core: each more of them is another that spins.
+    env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    found = []
+    for number in range(processes):
+        who = ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", processes,
+               "--distributed.process", number, "--distributed.timeout", 10]  # fmt: skip
+        options = [*arguments, *(who if processes > 1 else ()), *(also if number == processes - 1 else ())]
+        command = [sys.executable, "-m", "behrt_jax", *map(str, options)]
+        found.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    try:
+        yield found
+    finally:
+        for process in found:
+            process.kill()
+            process.communicate()
+
+
+def run(processes, devices, arguments, also=()):
+    """Status, output and errors of each process."""
+    with started(processes, devices, arguments, also) as found:
+        return ended(found)
+
+
+def ended(found):
+    said = [process.communicate(timeout=400) for process in found]
+    return [(process.returncode, out, err) for process, (out, err) in zip(found, said, strict=True)]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def wait_for_line(folder, number):
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        if (folder / "metrics.jsonl").exists() and len(lines(folder)) >= number:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{folder} has no {number} lines")
+
+
+def same_figures(first, second):
+    """The lines of two runs are of the same steps, and say the same."""
+    assert [(line["step"], line["split"]) for line in first] == [
+        (line["step"], line["split"]) for line in second
+    ]
+    for name in ("loss", "targets", "accuracy"):
+        np.testing.assert_allclose(*([line[name] for line in one] for one in (first, second)), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of one process with one device."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    [(status, _, err)] = run(1, 1, [*TRAINED, "--output", folder])
+    assert status == 0, err
+    return folder
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_two_processes_leave_what_one_does(alone, tmp_path, fsdp):
+    found = run(2, 4, [*TRAINED, "--mesh.fsdp", fsdp, "--output", tmp_path / "run"])
+    assert [status for status, _, _ in found] == [0, 0], found
+    same_figures(lines(tmp_path / "run"), lines(alone))
+    ours, theirs = summary(tmp_path / "run"), summary(alone)
+    for name in ("baselines", "stop_reason", "best_step", "data", "parameters"):
+        assert ours[name] == theirs[name], name
+    assert ours.keys() == theirs.keys()
+    of_one, of_two = (
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "checkpoints" not in path.parts)
+        for folder in (alone, tmp_path / "run")
+    )
+    assert of_two == of_one
+    # The second process is silent, but for the library that connects it.
+    said = [line for line in found[1][1].splitlines() if "[Gloo]" not in line]
+    assert not said and not found[1][2]
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    endless = [*PRETRAIN, "--train.max_steps", "100000", "--train.epochs", "10000", "--output"]
+    folder = tmp_path / "run"
+    with started(2, 2, [*endless, folder]) as found:
+        wait_for_line(folder, 3)
+        found[1].send_signal(signal.SIGTERM)
+        said = ended(found)
+    assert [status for status, _, _ in said] == [128 + signal.SIGTERM] * 2, said
+    assert summary(folder)["stop_reason"] == "interrupted by SIGTERM"
+    step = lines(folder)[-1]["step"]
+    assert str(step) in [path.name for path in (folder / "checkpoints").iterdir()]
+    # One process with one device goes on, on the same examples with the same masks.
+    until = ["--train.max_steps", step + 4]
+    for place, more in ((folder, ["--resume"]), (tmp_path / "whole", [])):
+        [(status, _, err)] = run(1, 1, [*endless, place, *until, *more])
+        assert status == 0, err
+    same_figures(
+        [line for line in lines(folder) if line["step"] > step],
+        [line for line in lines(tmp_path / "whole") if line["step"] > step],
+    )
+
+
+def test_a_process_that_is_killed_ends_the_others(alone, tmp_path):
+    folder = tmp_path / "run"
+    options = [*PRETRAIN, "--train.max_steps", "8", "--output", folder]
+    with started(2, 2, [*options, "--train.validate_every", "4"]) as found:
+        wait_for_line(folder, 5)
+        found[1].kill()
+        began = time.monotonic()
+        (status, _, err), _ = ended(found)
+    if status:  # it may have been done by then
+        assert status == 75
+        assert re.fullmatch(r"error: process 1 of 2 was not heard of for 10 seconds\. .*--resume\.\n", err)
+        assert time.monotonic() - began < 60
+    assert [status for status, _, _ in run(3, 1, [*options, "--resume"])] == [0, 0, 0]
+    same_figures(lines(folder), lines(alone))
+
+
+def test_an_error_in_one_process_ends_the_others(tmp_path):
+    (first, out, err), (second, _, own) = run(
+        2, 1, [*TRAINED, "--output", tmp_path / "run"], ["--mesh.fsdp", 3]
+    )
+    assert second == 2 and own.startswith("error: mesh.fsdp is 3") and own.count("\n") == 1
+    assert first == 75 and out.count("step ") == 0
+    assert re.fullmatch(
+        r"error: process 1 of 2 \(.*\) has ended \(InputError\): see what it said\. .*\n", err
+    )
