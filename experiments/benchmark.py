@@ -15,6 +15,7 @@ BENCHMARKS = {
     "peers": "PeersBenchmark",
     "population": "PopulationBenchmark",
     "prepare": "PrepareBenchmark",
+    "roofline": "RooflineBenchmark",
     "scaling": "ScalingBenchmark",
     "startup": "StartupBenchmark",
     "train": "TrainBenchmark",

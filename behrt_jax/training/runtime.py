@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ import numpy as np
 import optax
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
+from jax.sharding import Mesh
 
 from behrt_jax.files import JsonObject, json_text, write_bytes
 
@@ -286,6 +287,33 @@ class KeptProgram:
         return found if fits and _shapes(found.in_avals) == _shapes(self._arguments) else None
 
 
+def kept(program: Any, settings: JsonObject, mesh: Mesh) -> Callable[..., Any]:
+    """A function that does what `program` does, and keeps it on disk for each form of its arguments.
+
+    Args:
+        program: a jitted function.
+        settings: all that decides what it does, beside its arguments.
+        mesh: the devices that it runs on.
+    """
+    compiled: dict[Any, Any] = {}
+
+    def call(*arguments: Any) -> Any:
+        form = tuple(_shapes(arguments))
+        if form not in compiled:
+            own = KeptProgram(program, settings, arguments, list(mesh.devices.flat))
+            compiled[form] = own.compiled()
+            own.keep()
+        return compiled[form](*arguments)
+
+    return call
+
+
+def _forms(arguments: Any) -> list[str]:
+    """Structure, shapes, dtypes and shardings of arrays."""
+    leaves = jax.tree.leaves(arguments)
+    return [str(jax.tree.structure(arguments)), *(f"{x.shape} {x.dtype} {x.sharding}" for x in leaves)]
+
+
 def _shapes(tree: Any) -> list[tuple[tuple[int, ...], np.dtype]]:
     return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
@@ -297,8 +325,7 @@ def _program_key(name: str, settings: JsonObject, arguments: Any, devices: Seque
     parts = {
         "name": name,
         "settings": settings,
-        "arguments": [str(jax.tree.structure(arguments))]
-        + [f"{x.shape} {x.dtype} {x.sharding}" for x in jax.tree.leaves(arguments)],
+        "arguments": _forms(arguments),
         "devices": [f"{device.id} {device.device_kind}" for device in devices],
         "compiler": devices[0].client.platform_version,
         "versions": [sys.version, *(package.__version__ for package in packages)],

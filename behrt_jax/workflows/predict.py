@@ -52,7 +52,7 @@ from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import Devices, make_mesh, replicated, replicated_shapes
 from behrt_jax.training.pretrained import open_pretrained, read_encoder, stored_settings
-from behrt_jax.training.runtime import use_compilation_cache
+from behrt_jax.training.runtime import kept, use_compilation_cache
 from behrt_jax.training.state import Setup, set_up_task
 from behrt_jax.training.step import Variables, with_new_rows
 from behrt_jax.training.validation import OutputStep, make_output_step, score
@@ -121,7 +121,8 @@ def predict(config: PredictConfig, devices: Devices | None = None) -> JsonObject
             if len(finetuned.members) > 1 and task.of.thresholded:
                 path, of_members = members_path(config.output), member_schema(len(finetuned.members))
                 members = files.enter_context(PredictionWriter(path, of_members, metadata))
-            step = jax.jit(make_output_step(finetuned.setup.predictor))
+            predictor = finetuned.setup.predictor
+            step = kept(jax.jit(make_output_step(predictor)), {"predictor": repr(predictor)}, mesh)
             for part, outputs, empty, seen in outputs_of(step, config, finetuned, data, chosen, delays, mesh):
                 predicted = mean_predictions(task.kind, outputs, calibration.temperature)
                 writer.write(prediction_rows(schema, task, part, predicted, calibration.threshold, seen))
@@ -422,8 +423,9 @@ def _from_adapters(
     record = read_task(folders[0])
     pretrained = open_pretrained(base or Path(record["base"]))
     setup = _set_up(record, len(pretrained.vocabulary), mesh)
-    first = setup.init(jax.random.key(0))["params"]
-    heads = {name: head for name, head in first.items() if name.endswith("_head")}
+    # Every leaf of a head comes with the adapter.
+    heads = {name: head for name, head in setup.shapes["params"].items() if name.endswith("_head")}
+    heads = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), heads)
     params = {"behrt": read_encoder(pretrained, mesh).params, **heads}
     members, new_codes = [], ()
     for folder in folders:
@@ -591,7 +593,7 @@ def _vectors(
     def embed_step(params: Any, batch: TaskBatch) -> jax.Array:
         return network.apply({"params": params}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
 
-    step = jax.jit(embed_step)
+    step = kept(jax.jit(embed_step), {"network": repr(network)}, mesh)
     pieces = pieces_of(config, encoder.model, encoder.max_length, data, wanted, delays, mesh)
     for _, part, _, batches in pieces:
         yield part, score(step, encoder.params, batches, mesh)
@@ -662,7 +664,10 @@ def pieces_of(
             targets = np.zeros((len(examples), 1), np.float32)
             batches = task_batches(
                 examples, targets, shape, batch_size=len(examples), seed=None, least_segments=segments
-            ).of_rows(config.rows, mesh.size)
+            )
+            # A power of two, so that few subjects are quick and there are few programs.
+            rows = min(config.rows, 2 ** (batches.rows_per_batch - 1).bit_length())
+            batches = batches.of_rows(rows, mesh.size)
             segments = batches.segments  # one shape for all that follow
             yield split, part, examples, batches
 

@@ -1,16 +1,14 @@
 """Our train step as a contender of the training benchmark."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from behrt_jax.config import DataConfig, LoRAConfig, ModelConfig, OptimizerConfig, PretrainConfig, from_stored
 from behrt_jax.data.batches import RowShape, training_batches
@@ -21,6 +19,7 @@ from behrt_jax.training.micro_batches import likely_parts, rows_multiple
 from behrt_jax.training.runtime import keep_freed_memory
 from behrt_jax.training.state import assemble_pretraining
 from experiments.benchmarks.ablation import ABLATIONS, no_change
+from experiments.benchmarks.operations import matrix_flops
 
 # The machine's rate of large matrix products, a contender of the training benchmark.
 
@@ -87,57 +86,6 @@ def load_patients(task: Mapping[str, Any]) -> SequenceSet:
 def steps_of(task: Mapping[str, Any], platform: str) -> int:
     """Steps of a turn: an accelerator's are shorter than what the host needs to wait for one."""
     return task["steps_per_turn"] or (1 if platform == "cpu" else 10)
-
-
-# FLOPs of the matrix products of a function, from its jaxpr: of the algorithm, whatever a compiler makes of
-
-
-def matrix_flops(function: Callable[..., Any], *arguments: Any) -> float:
-    """``2 m n k`` of each product of ``[m, k]`` and ``[k, n]``, summed over all that `function` does.
-
-    Nothing is compiled or computed. The body of a scan counts once a turn, of the branches of a ``cond`` the
-    costliest counts, and every other nested computation counts once (that of ``shard_map`` is one device's).
-    Elementwise work does not count; convolutions and a Pallas kernel's grid are not known.
-
-    Args:
-        function: what would be jitted.
-        arguments: arrays or ``jax.ShapeDtypeStruct``.
-
-    Raises:
-        ValueError: products within a ``while``, whose number of turns is not known.
-    """
-    return float(_flops(jax.make_jaxpr(function)(*arguments).jaxpr))
-
-
-def _flops(jaxpr: Jaxpr) -> int:
-    return sum(map(_equation_flops, jaxpr.eqns))
-
-
-def _equation_flops(equation: JaxprEqn) -> int:
-    name = equation.primitive.name
-    if name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        avals: list[Any] = [equation.invars[0].aval, equation.outvars[0].aval]
-        left, out = avals
-        return 2 * prod(out.shape) * prod(left.shape[axis] for axis in contracted)
-    nested = [_flops(jaxpr) for jaxpr in _jaxprs(list(equation.params.values()))]
-    if name == "scan":
-        return equation.params["length"] * sum(nested)
-    if name == "cond":
-        return max(nested)
-    if name == "while" and sum(nested):
-        raise ValueError("matrix products within a while loop: the number of its turns is not known")
-    return sum(nested)
-
-
-def _jaxprs(value: Any) -> Iterator[Jaxpr]:
-    if isinstance(value, ClosedJaxpr):
-        yield value.jaxpr
-    elif isinstance(value, Jaxpr):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _jaxprs(item)
 
 
 def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[str, Any]]:

@@ -197,10 +197,11 @@ def _contenders_of_prediction(config: StartupBenchmark, folder: Path, embeddings
 
     with np.load(parameters) as stored:
         vocabulary_size = len(stored["behrt/embeddings/code/embedding"])
+        outputs = len(stored["task_head/dense/bias"])
     task = {
         "model": record["model"],
         "vocabulary_size": vocabulary_size,
-        "outputs": record["task"]["outputs"],
+        "outputs": outputs,
         "pooling": record["pooling"],
         "parameters": str(parameters),
         "embeddings": embeddings,

@@ -26,7 +26,7 @@ def test_ratios(monkeypatch, tmp_path):
         asked.append((name, *options))
         return {"population": 24.0, "single-0": 18.0}.get(name, 10.0)
 
-    monkeypatch.setattr(module, "_make_task", lambda config, folder: [])
+    monkeypatch.setattr(module, "make_task", lambda folder, subjects, base: [])
     monkeypatch.setattr(module, "_finetune", timed)
     report = benchmark_population(PopulationBenchmark(members=4))
     assert report["ratio"] == pytest.approx(24 / 48)

@@ -19,7 +19,7 @@ from behrt_jax.training.state import assemble_pretraining
 from experiments.benchmarks import ablation as benchmark_ablation
 from experiments.benchmarks import train as benchmark_train
 from experiments.benchmarks.ablation import ABLATIONS, LORA_ONLY, AblationBenchmark
-from experiments.benchmarks.ours import matrix_flops
+from experiments.benchmarks.operations import matrix_flops
 from experiments.benchmarks.train import ALL_LINEARS, TrainBenchmark, as_table, figures, tasks_of
 from tests.models.rows import random_batch, tiny_model
 from tests.workflows.small_run import SMALL_RUN

@@ -93,6 +93,13 @@ def test_a_run_leaves_the_whole_folder(finished):
     assert finished.exit_status == 0
 
 
+def test_few_programs_are_made_before_the_first_step(finished):
+    programs = read(finished.folder, "summary.json")["startup_programs"]
+    # Each further one, however small, is traced, lowered and compiled while the user waits.
+    assert programs.keys() == {"keys", "mask", "init", "train_step"}
+    assert all(parts.keys() == {"trace", "lower", "compile"} for parts in programs.values())
+
+
 def test_it_learns_more_than_the_unigram_baseline_and_says_so(finished):
     summary = read(finished.folder, "summary.json")
     validation = records(finished.folder, "tuning")

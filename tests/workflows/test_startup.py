@@ -29,6 +29,7 @@ SCRIPT = textwrap.dedent("""
 def start(folder: Path, how: str, cache: Path | str) -> str:
     """Run in a process of its own, which has no other cache; what it wrote to the standard error."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment["XDG_CACHE_HOME"] = str(folder.parent / "caches")  # with the secret that signs programs
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder), how, str(cache)],
         capture_output=True,
@@ -69,6 +70,15 @@ def test_a_second_start_compiles_nothing_anew_and_computes_the_same(tmp_path):
     for name in ("cold", "warm"):
         np.testing.assert_array_equal(losses(tmp_path / name), expected, name)
     assert losses(tmp_path / "resumed")[-2:] == expected[-2:]
+
+    def programs(name: str) -> dict[str, set[str]]:
+        found = json.loads((tmp_path / name / "summary.json").read_text())["startup_programs"]
+        return {program: set(parts) for program, parts in found.items()}
+
+    # The two large ones come from disk whole, nothing of them is traced or lowered again.
+    for name in ("init", "train_step"):
+        assert programs("cold")[name] == {"trace", "lower", "compile"}
+        assert programs("warm")[name] == {"load"}
 
     summary = json.loads((tmp_path / "warm" / "summary.json").read_text())
     marks = summary["startup_seconds"]
