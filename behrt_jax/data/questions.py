@@ -24,7 +24,7 @@ from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary, matching_codes
 from behrt_jax.errors import InputError
 
 FIRST_CODE = len(SPECIAL_TOKENS)
-_ROOM = 1.25  # segments that a row has room for, beside those of mean length
+_ROOM = 2.0  # segments that a row has room for, over those of mean length
 _TRIALS = 3  # epochs by which the rows of all are estimated
 
 # When may be asked.
@@ -383,7 +383,9 @@ class QuestionBatches(RowBatches):
     histories: int
     """Prediction times of an epoch."""
     tokens_per_epoch: int
-    """Tokens of an epoch without padding, [CLS] and facts included; of the first one."""
+    """Tokens of an epoch without padding, [CLS] and facts included; on average."""
+    events_per_epoch: int
+    """Tokens of an epoch without [CLS] and facts, on average."""
     seed: int
     endless: bool = True
     """Other prediction times and questions in each epoch."""
@@ -490,14 +492,14 @@ def question_batches(
     room = shape.row_length - shape.cls_token
     mean = float(times.windows(sequences, room).segment_lengths(shape.cls_token).mean())
     segments = max(1, round(_ROOM * shape.row_length / mean)) if shape.packed else 1
-    rows, histories, tokens = [], 0, 0
+    found = []
     for epoch in range(_TRIALS if endless else 1):
         rng = np.random.default_rng((seed, epoch))
         windows = times.drawn(config.times, rng).windows(sequences, room)
-        rows.append(len(_plan(windows, shape, segments, rng)))
-        histories = len(windows)
         tokens = int(windows.segment_lengths(shape.cls_token).sum(dtype=np.int64))
-    count = max(1, round(float(np.mean(rows))))
+        rows = len(_plan(windows, shape, segments, rng))
+        found.append((rows, len(windows), tokens, int(windows.lengths.sum(dtype=np.int64))))
+    count, histories, tokens, events = np.rint(np.mean(found, axis=0)).astype(int).tolist()
     if batch_tokens is None:
         rows_per_batch = rows_of_batch(count, histories, batch_size)
     else:
@@ -513,6 +515,7 @@ def question_batches(
         segments=segments,
         histories=histories,
         tokens_per_epoch=tokens,
+        events_per_epoch=events,
         seed=seed,
         endless=endless,
     )

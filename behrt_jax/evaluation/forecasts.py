@@ -163,6 +163,7 @@ def occurrence_probability(
     questions: Sequence[Sequence[int]],
     horizon_days: int,
     visits_left: np.ndarray | None = None,
+    followed: bool = False,
 ) -> np.ndarray:
     """Probability that a code of a set occurs after a visit and within the horizon: float64 ``[n, Q]``.
 
@@ -187,6 +188,8 @@ def occurrence_probability(
         horizon_days: from 1.
         visits_left: float64 ``[n, K]``: chances of 0, 1, ... visits after the chosen one, as of
             :func:`chances_of_visits_left`.
+        followed: with ``visits_left``, among records that go on beyond the horizon alone, whatever the
+            answer: those of which `data.questions` asks.
 
     Raises:
         InputError: a horizon below 1, or an empty set of codes.
@@ -213,6 +216,11 @@ def occurrence_probability(
             none, ended = _absent_by_visits(begin, passing, model.daily_visit, visits_left.shape[1])
             no = np.cumsum(none, axis=1) - none  # [n, K]: fewer visits within the horizon than are left
             yes = 1 - no - ended
+            if followed:
+                from scipy.stats import binom  # slow to import, and few need it
+
+                fewer = binom.cdf(np.arange(no.shape[1]) - 1, horizon_days, model.daily_visit)  # [K]
+                yes = fewer[None] - no
             answered = (visits_left * np.stack([no, yes])).sum(axis=2)  # [2, n]
             found[:, question] = answered[1] / answered.sum(axis=0)
     return np.clip(found, 0.0, 1.0)  # sums of probabilities may be off by rounding

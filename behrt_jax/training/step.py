@@ -247,14 +247,13 @@ def question_objective(
         key: jax.Array,
     ):
         batch, masked = inputs
-        keys = jax.random.split(key)
-        log_odds = question_log_odds(local, variables, batch, keys[0], rows)
+        log_odds = question_log_odds(local, variables, batch, jax.random.fold_in(key, 0), rows)
         losses = optax.losses.sigmoid_binary_cross_entropy(log_odds, jnp.asarray(batch.questions.answers))
         weights = jnp.asarray(batch.questions.weights)
         of_questions, targets = (losses * weights).sum(), weights.sum()
         if masked is None:
             return of_questions, {"loss": of_questions, "targets": targets}
-        found = masked_code_losses(local, variables, batch.rows, masked, keys[1], rows)
+        found = masked_code_losses(local, variables, batch.rows, masked, jax.random.fold_in(key, 1), rows)
         both = of_questions + mlm_factor * found.loss
         of_masked = {"mlm_loss": found.loss, "mlm_targets": masked.weights.sum(dtype=jnp.float32)}
         return both, {"loss": both, "targets": targets, "question_loss": of_questions, **of_masked}

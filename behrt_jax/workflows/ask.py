@@ -207,7 +207,7 @@ def any_of(log_odds: np.ndarray) -> np.ndarray:
     if log_odds.shape[1] == 1:
         return log_odds[:, 0].astype(np.float64)
     none = -np.logaddexp(0.0, log_odds.astype(np.float64)).sum(axis=1)  # log of the chance
-    none = np.minimum(none, -1e-12)
+    none = np.minimum(none, -1e-300)
     return np.log(-np.expm1(none)) - none
 
 

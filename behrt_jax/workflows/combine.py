@@ -62,9 +62,7 @@ def combine_adapters(config: CombineConfig) -> Path:
     trained = _mean(members, weights)
     shapes = _shapes(members[0])
     # Frozen leaves are named, but not read: the adapter leaves them as they are.
-    params = {
-        path: trained.get(path, np.broadcast_to(np.float32(0), shape)) for path, shape in shapes.items()
-    }
+    params = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()} | trained
     first = members[0]
     beside = {
         name: (first.folder / name).read_bytes()

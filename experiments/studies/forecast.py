@@ -169,7 +169,7 @@ def forecast_study(
                 if not (run / SUMMARY_FILE).is_file():
                     made = replace(finetune, task=task, train=train, init=pretrained, output=run)
                     finetune_on(made, data, labels)
-                outputs, trained = _held_out_outputs(run, data, labels.take(held_out))
+                outputs, trained = held_out_outputs(run, data, labels.take(held_out))
                 compared[finetune.name] = figures_of(truth, outputs, draws)
                 rows.append(_row(finetune.name, fraction, compared[finetune.name], best, trained))
             baselines = fitted_baselines(base.model, data, labels, held_out, fraction)
@@ -242,7 +242,8 @@ def onset_task(data: DataConfig, loaded: SequenceSet, horizon_days: int) -> tupl
     return condition, labels, np.concatenate(forecasts)
 
 
-def _held_out_outputs(run: Any, data: SequenceSet, labels: Labels) -> tuple[np.ndarray, dict[str, Any]]:
+def held_out_outputs(run: Any, data: SequenceSet, labels: Labels) -> tuple[np.ndarray, dict[str, Any]]:
+    """Probabilities of a fine-tuned run for labels of the held_out split, and what was trained."""
     mesh = make_mesh()
     model = open_finetuned(run, None, mesh)
     examples = examples_of(data, "held_out", labels, model.model, model.max_length, ())

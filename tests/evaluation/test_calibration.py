@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, softmax
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, log_loss
 
 from behrt_jax.data.tasks import KINDS
-from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold
+from behrt_jax.evaluation.calibration import fit_platt, fit_temperature, fit_threshold
 
 # Few distinct scores, so that many are equal.
 SCORED = st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=2, max_size=40)
@@ -97,3 +98,17 @@ def test_predictions_of_each_kind():
     np.testing.assert_allclose(KINDS["survival"].predictions(outputs), alive, rtol=1e-6)
     for kind in ("binary", "multiclass", "multilabel", "regression", "survival"):
         assert KINDS[kind].predictions(outputs).dtype == np.float64
+
+
+def test_platt_equals_a_logistic_regression():
+    rng = np.random.default_rng(3)
+    odds = rng.normal(-2.0, 1.5, 800)
+    labels = rng.random(800) < 1 / (1 + np.exp(-(0.6 * odds + 0.4)))
+    slope, intercept = fit_platt(odds, labels)
+    model = LogisticRegression(C=1e10, tol=1e-10, max_iter=1000).fit(odds[:, None], labels)
+    assert slope == pytest.approx(model.coef_[0, 0], rel=1e-4)
+    assert intercept == pytest.approx(model.intercept_[0], rel=1e-3)
+    shifted = fit_platt(-odds, labels)
+    np.testing.assert_allclose(shifted, (-slope, intercept), rtol=1e-6)
+    for wrong in ((odds, np.ones(800, bool)), (np.zeros(800), labels), (odds, odds > 0)):
+        assert np.isnan(fit_platt(*wrong)).all()
