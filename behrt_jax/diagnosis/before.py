@@ -139,7 +139,7 @@ def adapters_reached(run: RunRecord) -> Iterator[Finding]:
             "no-adapters",
             "LoRA is on, but the model has no adapters.",
             "Nothing of what lora.targets asks for is trained.",
-            "Name layers that exist in --lora.targets (query key value out intermediate output).",
+            "Name layers that exist in --lora.targets (query key value out intermediate output gate).",
         )
     elif unreached := run.facts.unreached_adapters:
         yield Finding.error(

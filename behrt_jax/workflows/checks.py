@@ -24,6 +24,7 @@ from behrt_jax.config import (
 )
 from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.data.events import DAY
+from behrt_jax.data.packing import room_beside
 from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.data.sequences import Sequences, SequenceSet, day_text
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK
@@ -414,7 +415,9 @@ def gather_facts(
 ) -> Facts:
     """Figures for the checks of `diagnosis` that the files of a run folder do not tell."""
     train, tuning = data.splits["train"], data.splits["tuning"]
-    window = batches.row_length - batches.cls_token
+    room = batches.row_length - batches.cls_token
+    facts = None if train.facts is None else train.facts.runs(np.arange(len(train)))
+    window = room_beside(facts, room)
     return Facts(
         codes=len(data.vocabulary) - len(SPECIAL_TOKENS),
         total_steps=total_steps,
@@ -422,7 +425,7 @@ def gather_facts(
         tokens_per_step=batches.tokens_per_epoch / batches.steps_per_epoch,
         row_length=batches.row_length,
         validation_subjects=len(tuning),
-        unseen_share=_unseen_share(tuning.codes, data.vocabulary.counts),
+        unseen_share=_unseen_share(tuning.codes, data.event_counts),
         cut_share=float(np.maximum(train.lengths - window, 0).sum() / max(len(train.codes), 1)),
         beyond_tables=_beyond_tables(train, config.model),
         unreached_adapters=unreached_adapters(setup),

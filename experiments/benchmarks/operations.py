@@ -134,15 +134,19 @@ class _Walk:
         jaxprs = list(_jaxprs(list(params.values())))
         if name == "scan":
             (body,) = jaxprs
-            before = params["num_consts"] + params["num_carry"]
             turns = times * params["length"]
+            # Versions of JAX name constants, carry and what is gone through in other ways: the last has an
+            # axis of turns outside, and so have the results that are no carry.
+            through = sum(map(_differ, equation.invars, body.invars))
+            carry = len(body.outvars) - sum(map(_differ, equation.outvars, body.outvars))
+            constants = len(body.invars) - carry - through
             # A turn's part of what is gone through, and the carry after each turn, are arrays of their own.
             own = [
-                one if k < params["num_consts"] else _Array(_bytes(var), one.origin, turns)
+                one if k < constants else _Array(_bytes(var), one.origin, turns)
                 for k, (one, var) in enumerate(zip(inputs, body.invars, strict=True))
             ]
             yield from self.operations(body, own, turns)
-            for one, part in zip(inputs[before:], own[before:], strict=True):
+            for one, part in zip(inputs[constants + carry :], own[constants + carry :], strict=True):
                 one.read |= part.read
         elif name == "cond":
             branches = [list(self.operations(one, inputs[1:], times)) for one in jaxprs]
@@ -185,6 +189,10 @@ def _bytes(var: Any) -> float:
         return 0.0
     # Keys have a dtype of their own, of two words.
     return float(prod(aval.shape)) * (aval.dtype.itemsize if isinstance(aval.dtype, np.dtype) else 8)
+
+
+def _differ(outer: Any, inner: Any) -> bool:
+    return len(outer.aval.shape) != len(inner.aval.shape)
 
 
 def _has_products(jaxpr: Jaxpr) -> bool:

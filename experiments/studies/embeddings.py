@@ -104,7 +104,7 @@ def embedding_study(config: EmbeddingStudyConfig) -> dict[str, Any]:
     with open_console() as console:
         for fraction in config.fractions:
             of_share = replace(shared, data=replace(shared.data, train_fraction=fraction))
-            data = load_sequences(of_share.data, shared.model.sep_token)
+            data = load_sequences(of_share.data, shared.model.sep_token, shared.model.fact_tokens)
             start = Start(len(data.splits["train"]), train_vectors(config, data, fraction))
             judge = Judge.of(of_share, data)
             losses = {}

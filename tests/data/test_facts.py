@@ -19,6 +19,7 @@ from behrt_jax.data.events import DAY
 from behrt_jax.data.examples import find_examples
 from behrt_jax.data.facts import CodedFacts, FactTable, StaticFacts, fact_rows
 from behrt_jax.data.prepared import read_fact_rows, read_manifest, read_prepared
+from behrt_jax.data.questions import Catalogue, question_batches
 from behrt_jax.data.sequences import build_sequences, set_fingerprint, told_facts
 from behrt_jax.data.vocabulary import CLS, SPECIAL_TOKENS, UNK
 from behrt_jax.errors import InputError
@@ -28,6 +29,8 @@ from behrt_jax.workflows.labelled_data import in_vocabulary
 from behrt_jax.workflows.prepare import open_source
 from tests.data.histories import Event, labels_at, sequence_set
 from tests.data.test_batches import FIRST_CODE, assert_equal, epoch, histories, history_lengths, segments
+from tests.data.test_questions import CONFIG as QUERIES
+from tests.data.test_questions import random_set
 from tests.records.meds_folder import Row, born, event_set
 from tests.records.prepare.test_pipeline import ALWAYS, SPLIT_IDS, source_of, without_digests
 
@@ -164,6 +167,32 @@ def test_examples_have_the_facts_of_their_subject_and_room_is_left_for_them(dela
         assert codes == own[example] + events[-(5 - len(own[example])) :]
     assert len(seen) == 5
     assert found.empty.tolist() == [False, False, True, True, False]
+
+
+def test_questions_are_asked_of_histories_with_their_facts():
+    data = random_set(seed=3, subjects=12)
+    parts = {name: with_facts(part, seed=5) for name, part in data.splits.items()}
+    counts = data.event_counts
+    data = replace(data, splits=parts)
+    catalogue = Catalogue.of(replace(data.vocabulary, counts=counts), QUERIES)
+    shape = RowShape(12, cls_token=True)
+    batches = question_batches(data, "train", catalogue, QUERIES, shape, batch_size=4)
+    times, shown = batches.examples, 0
+    for step in range(batches.steps_per_epoch):
+        batch = batches.batch(step)
+        for row, slot in np.argwhere(batch.examples >= 0):
+            cells = batch.rows.segment_ids[row] == slot + 1
+            codes = batch.rows.codes[row][cells].tolist()
+            example = batch.examples[row, slot]
+            facts = facts_of(parts["train"], times.subjects[example])
+            assert codes[: 1 + len(facts)] == [CLS, *facts]
+            events = codes[1 + len(facts) :]
+            end = times.up_to[example]
+            assert events == parts["train"].codes[end - len(events) : end].tolist()
+            begin = parts["train"].offsets[times.subjects[example]]
+            assert len(events) == min(end - begin, 12 - 1 - len(facts))
+            shown += len(codes)
+    assert 0 < shown <= batches.steps_per_epoch * batches.batch_rows * 12
 
 
 def test_codes_of_data_are_read_as_those_of_a_model():

@@ -96,6 +96,13 @@ def test_loops_and_nested_computations():
     # The weights come in once, the carry is written and read at each turn.
     assert loop.bytes * loop.times == pytest.approx(BYTES_W + 7 * BYTES_X)
 
+    # What is gone through is read once, a part of it at each turn.
+    stack = jax.ShapeDtypeStruct((7, 5, 5), jnp.float32)
+    loop, _ = operations(
+        lambda x, ws: jax.lax.scan(lambda x, w: (x @ w, x.sum()), x, ws), X, stack, cache_bytes=0
+    )
+    assert loop.bytes * loop.times == pytest.approx(7 * BYTES_W + 7 * BYTES_X)
+
     @jax.custom_vjp
     def ruled(x, w):
         return x @ w
