@@ -118,8 +118,8 @@ class LoRAConfig:
     dropout: float = 0.0
     """Dropout rate on an adapter's input."""
     targets: tuple[str, ...] = ("query", "key", "value", "out")
-    """Dense layers to adapt, by name (query key value out intermediate output) or, with a slash in
-    it, by a glob pattern over the whole path (behrt/encoder/layer_0/*)."""
+    """Dense layers to adapt, by name (query key value out intermediate output, and gate where model.ffn has
+    one) or, with a slash in it, by a glob pattern over the whole path (behrt/encoder/layer_0/*)."""
     exclude: tuple[str, ...] = ()
     """Layers to leave as they are although the targets match them, named likewise."""
     rank_pattern: tuple[str, ...] = ()
@@ -188,6 +188,10 @@ class DataConfig:
     optimum counts on them, keep."""
     difficulty: float = 0.5
     """latent: from 0 (each condition has codes of its own) to 1 (conditions share codes, more noise)."""
+    covariates: tuple[Literal["sex", "year", "gaps"], ...] = ()
+    """latent: what codes depend on beside age. sex: a static fact; conditions and codes differ. year:
+    treatments come and go with the calendar. gaps: visits are closer the more ill a subject is, stages change
+    with the days between them, and so does routine care. What knowing each is worth is reported."""
     visit_column: str | None = None
     """Column of visit ids (hadm_id in MIMIC). Where it is absent or null, a visit is a calendar day."""
     window: Literal["all", "random", "recent", "first"] = "all"

@@ -93,7 +93,7 @@ def hash_split_index(
     other subjects join the data set. The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014,
     doi 10.1145/2714064.2660195). Of ids int64 ``[n]`` come int8 ``[n]``; fractions are shares of subjects.
     """
-    share = _hash_shares(ids, seed)
+    share = hash_shares(ids, seed)
     split = np.full(len(ids), SPLITS.index("train"), np.int8)
     split[share < held_out_fraction + tuning_fraction] = SPLITS.index("tuning")
     split[share < held_out_fraction] = SPLITS.index("held_out")
@@ -113,11 +113,11 @@ def _exact_split_index(
     split = np.repeat(np.array([SPLITS.index(name) for name in sizes], np.int8), list(sizes.values()))
     split = np.append(split, np.full(len(ids) - len(split), SPLITS.index("train"), np.int8))
     placed = np.empty(len(ids), np.int8)
-    placed[np.argsort(_hash_shares(ids, seed), kind="stable")] = split
+    placed[np.argsort(hash_shares(ids, seed), kind="stable")] = split
     return placed
 
 
-def _hash_shares(ids: np.ndarray, seed: int) -> np.ndarray:
+def hash_shares(ids: np.ndarray, seed: int) -> np.ndarray:
     """A hash of each int64 id ``[n]`` as a float64 in [0, 1)."""
     key = _mix(np.array([(seed + _GOLDEN) & _WORD], dtype=np.uint64))  # [1]
     mixed = _mix(hash_words(ids) + key)  # [n]

@@ -5,7 +5,7 @@ tells of the conditions at its last visit is all that matters for what comes aft
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from behrt_jax.config import DataConfig
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS, MASK, PAD, SEP
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.oracle import Oracle, VisitRuns, filter_visits, find_visits, read_forward
+from behrt_jax.evaluation.oracle import Oracle
+from behrt_jax.evaluation.visit_messages import VisitRuns, filter_visits, find_visits, read_forward
 from behrt_jax.records.synthetic.latent import LatentModel
 
 _CHUNK = 4096  # tokens worked on at once
@@ -34,6 +35,8 @@ def stage_posteriors(oracle: Oracle, sequences: Sequences) -> StagePosteriors:
     seen = ~np.isin(sequences.codes, (PAD, CLS, SEP))
     subjects = np.repeat(np.arange(len(sequences)), sequences.lengths)[seen]
     codes = sequences.codes[seen]
+    if oracle.model.covariates is not None:
+        raise InputError("Forecasts are known of records without covariates: leave out data.covariates.")
     visits = find_visits(oracle.model, subjects, sequences.visits[seen], sequences.ages[seen])
     bands = visits.bands[visits.of_token]
     likelihoods = np.empty((len(visits.starts), len(oracle.model.states)))
@@ -41,18 +44,12 @@ def stage_posteriors(oracle: Oracle, sequences: Sequences) -> StagePosteriors:
         chunk = slice(start, start + _CHUNK // 4)
         starts, sizes = visits.starts[chunk], visits.sizes[chunk]
         tokens = slice(starts[0], starts[-1] + sizes[-1])
-        part = VisitRuns(
-            visits.of_token[tokens] - start,
-            starts - starts[0],
-            sizes,
-            visits.bands[chunk],
-            visits.days[chunk],
-            np.array([0]),
-            np.array([len(starts)]),
+        part = replace(
+            visits, of_token=visits.of_token[tokens] - start, starts=starts - starts[0], sizes=sizes
         )
         given = oracle.emissions[bands[tokens], :, codes[tokens]]  # [tokens, R]
         likelihoods[chunk] = read_forward(oracle.model, part, given)[1]
-    stages = filter_visits(oracle.model, visits, likelihoods) * likelihoods
+    stages = filter_visits(oracle.model, visits, likelihoods)[0] * likelihoods
     return StagePosteriors(visits, stages / stages.sum(axis=1, keepdims=True))
 
 

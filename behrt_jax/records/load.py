@@ -74,7 +74,7 @@ def load_events(config: DataConfig) -> EventSet:
     options = (config.subjects, generated_code_count(config), config.events_mean, spread, config.seed)
     if config.source == "latent":
         _check_nothing_dropped(config)
-        return generate_latent(*options, config.difficulty)
+        return generate_latent(*options, config.difficulty, config.covariates)
     return {"clinical": generate_clinical, "uniform": generate_uniform}[config.source](*options)
 
 

@@ -377,7 +377,8 @@ def predict_baselines(
     """Predictors without training, scored on the very codes that the validation step masks.
 
     Returns:
-        Results of ``unigram`` and ``co-occurrence``, and of the ``oracle`` where the optimum is known.
+        Results of ``unigram`` and ``co-occurrence``, and of the ``oracle`` where the optimum is known; where
+        codes depend on covariates, also of ``oracle without sex``, ``year`` or ``gaps``.
     """
     unigram = Unigram(data.event_counts, FIRST_CODE)
     cooccurrence = Cooccurrence(data.splits["train"], unigram, FIRST_CODE)
@@ -385,6 +386,8 @@ def predict_baselines(
     oracle = oracle_of(config.data, data.vocabulary.codes)
     if oracle is not None:
         found["oracle"] = oracle.predict(masked, config.masking)
+        for name in config.data.covariates:
+            found[f"oracle without {name}"] = oracle.predict(masked, config.masking, name)
     return found
 
 

@@ -8,8 +8,8 @@ from behrt_jax.records.synthetic.histories import GeneratedHistories, check_opti
 from behrt_jax.records.synthetic.latent import (
     LatentModel,
     cumulative,
+    draw_course,
     draw_latent_histories,
-    draw_states,
     latent_model,
 )
 
@@ -56,7 +56,7 @@ def latent_paths(
     model = latent_model(code_count, seed, difficulty)
     rng = np.random.default_rng(seed)
     histories = draw_latent_histories(rng, model, subjects, events_mean, events_spread)
-    states = draw_states(rng, model, histories)
+    histories, states = draw_course(rng, model, histories)
     future = np.random.default_rng([seed, _FUTURE])
     onsets = _draw_onsets(future, model, histories, states, follow_up_days)
     last = np.append(histories.first_visits[1:], len(states)) - 1

@@ -14,7 +14,16 @@ from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import MaskedSplit, Unigram
 from behrt_jax.evaluation.oracle import Oracle, make_oracle, oracle_of
 from behrt_jax.records.load import load_sequences
-from tests.evaluation.latent_cases import FIRST, brute_posterior, make_sequences, split_of, tiny_model
+from behrt_jax.records.synthetic.histories import FIRST_DAY, LAST_DAY
+from behrt_jax.records.synthetic.latent import COVARIATES
+from tests.evaluation.latent_cases import (
+    FIRST,
+    brute_posterior,
+    make_sequences,
+    split_of,
+    tiny_model,
+    with_covariates,
+)
 
 PLAIN = MaskingConfig(mask_share=1.0, random_share=0.0)
 DATA = DataConfig(
@@ -83,6 +92,63 @@ def test_posterior_equals_enumeration(seed, data):
     np.testing.assert_allclose(posterior_of(oracle, split, masking)[0], expected, rtol=1e-10, atol=1e-13)
     results = oracle.predict(split, masking)
     np.testing.assert_allclose(results.losses, -np.log(expected[FIRST]), rtol=1e-10)
+
+
+@pytest.mark.parametrize("unknown", [None, *COVARIATES])
+@pytest.mark.parametrize("unit", ["code", "visit"])
+def test_covariates_known_and_unknown_equal_enumeration(unknown, unit):
+    rng = np.random.default_rng([ord(letter) for letter in f"{unknown}{unit}"])
+    for case in range(4):
+        model = with_covariates(tiny_model(case), case)
+        codes = [*range(FIRST, FIRST + 3), UNK]
+        masking = MaskingConfig(0.3, 0.8, 0.15, unit)
+        days = np.cumsum([rng.integers(1, 20), *rng.choice([1, 3, 4, 900], 2)])
+        history = [(int(day), rng.choice([MASK, *codes], rng.integers(1, 3)).tolist()) for day in days]
+        flat = [code for _, visit in history for code in visit]
+        target = next((place for place, code in enumerate(flat) if code != UNK), 0)
+        if flat[target] == UNK:
+            history[0][1][0] = flat[0] = MASK
+        first_day = int(rng.integers(FIRST_DAY, LAST_DAY))
+        oracle = make_oracle(model, (*SPECIAL_TOKENS, *model.codes[:3]))
+        truth = make_sequences([[(day, [FIRST for _ in visit]) for day, visit in history]], first_day)
+        ((_, found),) = oracle.posteriors(split_of(truth, flat, [target]), masking, unknown)
+        expected = brute_posterior(model, history, codes, target, masking, first_day, unknown)[:3]
+        np.testing.assert_allclose(found[0, FIRST:], expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.fixture(scope="module")
+def depending():
+    """Records with all covariates, masked."""
+    data = replace(DATA, subjects=700, covariates=COVARIATES, difficulty=0.5)
+    loaded = load_sequences(data, sep_token=False)
+    oracle = oracle_of(data, loaded.vocabulary.codes)
+    assert oracle is not None
+    split = masked(loaded.splits["tuning"], DATA.vocabulary_size, MaskingConfig(), seed=11)
+    return oracle, split, oracle.predict(split, MaskingConfig())
+
+
+def test_posterior_with_covariates_is_calibrated(depending):
+    """Loss less entropy is 0 on average for the oracle, and for readers who lack something."""
+    oracle, split, _ = depending
+    for unknown in (None, "sex", "gaps"):
+        excess = np.empty(len(split.targets))
+        for where, posterior in oracle.posteriors(split, MaskingConfig(), unknown):
+            own = posterior[np.arange(len(where)), split.codes[where]]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                entropy = -np.where(posterior > 0, posterior * np.log(posterior), 0.0).sum(axis=1)
+            excess[where] = -np.log(own) - entropy
+        assert abs(excess.mean()) < 3 * excess.std() / np.sqrt(len(excess))
+
+
+@pytest.mark.slow
+def test_every_covariate_is_worth_something(depending):
+    oracle, split, best = depending
+    assert oracle.model.covariates is not None
+    assert oracle.model.covariates.names == COVARIATES
+    for unknown in COVARIATES:
+        worth = oracle.predict(split, MaskingConfig(), unknown).losses - best.losses
+        assert worth.mean() > 2 * worth.std() / np.sqrt(len(worth))
+        assert worth.mean() > 0.005
 
 
 def test_windows_are_apart_and_chunks_change_nothing(latent, monkeypatch):

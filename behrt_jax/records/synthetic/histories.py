@@ -13,7 +13,8 @@ YEAR_DAYS = 365.25
 VISIT_SIZES = np.array([1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 5, 6])
 """Equally likely numbers of events in a visit (3 on average, before the end of a history cuts one)."""
 
-_FIRST_DAY, _LAST_DAY = np.array(["2004-01-01", "2016-01-01"], "datetime64[D]").astype(np.int64)
+FIRST_DAY, LAST_DAY = np.array(["2004-01-01", "2016-01-01"], "datetime64[D]").astype(np.int64)
+"""Days since 1970 between which first visits lie, each day as likely; the last one is not included."""
 _MINUTE = 60_000_000  # microseconds
 _GAP_DAYS = 90.0
 _LONGEST_SPAN_DAYS = 15 * YEAR_DAYS
@@ -158,7 +159,7 @@ def draw_births(rng: np.random.Generator, subjects: int) -> tuple[np.ndarray, np
     child = rng.random(subjects) < 1 / 6
     child_ages = 18 * rng.random(subjects) ** 1.5
     adult_ages = np.clip(rng.normal(55, 20, subjects), 18, 90)
-    first_days = rng.integers(_FIRST_DAY, _LAST_DAY, subjects)
+    first_days = rng.integers(FIRST_DAY, LAST_DAY, subjects)
     ages = np.where(child, child_ages, adult_ages)  # years
     return first_days - (ages * YEAR_DAYS).astype(np.int64), first_days
 

@@ -16,8 +16,8 @@ from behrt_jax.records.synthetic.latent import (
     LEAST_CODES,
     LatentModel,
     code_texts,
+    draw_course,
     draw_latent_histories,
-    draw_states,
     generate_latent,
     latent_model,
 )
@@ -178,7 +178,7 @@ def test_the_band_of_the_later_visit_decides():
     model = replace(model, transitions=always, band_years=3.0)
     rng = np.random.default_rng(0)
     histories = draw_latent_histories(rng, model, 300, 30.0, 0.5)
-    states = draw_states(rng, model, histories)
+    histories, states = draw_course(rng, model, histories)
     bands = model.band_of_day(histories.visit_days - histories.birth_days[histories.visit_subjects])
     later = np.setdiff1d(np.arange(len(bands)), histories.first_visits)
     assert (bands[later] != bands[later - 1]).sum() > 30
