@@ -118,8 +118,8 @@ class LoRAConfig:
     dropout: float = 0.0
     """Dropout rate on an adapter's input."""
     targets: tuple[str, ...] = ("query", "key", "value", "out")
-    """Dense layers to adapt, by name (query key value out intermediate output) or, with a slash in
-    it, by a glob pattern over the whole path (behrt/encoder/layer_0/*)."""
+    """Dense layers to adapt, by name (query key value out intermediate output, and gate where model.ffn has
+    one) or, with a slash in it, by a glob pattern over the whole path (behrt/encoder/layer_0/*)."""
     exclude: tuple[str, ...] = ()
     """Layers to leave as they are although the targets match them, named likewise."""
     rank_pattern: tuple[str, ...] = ()

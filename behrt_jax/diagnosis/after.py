@@ -64,9 +64,20 @@ def best_without_record(run: RunRecord) -> Iterator[Finding]:
 
 
 def gain_over_baselines(run: RunRecord) -> Iterator[Finding]:
-    """A model no better than code frequencies, or than counting which codes go together."""
+    """A model no better than code frequencies, than counting which codes go together, or, of questions, than
+    how common each code is.
+    """
     if run.setting("data", "source") == "uniform":
         return
+    of_answers = run.summary.get("gain_over_prevalence")
+    if is_number(of_answers) and of_answers <= 0:
+        yield Finding.error(
+            "no-gain-over-prevalence",
+            f"The best validation loss is {abs(of_answers):.4f} nats above that of answering by how common "
+            "each code is.",
+            "The model is of no use yet: a table of prevalences answers better.",
+            LONGER,
+        )
     gain = run.summary.get("gain_over_unigram")
     if not is_number(gain) or gain >= SMALL_GAIN:
         yield from gain_over_pairs(run)

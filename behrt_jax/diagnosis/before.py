@@ -139,7 +139,7 @@ def adapters_reached(run: RunRecord) -> Iterator[Finding]:
             "no-adapters",
             "LoRA is on, but the model has no adapters.",
             "Nothing of what lora.targets asks for is trained.",
-            "Name layers that exist in --lora.targets (query key value out intermediate output).",
+            "Name layers that exist in --lora.targets (query key value out intermediate output gate).",
         )
     elif unreached := run.facts.unreached_adapters:
         yield Finding.error(
@@ -175,8 +175,9 @@ def data_without_structure(run: RunRecord) -> Iterator[Finding]:
 
 
 def validation_size(run: RunRecord) -> Iterator[Finding]:
-    """A validation loss that cannot be known well, by the interval of the unigram's on the same codes."""
-    low, high = run.baseline("unigram", "interval") or (None, None)
+    """A validation loss that cannot be known well, by the interval of the simplest baseline's."""
+    simple = "prevalence" if "prevalence" in run.baselines else "unigram"
+    low, high = run.baseline(simple, "interval") or (None, None)
     subjects = run.facts.validation_subjects
     half = (high - low) / 2 if is_number(low) and is_number(high) else None
     few = subjects is not None and subjects < FEW_VALIDATION_SUBJECTS
@@ -184,11 +185,12 @@ def validation_size(run: RunRecord) -> Iterator[Finding]:
         return
     of = f" of {subjects:,} subjects" if subjects is not None else ""
     known = f"95 % interval of their loss: +- {half:.3f} nats" if half is not None else ""
-    targets = (run.baselines.get("unigram") or {}).get("targets", 0)
+    targets = (run.baselines.get(simple) or {}).get("targets", 0)
+    asked = "questions" if simple == "prevalence" else "masked codes"
     yield Finding(
         "validation-size",
         "warning" if few or half is None or half > WIDE_INTERVAL else "info",
-        f"Validation is on {targets:,} masked codes{of}; {known or 'its interval cannot be told'}.",
+        f"Validation is on {targets:,} {asked}{of}; {known or 'its interval cannot be told'}.",
         "Differences between runs on other data that are smaller than this say nothing, and the best "
         "epoch is chosen partly by chance.",
         f"Put more subjects into the tuning split ({run.option('data.tuning_fraction')}), or compare runs "

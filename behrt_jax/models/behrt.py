@@ -18,7 +18,7 @@ from flax import linen as nn
 from behrt_jax.config import ModelConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.models.attention import SelfAttention
-from behrt_jax.models.layers import Dropout, Norm, gelu, rotations
+from behrt_jax.models.layers import Dropout, Norm, gelu, rotations, sine
 from behrt_jax.models.stacked_layers import STACKED, Tree, layer_name
 
 EMBEDDING_STDDEV = 0.02
@@ -109,7 +109,7 @@ class Time2Vec(nn.Module):
         angle = (days.astype(jnp.float32) / CENTURY)[:, :, None] * frequency[None, None]  # [B, L, E]
         angle = angle + phase[None, None]
         linear = jax.lax.broadcasted_iota(jnp.int32, angle.shape, 2) == 0
-        return scale[None, None] * jnp.where(linear, angle, jnp.sin(angle))
+        return scale[None, None] * jnp.where(linear, angle, sine(angle))
 
 
 class Embeddings(nn.Module):
@@ -435,7 +435,11 @@ def pool_segments(hidden: jax.Array, segment_ids: jax.Array, how: Pooling, segme
 
 
 class PoolingHead(nn.Module):
-    """Poolings with parameters: attention, by a learned query for each head, and a choice among `EACH`."""
+    """Poolings with parameters: attention by one learned query, and a choice among `EACH`.
+
+    The query's scores in a head, ``(query @ W_q) @ (x @ W_k).T``, are linear in `x`: one vector a head, which
+    is what is learned in place of query and projections. All columns alike are a query without heads.
+    """
 
     heads: int
     how: Pooling

@@ -1,4 +1,6 @@
-"""The train step with one optimisation undone at a time, in turns with the step as it is."""
+"""The train step with one optimisation undone at a time, or one option of the model added, in turns with the
+step as it is.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +58,9 @@ def _threefry(key: jax.Array, x: jax.Array, rate: float, rows: jax.Array | None 
 
 
 class _FlaxNorm(nn.Module):
+    kind: str = "layer"
+    use_bias: bool = True
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return nn.LayerNorm(1e-5, dtype=jnp.float32, name="flax")(x)
@@ -92,7 +97,7 @@ def _all_trains(config: PretrainConfig, layout: str) -> tuple[PretrainConfig, st
 
 
 def _norms() -> dict[str, Any]:
-    return {"models.behrt.LayerNorm": _FlaxNorm}
+    return {"models.behrt.Norm": _FlaxNorm}
 
 
 def _gelus() -> dict[str, Any]:
@@ -124,12 +129,32 @@ ABLATIONS: dict[str, Ablation] = {
     "gelu": Ablation("jax.nn.gelu, by erfc", patches=_gelus),
 }
 """By name of the optimisation that is undone."""
+
+
+def _with_model(**changes: Any) -> Settings:
+    return lambda config, layout: (replace(config, model=replace(config.model, **changes)), layout)
+
+
+OPTIONS: dict[str, Ablation] = {
+    "gaps": Ablation("days between visits, by Time2Vec", _with_model(time="gaps")),
+    "time2vec": Ablation("the calendar and days between visits, by Time2Vec", _with_model(time="time2vec")),
+    "rope": Ablation("rotary positions in place of a table", _with_model(position_embedding="rope")),
+    "rope_time": Ablation("rotary days in place of a table", _with_model(position_embedding="rope_time")),
+    "geglu": Ablation("a gate through GELU, as many parameters", _with_model(ffn="geglu")),
+    "swiglu": Ablation("a gate through SiLU, as many parameters", _with_model(ffn="swiglu")),
+    "rms": Ablation("RMSNorm", _with_model(norm="rms")),
+    "no_bias": Ablation("no biases but the decoder's", _with_model(bias=False)),
+    "tied_decoder": Ablation("the code table as decoder", _with_model(tied_decoder=True)),
+}
+"""By name of the option that is added to the model of a named configuration."""
 LORA_ONLY = ("frozen_gradients", "merged_product", "low_rank_backward")
 
 
 @dataclass(frozen=True)
 class AblationBenchmark:
-    """Time the train step with one optimisation undone at a time, in turns with the step as it is."""
+    """Time the train step with one optimisation undone at a time, or with one option of the model added, in
+    turns with the step as it is.
+    """
 
     size: str = "large"
     """Named configuration, without _lora."""
@@ -137,6 +162,11 @@ class AblationBenchmark:
     """full, or adapters on all six linear layers with embeddings and head."""
     without: tuple[str, ...] = ()
     """Optimisations to undo, by name; all that apply where not given."""
+    options: tuple[str, ...] = ()
+    """Options of the model to add in place of that, by name, or `all`: time of a step beside its FLOPs, the
+    batch in one part."""
+    clock: Literal["wall", "processor"] = "wall"
+    """processor: of all cores together, which others on the machine change less."""
     patients: int = 128
     """Patients a step."""
     rank: int = 16
@@ -155,17 +185,22 @@ def benchmark_ablation(
     config: AblationBenchmark, configurations: Mapping[str, PretrainConfig] = PRETRAIN
 ) -> dict[str, Any]:
     """Run it, print a table and return ``settings`` and ``results``: name -> ``what``, ``slower``
-    (``[low, median, high]`` over the rounds, quartiles), ``step_seconds``, ``peak_bytes``.
+    (``[low, median, high]`` over the rounds, quartiles), ``step_seconds``, ``peak_bytes``, and of an option
+    ``flops``, its compiled step's as a multiple.
 
     Raises:
         InputError: an unknown configuration or optimisation, or a contender that failed.
     """
     if config.size not in configurations:
         raise InputError(f"--size: {config.size!r} is unknown, choose from {', '.join(configurations)}.")
-    names = config.without or tuple(n for n in ABLATIONS if config.regime == "lora" or n not in LORA_ONLY)
-    unknown = sorted(set(names) - set(ABLATIONS))
+    names, among, option = config.without, ABLATIONS, "without"
+    if config.options:
+        names, among, option = config.options, OPTIONS, "options"
+        names = tuple(OPTIONS) if names == ("all",) else names
+    names = names or tuple(name for name in among if config.regime == "lora" or name not in LORA_ONLY)
+    unknown = sorted(set(names) - set(among))
     if unknown:
-        raise InputError(f"--without: {unknown[0]!r} is unknown, choose from {', '.join(ABLATIONS)}.")
+        raise InputError(f"--{option}: {unknown[0]!r} is unknown, choose from {', '.join(among)}.")
     pretrain = configurations[config.size]
     common = {
         "kind": "jax",
@@ -176,11 +211,14 @@ def benchmark_ablation(
         "regime": config.regime,
         "patients": config.patients,
         "vocabulary_size": config.vocabulary_size,
-        "micro_batches": None,
+        # The compiler counts the FLOPs of one part alone.
+        "micro_batches": 1 if config.options else None,
         "steps_per_turn": None,
+        "clock": config.clock,
     }
     results: dict[str, Any] = {}
-    print(f"{config.size} {config.regime}, {config.patients} patients: time of a step without")
+    change = "with" if config.options else "without"
+    print(f"{config.size} {config.regime}, {config.patients} patients: time of a step {change}")
     for start in range(0, len(names), config.at_once):
         group = names[start : start + config.at_once]
         tasks = {name: {**common, "without": name} for name in group}
@@ -191,14 +229,18 @@ def benchmark_ablation(
                 ratio = patients * np.array(other.seconds) / np.array(whole.seconds)  # [rounds]
                 low, middle, high = (float(value) for value in np.percentile(ratio, [25, 50, 75]))
                 results[other.name] = {
-                    "what": ABLATIONS[other.name].what,
+                    "what": among[other.name].what,
                     "slower": [low, middle, high],
                     "step_seconds": float(np.median(other.seconds)),
                     "step_seconds_as_it_is": float(np.median(whole.seconds)),
                     "peak_bytes": other.peak_bytes,
                     "peak_bytes_as_it_is": whole.peak_bytes,
                 }
-                what = ABLATIONS[other.name].what
+                what = among[other.name].what
+                if config.options:
+                    flops = other.facts["compiled_flops"] / whole.facts["compiled_flops"] / patients
+                    results[other.name]["flops"] = flops
+                    what = f"{flops:5.3f} x the FLOPs  {what}"
                 print(f"  {other.name:<18} {middle:5.2f} x ({low:.2f} to {high:.2f})  {what}")
     report = {"settings": {**asdict(config), "output": None}, "results": results}
     if config.output is not None:

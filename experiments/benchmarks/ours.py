@@ -18,7 +18,7 @@ from behrt_jax.training.devices import make_mesh, put_rows
 from behrt_jax.training.micro_batches import likely_parts, rows_multiple
 from behrt_jax.training.runtime import keep_freed_memory
 from behrt_jax.training.state import assemble_pretraining
-from experiments.benchmarks.ablation import ABLATIONS, no_change
+from experiments.benchmarks.ablation import ABLATIONS, OPTIONS, no_change
 from experiments.benchmarks.operations import matrix_flops
 
 # The machine's rate of large matrix products, a contender of the training benchmark.
@@ -100,8 +100,9 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[s
     )
     if adapters is not None:
         config = replace(config, freezing=replace(config.freezing, regime="lora"))
-    ablation = ABLATIONS[task["without"]] if task["without"] else no_change
+    ablation = {**ABLATIONS, **OPTIONS}[task["without"]] if task["without"] else no_change
     config, layout = ablation.settings(config, task["layout"])
+    model = config.model
 
     data = load_patients(task)
     packed = layout == "packed"
@@ -151,6 +152,7 @@ def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[s
     return turn, {
         "compile_seconds": compile_seconds,
         "flops": flops,
+        "compiled_flops": (step.cost_analysis() or {}).get("flops", 0.0),
         "micro_batches": parts,
         "steps_per_turn": steps,
         "rows": batches.batch_rows,

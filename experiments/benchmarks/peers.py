@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from behrt_jax.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig, TrainConfig
-from behrt_jax.data.batches import Batch
+from behrt_jax.data.batches import Batch, TrainingBatches, ValidationBatches
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import mean_interval, share_of_attainable_gain
 from behrt_jax.records.load import load_sequences
@@ -162,6 +162,8 @@ def masked_batches(config: PretrainConfig) -> tuple[MaskedBatches, dict[str, Any
     """
     data, mesh = load_sequences(config.data, config.model.sep_token), make_mesh(jax.devices()[:1])
     batches, tuning = split_batches(config, data, 1)
+    assert isinstance(batches, TrainingBatches)
+    assert isinstance(tuning, ValidationBatches)
     rows, length = batches.rows_per_batch, batches.row_length
     parts = likely_parts(rows, length, 4 * config.model.hidden_size, "cpu")
     batches = batches.with_rows_a_multiple_of(rows_multiple(batches, mesh, parts))
@@ -258,8 +260,11 @@ def benchmark_peers(benchmark: PeersBenchmark) -> dict[str, Any]:
     """
     _check(benchmark)
     batches, baselines = masked_batches(config_of(benchmark, "", benchmark.learning_rates[0]))
+    subjects = baselines["unigram"].subjects
+    known = {name: float(results.losses.mean()) for name, results in baselines.items()}
     courses: dict[str, Course] = {}
     rates: dict[str, float] = {}
+    report: dict[str, Any] = {}
     for name in benchmark.contenders:
         for rate in benchmark.learning_rates:
             config = config_of(benchmark, name, rate)
@@ -270,23 +275,21 @@ def benchmark_peers(benchmark: PeersBenchmark) -> dict[str, Any]:
                 courses[name], rates[name] = course, rate
         found = courses[name]
         print(f"{name}: {found.losses[-1]:.3f} nats, {found.seconds[-1]:.0f} processor seconds", flush=True)
-    subjects = baselines["unigram"].subjects
-    known = {name: float(results.losses.mean()) for name, results in baselines.items()}
-    rows = [
-        _row(name, courses, rates[name], subjects, known, len(batches.train)) for name in benchmark.contenders
-    ]
-    report = {
-        "settings": {**vars(benchmark), "output": None},
-        "machine": _machine(),
-        "baselines": known,
-        "targets": len(subjects),
-        "rows": rows,
-    }
-    show(rows, known)
+        report = {
+            "settings": {**vars(benchmark), "output": None},
+            "machine": _machine(),
+            "baselines": known,
+            "targets": len(subjects),
+            "rows": [
+                _row(name, courses, rate, subjects, known, len(batches.train)) for name, rate in rates.items()
+            ],
+        }
+        if benchmark.output is not None:  # after each contender: what is known is not lost
+            benchmark.output.mkdir(parents=True, exist_ok=True)
+            (benchmark.output / "peers.json").write_text(json.dumps(report, indent=1) + "\n")
+            plot_courses(report["rows"], known, benchmark.output / "peers.png")
+    show(report["rows"], known)
     if benchmark.output is not None:
-        benchmark.output.mkdir(parents=True, exist_ok=True)
-        (benchmark.output / "peers.json").write_text(json.dumps(report, indent=1) + "\n")
-        plot_courses(rows, known, benchmark.output / "peers.png")
         print(f"Written to {benchmark.output}: peers.json, peers.png.")
     return report
 

@@ -40,7 +40,7 @@ from behrt_jax.files import read_json, write_json
 from behrt_jax.presets import FINETUNE, SMALL
 from behrt_jax.records.load import load_sequences
 from behrt_jax.run_folder import SUMMARY_FILE
-from behrt_jax.tracking.console import open_console
+from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.workflows.ask import Question, answers, calibrate, known_answers, load_asked
 from behrt_jax.workflows.finetune import finetune_on
 from behrt_jax.workflows.loaded import Loaded
@@ -129,19 +129,25 @@ def queries_study(config: QueriesStudyConfig, base: PretrainConfig = STUDY_BASE)
     if not (run / SUMMARY_FILE).is_file():
         pretrain(replace(base, output=run))
     study = _Study.of(config, base, run)
-    horizons = [*((days, True) for days in ASKED), *((days, False) for days in NEVER)]
-    rows = [study.horizon(days, asked) for days, asked in sorted(horizons)]
-    few = [study.few_labels(size) for size in config.sizes]
     summary = read_json(run / SUMMARY_FILE)
-    result = {
+    result: dict[str, Any] = {
         "subjects": subjects,
         "codes": study.names,
         "pretraining": {name: summary[name] for name in ("epochs", "steps", "wall_seconds", "best")},
-        "horizons": rows,
-        "labels": {"code": study.names[0], "horizon_days": NEVER[-1], "rows": few},
+        "horizons": [],
+        "labels": {"code": study.names[0], "horizon_days": NEVER[-1], "rows": []},
     }
-    write_json(config.output / RESULT_FILE, result)
-    show(rows, few)
+    horizons = [*((days, True) for days in ASKED), *((days, False) for days in NEVER)]
+    with open_console() as console:
+        for days, asked in sorted(horizons):
+            result["horizons"].append(study.horizon(days, asked))
+        show_horizons(console, result["horizons"])
+        write_json(config.output / RESULT_FILE, result)
+        for size in config.sizes:
+            result["labels"]["rows"].append(study.few_labels(size))
+            write_json(config.output / RESULT_FILE, result)
+        show_labels(console, result["labels"]["rows"])
+        console.log(f"Written: {config.output / RESULT_FILE}")
     return result
 
 
@@ -307,34 +313,37 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return float(-np.log(np.maximum(of_truth, 1e-12)).mean())
 
 
-def show(rows: Sequence[dict[str, Any]], few: Sequence[dict[str, Any]]) -> None:
-    """Both tables."""
+def _cell(entry: dict[str, Any], sign: str = "") -> str:
+    return f"{entry['value']:{sign}.4f} ({entry['low']:{sign}.4f} to {entry['high']:{sign}.4f})"
 
-    def cell(entry: dict[str, Any], sign: str = "") -> str:
-        return f"{entry['value']:{sign}.4f} ({entry['low']:{sign}.4f} to {entry['high']:{sign}.4f})"
 
-    with open_console() as console:
-        console.table(
-            "Held_out AUROC within codes, mean over codes, with 95 % intervals over subjects",
-            ("horizon", "in training", "best possible", "zero-shot", "below the best", "share of the gain"),
-            [
-                (
-                    f"{row['horizon_days']:g} days",
-                    "asked" if row["asked_in_training"] else "never",
-                    f"{row['best']['value']:.4f}",
-                    f"{row['zero_shot']['value']:.4f}",
-                    cell(row["best_less_zero_shot"], "+"),
-                    f"{row['share_of_attainable_gain']:.1%}",
-                )
-                for row in rows
-            ],
-        )
-        names = list(few[0]["auroc"])
-        console.table(
-            "Held_out AUROC of one question by the train labels that a model learned from",
-            ("labels", *names),
-            [(f"{row['labels']:,}", *(cell(row["auroc"][name]) for name in names)) for row in few],
-        )
+def show_horizons(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """How near to the best possible answers those without labels are."""
+    console.table(
+        "Held_out AUROC within codes, mean over codes, with 95 % intervals over subjects",
+        ("horizon", "in training", "best possible", "zero-shot", "below the best", "share of the gain"),
+        [
+            (
+                f"{row['horizon_days']:g} days",
+                "asked" if row["asked_in_training"] else "never",
+                f"{row['best']['value']:.4f}",
+                f"{row['zero_shot']['value']:.4f}",
+                _cell(row["best_less_zero_shot"], "+"),
+                f"{row['share_of_attainable_gain']:.1%}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def show_labels(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """From how many labels on a head is better."""
+    names = list(rows[0]["auroc"])
+    console.table(
+        "Held_out AUROC of one question by the train labels that a model learned from",
+        ("labels", *names),
+        [(f"{row['labels']:,}", *(_cell(row["auroc"][name]) for name in names)) for row in rows],
+    )
 
 
 def queries_study_command(arguments: Sequence[str]) -> int:

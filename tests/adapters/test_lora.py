@@ -21,7 +21,7 @@ from behrt_jax.config import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.stacked_layers import stack_layers, unstack_layers
-from tests.models.rows import VOCABULARY, random_batch, tiny_model
+from tests.models.rows import MODERN, VOCABULARY, random_batch, tiny_model
 
 MODEL = BEHRTForMLM(tiny_model(), VOCABULARY)
 ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")
@@ -496,3 +496,68 @@ def test_an_adapter_on_some_layers_does_not_fit_a_stack(stacked, tmp_path, layer
     )
     with pytest.raises(InputError, match=f"query/a cannot be stacked: layer_{missing} has no"):
         load_adapter(tmp_path / "adapter", stack_layers(params))
+
+
+# Layers of today: gates, no biases, a decoder that is the code table.
+
+OF_TODAY = BEHRTForMLM(tiny_model(layers=1, **MODERN), VOCABULARY)
+GATED = LoRAConfig(rank=3, targets=(*ALL_LINEARS, "gate", "dense"))
+
+
+@pytest.fixture(scope="module")
+def of_today():
+    return jax.device_get(jax.jit(OF_TODAY.init)(jax.random.key(0), example_batch(OF_TODAY.config))["params"])
+
+
+@pytest.mark.parametrize("how", ["activations", "extended", "merged", "into the base"])
+def test_gates_and_layers_without_biases_are_adapted_alike_by_every_product(of_today, how):
+    adapters, batch = trained(of_today, GATED), random_batch(4)
+    names = {path[-2] for path in flatten_dict(adapters)}
+    assert names == {*ALL_LINEARS, "gate", "dense"}
+    real = batch.segment_ids > 0
+
+    @partial(jax.jit, static_argnames="product")
+    def logits(params, adapters, product="activations"):
+        with lora.applying(GATED, product):
+            return OF_TODAY.apply({"params": params, "lora": adapters}, batch)
+
+    expected = np.asarray(logits(of_today, adapters))[real]
+    if how == "into the base":
+        found = logits(merge(of_today, adapters, GATED), {})
+    elif how == "activations":  # which reads the gate's adapter
+        without = jax.tree.map(lambda x: x, adapters)
+        del without["behrt"]["encoder"]["layer_0"]["gate"]
+        assert np.abs(np.asarray(logits(of_today, without))[real] - expected).max() > 1e-3
+        return
+    else:
+        found = logits(of_today, adapters, product=how)
+    np.testing.assert_allclose(np.asarray(found)[real], expected, atol=1e-5)
+
+
+def test_a_gate_begins_with_its_largest_singular_values(of_today):
+    config = LoRAConfig(rank=3, targets=("gate",), init="pissa")
+    adapters = init(jax.random.key(0), of_today, config)["behrt"]["encoder"]["layer_0"]["gate"]
+    kernel = of_today["behrt"]["encoder"]["layer_0"]["gate"]["kernel"]
+    found = np.linalg.svd(lora.scale(config) * np.asarray(adapters["a"] @ adapters["b"]))[1]
+    np.testing.assert_allclose(found[:3], np.linalg.svd(kernel)[1][:3], rtol=1e-4)
+
+
+def test_a_tied_decoder_has_no_layer_to_adapt(of_today):
+    with pytest.raises(InputError, match=r"'decoder' matches no Dense layer.*gate, intermediate"):
+        lora.adapted_layers(of_today, LoRAConfig(targets=("decoder",)))
+
+
+def test_an_adapter_with_gates_and_embeddings_of_times_comes_back_from_its_file(of_today, tmp_path):
+    adapters = trained(of_today, GATED)
+
+    def trains(path, _):
+        return "embeddings" in lora.path_names(path) or "mlm_head" in lora.path_names(path)
+
+    marks = jax.tree_util.tree_map_with_path(trains, of_today)
+    settings = AdapterConfig(lora={"rank": 3}, model={}, vocabulary_fingerprint="v")
+    save_adapter(tmp_path / "adapter", of_today, adapters, marks, settings)
+    other = jax.tree.map(lambda mark, leaf: leaf + 1.0 if mark else leaf, marks, of_today)
+    found, found_lora, config = load_adapter(tmp_path / "adapter", other)
+    chex.assert_trees_all_equal(found, of_today)
+    chex.assert_trees_all_equal(found_lora, adapters)
+    assert "params/behrt/embeddings/calendar/scale" in config.tensors

@@ -64,6 +64,13 @@ def test_no_gain_over_frequencies(value, expected):
     assert ids(found(settings=uniform, **gain(value))) == []
 
 
+def test_no_gain_over_the_prevalence_of_answers():
+    answers = {"gain_over_unigram": None, "bands": None, "baselines": {"prevalence": {"loss": 0.1}}}
+    finding = only(found(**answers, gain_over_prevalence=-0.01), "no-gain-over-prevalence")
+    assert finding.severity == "error" and "0.0100 nats above" in finding.seen
+    assert ids(found(**answers, gain_over_prevalence=0.01)) == []
+
+
 def test_no_gain_over_counting_pairs():
     finding = only(found(**gain(0.9)), "no-gain-over-co-occurrence")
     assert "4.6000" in finding.seen

@@ -7,6 +7,11 @@ from behrt_jax.data.batches import Batch
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 
 VOCABULARY = 60
+MODERN = {
+    "position_embedding": "rope", "time": "time2vec", "ffn": "swiglu", "norm": "rms", "bias": False,
+    "tied_decoder": True, "visit_embedding": "none",
+}  # fmt: skip
+"""Settings of a model of today."""
 
 
 def tiny_model(**changes) -> ModelConfig:

@@ -11,7 +11,7 @@ from flax import linen as nn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.models.layers import EPSILON, Norm, dropout, gelu, hashed_bits
+from behrt_jax.models.layers import EPSILON, Norm, dropout, gelu, hashed_bits, sine
 
 
 @pytest.fixture(params=["cpu", "accelerator"])
@@ -69,6 +69,15 @@ def test_gelu_in_bfloat16_is_rounded_once():
     for ours, exact in ((value, wide), (gradient, slope)):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16))
+
+
+def test_the_sine_of_large_angles_and_its_gradient_are_those_of_float64():
+    rng = np.random.default_rng(0)
+    near = np.arange(-500, 500) * np.pi / 2
+    x = np.concatenate([near, rng.uniform(-30, 30, 2000), rng.uniform(-1e5, 1e5, 5000)]).astype("f4")
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(sine)))(x)
+    np.testing.assert_allclose(value, np.sin(x.astype(np.float64)), atol=2e-7)
+    np.testing.assert_allclose(slope, np.cos(x.astype(np.float64)), atol=2e-7)
 
 
 # Dropout from a counter-based hash.

@@ -21,6 +21,7 @@ from behrt_jax.training.freezing import (
     trainable,
 )
 from behrt_jax.training.state import set_up
+from tests.models.rows import MODERN
 
 ATTENTION = ("query", "key", "value", "out")
 OUT = LoRAConfig(16, targets=("out",))
@@ -76,7 +77,9 @@ def test_printed_table_ends_with_the_sum():
     assert rows[-1] == ("all", "20,366,312", "1,450,984", "7.1 %")
 
 
-@pytest.mark.parametrize("model", [SMALL, PAPER], ids=["small", "paper"])
+@pytest.mark.parametrize(
+    "model", [SMALL, PAPER, replace(SMALL, **MODERN)], ids=["small", "paper", "of today"]
+)
 def test_every_leaf_has_one_label_that_fits_its_place(model):
     setup = set_up(PretrainConfig(model=model, lora=LoRAConfig(8)), vocabulary_size=50)
     for path, group in tree_leaves_with_path(labels(setup.shapes)):

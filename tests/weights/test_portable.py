@@ -19,7 +19,7 @@ from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_batch
 from behrt_jax.models.stacked_layers import stack_layers
 from behrt_jax.weights import portable
 from behrt_jax.weights.portable import Beside, is_portable, open_portable, read_weights, write_model
-from tests.models.rows import tiny_model
+from tests.models.rows import MODERN, tiny_model
 
 CODES = tuple(f"CODE//{index}" for index in range(7))
 VOCABULARY = Vocabulary((*SPECIAL_TOKENS, *CODES), np.arange(12), (None,) * 12)
@@ -68,6 +68,17 @@ def test_a_model_comes_back_bit_for_bit_with_all_that_it_needs(folder, params):
 def test_stacked_layers_are_written_one_by_one(tmp_path, params):
     write_model(tmp_path / "m", replace(MODEL, scan_layers=True), VOCABULARY, None, stack_layers(params))
     read, _ = read_weights(open_portable(tmp_path / "m"))
+    assert_equal(read, params)
+
+
+def test_a_model_of_today_comes_back_bit_for_bit(tmp_path):
+    model = tiny_model(layers=1, **MODERN)
+    network = BEHRTForMLM(model, len(VOCABULARY))
+    params = jax.jit(network.init)(jax.random.key(0), example_batch(model))["params"]
+    write_model(tmp_path / "m", model, VOCABULARY, None, params)
+    found = open_portable(tmp_path / "m")
+    assert found.model == model.resolved() and found.model.ffn_size == 48
+    read, _ = read_weights(found)
     assert_equal(read, params)
 
 

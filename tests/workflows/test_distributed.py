@@ -168,3 +168,37 @@ def test_an_error_in_one_process_ends_the_others(tmp_path):
     assert re.fullmatch(
         r"error: process 1 of 2 \(.*\) has ended \(InputError\): see what it said\. .*\n", err
     )
+
+
+def test_the_scripts_for_clusters_start_processes_that_find_each_other(tmp_path):
+    """With stand-ins for what a cluster has; the run ends at a mistake that names the devices of both."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    scripts = {
+        "behrt-jax": f'exec {sys.executable} -m behrt_jax "$@"',
+        "scontrol": f'echo "$@" >> {tmp_path}/requeued',
+        "srun": 'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & started+=($!); done\n'
+        'for one in "${started[@]}"; do wait "$one" || status=$?; done; exit "${status:-0}"',
+    }
+    for name, text in scripts.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    slurm = {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    env = {**os.environ, **slurm, "PORT": str(port), "PATH": f"{tools}:{os.environ['PATH']}",
+           "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}  # fmt: skip
+    mistaken = [*TRAINED, "--mesh.fsdp", "3"]
+    for command in (
+        ["one_machine.sh", "2", *mistaken, "--output", tmp_path / "first"],
+        ["slurm_train.sh", tmp_path / "second", *mistaken],
+    ):
+        script = ROOT / "experiments" / "clusters" / str(command[0])
+        found = subprocess.run(
+            ["bash", script, *map(str, command[1:])], env=env, capture_output=True, text=True, timeout=400
+        )
+        assert found.returncode == 2, found
+        assert found.stderr.count("mesh.fsdp is 3, which does not divide the 4 devices") == 2
+    assert not (tmp_path / "requeued").exists()
