@@ -410,6 +410,17 @@ MISTAKES = {
     "too small a vocabulary": (["--data.vocabulary_size", "20"], "data.vocabulary_size"),
     "batch of nothing": (["--train.batch_size", "0"], "train.batch_size is 0"),
     "nothing to predict": (["--masking.probability", "0"], "masking.probability is 0"),
+    "an address in place of a path": (["--init.run", "gs://bucket/run"], "gs://bucket/run is an address"),
+    "another word than auto": (["--distributed", "slurm"], "--distributed takes the word auto"),
+    "processes without their number": (
+        ["--distributed.coordinator", "localhost:1"], "distributed.processes is missing"),
+    "a coordinator without a port": (
+        ["--distributed.coordinator", "host", "--distributed.processes", "2", "--distributed.process", "0"],
+        "give HOST:PORT"),
+    "a process that is none": (
+        ["--distributed.coordinator", "h:1", "--distributed.processes", "2", "--distributed.process", "2"],
+        "distributed.process is 2 of 2: give 0 to 1"),
+    "auto and a process": (["--distributed", "auto", "--distributed.process", "0"], "leave out auto, or"),
     "resume without a run": (["--resume"], "holds no run to go on with"),
 }  # fmt: skip
 
@@ -435,6 +446,21 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path, capsys):
     assert main(["pretrain", "--output", str(tmp_path)]) == 2
     assert "--resume" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_takes_an_address_for_its_output(name, tmp_path, monkeypatch, capsys):
+    """And makes no folder of its name."""
+    monkeypatch.chdir(tmp_path)
+    assert main([name, "--output", "s3://bucket/mine"]) == 2
+    assert "error: s3://bucket/mine is an address, not a path" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_distributed_auto_is_spelled_out():
+    for arguments in (["--distributed", "auto"], ["--distributed=auto"], ["--distributed.auto"]):
+        assert parsed(*arguments).distributed.auto
+    assert not parsed().distributed.auto
 
 
 def test_an_option_without_meaning_leaves_with_status_2():
