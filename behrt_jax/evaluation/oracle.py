@@ -359,7 +359,7 @@ def _outside_without_gaps(
         for number, way in enumerate(ways):
             arriving = known * classes[:, number]
             before[number, rows] = by_row(arriving, way.index.steps[rows], model.transitions)
-    after = np.ones(likelihoods.shape[1:])
+    after = np.ones_like(likelihoods[0])
     for place in range(int(visits.counts.max()) - 2, -1, -1):
         rows = visits.firsts[visits.counts > place + 1] + place
         message = np.zeros((len(rows), after.shape[1]))

@@ -13,9 +13,12 @@ from behrt_jax.records.synthetic.histories import YEAR_DAYS
 from behrt_jax.records.synthetic.latent import (
     AGE_BANDS,
     BAND_YEARS,
+    COVARIATES,
     LEAST_CODES,
+    SEXES,
     LatentModel,
     code_texts,
+    draw_codes,
     draw_course,
     draw_latent_histories,
     generate_latent,
@@ -219,6 +222,41 @@ def test_onsets_agree_with_the_stages():
         np.testing.assert_array_equal(onset_labels(longer, last, condition, 400), new[:, condition])
     with pytest.raises(ValueError, match="follow_up_days"):
         onset_labels(longer, last, 0, 401)
+
+
+def test_covariates_decide_what_is_drawn():
+    options = (1500, 100, 9.0, 0.6, 3)
+    table = generate_latent(*options, covariates=COVARIATES).events
+    model = latent_model(100, 3, covariates=COVARIATES)
+    assert model.covariates is not None
+    codes, timeless = np.array(table["code"].to_pylist()), table["time"].is_null().to_numpy()
+    assert set(codes[timeless]) == set(SEXES)
+    subjects = table["subject_id"].to_numpy()[timeless]
+    assert len(np.unique(subjects)) == len(subjects) == 1500
+    np.testing.assert_array_equal(np.array(SEXES)[model.covariates.sex_of(subjects)], codes[timeless])
+    assert not np.isin(np.array(generate_latent(*options).events["code"].to_pylist()), SEXES).any()
+
+    # Visits follow the sooner the more ill a subject is, at the chance of the stage.
+    rng = np.random.default_rng(0)
+    histories, states = draw_course(rng, model, draw_latent_histories(rng, model, 1500, 30.0, 0.5))
+    same = np.diff(histories.visit_subjects) == 0
+    gaps, before = np.diff(histories.visit_days)[same], states[:-1][same]
+    rates = model.covariates.daily_visits
+    assert rates is not None
+    illness = model.states.sum(axis=1)
+    for level in range(4):
+        of_level = illness[before] == level
+        expected = 1 / rates[illness == level][0]
+        assert abs(gaps[of_level].mean() - expected) < 4 * expected / np.sqrt(of_level.sum())
+    days = np.repeat(histories.visit_days, histories.visit_events)
+    np.testing.assert_array_equal(histories.event_times // 86_400_000_000, days)
+
+    # Treatments come and go: those of the first years are rare in the last ones.
+    drawn = draw_codes(rng, model, histories, states)
+    eras = np.repeat(model.covariates.era_of(histories.visit_days), histories.visit_events)
+    treatment = np.array([code.startswith("RX") for code in model.codes])[drawn]
+    early, late = (np.bincount(drawn[treatment & (eras == era)], minlength=100) for era in (0, 6))
+    assert np.abs(early / early.sum() - late / late.sum()).sum() > 1.0  # of at most 2
 
 
 def test_options_out_of_range():
