@@ -85,7 +85,7 @@ def together(config: DistributedConfig) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             # So a sum over devices fails where another process is gone: which one it was is told soon.
-            listener.join(1.5 * config.timeout)
+            listener.join(2 * config.timeout + 30)
         ending.set()
         _say_ended(service, f"{_name()} has ended ({type(error).__name__}): see what it said")
         status = tell(error)
