@@ -528,7 +528,7 @@ def plot_ladder(found: Mapping[str, Any], file: Path) -> None:
         aurocs.plot([row["auroc"]["low"], row["auroc"]["high"]], [place, place], "-", color=COLOURS[2])
         aurocs.plot(row["auroc"]["value"], place, "o", color=COLOURS[2])
     shares.set_yticks(places, list(rungs))
-    shares.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    shares.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     shares.set_xlabel("share of the attainable gain")
     aurocs.set_xlabel("AUROC of the forecast, 95 % interval over subjects")
     for axes in (shares, aurocs):
