@@ -209,3 +209,11 @@ def test_every_visit_is_hidden_with_the_probability():
 def test_masking_by_visit_needs_visits():
     with pytest.raises(ValueError, match="needs the visits"):
         mask_codes(jax.random.key(0), rows_of_codes(0), np.arange(6), VISITS, VOCABULARY)
+
+
+def test_visits_of_different_segments_are_different():
+    codes = rows_of_codes(0, special_share=0.0, rows=40)
+    segments = np.broadcast_to(1 + np.arange(LENGTH, dtype=np.int32) // 2, codes.shape)
+    _, weights, _ = mask_visits(jax.random.key(0), (codes, np.zeros_like(codes), segments))
+    asked = weights.sum(axis=1)
+    assert (asked == 8).all()  # a quarter of the 16 visits of two codes
