@@ -74,7 +74,7 @@ COMMANDS: dict[str, Command[Any]] = {
         PretrainConfig,
         "behrt_jax.workflows.pretrain:pretrain",
         "train by masked codes or questions, on prepared, MEDS or generated records",
-        first=("config", "data", "output", "objective", "train.epochs", "resume"),
+        first=("config", "data", "output", "train.epochs", "resume"),
         named=PRETRAIN,
         default="small_lora",
         status=attrgetter("exit_status"),
@@ -111,7 +111,7 @@ COMMANDS: dict[str, Command[Any]] = {
         AskConfig,
         "behrt_jax.workflows.ask:ask",
         "answer a question about the future, by a model pretrained on questions",
-        first=("model", "data", "codes", "horizon_days", "labels", "output"),
+        first=("model", "data", "codes", "horizon_days", "output"),
     ),
     "evaluate": Command(
         EvaluateConfig,

@@ -18,7 +18,7 @@ from behrt_jax.run_folder import read_metrics
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.pretrained import check_readable, check_source, open_pretrained, start_from
-from behrt_jax.training.state import Assembly, init_state, optimizer_for, set_up
+from behrt_jax.training.state import init_state, optimizer_for, set_up
 from behrt_jax.weights.portable import write_model
 from behrt_jax.workflows import pretrain as workflow
 from behrt_jax.workflows.pretrain import pretrain
@@ -171,10 +171,10 @@ def test_settings_that_leave_parameters_alone_may_differ(full):
     [({"vocabulary_size": 41}, "41 rows here, 40 there"), ({"seed": 5}, "the codes of row 5 differ")],
 )
 def test_another_vocabulary_is_an_error_before_training(full, tmp_path, monkeypatch, data, message):
-    def no_training(self):
+    def no_training(*arguments):
         raise AssertionError("arrays were made first")
 
-    monkeypatch.setattr(Assembly, "first_state", no_training)
+    monkeypatch.setattr("behrt_jax.training.state.init_program", no_training)
     with pytest.raises(InputError, match=message):
         pretrain(replace(changed(FULL, "data", **data), init=InitConfig(full), output=tmp_path / "x"), ONE)
 

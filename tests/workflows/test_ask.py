@@ -24,6 +24,7 @@ from behrt_jax.config import (
     QueriesConfig,
     TrainConfig,
 )
+from behrt_jax.data.predictions import METADATA_KEY
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.questions import prediction_times
 from behrt_jax.errors import InputError
@@ -133,8 +134,7 @@ def test_answers_are_predictions_that_evaluate_reads(case, run, tmp_path):
     assert counts["examples"] == len(table) == np.isin(labels["subject_id"], held_out).sum()
     found = probabilities(table)
     assert ((found > 0) & (found < 1)).all() and found.std() > 0
-    metadata = json.loads(table.schema.metadata[b"behrt_jax"])
-    question = metadata["question"]
+    question = json.loads(pq.read_metadata(tmp_path / "answers.parquet").metadata[METADATA_KEY])["question"]
     assert question["asked_as"] == "a group" and question["matched"] == 4
     assert question["horizon_days"] == 5.0 and question["calibration"] is None
     output = tmp_path / "evaluation"

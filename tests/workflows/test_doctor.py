@@ -21,8 +21,9 @@ from behrt_jax.diagnosis.finding import Finding, read_run
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.training import feeding
+from behrt_jax.training.devices import replicated
 from behrt_jax.training.loop import DivergenceError
-from behrt_jax.training.state import Assembly
+from behrt_jax.training.state import init_program
 from behrt_jax.workflows import pretrain as module
 from behrt_jax.workflows.doctor import audit_data, examine
 from behrt_jax.workflows.pretrain import pretrain
@@ -143,15 +144,18 @@ def test_cut_histories_stalls_and_recompilations(tmp_path, monkeypatch, capsys):
 
 
 def test_a_leaf_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
-    original = Assembly.first_state
+    original = init_program
 
-    def spoilt(self):
-        state = original(self)
-        head = state.variables["params"]["mlm_head"]["dense"]
-        head["kernel"] = head["kernel"].at[0, 0].set(jnp.nan)
-        return state
+    def spoilt_program(setup, optimizer, mesh):
+        def spoilt(key):
+            state = original(setup, optimizer, mesh).__wrapped__(key)
+            head = state.variables["params"]["mlm_head"]["dense"]
+            head["kernel"] = head["kernel"].at[0, 0].set(jnp.nan)
+            return state
 
-    monkeypatch.setattr(Assembly, "first_state", spoilt)
+        return jax.jit(spoilt, out_shardings=replicated(mesh))
+
+    monkeypatch.setattr("behrt_jax.training.state.init_program", spoilt_program)
     with pytest.raises(DivergenceError, match="the parameters params/mlm_head/dense/kernel"):
         pretrain(replace(TINY_LORA, output=tmp_path / "run"), ONE)
     finding = by_id(tmp_path / "run")["diverged"]
