@@ -202,7 +202,7 @@ class BypassingAttention(SelfAttention):
     """Attention that multiplies by the kernel of `out` itself."""
 
     @nn.compact
-    def __call__(self, x, segment_ids, deterministic=True, rows=None, packed=True):
+    def __call__(self, x, segment_ids, deterministic=True, rows=None, packed=True, rotation=None):
         """As `SelfAttention`, without dropout."""
         heads = (*x.shape[:2], self.heads, -1)
         query, key, value = (
