@@ -121,23 +121,19 @@ def test_adapters_outside_the_graph(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_cut_histories_stalls_and_recompilations(tmp_path, monkeypatch, capsys):
-    """Codes that a window never shows, slow batches, and batches of two shapes."""
-    original, calls = feeding.put_rows, []
+def test_cut_histories_and_stalls(tmp_path, monkeypatch, capsys):
+    """Codes that a window never shows, and slow batches."""
+    original = feeding.put_rows
 
-    def slow_rows_of_two_shapes(batch, mesh):
-        calls.append(1)
+    def slow_rows(batch, mesh):
         time.sleep(0.1)
-        if len(calls) > 14:
-            batch = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:1])]), batch)
         return original(batch, mesh)
 
-    monkeypatch.setattr(feeding, "put_rows", slow_rows_of_two_shapes)
+    monkeypatch.setattr(feeding, "put_rows", slow_rows)
     config = changed(replace(TINY_LORA, output=tmp_path / "run"), "data", window="first", max_length=2)
     found = by_id(pretrain(changed(config, "train", epochs=1), ONE).folder)
     assert "never read" in found["cut-histories"]["seen"]
     assert int(found["untouched-rows"]["seen"].split()[0]) > 5
-    assert "compiled 2 times" in found["recompilations"]["seen"]
     assert "waiting for batches" in found["input-stalls"]["seen"]
     out = capsys.readouterr().out
     assert all(out.count(f"[{name}]") == 1 for name in ("cut-histories", "untouched-rows", "input-stalls"))
@@ -170,8 +166,16 @@ def test_no_alarm_before_a_shipped_configuration_trains(name, tmp_path, monkeypa
     check_before(PRETRAIN[name], tmp_path, monkeypatch)
 
 
+# A modern_* configuration has the sizes of its namesake: the checks of the large ones would find the same.
+OTHERS = sorted(
+    name
+    for name in PRETRAIN.keys() - {"small", "small_lora"}
+    if name[:7] != "modern_" or name[:12] == "modern_small"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(PRETRAIN.keys() - {"small", "small_lora"}))
+@pytest.mark.parametrize("name", OTHERS)
 def test_no_alarm_before_any_shipped_configuration_trains(name, tmp_path, monkeypatch):
     check_before(PRETRAIN[name], tmp_path, monkeypatch)
 
