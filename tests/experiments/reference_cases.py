@@ -80,8 +80,8 @@ def padded_case(config: ModelConfig) -> PaddedCase:
     )
     ages = 55 + 55 * uniform("ages", real.shape)
     visits = np.sort(np.floor(300 + 300 * uniform("visits", real.shape)))
-    # Visits of twenty days, in this century and the one before. (Of dates two centuries away, gradients of fast
-    # frequencies are sums that cancel: to their last digits float32 has them neither here nor in PyTorch.)
+    # Visits of twenty days, in this century and the one before. (Of dates two centuries away, gradients of
+    # fast frequencies are sums that cancel: float32 loses their last digits, here and in PyTorch.)
     days = 20_000 * uniform("rows", (len(lengths), 1)).round() + 20 * (visits - visits[:, :1])
     columns = np.argsort(np.where(real, uniform("columns", real.shape), 2.0), axis=1)[:, :TARGETS]
     codes = np.where(real, codes, 0).astype(np.int32)
