@@ -132,11 +132,23 @@ def merge(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:
     Of a ``pissa`` adapter it is ``scale * (a @ b - a0 @ b0)``.
     """
     leaves, adapters = leaves_by_path(params), leaves_by_path(lora)
-    for path in layer_paths(lora):
-        kernel = leaves[(*path, "kernel")]
-        product = jnp.matmul(*_factors_at(adapters, path), precision="highest")
-        leaves[(*path, "kernel")] = (kernel + scale(config, path) * product).astype(kernel.dtype)
-    return unflatten_dict(leaves)
+    paths = [(*path, "kernel") for path in layer_paths(lora)]
+    found = _merged_kernels(
+        [leaves[path] for path in paths],
+        [_factors_at(adapters, path[:-1]) for path in paths],
+        tuple(scale(config, path[:-1]) for path in paths),
+    )
+    return unflatten_dict({**leaves, **dict(zip(paths, found, strict=True))})
+
+
+@partial(jax.jit, static_argnums=2)  # one program: it is compiled while somebody waits for one patient
+def _merged_kernels(
+    kernels: list[jax.Array], products: list[Factors], scales: tuple[float, ...]
+) -> list[jax.Array]:
+    return [
+        (kernel + scale * jnp.matmul(*both, precision="highest")).astype(kernel.dtype)
+        for kernel, both, scale in zip(kernels, products, scales, strict=True)
+    ]
 
 
 def unmerge(params: Tree, lora: Tree, config: LoRAConfig) -> Tree:

@@ -81,8 +81,11 @@ RUNGS: dict[str, Rung] = {
     "20 % masked": Rung("+ alternating visits", {"masking": {"probability": 0.2}}),
     "visits masked": Rung("+ alternating visits", {"masking": {"unit": "visit"}}),
     "attention pooling": Rung("+ alternating visits", {}, pooling="attention"),
+    "rope by visits": Rung("+ rope", {"model": {"position_of": "visit"}}),
+    "calendar, a row for each visit": Rung("+ calendar", {"model": {"visit_embedding": "ordinal"}}),
+    "calendar, no rows for visits": Rung("+ calendar", {"model": {"visit_embedding": "none"}}),
 }
-"""The ladder, those with a plus one on the other; the others stand on the third rung, each by itself."""
+"""The ladder, those with a plus one on the other; the others stand on one of these, each by itself."""
 
 BASE = replace(
     PRETRAIN["small_latent"],
@@ -547,7 +550,7 @@ REPRESENTATION_STUDIES = {
             data=replace(BASE.data, subjects=6000, held_out_fraction=0.2),
             train=replace(BASE.train, batch_size=64, epochs=6),
         ),
-        seeds=2,
+        seeds=1,
         finetune_epochs=2,
         output=Path("runs/representation_study_quick"),
     ),

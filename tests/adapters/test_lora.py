@@ -26,8 +26,9 @@ from tests.models.rows import MODERN, VOCABULARY, random_batch, tiny_model
 MODEL = BEHRTForMLM(tiny_model(), VOCABULARY)
 ALL_LINEARS = ("query", "key", "value", "out", "intermediate", "output")
 
-# One program each in place of one for every leaf.
-init, merge, unmerge = (jax.jit(f, static_argnums=2) for f in (lora.init, lora.merge, lora.unmerge))
+# One program each in place of one for every leaf; merging is one of itself.
+init, unmerge = (jax.jit(f, static_argnums=2) for f in (lora.init, lora.unmerge))
+merge = lora.merge
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,12 @@ def test_merged_parameters_give_the_adapted_output(params, stabilised):
     real = batch.segment_ids > 0
     assert np.abs(adapted - base)[real].max() > 1e-2
     np.testing.assert_allclose(from_merged[real], adapted[real], atol=1e-5, rtol=1e-5)
+
+
+def test_merging_is_one_program_whatever_the_shapes_of_the_layers(params):
+    config = LoRAConfig(rank=4, targets=ALL_LINEARS)
+    merging = partial(lora.merge, config=config)
+    assert len(jax.make_jaxpr(merging)(params, trained(params, config)).eqns) == 1
 
 
 def test_unmerge_undoes_merge_and_touches_no_other_leaf(params):
