@@ -41,7 +41,15 @@ from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import mean_predictions
 from behrt_jax.files import JsonObject
 from behrt_jax.models.attention import segment_mask
-from behrt_jax.models.behrt import BEHRT, BEHRTForMLM, BEHRTForTask, PatientEmbedding, Pooling
+from behrt_jax.models.behrt import (
+    BEHRT,
+    BEHRTForMLM,
+    BEHRTForTask,
+    PatientEmbedding,
+    Pooling,
+    head_rotations,
+)
+from behrt_jax.models.layers import rotate
 from behrt_jax.models.questions import BEHRTForQueries
 from behrt_jax.models.stacked_layers import Tree, layer_name, unstack_layers
 from behrt_jax.records.patient import Events, encode_events, event_rows
@@ -400,7 +408,7 @@ def attention_weights(network: BEHRT, params: Tree, batch: Batch) -> jax.Array:
     _, found = network.apply(
         {"params": params}, batch, capture_intermediates=wanted, mutable=["intermediates"]
     )
-    segments = jnp.asarray(batch.segment_ids)
+    segments, rotation = jnp.asarray(batch.segment_ids), head_rotations(config, batch)
     mask = segment_mask(segments) & (segments > 0)[:, None, :, None]  # [B, 1, L, L]
     size = config.hidden_size // config.heads
 
@@ -408,6 +416,7 @@ def attention_weights(network: BEHRT, params: Tree, batch: Batch) -> jax.Array:
         own: Any = found["intermediates"]["encoder"][layer_name(layer)]["attention"]
         queries, keys = (own[name]["__call__"][0] for name in ("query", "key"))  # [B, L, D]
         heads = [x.reshape(*x.shape[:2], config.heads, size) for x in (queries, keys)]  # [B, L, N, K]
+        heads = heads if rotation is None else [rotate(x, rotation) for x in heads]
         scores = jnp.einsum("btnk,bsnk->bnts", *heads, precision="highest") * size**-0.5
         return jnp.where(mask, jax.nn.softmax(scores, axis=-1, where=mask), 0.0)
 

@@ -17,7 +17,8 @@ from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.errors import InputError
 from behrt_jax.models.attention import dense_attention
-from behrt_jax.models.behrt import BEHRT
+from behrt_jax.models.behrt import BEHRT, head_rotations
+from behrt_jax.models.layers import rotate
 from behrt_jax.workflows.loaded import attention_weights, load
 from behrt_jax.workflows.predict import predict
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
@@ -143,9 +144,10 @@ def test_batches_are_what_the_module_takes(case, newcomers, model):
     np.testing.assert_allclose(data.values[:5], found, rtol=1e-5)
 
 
-def test_attention_is_what_the_dense_form_weighs_by():
+@pytest.mark.parametrize("positions", ["learned", "rope", "rope_time"])
+def test_attention_is_what_the_dense_form_weighs_by(positions):
     """With as many tokens as numbers of a head, values of the unit vectors give the weights."""
-    config = tiny_model(hidden_size=16, heads=2, positions=8)
+    config = tiny_model(hidden_size=16, heads=2, positions=8, position_embedding=positions)
     network, batch = BEHRT(config, VOCABULARY), random_batch(0, rows=3, length=8)
     params = network.init(jax.random.key(0), batch)["params"]
     params = jax.tree.map(lambda leaf: leaf * (2 if leaf.ndim == 2 else 1), params)  # far from even weights
@@ -158,11 +160,15 @@ def test_attention_is_what_the_dense_form_weighs_by():
     sums = np.broadcast_to((segments > 0)[:, None, None], weights.shape[:-1])
     np.testing.assert_allclose(weights.sum(-1), sums, rtol=1e-6)
     _, captured = network.apply({"params": params}, batch, capture_intermediates=True)
+    rotation = head_rotations(config, batch)
     for layer in range(2):
         own = captured["intermediates"]["encoder"][f"layer_{layer}"]["attention"]
         queries, keys, values = (
-            own[name]["__call__"][0].reshape(3, 8, 2, 8).swapaxes(1, 2) for name in ("query", "key", "value")
+            own[name]["__call__"][0].reshape(3, 8, 2, 8) for name in ("query", "key", "value")
         )
+        if rotation is not None:
+            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        queries, keys, values = (x.swapaxes(1, 2) for x in (queries, keys, values))
         unit = jnp.broadcast_to(jnp.eye(8), keys.shape)
         dense = dense_attention(queries * 8**-0.5, keys, unit, segments)
         real = np.broadcast_to((segments > 0)[:, None, :, None], dense.shape)
