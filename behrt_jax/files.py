@@ -88,6 +88,11 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON ({error}): mend it or write it anew.") from error
 
 
+def absolute(path: Path | None) -> str | None:
+    """A path as JSON that is read in other folders says it."""
+    return None if path is None else str(path.resolve())
+
+
 def _plain(value: object) -> JSON:
     """`value` in the types of JSON."""
     if value is None or isinstance(value, str | bool):

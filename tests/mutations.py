@@ -279,7 +279,7 @@ def runs(folder: Path) -> list[Subject]:
     from behrt_jax.run_folder import METRICS_FILE, VOCABULARY_FILE, checked, read_metrics
     from behrt_jax.training.devices import make_mesh
     from behrt_jax.training.pretrained import open_pretrained, read_encoder
-    from behrt_jax.workflows import predict
+    from behrt_jax.workflows import finetuned
     from tests.workflows.finetune_case import ONE, FinetuneCase
 
     case, mesh = FinetuneCase(folder), make_mesh(ONE)
@@ -294,7 +294,7 @@ def runs(folder: Path) -> list[Subject]:
     def set_up(record: Any, size: int) -> Any:
         key = f"{json.dumps(record, sort_keys=True)} {size}"
         if key not in setups:
-            setups[key] = predict._set_up(record, size, mesh)
+            setups[key] = finetuned._set_up(record, size, mesh)
         return setups[key]
 
     def read_pretraining(run: Path) -> object:
@@ -304,14 +304,14 @@ def runs(folder: Path) -> list[Subject]:
         return digest(*figures, found.vocabulary.codes, step, *leaves(params))
 
     def read_finetuning(run: Path) -> object:
-        record = predict.read_task(run)
+        record = finetuned.read_task(run)
         vocabulary = Vocabulary.read(checked(run, VOCABULARY_FILE))
-        restored = predict._restored(run, set_up(record, len(vocabulary) - record["new_codes"]), mesh)
+        restored = finetuned._restored(run, set_up(record, len(vocabulary) - record["new_codes"]), mesh)
         metrics, preparation = read_metrics(run / METRICS_FILE), read_preparation(run)
         return digest(record, vocabulary.codes, metrics, preparation, *leaves(restored))
 
     def read_adapter(run: Path) -> object:
-        record = predict.read_task(run)
+        record = finetuned.read_task(run)
         setup = set_up(record, len(open_pretrained(base).vocabulary))
         head = setups.setdefault("head", setup.init(jax.random.key(0))["params"]["task_head"])
         params, lora, config = load_adapter(run, {"behrt": encoder, "task_head": head})

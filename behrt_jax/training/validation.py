@@ -17,6 +17,7 @@ from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, results_of
 from behrt_jax.evaluation.scores import ON_TUNING
 from behrt_jax.files import JsonObject
+from behrt_jax.models.behrt import PatientEmbedding
 from behrt_jax.models.losses import add_totals, mean_metrics, task_losses, totals
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.masking import MaskedCodes, mask_codes
@@ -34,6 +35,15 @@ def make_output_step(predictor: Predictor) -> OutputStep:
         return predictor.outputs(variables, batch.rows, batch.weights.shape[1])
 
     return output_step
+
+
+def make_embedding_step(network: PatientEmbedding) -> OutputStep:
+    """Build the step from parameters to vectors of a task's batch, float32 `[rows, segments, hidden]`."""
+
+    def embed_step(params: Any, batch: TaskBatch) -> jax.Array:
+        return network.apply({"params": params}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
+
+    return embed_step
 
 
 def make_question_step(predictor: Predictor) -> OutputStep:

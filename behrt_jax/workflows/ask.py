@@ -35,15 +35,17 @@ from behrt_jax.training.runtime import use_compilation_cache
 from behrt_jax.training.step import Variables
 from behrt_jax.training.validation import score
 from behrt_jax.workflows.loaded import Loaded, load
-from behrt_jax.workflows.predict import (
+from behrt_jax.workflows.prediction_data import (
+    Histories,
     Records,
+    announce_counts,
     check_output,
-    count_outside,
+    count_labels,
     labels_to_predict,
     metadata_of,
-    of_splits,
     open_records,
     pieces_of,
+    shown,
 )
 
 LEAST_ANSWERS = 20
@@ -82,43 +84,30 @@ def ask(config: AskConfig, devices: Devices | None = None) -> JsonObject:
             fitted = calibrate(model, question, records, as_prediction)
             console.log(fitted.told)
         labels, without = labels_to_predict(records)
-        chosen = of_splits(labels, records.data, records.splits)
+        histories = records.at(labels)
         schema = schema_of(_BINARY, labels)
-        counts = count_outside(records, labels, chosen) | {"after_last_event": 0}
+        counts = count_labels(records, labels, histories) | {"after_last_event": 0}
         asked = {"codes": list(config.codes), "horizon_days": days, **question.to_json(), **fitted.to_json()}
         metadata = metadata_of(config.model, records, model.max_length - model.config.cls_token)
         metadata |= {"kind": "binary", "threshold": fitted.threshold, "question": asked, "counts": counts}
-        console.start(counts["examples"], 0, None)
-        done = 0
         with PredictionWriter(config.output, schema, metadata) as writer:
-            for part, log_odds, empty, late in answers(model, question, records, chosen, as_prediction):
+            pieces = answers(model, question, histories, as_prediction)
+            for part, log_odds, empty, late in shown(pieces, counts, console):
                 predicted = fitted.probabilities(log_odds)[:, None]
                 writer.write(prediction_rows(schema, _BINARY, part, predicted, fitted.threshold, None))
                 counts["empty_histories"] += empty
                 counts["after_last_event"] += late
-                done += len(part)
-                console.step(done, len(part))
-            if outside := counts["examples"] - done:
-                counts |= {"examples": done, "outside_life": outside}
-            if not done:
-                raise InputError("--labels: all labels are before their subject's birth or after its death.")
         console.close()
-        for name, said in (
-            ("outside_life", "labels outside of their subject's life are left out"),
-            ("unknown_subjects", "labels are of subjects that the data lacks: left out"),
-            ("empty_histories", "examples have no event yet: answered from the age alone"),
-            (
-                "after_last_event",
-                "prediction times are more than a day after the last event before them: the model, which was "
-                "trained at ends of visits, answers as if it were still that time",
-            ),
-        ):
-            if counts.get(name):
-                console.log(f"{counts[name]:,} {said}.")
         if records.labels is None:
             console.log("No labels were given: each subject is asked about at its last event.")
-        if without:
-            console.log(f"{without:,} subjects have no event to be asked about at: left out.")
+        announce_counts(
+            console,
+            {**counts, "without_events": without},
+            without_events="subjects have no event to be asked about at: left out",
+            empty_histories="examples have no event yet: answered from the age alone",
+            after_last_event="prediction times are more than a day after the last event before them: the "
+            "model, which was trained at ends of visits, answers as if it were still that time",
+        )
         console.log(f"Written to {config.output}: {counts['examples']:,} answers.")
     return counts
 
@@ -212,7 +201,7 @@ def any_of(log_odds: np.ndarray) -> np.ndarray:
 
 
 def answers(
-    model: Loaded, question: Question, records: Records, chosen: dict[str, Labels], config: PredictConfig
+    model: Loaded, question: Question, histories: Histories, config: PredictConfig
 ) -> Iterator[tuple[Labels, np.ndarray, int, int]]:
     """Labels and log odds float64 ``[n]`` of a few thousand examples at a time; how many have no event yet,
     and how many are more than a day after their last event.
@@ -220,8 +209,7 @@ def answers(
     Args:
         model: of :func:`load_asked`.
         question: what is asked.
-        records: its histories.
-        chosen: labels of each split.
+        histories: of whom.
         config: its ``rows`` and ``outside_life`` are read.
     """
     predictor = model.setup.predictor
@@ -234,8 +222,7 @@ def answers(
 
     compiled = jax.jit(step)
     parts = [question.ids[start : start + width] for start in range(0, len(question.ids), width)]
-    pieces = pieces_of(config, model.config, None, records.data, chosen, records.delays, model.mesh)
-    for _, part, examples, batches in pieces:
+    for _, part, examples, batches in pieces_of(config, model.config, None, histories, model.mesh):
         found = []
         for ids in parts:
             padded = jnp.asarray(np.pad(ids, (0, width - len(ids)), "edge"))
@@ -288,7 +275,8 @@ def calibrate(model: Loaded, question: Question, records: Records, config: Predi
             told=f"Not calibrated: of the question on the tuning split {positive:,} answers are positive and "
             f"{len(labels) - positive:,} negative, and {LEAST_ANSWERS} of either are needed."
         )
-    found = list(answers(model, question, records, {"tuning": labels}, config))
+    histories = Histories(records.data, {"tuning": labels}, records.delays)
+    found = list(answers(model, question, histories, config))
     log_odds = np.concatenate([part for _, part, _, _ in found])
     truths = np.concatenate([part.values for part, _, _, _ in found]).astype(bool)
     slope, intercept = fit_platt(log_odds, truths)

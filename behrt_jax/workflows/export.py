@@ -38,8 +38,8 @@ from behrt_jax.weights.portable import (
 )
 from behrt_jax.weights.torch_behrt import to_state_dict
 from behrt_jax.workflows.evaluate import FIGURES_FILE
+from behrt_jax.workflows.finetuned import read_task
 from behrt_jax.workflows.loaded import Loaded, load
-from behrt_jax.workflows.predict import read_task
 
 PROGRAM_FILE = "predict.stablehlo"
 TORCH_FILE = "model_torch.safetensors"

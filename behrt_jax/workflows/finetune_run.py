@@ -27,7 +27,7 @@ from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold, mea
 from behrt_jax.evaluation.count_model import CountModel, fit_count_model
 from behrt_jax.evaluation.masked_codes import mean_interval
 from behrt_jax.evaluation.task_baselines import count_codes, join_histories
-from behrt_jax.files import JsonObject, json_text
+from behrt_jax.files import JsonObject, absolute, json_text
 from behrt_jax.models.behrt import BEHRTForTask, Pooling
 from behrt_jax.models.losses import task_losses
 from behrt_jax.run_folder import CONFIG_FILE, read_config
@@ -415,8 +415,8 @@ def task_record(
         "blend": blend,
         "new_codes": new,
         "base": str(config.init),
-        "data": None if config.data is None else str(config.data.resolve()),
-        "labels": None if config.labels is None else str(config.labels.resolve()),
+        "data": absolute(config.data),
+        "labels": absolute(config.labels),
     }
 
 

@@ -30,7 +30,7 @@ from behrt_jax.config import (
     QueriesConfig,
     from_stored,
 )
-from behrt_jax.data.batches import Batch, RowShape, TaskBatch, task_batches
+from behrt_jax.data.batches import Batch, RowShape, task_batches
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import BIRTH_CODE, EventCounts
 from behrt_jax.data.labels import Labels, read_labels
@@ -64,18 +64,13 @@ from behrt_jax.training.pretrained import (
 from behrt_jax.training.runtime import use_compilation_cache
 from behrt_jax.training.state import Setup, set_up
 from behrt_jax.training.step import Variables, with_new_rows
-from behrt_jax.training.validation import OutputStep, make_output_step, score
+from behrt_jax.training.validation import OutputStep, make_embedding_step, make_output_step, score
 from behrt_jax.weights.portable import is_portable
 from behrt_jax.workflows.checks import check_days
+from behrt_jax.workflows.finetuned import Finetuned, is_finetuned, open_finetuned
 from behrt_jax.workflows.labelled_data import check_codes, examples_of, in_vocabulary, read_data
-from behrt_jax.workflows.predict import (
-    Finetuned,
-    is_finetuned,
-    last_events,
-    open_finetuned,
-    outputs_of,
-    pieces_of,
-)
+from behrt_jax.workflows.predict import outputs_of
+from behrt_jax.workflows.prediction_data import Histories, last_events, pieces_of
 
 Prepared: TypeAlias = SequenceSet | Path | str
 """A prepared data set, opened (without separators) or its folder."""
@@ -104,16 +99,6 @@ class OfSubjects(NamedTuple):
     """int64 ``[examples]``, microseconds since 1970: what is known then was read."""
     values: np.ndarray
     """Predictions, float64 ``[examples, outputs]``, or vectors, float32 ``[examples, hidden]``."""
-
-
-class _Histories(NamedTuple):
-    """What is read: data in the vocabulary of the model, and a label for each example."""
-
-    data: SequenceSet
-    labels: dict[str, Labels]
-    """Of one split."""
-    delays: tuple[str, ...]
-    codes: JsonObject
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +181,7 @@ class Loaded:
         Raises:
             InputError: as :meth:`predict`, or no history.
         """
-        found = self._histories(data, time, split, labels)
+        found, _ = self._histories(data, time, split, labels)
         shape = RowShape(self.max_length, packed=False, cls_token=self.config.cls_token)
         ((split, wanted),) = found.labels.items()
         wanted = wanted.take(np.arange(len(wanted))[:limit])
@@ -251,20 +236,18 @@ class Loaded:
         model = self.finetuned
         if model is None:
             raise InputError(f"{self.folder} is a pretrained model, which predicts no task: fine-tune it.")
-        found = self._histories(data, time, split, labels, max_unknown)
+        found, codes = self._histories(data, time, split, labels, max_unknown)
         one = isinstance(data, pa.Table | Sequence) and not isinstance(data, str)
         config = PredictConfig(rows=1 if one else self.rows)
         step = self._step("outputs", make_output_step(self.setup.predictor))
         parts, outputs = [], []
-        for part, of_members, _, _ in outputs_of(
-            step, config, model, found.data, found.labels, found.delays, self.mesh
-        ):
+        for part, of_members, _, _ in outputs_of(step, config, model, found, self.mesh):
             parts.append(part)
             outputs.append(mean_predictions(model.task.kind, of_members, model.calibration.temperature))
         if not parts and one:
             raise InputError("time: it lies after the patient's death: give an earlier one.")
         if one:
-            return PatientPrediction(outputs[0][0], int(parts[0].times[0]), found.codes, found.data.counts)
+            return PatientPrediction(outputs[0][0], int(parts[0].times[0]), codes, found.data.counts)
         return _of_subjects(parts, outputs, model.task.outputs, np.float64)
 
     def embed(
@@ -281,24 +264,18 @@ class Loaded:
         Arguments and errors but for `pooling` as of :meth:`predict`; that of the task, or mean, where it is
         not given.
         """
-        found = self._histories(data, time, split, labels)
+        found, _ = self._histories(data, time, split, labels)
         own = self.setup.predictor.model
         how: Pooling = pooling or (own.pooling if isinstance(own, BEHRTForTask) else "mean")
         if how == "cls" and not self.config.cls_token:
             raise InputError("pooling is cls, but the model reads no [CLS] token: give mean, max or last.")
         network = PatientEmbedding(self.model.config, len(self.vocabulary), how)
         params = {name: self.params[name] for name in ("behrt", "pooling_head") if name in self.params}
-
-        def embed_step(params: Any, batch: TaskBatch) -> jax.Array:
-            return network.apply({"params": params}, batch.rows, batch.weights.shape[1])  # pyright: ignore[reportReturnType]
-
         one = isinstance(data, pa.Table | Sequence) and not isinstance(data, str)
-        config, step = PredictConfig(rows=1 if one else self.rows), self._step(how, embed_step)
-        pieces = pieces_of(
-            config, self.config, self.max_length, found.data, found.labels, found.delays, self.mesh
-        )
+        config = PredictConfig(rows=1 if one else self.rows)
+        step = self._step(how, make_embedding_step(network))
         parts, vectors = [], []
-        for _, part, _, batches in pieces:
+        for _, part, _, batches in pieces_of(config, self.config, self.max_length, found, self.mesh):
             parts.append(part)
             vectors.append(score(step, params, batches, self.mesh))
         if one:
@@ -343,7 +320,8 @@ class Loaded:
         split: str,
         labels: Path | None,
         max_unknown: float | None = None,
-    ) -> _Histories:
+    ) -> tuple[Histories, JsonObject]:
+        """Of one split; and what `labelled_data.check_codes` found."""
         if isinstance(data, SequenceSet | Path | str):
             if time is not None:
                 raise InputError("time is of one patient's events: give labels with prepared data.")
@@ -359,7 +337,7 @@ class Loaded:
                 last_events(data, [split]) if labels is None else read_labels(labels, without_values=True)
             )
             wanted = wanted.take(np.isin(wanted.subject_ids, data.subject_ids(split)))
-            return _Histories(data, {split: wanted}, delays, codes)
+            return Histories(data, {split: wanted}, delays), codes
         own = encode_events(event_rows(data), self.vocabulary, self._rules)
         split = "held_out"
         check_days(self.config, {split: own.splits[split]})
@@ -375,7 +353,7 @@ class Loaded:
                 f"events: none of {own.counts.read} is left to predict from ({rules or 'none was given'}): "
                 f"give a {BIRTH_CODE} with a time, and an event with a code of the model or a time."
             )
-        return _Histories(own, {split: wanted}, self._rules.delays, codes)
+        return Histories(own, {split: wanted}, self._rules.delays), codes
 
 
 def _of_subjects(

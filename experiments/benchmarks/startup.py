@@ -215,7 +215,7 @@ def _tune(config: StartupBenchmark, folder: Path) -> None:
 
     from behrt_jax.adapters.lora import merge
     from behrt_jax.training.devices import make_mesh
-    from behrt_jax.workflows.predict import open_finetuned
+    from behrt_jax.workflows.finetuned import open_finetuned
     from behrt_jax.workflows.prepare import prepare_records
 
     given = make_task(folder, 500, config.config)

@@ -43,9 +43,9 @@ from behrt_jax.training.pretrained import open_pretrained
 from behrt_jax.training.validation import make_output_step, score
 from behrt_jax.workflows.finetune import finetune_on
 from behrt_jax.workflows.finetune_run import blended
+from behrt_jax.workflows.finetuned import open_finetuned
 from behrt_jax.workflows.labelled_data import examples_of
 from behrt_jax.workflows.make_labels import make_labels
-from behrt_jax.workflows.predict import open_finetuned
 from behrt_jax.workflows.prepare import prepare_records
 from behrt_jax.workflows.pretrain import pretrain
 from experiments.studies.forecast import figures_of, fitted_baselines

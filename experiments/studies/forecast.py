@@ -50,8 +50,8 @@ from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.loop import USUAL_EPOCHS
 from behrt_jax.training.validation import make_output_step, score
 from behrt_jax.workflows.finetune import finetune_on
+from behrt_jax.workflows.finetuned import open_finetuned
 from behrt_jax.workflows.labelled_data import examples_of
-from behrt_jax.workflows.predict import open_finetuned
 from behrt_jax.workflows.pretrain import pretrain
 from experiments.studies.latent_course import latent_paths, onset_labels
 

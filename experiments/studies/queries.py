@@ -44,7 +44,7 @@ from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.workflows.ask import Question, answers, calibrate, known_answers, load_asked
 from behrt_jax.workflows.finetune import finetune_on
 from behrt_jax.workflows.loaded import Loaded
-from behrt_jax.workflows.predict import Records
+from behrt_jax.workflows.prediction_data import Histories, Records
 from behrt_jax.workflows.pretrain import pretrain
 from experiments.studies.forecast import figures_of, fitted_baselines, held_out_outputs
 
@@ -200,7 +200,7 @@ class _Study:
         """Calibrated probabilities of held_out labels."""
         options = PredictConfig(rows=64)
         fitted = calibrate(self.model, question, self.records, options)
-        given = answers(self.model, question, self.records, {"held_out": labels}, options)
+        given = answers(self.model, question, Histories(self.data, {"held_out": labels}, ()), options)
         return fitted.probabilities(np.concatenate([log_odds for _, log_odds, _, _ in given]))
 
     def visits_of(self, times: PredictionTimes) -> np.ndarray:

@@ -25,8 +25,10 @@ from behrt_jax.training.validation import make_output_step
 from behrt_jax.workflows import population
 from behrt_jax.workflows.finetune import finetune
 from behrt_jax.workflows.finetune_run import CHOICE, blended, safest
+from behrt_jax.workflows.finetuned import open_finetuned
 from behrt_jax.workflows.labelled_data import batch_size, examples_of
-from behrt_jax.workflows.predict import open_finetuned, outputs_of
+from behrt_jax.workflows.predict import outputs_of
+from behrt_jax.workflows.prediction_data import Histories
 from tests.records.meds_folder import DAY
 from tests.workflows.evaluated import FIRST_ID, TIME
 from tests.workflows.finetune_case import ONE, changed
@@ -334,7 +336,8 @@ def test_predictions_are_blended_with_a_count_model(case, tmp_path):
     labels = read_labels(config.labels)
     labels = labels.take(np.isin(labels.subject_ids, data.splits["tuning"].subject_ids))
     step, options = jax.jit(make_output_step(found.setup.predictor)), PredictConfig()
-    alone = next(outputs_of(step, options, found._replace(blend=None), data, {"tuning": labels}, (), mesh))[1]
+    histories = Histories(data, {"tuning": labels}, ())
+    alone = next(outputs_of(step, options, found._replace(blend=None), histories, mesh))[1]
     examples = examples_of(data, "tuning", labels, found.model, found.max_length, ())
     assert found.blend is not None
     count_model, share = found.blend

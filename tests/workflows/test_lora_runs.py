@@ -29,7 +29,7 @@ from behrt_jax.tracking.console import Console
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.pretrained import open_pretrained, read_encoder
 from behrt_jax.workflows.finetune import finetune
-from behrt_jax.workflows.predict import open_finetuned
+from behrt_jax.workflows.finetuned import open_finetuned
 from behrt_jax.workflows.pretrain import pretrain
 from tests.models.rows import tiny_model
 from tests.workflows.finetune_case import ONE, changed

@@ -26,13 +26,13 @@ from behrt_jax.models.behrt import PatientEmbedding
 from behrt_jax.records.prepare.pipeline import prepare
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.pretrained import open_pretrained, read_encoder
-from behrt_jax.workflows import predict as embed_module
-from behrt_jax.workflows import predict as predict_module
+from behrt_jax.workflows import prediction_data
 from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.finetune import finetune
+from behrt_jax.workflows.finetuned import open_finetuned
 from behrt_jax.workflows.labelled_data import check_codes, label_data, read_labelled
-from behrt_jax.workflows.predict import known as known_files
-from behrt_jax.workflows.predict import open_finetuned, predict
+from behrt_jax.workflows.predict import predict
+from behrt_jax.workflows.prediction_data import known as known_files
 from tests.records.meds_folder import DAY, Row, born, events_table, write_meds
 from tests.records.memory_source import MemorySource
 from tests.workflows.evaluated import CODES, FIRST_ID, TIME
@@ -197,7 +197,7 @@ def test_a_few_examples_at_a_time_and_any_number_of_devices_give_the_same_file(c
     )
     predict(config, jax.devices())
     close(pq.read_table(tmp_path / "eight.parquet"), at_once)
-    monkeypatch.setattr(predict_module, "AT_ONCE", 37)
+    monkeypatch.setattr(prediction_data, "AT_ONCE", 37)
     close(case.predicted(tmp_path / "parts.parquet", labels=shuffled, split="train", rows=5), at_once)
 
 
@@ -399,7 +399,7 @@ def by_hand(data, split, subjects, times, model, vocabulary_size, params, poolin
 @pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_embeddings_of_a_base_at_the_labels(case, tmp_path, monkeypatch, pooling):
-    monkeypatch.setattr(embed_module, "AT_ONCE", 41)
+    monkeypatch.setattr(prediction_data, "AT_ONCE", 41)
     labels = case.labelled("binary").labels
     ids, times, vectors = written(
         case, tmp_path / "e.parquet", model=case.base, labels=labels, pooling=pooling
