@@ -20,20 +20,18 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from behrt_jax.config import (
+from behrt_jax.config.commands import (
     AskConfig,
     CombineConfig,
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
-    FinetuneConfig,
     ImportWeightsConfig,
-    MakeLabelsConfig,
     PredictConfig,
-    PrepareConfig,
-    PretrainConfig,
     ReportConfig,
 )
+from behrt_jax.config.data import MakeLabelsConfig, PrepareConfig
+from behrt_jax.config.training import FinetuneConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.presets import FINETUNE, PRETRAIN
 from behrt_jax.tracking.console import lasting_streams, tell

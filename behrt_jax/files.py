@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | boo
 """Any value that a JSON file can hold."""
 JsonObject: TypeAlias = dict[str, Any]
 """A JSON object as it is read or collected: its values are of mixed types, which whoever takes one knows."""
+C = TypeVar("C")
 
 
 @contextmanager
@@ -86,6 +87,20 @@ def read_json(path: Path) -> Any:
         raise InputError(f"cannot read {path} ({error.strerror}).") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}): mend it or write it anew.") from error
+
+
+def from_stored(kind: type[C], values: Mapping[str, object]) -> C:
+    """A record of this kind (a dataclass) from its JSON, which another version of behrt_jax may have written.
+
+    What is not there has its default, and what this version does not know is passed over.
+    """
+    known = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    read: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if name in known
+    }
+    return kind(**read)
 
 
 def absolute(path: Path | None) -> str | None:

@@ -2,16 +2,9 @@
 
 from dataclasses import replace
 
-from behrt_jax.config import (
-    DataConfig,
-    FinetuneConfig,
-    FreezingConfig,
-    LoRAConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    TrainConfig,
-)
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig, ModelConfig
+from behrt_jax.config.training import FinetuneConfig, OptimizerConfig, PretrainConfig, TrainConfig
 
 SMALL = ModelConfig(embedding_size=64, hidden_size=128, layers=2, heads=4, positions=50)
 MEDIUM = ModelConfig(embedding_size=128, hidden_size=256, layers=4, heads=8, positions=100)

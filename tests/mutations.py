@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 
-from behrt_jax.config import PrepareConfig, TableColumns
+from behrt_jax.config.data import PrepareConfig, TableColumns
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.labels import read_labels
 from behrt_jax.data.predictions import read_predictions

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import COMMANDS, Command, main, parse
-from behrt_jax.config import FinetuneConfig
+from behrt_jax.config.training import FinetuneConfig
 from behrt_jax.errors import DivergenceError, InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.workflows.run import RunResult

@@ -10,11 +10,18 @@ import textwrap
 
 import pytest
 
-from behrt_jax import config
 from behrt_jax.cli import Command, parse
-from behrt_jax.config import LoRAConfig, ModelConfig, from_stored
+from behrt_jax.config import commands, data, model, training
+from behrt_jax.config.model import LoRAConfig, ModelConfig
+from behrt_jax.files import from_stored
 
-KINDS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
+CHAPTERS = (model, data, training, commands)
+KINDS = [
+    value
+    for chapter in CHAPTERS
+    for value in vars(chapter).values()
+    if dataclasses.is_dataclass(value) and value.__module__ == chapter.__name__
+]
 COMMANDS = [kind for kind in KINDS if any(field.name == "output" for field in dataclasses.fields(kind))]
 
 
@@ -40,7 +47,7 @@ def test_every_setting_is_explained(kind):
     assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
     for field in dataclasses.fields(kind):
         section = dataclasses.is_dataclass(field.default_factory) or field.name == "lora"
-        assert section or kind is config.GroupValues or field.name in docstrings(kind)
+        assert section or kind is training.GroupValues or field.name in docstrings(kind)
 
 
 @pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
@@ -56,7 +63,8 @@ def test_help_has_the_docstring_of_every_option(kind, capsys):
 
 def test_settings_import_nothing_but_the_standard_library():
     script = (
-        "import sys; before = set(sys.modules); import behrt_jax.config; "
+        "import sys; before = set(sys.modules); "
+        "import behrt_jax.config.commands, behrt_jax.config.training; "
         "found = {name.partition('.')[0] for name in set(sys.modules) - before}; "
         "print(*sorted(found - sys.stdlib_module_names - {'behrt_jax'}))"
     )

@@ -58,7 +58,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import DataConfig, FreezingConfig, LoRAConfig, PretrainConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.data.vocabulary import MASK, PAD, Vocabulary
 from behrt_jax.diagnosis.before import check_before

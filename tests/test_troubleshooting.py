@@ -27,13 +27,13 @@ def test_every_check_is_on_the_page_and_the_page_names_no_other():
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`--([a-z_.]+)", PAGE.read_text()))))
 def test_every_option_on_the_page_exists(option):
-    from behrt_jax import config
+    from behrt_jax.config.commands import DoctorConfig
+    from behrt_jax.config.data import PrepareConfig
+    from behrt_jax.config.model import LoRAConfig
+    from behrt_jax.config.training import FinetuneConfig, PretrainConfig
     from experiments.studies.freezing import FreezingStudyConfig
 
-    commands = (
-        config.PretrainConfig, config.FinetuneConfig, config.PrepareConfig, config.DoctorConfig,
-        FreezingStudyConfig,
-    )  # fmt: skip
+    commands = PretrainConfig, FinetuneConfig, PrepareConfig, DoctorConfig, FreezingStudyConfig
 
     def has(kind, path):
         field = getattr(kind, "__dataclass_fields__", {}).get(path[0])
@@ -41,7 +41,7 @@ def test_every_option_on_the_page_exists(option):
             return False
         if len(path) == 1:
             return True
-        inner = field.default_factory if callable(field.default_factory) else config.LoRAConfig
+        inner = field.default_factory if callable(field.default_factory) else LoRAConfig
         return has(inner, path[1:])
 
     assert any(has(command, option.split(".")) for command in commands)

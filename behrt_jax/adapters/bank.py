@@ -31,9 +31,10 @@ from flax.traverse_util import unflatten_dict
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import base_fingerprint_of, load_adapter, read_config
-from behrt_jax.config import LoRAConfig, from_stored
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.errors import InputError
+from behrt_jax.files import from_stored
 from behrt_jax.models.behrt import BEHRTForTask, PatientEmbedding
 from behrt_jax.models.stacked_layers import Path as TreePath
 from behrt_jax.models.stacked_layers import Tree, is_stacked

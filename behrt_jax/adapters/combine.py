@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.targets import scale
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.models.stacked_layers import Path, Tree, unstack_layers
 
 

@@ -32,13 +32,14 @@ from flax.traverse_util import unflatten_dict
 import behrt_jax
 from behrt_jax.adapters import peft
 from behrt_jax.adapters.lora import label, leaves_by_path
-from behrt_jax.config import LoRAConfig, from_stored
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.files import (
     SEAL,
     JsonObject,
     check_files,
     digest_of,
+    from_stored,
     is_sealed,
     json_text,
     replace_folder,

@@ -22,7 +22,7 @@ from flax.traverse_util import unflatten_dict
 from jax.tree_util import DictKey, KeyPath, tree_map_with_path
 
 from behrt_jax.adapters.targets import AdaptedLayer, adapted_layers, leaves_by_path, rank_of, scale
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.layers import dropout
 from behrt_jax.models.stacked_layers import Path, Tree, is_stacked

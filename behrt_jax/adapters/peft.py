@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from behrt_jax.adapters.targets import scale
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.models.stacked_layers import Path

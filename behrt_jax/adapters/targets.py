@@ -14,7 +14,7 @@ from typing import TypeVar
 import jax
 from flax.traverse_util import flatten_dict
 
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import Path, Tree, is_stacked, unstacked_path
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from behrt_jax.config import from_stored
 from behrt_jax.data.events import (
     BIRTH_CODE,
     DAY,
@@ -36,7 +35,7 @@ from behrt_jax.data.lives import (
 from behrt_jax.data.sorting import ascending, leads, sort_rows
 from behrt_jax.data.splits import hash_words
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, from_stored
 
 Duplicates = Literal["keep", "drop", "count"]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from behrt_jax.config import QueriesConfig
+from behrt_jax.config.training import QueriesConfig
 from behrt_jax.data import packing
 from behrt_jax.data.batches import Batch, Epoch, RowBatches, RowShape, rows_of_batch
 from behrt_jax.data.events import DAY, SubjectTimes

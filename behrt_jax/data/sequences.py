@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 
-from behrt_jax.config import STATIC_CODES, DataConfig
+from behrt_jax.config.data import STATIC_CODES, DataConfig
 from behrt_jax.data.event_rules import (
     CodeChoice,
     Preparation,

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from behrt_jax import run_folder
-from behrt_jax.config import from_stored
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, from_stored
 from behrt_jax.tracking.summary import Baselines, Summary
 
 Severity = Literal["error", "warning", "info"]

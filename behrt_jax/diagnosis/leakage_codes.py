@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from behrt_jax.config import DoctorConfig
+from behrt_jax.config.commands import DoctorConfig
 from behrt_jax.data.events import DAY
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.sorting import ragged_indices, runs

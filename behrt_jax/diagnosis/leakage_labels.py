@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from behrt_jax.config import DoctorConfig
+from behrt_jax.config.commands import DoctorConfig
 from behrt_jax.data.events import DAY, SPLITS
 from behrt_jax.data.examples import CodeDelays, code_delays, parse_delay
 from behrt_jax.data.labels import Labels

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from behrt_jax.config import DataConfig
+from behrt_jax.config.data import DataConfig
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS, MASK, PAD, SEP
 from behrt_jax.errors import InputError

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from behrt_jax.config import DataConfig, MaskingConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.training import MaskingConfig
 from behrt_jax.data.vocabulary import CLS, MASK, PAD, SEP, SPECIAL_TOKENS, UNK
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, losses_and_ranks, results_of

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from behrt_jax.config import Attention
+from behrt_jax.config.model import Attention
 from behrt_jax.models.chunked_attention import (
     MASKED,
     Words,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from behrt_jax.config import ModelConfig
+from behrt_jax.config.model import ModelConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.models.attention import SelfAttention
 from behrt_jax.models.layers import Dropout, Norm, gelu, rotations, sine

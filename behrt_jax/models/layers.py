@@ -322,7 +322,7 @@ def rotations(places: jax.Array, size: int, base: float) -> tuple[jax.Array, jax
     Args:
         places: int32 `[batch, length]`, from 0 to 65,535, as which larger ones count.
         size: of a head, even.
-        base: see `config.ModelConfig.rope_base`.
+        base: see `config.model.ModelConfig.rope_base`.
 
     Returns:
         float32 `[batch, length, size / 2]` each.

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from behrt_jax.config import ModelConfig, ObjectiveName
+from behrt_jax.config.model import ModelConfig
+from behrt_jax.config.training import ObjectiveName
 from behrt_jax.data.batches import Batch
 from behrt_jax.models.behrt import BEHRT, EMBEDDING_STDDEV, BEHRTForMLM, example_batch, pool_segments
 from behrt_jax.models.layers import Norm, gelu

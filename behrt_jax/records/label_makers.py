@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from behrt_jax.config import MakeLabelsConfig
+from behrt_jax.config.data import MakeLabelsConfig
 from behrt_jax.data.events import DAY
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import Sequences

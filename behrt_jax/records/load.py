@@ -1,6 +1,6 @@
 """Sequences from whichever source the configuration names."""
 
-from behrt_jax.config import DataConfig
+from behrt_jax.config.data import DataConfig
 from behrt_jax.data.events import EventSet
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.sequences import SequenceSet, build_sequences

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from behrt_jax import __version__
-from behrt_jax.config import PrepareConfig
+from behrt_jax.config.data import PrepareConfig
 from behrt_jax.data.events import EVENT_SCHEMA, SPLITS, VISIT_FIELD
 from behrt_jax.data.splits import check_disjoint, split_index
 from behrt_jax.errors import InputError

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from behrt_jax.config import ModelConfig
+from behrt_jax.config.model import ModelConfig
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.files import JsonObject, json_text

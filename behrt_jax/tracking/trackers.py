@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from behrt_jax.config import TrackingConfig
+from behrt_jax.config.training import TrackingConfig
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject, write_text
 from behrt_jax.run_folder import is_number

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from behrt_jax.config import MeshConfig
+from behrt_jax.config.training import MeshConfig
 from behrt_jax.errors import InputError
 
 Devices = Sequence[Any]

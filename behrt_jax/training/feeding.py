@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from behrt_jax.config import TrainConfig
+from behrt_jax.config.training import TrainConfig
 from behrt_jax.data.batches import Batch, EpochRows, TrainingBatches, ValidationBatches, reading_ahead
 from behrt_jax.data.events import DAY
 from behrt_jax.data.facts import FACT_VISIT

@@ -7,7 +7,7 @@ import jax
 from jax.tree_util import tree_map_with_path
 
 from behrt_jax.adapters.lora import GROUPS, label, labels, path_names
-from behrt_jax.config import FreezingConfig
+from behrt_jax.config.model import FreezingConfig
 from behrt_jax.errors import InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.models.stacked_layers import Tree

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from behrt_jax.config import TaskTrainConfig, TrainConfig
+from behrt_jax.config.training import TaskTrainConfig, TrainConfig
 from behrt_jax.errors import DivergenceError
 from behrt_jax.files import JsonObject
 from behrt_jax.models.losses import add_totals, mean_metrics

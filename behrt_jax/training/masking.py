@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from behrt_jax.config import MaskingConfig
+from behrt_jax.config.training import MaskingConfig
 from behrt_jax.data.vocabulary import MASK, PAD, SPECIAL_TOKENS
 
 FIRST_CODE = len(SPECIAL_TOKENS)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from behrt_jax.config import PretrainConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.files import JsonObject, write_text

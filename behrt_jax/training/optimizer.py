@@ -8,7 +8,7 @@ import optax
 from jax.tree_util import tree_map_with_path
 
 from behrt_jax.adapters.lora import GROUPS, path_names
-from behrt_jax.config import OptimizerConfig
+from behrt_jax.config.training import OptimizerConfig
 from behrt_jax.models.stacked_layers import Tree, is_stacked
 from behrt_jax.training.freezing import FROZEN
 

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import Path as TreePath
 from behrt_jax.models.stacked_layers import Tree

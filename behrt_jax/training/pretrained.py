@@ -12,12 +12,13 @@ from jax.tree_util import tree_map_with_path
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import label, path_names
-from behrt_jax.config import InitConfig, LoRAConfig, ModelConfig, ObjectiveName, from_stored
+from behrt_jax.config.model import LoRAConfig, ModelConfig
+from behrt_jax.config.training import InitConfig, ObjectiveName
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.prepared import read_preparation
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, from_stored
 from behrt_jax.models.behrt import BEHRTForMLM
 from behrt_jax.models.questions import BEHRTForQueries, init_params, pretraining_model
 from behrt_jax.models.stacked_layers import Tree, count_stacked_layers, unstack_layers, with_layout_of

@@ -24,7 +24,7 @@ import numpy as np
 from jax._src import distributed  # what multihost_utils and Orbax use, too: JAX has no public name for it
 from jax.sharding import Mesh
 
-from behrt_jax.config import DistributedConfig
+from behrt_jax.config.training import DistributedConfig
 from behrt_jax.errors import PEER_LOST, InputError
 from behrt_jax.files import JsonObject
 from behrt_jax.tracking.console import tell

@@ -20,13 +20,8 @@ from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import Tree, path_names, resolve_product
-from behrt_jax.config import (
-    FinetuneConfig,
-    FreezingConfig,
-    LoRAConfig,
-    OptimizerConfig,
-    PretrainConfig,
-)
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import FinetuneConfig, OptimizerConfig, PretrainConfig
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_batch
 from behrt_jax.models.questions import BEHRTForQueries, init_params, pretraining_model
 from behrt_jax.training.devices import replicated, shapes_of, shardings_of

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import Product
 from behrt_jax.adapters.new_codes import with_new_codes
-from behrt_jax.config import LoRAConfig, MaskingConfig
+from behrt_jax.config.model import LoRAConfig
+from behrt_jax.config.training import MaskingConfig
 from behrt_jax.data.batches import Batch, TaskBatch
 from behrt_jax.data.questions import QuestionBatch
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, decoder_weights

@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 from jax.tree_util import tree_leaves_with_path
 
 from behrt_jax.adapters.lora import label, leaves_by_path, merge, path_names
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.files import JsonObject
 from behrt_jax.models.stacked_layers import Tree, unstack_layers
 from behrt_jax.training.runtime import RUN_ONCE

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from behrt_jax.config import MaskingConfig
+from behrt_jax.config.training import MaskingConfig
 from behrt_jax.data.batches import Batch, TaskBatch, TaskBatches, ValidationBatches
 from behrt_jax.data.questions import QuestionBatch, QuestionBatches
 from behrt_jax.data.tasks import KINDS, TaskKind

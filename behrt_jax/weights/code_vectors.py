@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from behrt_jax.config import PretrainConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.data.parquet import readable, sound
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.errors import InputError

@@ -35,13 +35,22 @@ from behrt_jax.adapters.files import (
 )
 from behrt_jax.adapters.lora import leaves_by_path
 from behrt_jax.adapters.targets import with_alphas
-from behrt_jax.config import LoRAConfig, ModelConfig, ObjectiveName, from_stored
+from behrt_jax.config.model import LoRAConfig, ModelConfig
+from behrt_jax.config.training import ObjectiveName
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.prepared import read_preparation, rule_files
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, check_new_folder, json_text, read_json, work_folder, write_text
+from behrt_jax.files import (
+    JsonObject,
+    check_new_folder,
+    from_stored,
+    json_text,
+    read_json,
+    work_folder,
+    write_text,
+)
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_batch
 from behrt_jax.models.questions import BEHRTForQueries, init_params, pretraining_model
 from behrt_jax.models.stacked_layers import Tree, unstack_layers
@@ -71,7 +80,7 @@ class PortableConfig:
     architecture: str
     """BEHRTForMLM, BEHRTForQueries, or BEHRTForTask where there is a task."""
     model: JsonObject
-    """Of `config.ModelConfig`."""
+    """Of `config.model.ModelConfig`."""
     vocabulary_size: int
     """Rows of vocabulary.parquet."""
     vocabulary_fingerprint: str
@@ -85,11 +94,11 @@ class PortableConfig:
     """Of a fine-tuned model: ``task``, ``pooling``, ``max_length``, ``calibration``, ``blend``, ``freezing``
     and ``parameters``, as in the run's task.json."""
     lora: JsonObject | None = None
-    """Of `config.LoRAConfig`, where adapters are not merged."""
+    """Of `config.model.LoRAConfig`, where adapters are not merged."""
     objective: ObjectiveName = "mlm"
     """What a pretrained model was trained for."""
     groups: tuple[str, ...] = ()
-    """Patterns of the groups of codes that are questions of their own (`config.QueriesConfig`)."""
+    """Patterns of the groups of codes that are questions of their own (`config.training.QueriesConfig`)."""
     new_codes: int = 0
     """Codes at the end of the vocabulary whose rows are the adapter's."""
     tensors: Mapping[str, list[int]] = field(default_factory=dict)

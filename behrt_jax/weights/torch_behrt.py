@@ -27,7 +27,7 @@ from flax.traverse_util import unflatten_dict
 
 from behrt_jax.adapters.files import import_safetensors, tensors_of
 from behrt_jax.adapters.lora import leaves_by_path
-from behrt_jax.config import LoRAConfig, ModelConfig
+from behrt_jax.config.model import LoRAConfig, ModelConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import Tree, unstack_layers
 from behrt_jax.models.torch_names import TRANSPOSED, path_of, torch_name

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from behrt_jax.config import InitConfig, PretrainConfig
+from behrt_jax.config.training import InitConfig, PretrainConfig
 from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.evaluation.masked_codes import MaskedCodeResults, share_of_attainable_gain

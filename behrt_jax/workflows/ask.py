@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from behrt_jax.config import AskConfig, PredictConfig
+from behrt_jax.config.commands import AskConfig, PredictConfig
 from behrt_jax.data.batches import TaskBatch
 from behrt_jax.data.events import DAY
 from behrt_jax.data.labels import Labels

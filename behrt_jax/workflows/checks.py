@@ -13,15 +13,8 @@ import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from behrt_jax.adapters.lora import GROUPS
-from behrt_jax.config import (
-    FinetuneConfig,
-    FreezingConfig,
-    LoRAConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    TrainConfig,
-)
+from behrt_jax.config.model import FreezingConfig, LoRAConfig, ModelConfig
+from behrt_jax.config.training import FinetuneConfig, OptimizerConfig, PretrainConfig, TrainConfig
 from behrt_jax.data.batches import TrainingBatches
 from behrt_jax.data.events import DAY
 from behrt_jax.data.packing import room_beside

@@ -13,11 +13,12 @@ from flax.traverse_util import unflatten_dict
 from behrt_jax.adapters.combine import Update, as_adapter, linear, truncated, updates_of
 from behrt_jax.adapters.files import AdapterConfig, read_adapter, save_adapter
 from behrt_jax.adapters.lora import leaves_by_path
-from behrt_jax.config import CombineConfig, LoRAConfig, ModelConfig, from_stored
+from behrt_jax.config.commands import CombineConfig
+from behrt_jax.config.model import LoRAConfig, ModelConfig
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, check_new_folder, json_text, read_json
+from behrt_jax.files import JsonObject, check_new_folder, from_stored, json_text, read_json
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, example_batch
 from behrt_jax.models.stacked_layers import Path as TreePath
 from behrt_jax.models.stacked_layers import Tree, unstack_layers

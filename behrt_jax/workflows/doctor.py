@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from behrt_jax.config import DoctorConfig
+from behrt_jax.config.commands import DoctorConfig
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.labels import Labels, read_labels

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from behrt_jax import __version__
-from behrt_jax.config import EvaluateConfig
+from behrt_jax.config.commands import EvaluateConfig
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.examples import Examples, find_examples
 from behrt_jax.data.labels import Labels, read_labels

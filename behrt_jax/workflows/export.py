@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from behrt_jax.adapters.files import import_safetensors
-from behrt_jax.config import DataConfig, ExportConfig, from_stored
+from behrt_jax.config.commands import ExportConfig
+from behrt_jax.config.data import DataConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.facts import FACT_VISIT
 from behrt_jax.data.sequences import Sequences
@@ -18,7 +19,7 @@ from behrt_jax.data.tasks import Predicts, Task
 from behrt_jax.data.vocabulary import CLS, PAD, SPECIAL_TOKENS, Vocabulary
 from behrt_jax.diagnosis.finding import RunRecord, read_run
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject, check_new_folder, read_json
+from behrt_jax.files import JsonObject, check_new_folder, from_stored, read_json
 from behrt_jax.models.attention import CHUNKED_FROM
 from behrt_jax.models.behrt import PatientEmbedding
 from behrt_jax.records.load import load_sequences

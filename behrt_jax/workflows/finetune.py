@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 
-from behrt_jax.config import FinetuneConfig
+from behrt_jax.config.training import FinetuneConfig
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.diagnosis import finding

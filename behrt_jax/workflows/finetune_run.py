@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from behrt_jax.adapters import combine
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.adapters.lora import GROUPS
-from behrt_jax.config import FinetuneConfig, LoRAConfig, ModelConfig, TaskConfig, from_stored
+from behrt_jax.config.model import LoRAConfig, ModelConfig
+from behrt_jax.config.training import FinetuneConfig, TaskConfig
 from behrt_jax.data.batches import TaskBatches
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.labels import Labels, LabelTables
@@ -27,7 +28,7 @@ from behrt_jax.evaluation.calibration import fit_temperature, fit_threshold, mea
 from behrt_jax.evaluation.count_model import CountModel, fit_count_model
 from behrt_jax.evaluation.masked_codes import mean_interval
 from behrt_jax.evaluation.task_baselines import count_codes, join_histories
-from behrt_jax.files import JsonObject, absolute, json_text
+from behrt_jax.files import JsonObject, absolute, from_stored, json_text
 from behrt_jax.models.behrt import BEHRTForTask, Pooling
 from behrt_jax.models.losses import task_losses
 from behrt_jax.run_folder import CONFIG_FILE, read_config

@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 
 from behrt_jax.adapters.files import CONFIG_FILE as ADAPTER_FILE
 from behrt_jax.adapters.files import load_adapter, read_config
-from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig, from_stored
+from behrt_jax.config.model import FreezingConfig, LoRAConfig, ModelConfig
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.prepared import read_preparation
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.count_model import CountModel
-from behrt_jax.files import JsonObject, read_json
+from behrt_jax.files import JsonObject, from_stored, read_json
 from behrt_jax.models.behrt import BEHRTForTask
 from behrt_jax.models.stacked_layers import with_layout_of
 from behrt_jax.run_folder import CHECKPOINTS_FOLDER, VOCABULARY_FILE, checked, read_document

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import ImportWeightsConfig
+from behrt_jax.config.commands import ImportWeightsConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import check_new_folder, read_json

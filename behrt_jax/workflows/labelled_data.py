@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from behrt_jax.adapters.new_codes import new_rows
-from behrt_jax.config import FinetuneConfig, ModelConfig
+from behrt_jax.config.model import ModelConfig
+from behrt_jax.config.training import FinetuneConfig
 from behrt_jax.data.batches import RowShape, TaskBatches, task_batches
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.examples import Examples, OutsideLife, find_examples, of_unknown_subjects

@@ -20,16 +20,9 @@ from jax.sharding import Mesh
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import CONFIG_FILE as ADAPTER_FILE
 from behrt_jax.adapters.files import load_adapter, read_config
-from behrt_jax.config import (
-    FreezingConfig,
-    LoRAConfig,
-    ModelConfig,
-    ObjectiveName,
-    PredictConfig,
-    PretrainConfig,
-    QueriesConfig,
-    from_stored,
-)
+from behrt_jax.config.commands import PredictConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig, ModelConfig
+from behrt_jax.config.training import ObjectiveName, PretrainConfig, QueriesConfig
 from behrt_jax.data.batches import Batch, RowShape, task_batches
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import BIRTH_CODE, EventCounts
@@ -39,7 +32,7 @@ from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import mean_predictions
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, from_stored
 from behrt_jax.models.attention import segment_mask
 from behrt_jax.models.behrt import (
     BEHRT,
@@ -120,7 +113,7 @@ class Loaded:
     objective: ObjectiveName = "mlm"
     """What a pretrained model was trained for."""
     groups: tuple[str, ...] = ()
-    """Patterns of the groups of codes that it answers questions about (`config.QueriesConfig`)."""
+    """Patterns of the groups of codes that it answers questions about (`config.training.QueriesConfig`)."""
     rows: int = 64
     """Rows that are computed at once of prepared data."""
     _steps: dict[str, OutputStep] = field(default_factory=dict, init=False, repr=False)
@@ -225,7 +218,7 @@ class Loaded:
         Args:
             data: either.
             time: of the prediction, inclusive; that of the last event that is kept where not given.
-            max_unknown: as in `config.PredictConfig`.
+            max_unknown: as in `config.commands.PredictConfig`.
             split: of prepared data.
             labels: as in :meth:`batch`.
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.config import MakeLabelsConfig
+from behrt_jax.config.data import MakeLabelsConfig
 from behrt_jax.data.events import DAY, SPLITS
 from behrt_jax.data.labels import Labels, read_labels
 from behrt_jax.data.prepared import read_deaths, read_prepared

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import FinetuneConfig, LoRAConfig, ModelConfig, PopulationConfig
+from behrt_jax.config.model import LoRAConfig, ModelConfig
+from behrt_jax.config.training import FinetuneConfig, PopulationConfig
 from behrt_jax.data.batches import TaskBatch, TaskBatches, reading_ahead
 from behrt_jax.data.labels import read_label_tables
 from behrt_jax.diagnosis.finding import to_json

@@ -11,7 +11,8 @@ import pyarrow as pa
 from jax.sharding import Mesh
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import ModelConfig, PredictConfig
+from behrt_jax.config.commands import PredictConfig
+from behrt_jax.config.model import ModelConfig
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.examples import find_examples, of_unknown_subjects
 from behrt_jax.data.labels import VALUE_COLUMNS, Labels, read_labels

@@ -8,7 +8,9 @@ from typing import Literal, NamedTuple, TypeVarTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from behrt_jax.config import ModelConfig, PredictConfig, PrepareConfig
+from behrt_jax.config.commands import PredictConfig
+from behrt_jax.config.data import PrepareConfig
+from behrt_jax.config.model import ModelConfig
 from behrt_jax.data.batches import RowShape, TaskBatches, task_batches
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import SPLITS

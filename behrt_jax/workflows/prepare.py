@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from pathlib import Path
 
-from behrt_jax.config import PrepareConfig
+from behrt_jax.config.data import PrepareConfig
 from behrt_jax.data.event_rules import told_without_effect
 from behrt_jax.data.facts import FACT_WITH_TIME
 from behrt_jax.data.splits import told_split

@@ -13,7 +13,7 @@ import numpy as np
 
 from behrt_jax.adapters import combine
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
-from behrt_jax.config import PretrainConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.data.batches import (
     Batch,
     RowShape,

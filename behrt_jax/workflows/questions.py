@@ -6,7 +6,7 @@ from functools import cached_property
 import jax
 import numpy as np
 
-from behrt_jax.config import PretrainConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.data.batches import RowShape, ValidationBatches, validation_batches
 from behrt_jax.data.questions import Catalogue, QuestionBatches, question_batches
 from behrt_jax.data.sequences import SequenceSet

@@ -3,7 +3,7 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from behrt_jax.config import ReportConfig
+from behrt_jax.config.commands import ReportConfig
 from behrt_jax.errors import InputError
 from behrt_jax.run_folder import PLOTS_FOLDER
 from behrt_jax.tracking.comparison import ComparedRun, read_runs, write_comparison

@@ -22,7 +22,8 @@ import numpy as np
 
 from behrt_jax import __version__
 from behrt_jax.adapters.lora import GROUPS
-from behrt_jax.config import FinetuneConfig, FreezingConfig, LoRAConfig, PretrainConfig, TrackingConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import FinetuneConfig, PretrainConfig, TrackingConfig
 from behrt_jax.data.batches import TaskBatches, TrainingBatches
 from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.errors import InputError

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from behrt_jax.config import LoRAConfig, PretrainConfig
+from behrt_jax.config.model import LoRAConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN

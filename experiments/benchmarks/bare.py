@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 
-from behrt_jax.config import ModelConfig
+from behrt_jax.config.model import ModelConfig
 from behrt_jax.models.behrt import BEHRTForMLM, BEHRTForTask, PatientEmbedding, example_batch
 
 

@@ -9,7 +9,8 @@ import transformers  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-from behrt_jax.config import ModelConfig, PretrainConfig
+from behrt_jax.config.model import ModelConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.vocabulary import PAD
 from behrt_jax.training.masking import MaskedCodes

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from behrt_jax.config import DataConfig, LoRAConfig, ModelConfig, OptimizerConfig, PretrainConfig, from_stored
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import LoRAConfig, ModelConfig
+from behrt_jax.config.training import OptimizerConfig, PretrainConfig
 from behrt_jax.data.batches import RowShape, training_batches
 from behrt_jax.data.sequences import SequenceSet
+from behrt_jax.files import from_stored
 from behrt_jax.records.load import load_sequences
 from behrt_jax.training.devices import make_mesh, put_rows
 from behrt_jax.training.micro_batches import likely_parts, rows_multiple

@@ -21,7 +21,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from behrt_jax.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig, TrainConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import ModelConfig
+from behrt_jax.config.training import OptimizerConfig, PretrainConfig, TrainConfig
 from behrt_jax.data.batches import Batch, TrainingBatches, ValidationBatches
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import mean_interval, share_of_attainable_gain

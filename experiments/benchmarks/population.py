@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.config import DataConfig, MakeLabelsConfig, PrepareConfig
+from behrt_jax.config.data import DataConfig, MakeLabelsConfig, PrepareConfig
 from behrt_jax.errors import InputError
 from behrt_jax.records.load import load_events
 from behrt_jax.tracking.console import table_text

@@ -328,7 +328,7 @@ def _polars(task: Mapping[str, Any], folder: Path, scratch: Path) -> dict[str, A
 
 def _prepare(task: Mapping[str, Any], folder: Path, scratch: Path) -> dict[str, Any]:
     """All of the preparation, from MEDS shards to the finished data set, with the time of its stages."""
-    from behrt_jax.config import PrepareConfig
+    from behrt_jax.config.data import PrepareConfig
     from behrt_jax.records.prepare.pipeline import prepare
     from behrt_jax.records.sources.meds import open_meds
 

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import example_batch
 from behrt_jax.presets import PRETRAIN

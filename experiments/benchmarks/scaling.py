@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from behrt_jax.config import FreezingConfig, MeshConfig, PretrainConfig
+from behrt_jax.config.model import FreezingConfig
+from behrt_jax.config.training import MeshConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import example_batch
 from behrt_jax.presets import PRETRAIN

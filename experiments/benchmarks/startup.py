@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.config import PrepareConfig
+from behrt_jax.config.data import PrepareConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN

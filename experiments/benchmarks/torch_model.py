@@ -18,7 +18,7 @@ from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
 from behrt_jax.adapters.targets import scale
-from behrt_jax.config import LoRAConfig, ModelConfig
+from behrt_jax.config.model import LoRAConfig, ModelConfig
 from behrt_jax.errors import InputError
 
 # LoRA (Hu et al. 2021, arXiv 2106.09685) in PyTorch, on the layers of ``nn.TransformerEncoder``.

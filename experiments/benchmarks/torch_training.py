@@ -8,12 +8,14 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-from behrt_jax.config import LoRAConfig, MaskingConfig, ModelConfig, OptimizerConfig, from_stored
+from behrt_jax.config.model import LoRAConfig, ModelConfig
+from behrt_jax.config.training import MaskingConfig, OptimizerConfig
 from behrt_jax.data.batches import gather_rows
 from behrt_jax.data.packing import choose_windows, one_per_row
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import MASK, SPECIAL_TOKENS
 from behrt_jax.errors import InputError
+from behrt_jax.files import from_stored
 from experiments.benchmarks.ours import DISTINCT_BATCHES, load_patients, steps_of
 from experiments.benchmarks.torch_model import Regime, TorchBEHRTForMLM
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from behrt_jax.config import Attention, LoRAConfig, PretrainConfig
+from behrt_jax.config.model import Attention, LoRAConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN
 from experiments.benchmarks.harness import Contender, contest

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from behrt_jax.config import ModelConfig, PretrainConfig
+from behrt_jax.config.model import ModelConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError

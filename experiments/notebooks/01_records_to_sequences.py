@@ -9,7 +9,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
-from behrt_jax.config import DataConfig
+from behrt_jax.config.data import DataConfig
 from behrt_jax.data.batches import RowShape, training_batches
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.records.load import load_events, load_sequences

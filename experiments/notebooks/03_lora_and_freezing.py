@@ -23,7 +23,7 @@ from flax import linen as nn
 from IPython.display import display
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import FreezingConfig, LoRAConfig, ModelConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig, ModelConfig
 from behrt_jax.diagnosis.before import check_before
 from behrt_jax.diagnosis.finding import RunRecord, from_json, read_run
 from behrt_jax.models.attention import SelfAttention

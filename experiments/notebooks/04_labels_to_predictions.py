@@ -19,17 +19,9 @@ import pyarrow.parquet as pq
 
 from behrt_jax import load
 from behrt_jax.adapters import bank
-from behrt_jax.config import (
-    DataConfig,
-    EvaluateConfig,
-    MakeLabelsConfig,
-    PredictConfig,
-    PrepareConfig,
-    SearchConfig,
-    TaskConfig,
-    TaskTrainConfig,
-    TrainConfig,
-)
+from behrt_jax.config.commands import EvaluateConfig, PredictConfig
+from behrt_jax.config.data import DataConfig, MakeLabelsConfig, PrepareConfig
+from behrt_jax.config.training import SearchConfig, TaskConfig, TaskTrainConfig, TrainConfig
 from behrt_jax.models.behrt import PatientEmbedding
 from behrt_jax.presets import FINETUNE, PRETRAIN
 from behrt_jax.records.load import load_events

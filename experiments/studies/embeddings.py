@@ -15,14 +15,9 @@ import jax
 import numpy as np
 
 from behrt_jax.cli import Command, run_command
-from behrt_jax.config import (
-    DataConfig,
-    FreezingConfig,
-    InitConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    TrainConfig,
-)
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import FreezingConfig
+from behrt_jax.config.training import InitConfig, OptimizerConfig, PretrainConfig, TrainConfig
 from behrt_jax.data.batches import RowShape, ValidationBatches, validation_batches
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.errors import InputError

@@ -16,15 +16,8 @@ import pyarrow as pa
 from scipy.special import expit
 
 from behrt_jax.cli import Command, run_command
-from behrt_jax.config import (
-    DataConfig,
-    MakeLabelsConfig,
-    OptimizerConfig,
-    PrepareConfig,
-    PretrainConfig,
-    TaskTrainConfig,
-    TrainConfig,
-)
+from behrt_jax.config.data import DataConfig, MakeLabelsConfig, PrepareConfig
+from behrt_jax.config.training import OptimizerConfig, PretrainConfig, TaskTrainConfig, TrainConfig
 from behrt_jax.data.batches import RowShape, task_batches
 from behrt_jax.data.events import BIRTH_CODE
 from behrt_jax.data.labels import Labels, read_labels

@@ -14,11 +14,10 @@ import jax
 import numpy as np
 
 from behrt_jax.cli import Command, run_command
-from behrt_jax.config import (
-    DataConfig,
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import LoRAConfig, ModelConfig
+from behrt_jax.config.training import (
     FinetuneConfig,
-    LoRAConfig,
-    ModelConfig,
     OptimizerConfig,
     PretrainConfig,
     SearchConfig,

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import jax
 
 from behrt_jax.cli import Command, run_command
-from behrt_jax.config import FreezingConfig, InitConfig, PretrainConfig
+from behrt_jax.config.model import FreezingConfig
+from behrt_jax.config.training import InitConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.files import read_json, write_json, write_text
 from behrt_jax.presets import PRETRAIN

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from behrt_jax.cli import Command, run_command
-from behrt_jax.config import (
-    DataConfig,
+from behrt_jax.config.commands import PredictConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.training import (
     OptimizerConfig,
-    PredictConfig,
     PretrainConfig,
     QueriesConfig,
     SearchConfig,

@@ -16,14 +16,9 @@ import jax
 import numpy as np
 
 from behrt_jax.cli import Command, run_command
-from behrt_jax.config import (
-    DataConfig,
-    FreezingConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import FreezingConfig
+from behrt_jax.config.training import OptimizerConfig, PretrainConfig, TaskConfig, TrainConfig
 from behrt_jax.data.batches import Batch, ValidationBatches
 from behrt_jax.data.labels import Labels
 from behrt_jax.data.sequences import SequenceSet

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from behrt_jax.adapters import bank, lora
 from behrt_jax.adapters.files import AdapterConfig, save_adapter
 from behrt_jax.adapters.lora import label, path_names
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForTask, example_batch
 from behrt_jax.models.stacked_layers import unstack_layers

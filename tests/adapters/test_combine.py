@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.combine import Update, as_adapter, linear, ordinary, truncated, updates_of
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.models.stacked_layers import stack_layers, unstack_layers
 
 LAYERS = {("encoder", "layer_0", "query"): (6, 6), ("encoder", "layer_1", "output"): (10, 4)}

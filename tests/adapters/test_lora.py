@@ -17,7 +17,7 @@ from jax.extend.core import jaxprs_in_params
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import AdapterConfig, load_adapter, save_adapter
 from behrt_jax.adapters.lora import activation_product, merged_kernel, merged_product, resolve_product
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.stacked_layers import stack_layers, unstack_layers

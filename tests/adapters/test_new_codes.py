@@ -13,7 +13,8 @@ from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import AdapterConfig, load_adapter, save_adapter
 from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.adapters.new_codes import new_rows, with_new_codes
-from behrt_jax.config import LoRAConfig, OptimizerConfig
+from behrt_jax.config.model import LoRAConfig
+from behrt_jax.config.training import OptimizerConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError
 from behrt_jax.files import sealed

@@ -18,15 +18,10 @@ from safetensors.torch import load_file
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import AdapterConfig, load_adapter, save_adapter
 from behrt_jax.adapters.lora import label, path_names
-from behrt_jax.config import (
-    DataConfig,
-    ExportConfig,
-    FreezingConfig,
-    LoRAConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    TrainConfig,
-)
+from behrt_jax.config.commands import ExportConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import OptimizerConfig, PretrainConfig, TrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.weights.torch_behrt import from_state_dict
 from behrt_jax.workflows.export import export

@@ -11,7 +11,7 @@ import pytest
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import scale
 from behrt_jax.adapters.targets import adapted_layers
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.stacked_layers import stack_layers, unstack_layers

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.config import DataConfig, ModelConfig, PrepareConfig, TableColumns
+from behrt_jax.config.data import DataConfig, PrepareConfig, TableColumns
+from behrt_jax.config.model import ModelConfig
 from behrt_jax.data.batches import RowShape, task_batches, training_batches, validation_batches
 from behrt_jax.data.events import DAY
 from behrt_jax.data.examples import find_examples

@@ -37,7 +37,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.config import DataConfig, MaskingConfig, PrepareConfig
+from behrt_jax.config.data import DataConfig, PrepareConfig
+from behrt_jax.config.training import MaskingConfig
 from behrt_jax.data.batches import RowShape, training_batches
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.prepared import read_prepared

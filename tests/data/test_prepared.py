@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behrt_jax import files
-from behrt_jax.config import DataConfig, PrepareConfig
+from behrt_jax.config.data import DataConfig, PrepareConfig
 from behrt_jax.data import prepared as arrow_columns
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS
 from behrt_jax.data.prepared import (

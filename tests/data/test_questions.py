@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from behrt_jax.config import QueriesConfig
+from behrt_jax.config.training import QueriesConfig
 from behrt_jax.data.batches import RowShape
 from behrt_jax.data.events import DAY, SubjectTimes
 from behrt_jax.data.questions import (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.config import DataConfig
+from behrt_jax.config.data import DataConfig
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS
 from behrt_jax.data.sequences import Sequences, SequenceSet, build_sequences, describe, map_vocabulary
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS, UNK, Vocabulary

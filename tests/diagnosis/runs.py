@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.diagnosis.finding import Facts, Finding
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.training.freezing import count_parameters

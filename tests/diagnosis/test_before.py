@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from behrt_jax.config import InitConfig, LoRAConfig
+from behrt_jax.config.model import LoRAConfig
+from behrt_jax.config.training import InitConfig
 from behrt_jax.diagnosis import before
 from behrt_jax.diagnosis.finding import Facts, RunRecord
 from behrt_jax.presets import PRETRAIN

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from behrt_jax.config import FinetuneConfig, OptimizerConfig, TaskConfig
+from behrt_jax.config.training import FinetuneConfig, OptimizerConfig, TaskConfig
 from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.presets import FINETUNE
 from behrt_jax.workflows.doctor import examine

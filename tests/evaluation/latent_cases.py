@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from behrt_jax.config import MaskingConfig
+from behrt_jax.config.training import MaskingConfig
 from behrt_jax.data.events import DAY
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import MASK, UNK

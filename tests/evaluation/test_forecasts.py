@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from behrt_jax.config import DataConfig
+from behrt_jax.config.data import DataConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation import forecasts

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.config import DataConfig, MaskingConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.training import MaskingConfig
 from behrt_jax.data.sequences import Sequences, with_separators
 from behrt_jax.data.vocabulary import MASK, SPECIAL_TOKENS, UNK
 from behrt_jax.errors import InputError

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from behrt_jax.config import DataConfig, QueriesConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.training import QueriesConfig
 from behrt_jax.data.batches import RowShape
 from behrt_jax.data.questions import Catalogue, Questions, prediction_times, question_batches
 from behrt_jax.evaluation.forecasts import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from tests.experiments.reference_cases import ALL_LINEARS, SIZES, Results, uniform, weights
 
 FOLDER = Path(__file__).parent / "golden"

@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from behrt_jax.adapters import lora as adapters
-from behrt_jax.config import LoRAConfig, ModelConfig
+from behrt_jax.config.model import LoRAConfig, ModelConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.vocabulary import MASK, SPECIAL_TOKENS
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from behrt_jax.config import PrepareConfig
+from behrt_jax.config.data import PrepareConfig
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import SEP, SPECIAL_TOKENS

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from behrt_jax.config import (
-    DataConfig,
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import ModelConfig
+from behrt_jax.config.training import (
     FinetuneConfig,
-    ModelConfig,
     OptimizerConfig,
     PretrainConfig,
     TaskTrainConfig,

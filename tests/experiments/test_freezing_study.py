@@ -6,7 +6,8 @@ from dataclasses import replace
 import jax
 import pytest
 
-from behrt_jax.config import InitConfig, LoRAConfig
+from behrt_jax.config.model import LoRAConfig
+from behrt_jax.config.training import InitConfig
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.training.freezing import count_parameters

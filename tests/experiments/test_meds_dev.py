@@ -10,7 +10,9 @@ import yaml
 
 from behrt_jax import __version__
 from behrt_jax.cli import COMMANDS, parse
-from behrt_jax.config import FinetuneConfig, PredictConfig, PrepareConfig, PretrainConfig
+from behrt_jax.config.commands import PredictConfig
+from behrt_jax.config.data import PrepareConfig
+from behrt_jax.config.training import FinetuneConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from experiments.meds_dev.run import ENTRY, STAGES, MedsDevConfig, generated, meds_dev, run_stage
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from behrt_jax.config import MaskingConfig
+from behrt_jax.config.training import MaskingConfig
 from behrt_jax.data.vocabulary import MASK
 from behrt_jax.errors import InputError
 from behrt_jax.training.masking import MaskedCodes, mask_codes

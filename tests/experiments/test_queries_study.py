@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from behrt_jax.config import DataConfig, TaskTrainConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.training import TaskTrainConfig
 from experiments.studies import queries
 from experiments.studies.queries import ASKED, NEVER, STUDY_BASE, QueriesStudyConfig, queries_study
 from tests.models.rows import tiny_model

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from behrt_jax.config import FinetuneConfig
+from behrt_jax.config.training import FinetuneConfig
 from behrt_jax.data.vocabulary import MASK
 from behrt_jax.errors import InputError
 from behrt_jax.records.load import load_sequences

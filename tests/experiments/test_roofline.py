@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from behrt_jax.config import ModelConfig, PretrainConfig
+from behrt_jax.config.model import ModelConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.errors import InputError
 from experiments.benchmarks.operations import Operation, operations
 from experiments.benchmarks.roofline import (

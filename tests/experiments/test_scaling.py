@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from behrt_jax.config import FreezingConfig, LoRAConfig, MeshConfig, PretrainConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import MeshConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.training import state as state_module
 from behrt_jax.training.devices import make_mesh, replicated, shardings_of, split_rows

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.errors import InputError
 from experiments.benchmarks.torch_model import TorchBEHRTForMLM, load_params
 from tests.experiments.reference_cases import (

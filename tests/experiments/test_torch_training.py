@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("torch")
 import torch  # pyright: ignore[reportMissingImports]
 
-from behrt_jax.config import LoRAConfig, MaskingConfig, OptimizerConfig
+from behrt_jax.config.model import LoRAConfig
+from behrt_jax.config.training import MaskingConfig, OptimizerConfig
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import MASK, SPECIAL_TOKENS
 from behrt_jax.errors import InputError

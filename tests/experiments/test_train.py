@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.training.devices import make_mesh

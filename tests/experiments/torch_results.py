@@ -7,7 +7,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from flax.traverse_util import flatten_dict
 from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
-from behrt_jax.config import LoRAConfig, ModelConfig
+from behrt_jax.config.model import LoRAConfig, ModelConfig
 from experiments.benchmarks.torch_model import Regime, TorchBEHRTForMLM, gradients_as_params, load_params
 from experiments.benchmarks.torch_training import IGNORED
 from tests.experiments.reference_cases import VOCABULARY, Results, padded_case

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from behrt_jax.config import ModelConfig
+from behrt_jax.config.model import ModelConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 

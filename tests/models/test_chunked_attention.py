@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.models.attention import (
     SelfAttention,
     cudnn_attention,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.layers import Dropout

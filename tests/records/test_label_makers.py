@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.config import MakeLabelsConfig
+from behrt_jax.config.data import MakeLabelsConfig
 from behrt_jax.data.events import DAY
 from behrt_jax.data.labels import Labels
 from behrt_jax.records.label_makers import (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from behrt_jax.config import ReportConfig
+from behrt_jax.config.commands import ReportConfig
 from behrt_jax.errors import InputError
 from behrt_jax.files import write_json
 from behrt_jax.run_folder import append_metrics

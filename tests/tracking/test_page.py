@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from behrt_jax.config import ReportConfig
+from behrt_jax.config.commands import ReportConfig
 from behrt_jax.files import read_json, write_json
 from behrt_jax.tracking.evaluation_report import write_evaluation_report
 from behrt_jax.tracking.report import write_report

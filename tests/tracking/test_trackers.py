@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from behrt_jax.config import TrackingConfig
+from behrt_jax.config.training import TrackingConfig
 from behrt_jax.errors import InputError
 from behrt_jax.tracking import trackers
 from behrt_jax.tracking.trackers import check_trackers, figures, open_trackers

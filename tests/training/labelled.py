@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from behrt_jax.config import FreezingConfig, LoRAConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
 from behrt_jax.data.batches import TaskBatch
 from behrt_jax.data.tasks import Task
 from behrt_jax.models.behrt import BEHRTForTask

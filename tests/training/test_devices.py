@@ -10,7 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from behrt_jax.config import FreezingConfig, LoRAConfig, MeshConfig, PretrainConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import MeshConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of

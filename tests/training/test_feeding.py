@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.config import FreezingConfig, TrainConfig
+from behrt_jax.config.model import FreezingConfig
+from behrt_jax.config.training import TrainConfig
 from behrt_jax.data.batches import RowShape, TrainingBatches, training_batches, validation_batches
 from behrt_jax.errors import InputError
 from behrt_jax.training import feeding

@@ -7,7 +7,8 @@ import pytest
 from jax.tree_util import tree_leaves_with_path
 
 from behrt_jax.adapters.lora import GROUPS, label, labels, path_names
-from behrt_jax.config import FreezingConfig, LoRAConfig, PretrainConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.presets import BASE, LARGE, LONG, MEDIUM, PAPER, SMALL, XL
 from behrt_jax.training.freezing import (

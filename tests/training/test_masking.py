@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.config import MaskingConfig
+from behrt_jax.config.training import MaskingConfig
 from behrt_jax.data.vocabulary import MASK, PAD
 from behrt_jax.training.masking import FIRST_CODE, mask_codes, masking_budget
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.config import PretrainConfig, TrainConfig
+from behrt_jax.config.training import PretrainConfig, TrainConfig
 from behrt_jax.data.batches import RowShape, training_batches
 from behrt_jax.records.load import load_sequences
 from behrt_jax.training import micro_batches

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from behrt_jax.config import GroupValues, OptimizerConfig
+from behrt_jax.config.training import GroupValues, OptimizerConfig
 from behrt_jax.training.freezing import optimizer_labels
 from behrt_jax.training.optimizer import (
     clip_factor,

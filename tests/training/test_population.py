@@ -13,7 +13,7 @@ import pytest
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import path_names
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.data.batches import TaskBatch
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForTask, example_batch

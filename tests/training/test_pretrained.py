@@ -10,7 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import FreezingConfig, InitConfig, PretrainConfig
+from behrt_jax.config.model import FreezingConfig
+from behrt_jax.config.training import InitConfig, PretrainConfig
 from behrt_jax.data.tasks import BINARY
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import unstack_layers

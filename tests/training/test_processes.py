@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from behrt_jax.config import MeshConfig
+from behrt_jax.config.training import MeshConfig
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
 from behrt_jax.training.state import init_state, set_up
 from behrt_jax.training.step import make_update_step, masked_code_objective

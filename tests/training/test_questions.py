@@ -10,7 +10,8 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from behrt_jax.config import FreezingConfig, LoRAConfig, MaskingConfig, PretrainConfig, QueriesConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import MaskingConfig, PretrainConfig, QueriesConfig
 from behrt_jax.data.questions import QuestionBatch, Questions
 from behrt_jax.models.questions import Asked, horizon_features
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of

@@ -12,7 +12,8 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from behrt_jax.config import FreezingConfig, LoRAConfig, OptimizerConfig, PretrainConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import OptimizerConfig, PretrainConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.models.behrt import example_batch
 from behrt_jax.models.stacked_layers import unstack_layers

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from behrt_jax.config import OptimizerConfig
+from behrt_jax.config.training import OptimizerConfig
 from behrt_jax.data.batches import Batch, TaskBatch
 from behrt_jax.models.behrt import BEHRTForTask
 from behrt_jax.presets import LARGE

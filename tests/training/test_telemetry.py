@@ -8,7 +8,8 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from behrt_jax.adapters.lora import leaves_by_path
-from behrt_jax.config import LoRAConfig, MaskingConfig
+from behrt_jax.config.model import LoRAConfig
+from behrt_jax.config.training import MaskingConfig
 from behrt_jax.training.devices import put_rows
 from behrt_jax.training.telemetry import (
     SURELY_SHOWN,

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from behrt_jax.config import MaskingConfig
+from behrt_jax.config.training import MaskingConfig
 from behrt_jax.data.batches import RowShape, validation_batches
 from behrt_jax.data.vocabulary import MASK, PAD
 from behrt_jax.errors import InputError

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from behrt_jax.config import ModelConfig, PretrainConfig, TrainConfig
+from behrt_jax.config.model import ModelConfig
+from behrt_jax.config.training import PretrainConfig, TrainConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, UNK, Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import EMBEDDING_STDDEV

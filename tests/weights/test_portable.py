@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import fingerprint_tree
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.data.tasks import BINARY
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.errors import InputError

@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from behrt_jax.adapters.targets import scale
-from behrt_jax.config import LoRAConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.models.stacked_layers import stack_layers

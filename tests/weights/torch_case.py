@@ -7,7 +7,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
 from behrt_jax.adapters.lora import applying
-from behrt_jax.config import LoRAConfig, ModelConfig
+from behrt_jax.config.model import LoRAConfig, ModelConfig
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from experiments.benchmarks.torch_model import TorchBEHRTForMLM
 from tests.experiments.reference_cases import uniform

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.config import PrepareConfig
+from behrt_jax.config.data import PrepareConfig
 from behrt_jax.data.predictions import PredictionWriter, prediction_schema
 from behrt_jax.records.prepare.pipeline import prepare
 from tests.records.meds_folder import DAY, Row, born, events_table

@@ -11,13 +11,12 @@ import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from behrt_jax.config import (
-    DataConfig,
+from behrt_jax.config.commands import PredictConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import (
     FinetuneConfig,
-    FreezingConfig,
-    LoRAConfig,
     OptimizerConfig,
-    PredictConfig,
     PretrainConfig,
     SearchConfig,
     TaskConfig,

@@ -2,14 +2,9 @@
 
 from dataclasses import replace
 
-from behrt_jax.config import (
-    DataConfig,
-    FreezingConfig,
-    LoRAConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    TrainConfig,
-)
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import OptimizerConfig, PretrainConfig, TrainConfig
 from tests.models.rows import tiny_model
 
 SMALL_RUN = PretrainConfig(

@@ -11,19 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import COMMANDS, main
-from behrt_jax.config import (
-    AskConfig,
-    DataConfig,
-    EvaluateConfig,
-    ExportConfig,
-    FreezingConfig,
-    LoRAConfig,
-    OptimizerConfig,
-    PredictConfig,
-    PretrainConfig,
-    QueriesConfig,
-    TrainConfig,
-)
+from behrt_jax.config.commands import AskConfig, EvaluateConfig, ExportConfig, PredictConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import OptimizerConfig, PretrainConfig, QueriesConfig, TrainConfig
 from behrt_jax.data.predictions import METADATA_KEY
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.questions import prediction_times

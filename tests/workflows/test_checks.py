@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behrt_jax.config import ModelConfig
+from behrt_jax.config.model import ModelConfig
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.errors import InputError
 from behrt_jax.workflows.checks import check_days, unread_leaves

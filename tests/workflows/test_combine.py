@@ -13,9 +13,11 @@ from behrt_jax.adapters import bank, lora
 from behrt_jax.adapters.files import AdapterConfig, load_adapter, read_config, save_adapter
 from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.cli import main
-from behrt_jax.config import CombineConfig, LoRAConfig, from_stored
+from behrt_jax.config.commands import CombineConfig
+from behrt_jax.config.model import LoRAConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.errors import InputError
+from behrt_jax.files import from_stored
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.pretrained import open_pretrained, read_encoder

@@ -15,7 +15,9 @@ import pytest
 
 from behrt_jax.adapters import lora
 from behrt_jax.cli import main
-from behrt_jax.config import DataConfig, DoctorConfig, OptimizerConfig, PretrainConfig, TrainConfig
+from behrt_jax.config.commands import DoctorConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.training import OptimizerConfig, PretrainConfig, TrainConfig
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.diagnosis.finding import Finding, read_run
 from behrt_jax.errors import InputError

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import main
-from behrt_jax.config import EvaluateConfig
+from behrt_jax.config.commands import EvaluateConfig
 from behrt_jax.data.predictions import members_path, read_predictions
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.performance import main_figure

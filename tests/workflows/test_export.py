@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from behrt_jax.cli import COMMANDS, main, parse
-from behrt_jax.config import DoctorConfig, EvaluateConfig, ExportConfig, PredictConfig
+from behrt_jax.config.commands import DoctorConfig, EvaluateConfig, ExportConfig, PredictConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.tasks import KINDS, Task

@@ -11,15 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from jax import export as jax_export
 
-from behrt_jax.config import (
-    DataConfig,
-    EvaluateConfig,
-    ExportConfig,
+from behrt_jax.config.commands import EvaluateConfig, ExportConfig, PredictConfig
+from behrt_jax.config.data import DataConfig, PrepareConfig
+from behrt_jax.config.model import FreezingConfig
+from behrt_jax.config.training import (
     FinetuneConfig,
-    FreezingConfig,
     OptimizerConfig,
-    PredictConfig,
-    PrepareConfig,
     PretrainConfig,
     SearchConfig,
     TaskConfig,

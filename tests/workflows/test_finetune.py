@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import main
-from behrt_jax.config import PopulationConfig, PredictConfig, SearchConfig, TaskConfig, TrackingConfig
+from behrt_jax.config.commands import PredictConfig
+from behrt_jax.config.training import PopulationConfig, SearchConfig, TaskConfig, TrackingConfig
 from behrt_jax.data.labels import read_labels
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.errors import InputError

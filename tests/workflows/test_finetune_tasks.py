@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import COMMANDS, parse
-from behrt_jax.config import EvaluateConfig, FinetuneConfig, PopulationConfig
+from behrt_jax.config.commands import EvaluateConfig
+from behrt_jax.config.training import FinetuneConfig, PopulationConfig
 from behrt_jax.data.labels import read_label_tables
 from behrt_jax.data.predictions import read_predictions
 from behrt_jax.data.prepared import read_prepared

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from behrt_jax.cli import COMMANDS, main, parse
-from behrt_jax.config import ExportConfig, ImportWeightsConfig
+from behrt_jax.config.commands import ExportConfig, ImportWeightsConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import BEHRTForMLM

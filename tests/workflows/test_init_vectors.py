@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from behrt_jax.config import FreezingConfig, InitConfig
+from behrt_jax.config.model import FreezingConfig
+from behrt_jax.config.training import InitConfig
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.files import write_bytes

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-from behrt_jax.config import DataConfig
+from behrt_jax.config.data import DataConfig
 from behrt_jax.training import step, validation
 from behrt_jax.workflows.pretrain import pretrain
 from tests.workflows.small_run import SMALL_RUN, changed

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import behrt_jax
-from behrt_jax.config import PredictConfig
+from behrt_jax.config.commands import PredictConfig
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.errors import InputError

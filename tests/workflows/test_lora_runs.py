@@ -12,18 +12,17 @@ import pytest
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import load_adapter, read_config
-from behrt_jax.config import (
-    DataConfig,
-    FreezingConfig,
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import (
     InitConfig,
-    LoRAConfig,
     OptimizerConfig,
     PopulationConfig,
     PretrainConfig,
     TrainConfig,
-    from_stored,
 )
 from behrt_jax.errors import InputError
+from behrt_jax.files import from_stored
 from behrt_jax.run_folder import read_metrics
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.devices import make_mesh

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.config import PopulationConfig
+from behrt_jax.config.training import PopulationConfig
 from behrt_jax.data.predictions import members_path
 from behrt_jax.errors import InputError
 from behrt_jax.training.loop import DivergenceError

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.adapters import lora
-from behrt_jax.config import EvaluateConfig, PredictConfig, PrepareConfig
+from behrt_jax.config.commands import EvaluateConfig, PredictConfig
+from behrt_jax.config.data import PrepareConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.events import BIRTH_CODE, SPLITS, EventCounts
 from behrt_jax.data.labels import VALUE_COLUMNS

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from behrt_jax.cli import main
-from behrt_jax.config import DataConfig
+from behrt_jax.config.data import DataConfig
 from behrt_jax.data.events import DAY
 from behrt_jax.data.prepared import read_prepared, rule_files
 from behrt_jax.data.sequences import describe

@@ -17,7 +17,8 @@ import pytest
 
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.files import load_adapter
-from behrt_jax.config import FreezingConfig, InitConfig, LoRAConfig, TrackingConfig
+from behrt_jax.config.model import FreezingConfig, LoRAConfig
+from behrt_jax.config.training import InitConfig, TrackingConfig
 from behrt_jax.data.vocabulary import Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.stacked_layers import count_stacked_layers, stack_layers, unstack_layers

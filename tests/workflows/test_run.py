@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from behrt_jax.config import InitConfig, LoRAConfig, PretrainConfig
+from behrt_jax.config.model import LoRAConfig
+from behrt_jax.config.training import InitConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.run_folder import append_metrics
 from behrt_jax.training.loop import Schedule

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from behrt_jax.config import PrepareConfig
+from behrt_jax.config.data import PrepareConfig
 from behrt_jax.data import event_rules
 from behrt_jax.data.events import SPLITS, EventColumns, EventCounts
 from behrt_jax.data.facts import SubjectFacts, subject_facts

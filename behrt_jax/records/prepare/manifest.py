@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from behrt_jax import __version__
-from behrt_jax.config import PrepareConfig, SkippedTables, TableColumns, from_stored
+from behrt_jax.config.data import PrepareConfig, SkippedTables, TableColumns
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.events import EventCounts
 from behrt_jax.data.examples import parse_delay
@@ -21,7 +21,7 @@ from behrt_jax.data.prepared import FORMAT_VERSION, MANIFEST, read_fact_rows, re
 from behrt_jax.data.sequences import Sequences, describe_split, span_of_times
 from behrt_jax.data.vocabulary import Vocabulary, matching_codes
 from behrt_jax.errors import InputError
-from behrt_jax.files import JsonObject
+from behrt_jax.files import JsonObject, from_stored
 from behrt_jax.records.sources.source import Source
 
 ROW_LENGTHS = (50, 100, 200, 512)

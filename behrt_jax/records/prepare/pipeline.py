@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from behrt_jax.config import PrepareConfig
+from behrt_jax.config.data import PrepareConfig
 from behrt_jax.data.event_rules import CodeChoice, matches, nothing_left
 from behrt_jax.data.events import SPLITS, EventCounts
 from behrt_jax.data.examples import parse_delay

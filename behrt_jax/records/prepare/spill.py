@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from behrt_jax.config import PrepareConfig
+from behrt_jax.config.data import PrepareConfig
 from behrt_jax.data.event_rules import code_prefix
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, EventColumns, EventCounts
 from behrt_jax.data.sorting import ascending, distinct

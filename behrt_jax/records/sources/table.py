@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from behrt_jax.config import TableColumns
+from behrt_jax.config.data import TableColumns
 from behrt_jax.data.event_rules import matches
 from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA, EventCounts
 from behrt_jax.data.lives import birth_ranks, births_of_ranks

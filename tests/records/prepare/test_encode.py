@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.config import PrepareConfig, TableColumns
+from behrt_jax.config.data import PrepareConfig, TableColumns
 from behrt_jax.records.prepare import pipeline as finishing
 from behrt_jax.records.prepare import pipeline as preparation
 from behrt_jax.records.prepare.encode import OutOfOrder, ascending_units, whole_subjects

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.config import DataConfig, PrepareConfig
+from behrt_jax.config.data import DataConfig, PrepareConfig
 from behrt_jax.data.event_rules import select_events
 from behrt_jax.data.events import BIRTH_CODE, DEATH_CODE, SPLITS
 from behrt_jax.data.prepared import read_births, read_prepared, read_rules

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from behrt_jax.config import DataConfig
+from behrt_jax.config.data import DataConfig
 from behrt_jax.data import parquet as columns_files
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.data.sequences import MEDS_CODES, build_sequences, describe

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from behrt_jax.config import STATIC_CODES, PrepareConfig, SplitOptions, TableColumns
+from behrt_jax.config.data import STATIC_CODES, PrepareConfig, SplitOptions, TableColumns
 from behrt_jax.data.events import EVENT_SCHEMA, VISIT_FIELD, EventCounts
 from behrt_jax.errors import InputError
 from behrt_jax.records.prepare.pipeline import prepare

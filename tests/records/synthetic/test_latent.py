@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from behrt_jax.config import DataConfig, PretrainConfig
+from behrt_jax.config.data import DataConfig
+from behrt_jax.config.training import PretrainConfig
 from behrt_jax.data.events import BIRTH_CODE, EVENT_SCHEMA
 from behrt_jax.errors import InputError
 from behrt_jax.records.load import load_events, load_sequences
