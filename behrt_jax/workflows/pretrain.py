@@ -129,14 +129,12 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         compiling.add_done_callback(lambda _: startup.mark("compiled"))
 
         validation = open_validation(config, run)
-        unlearned: JsonObject = {}
         examination, record = None, not_recorded
         if is_first():
-            unlearned = validation.baselines
             validation.announce(console)
-            examination = examine_before(config, run, unlearned, console)
+            examination = examine_before(config, run, validation.baselines, console)
             during, path = examination.during, run.folder / METRICS_FILE
-            record = announce.LoopReporter(console, path, unlearned, during, send).record
+            record = announce.LoopReporter(console, path, validation.baselines, during, send).record
         startup.mark("baselines counted")
 
         with open_checkpoints(run.folder / CHECKPOINTS_FOLDER) as checkpoints:
@@ -187,7 +185,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
         summary: JsonObject = {}
         if examination is not None:
             ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup)
-            summary = write_summary(run, config, unlearned, assessment, ended, examination)
+            summary = write_summary(run, config, validation.baselines, assessment, ended, examination)
             announce.end(console, run.folder, summary)
     if divergence:
         raise divergence
