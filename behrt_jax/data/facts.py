@@ -136,8 +136,9 @@ def fact_rows(counts: Mapping[str, int], min_count: int) -> tuple[str, ...]:
 def without_row(counts: Mapping[str, int], vocabulary: Vocabulary, rows: Sequence[str]) -> int:
     """How many facts, code -> subjects, are read as [UNK]."""
     ids = vocabulary.encode(list(counts))
+    known = set(rows)
     unknown = (code for code, row in zip(counts, ids.tolist(), strict=True) if row == UNK)
-    return sum(counts[code] for code in unknown if code not in set(rows))
+    return sum(counts[code] for code in unknown if code not in known)
 
 
 # From the events of a source to what is known of its subjects.
@@ -167,7 +168,8 @@ def subject_facts(
     """Split -> what is known of its subjects.
 
     A code at another time than that of birth is no fact, however static it is meant to be: where it is not
-    selected as an event either, it is counted as ``fact with a time``.
+    selected as an event either, it is counted as ``fact with a time``. Birth and death themselves are none:
+    a fact is known all along.
 
     Args:
         events: all events of whole subjects.
@@ -177,6 +179,7 @@ def subject_facts(
         tokens: bool ``[names]``, codes that are selected as events.
         counts: of the rules.
     """
+    static = static & np.array([name not in (BIRTH_CODE, DEATH_CODE) for name in events.names], bool)
     rows = np.flatnonzero(static[events.codes])
     without = np.zeros(len(rows), bool) if events.timed is None else ~events.timed[rows]
     at_birth = np.zeros(len(rows), bool)
@@ -184,8 +187,7 @@ def subject_facts(
         place = find_ids(ids, events.subject_ids[rows])
         known = place >= 0
         at_birth[known] = events.times[rows[known]] == times[place[known]]
-    counted = np.array([name not in (BIRTH_CODE, DEATH_CODE) for name in events.names], bool) & ~tokens
-    timed = int(np.count_nonzero(~without & ~at_birth & counted[events.codes[rows]]))
+    timed = int(np.count_nonzero(~without & ~at_birth & ~tokens[events.codes[rows]]))
     counts.move("code not selected", FACT_WITH_TIME, timed)
     rows = rows[without | at_birth]
     facts = np.unique(np.stack([events.subject_ids[rows], events.codes[rows]]), axis=1)  # [2, facts]

@@ -140,7 +140,8 @@ class SequenceSet:
                 "turn it off."
             )
         coded = self.static.read()
-        new = [code for code in self.static.rows() if code not in set(self.vocabulary.codes)]
+        of_events = set(self.vocabulary.codes)
+        new = [code for code in self.static.rows() if code not in of_events]
         vocabulary = self.vocabulary.extended(new)
         splits = {
             name: replace(part, facts=coded[name].encoded(part.subject_ids, vocabulary))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from behrt_jax.config.data import DataConfig, PrepareConfig, TableColumns
 from behrt_jax.config.model import ModelConfig
 from behrt_jax.data.batches import RowShape, task_batches, training_batches, validation_batches
-from behrt_jax.data.events import DAY
+from behrt_jax.data.events import BIRTH_CODE, DAY, DEATH_CODE
 from behrt_jax.data.examples import find_examples
 from behrt_jax.data.facts import CodedFacts, FactTable, StaticFacts, fact_rows
 from behrt_jax.data.prepared import read_fact_rows, read_manifest, read_prepared
@@ -260,6 +260,15 @@ def test_facts_of_prepared_data(tmp_path):
     assert told_facts(plain, ["train"]) == []
     (line,) = told_facts(data, ["train", "tuning"])
     assert line.startswith("Static facts: 1 of 2 subjects have any; 0 of 3 facts have no row")
+
+
+def test_birth_and_death_are_no_facts(tmp_path):
+    """A fact is read before the first event: of a death, that would be the outcome."""
+    dead = [Row(1, time, DEATH_CODE) for time in (None, 0)]
+    options: dict[str, Any] = {"codes": ("DX//",), "static_codes": (".*",), "min_count": 1}
+    manifest = prepare(source_of([*ROWS, *dead], IDS), PrepareConfig(output=tmp_path / "out", **options))
+    codes = {row["code"] for row in manifest["top_facts"]} | {*manifest["fact_rows"]}
+    assert {"GENDER//F", "RACE//x"} < codes and not {BIRTH_CODE, DEATH_CODE} & codes
 
 
 def test_a_folder_of_before_fits_its_rows_when_read(tmp_path):
