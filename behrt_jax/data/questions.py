@@ -384,8 +384,8 @@ class QuestionBatches(RowBatches):
     """Prediction times of an epoch."""
     tokens_per_epoch: int
     """Tokens of an epoch without padding, [CLS] and facts included; on average."""
-    events_per_epoch: int
-    """Tokens of an epoch without [CLS] and facts, on average."""
+    maskable_per_epoch: int
+    """Codes of an epoch that can be masked, special tokens and facts left out; on average."""
     seed: int
     endless: bool = True
     """Other prediction times and questions in each epoch."""
@@ -492,14 +492,15 @@ def question_batches(
     room = shape.row_length - shape.cls_token
     mean = float(times.windows(sequences, room).segment_lengths(shape.cls_token).mean())
     segments = max(1, round(_ROOM * shape.row_length / mean)) if shape.packed else 1
-    found = []
+    found, maskable = [], run_offsets(sequences.codes >= FIRST_CODE)
     for epoch in range(_TRIALS if endless else 1):
         rng = np.random.default_rng((seed, epoch))
         windows = times.drawn(config.times, rng).windows(sequences, room)
         tokens = int(windows.segment_lengths(shape.cls_token).sum(dtype=np.int64))
         rows = len(_plan(windows, shape, segments, rng))
-        found.append((rows, len(windows), tokens, int(windows.lengths.sum(dtype=np.int64))))
-    count, histories, tokens, events = np.rint(np.mean(found, axis=0)).astype(int).tolist()
+        codes = int((maskable[windows.starts + windows.lengths] - maskable[windows.starts]).sum())
+        found.append((rows, len(windows), tokens, codes))
+    count, histories, tokens, codes = np.rint(np.mean(found, axis=0)).astype(int).tolist()
     if batch_tokens is None:
         rows_per_batch = rows_of_batch(count, histories, batch_size)
     else:
@@ -515,7 +516,7 @@ def question_batches(
         segments=segments,
         histories=histories,
         tokens_per_epoch=tokens,
-        events_per_epoch=events,
+        maskable_per_epoch=codes,
         seed=seed,
         endless=endless,
     )

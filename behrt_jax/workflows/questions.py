@@ -56,7 +56,7 @@ def objective_of_questions(config: PretrainConfig, setup: Setup, batches: Questi
     if config.objective == "queries":
         return question_objective(setup.predictor)
     questions = batches.histories * config.queries.questions
-    masked = config.masking.probability * batches.events_per_epoch
+    masked = config.masking.probability * batches.maskable_per_epoch
     factor = config.queries.mlm_weight * questions / masked
     return question_objective(setup.predictor, config.masking, factor)
 

@@ -18,6 +18,8 @@ from behrt_jax.data.questions import (
     question_batches,
     uniforms,
 )
+from behrt_jax.data.sequences import with_separators
+from behrt_jax.data.vocabulary import UNK
 from behrt_jax.errors import InputError
 from tests.data.histories import CODES, Event, sequence_set
 
@@ -187,6 +189,20 @@ def test_batches_are_a_function_of_seed_and_step():
     assert len(shapes) == 1
     wider = one.with_rows_a_multiple_of(8)
     assert wider.batch(0).questions.codes.shape[0] % 8 == 0
+
+
+def test_codes_that_can_be_masked_are_counted_without_separators_and_unknown_ones():
+    codes = PART.codes.copy()
+    codes[::4] = UNK
+    part = with_separators(replace(PART, codes=codes))
+    data = replace(DATA, splits={**DATA.splits, "train": part})
+    for packed in (True, False):
+        one = question_batches(
+            data, "train", CATALOGUE, CONFIG, RowShape(12, packed, True), batch_size=9, endless=False
+        )
+        rows = [one.batch(step).rows for step in range(one.steps_per_epoch)]
+        assert one.maskable_per_epoch == sum(int((batch.codes >= FIRST_CODE).sum()) for batch in rows)
+        assert one.tokens_per_epoch == sum(int((batch.segment_ids > 0).sum()) for batch in rows)
 
 
 def test_a_code_that_is_known_late_keeps_visits_from_being_asked_about():
