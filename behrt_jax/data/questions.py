@@ -18,7 +18,7 @@ from behrt_jax.data.batches import Batch, Epoch, RowBatches, RowShape, rows_of_b
 from behrt_jax.data.events import DAY, SubjectTimes
 from behrt_jax.data.examples import code_delays
 from behrt_jax.data.sequences import Sequences, SequenceSet
-from behrt_jax.data.sorting import find_ids, leads, place_in, ragged_indices, run_offsets
+from behrt_jax.data.sorting import find_ids, leads, place_in, ragged_indices, run_offsets, runs
 from behrt_jax.data.splits import hash_words
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary, matching_codes
 from behrt_jax.errors import InputError
@@ -26,6 +26,7 @@ from behrt_jax.errors import InputError
 FIRST_CODE = len(SPECIAL_TOKENS)
 _ROOM = 2.0  # segments that a row has room for, over those of mean length
 _TRIALS = 3  # epochs by which the rows of all are estimated
+_PIECE_TOKENS = 1 << 22  # looked at together
 
 # When may be asked.
 
@@ -152,7 +153,8 @@ class Catalogue:
         """Shares by the frequency of codes in the train split.
 
         Raises:
-            InputError: a pattern matches nothing, or there is no code to ask of.
+            InputError: a pattern matches nothing, or there is no code to ask of; none of a group comes in the
+                train split, as no static fact does.
         """
         asked = np.arange(len(vocabulary)) >= FIRST_CODE
         if config.codes:
@@ -161,6 +163,12 @@ class Catalogue:
         if not asked.any():
             raise InputError("queries.codes: none of the codes that it matches occurs in the train split.")
         groups = [matching_some(vocabulary, (pattern,), "queries.groups") for pattern in config.groups]
+        for pattern, members in zip(config.groups, groups, strict=True):
+            if not vocabulary.counts[members].any():
+                raise InputError(
+                    f"queries.groups: no code that {pattern!r} matches occurs in the train split (static "
+                    "facts never do): leave it out, or give a pattern of events."
+                )
         counts = np.maximum(vocabulary.counts, 1).astype(np.float64)
         shares = np.where(asked, counts**config.frequency_power, 0.0)
         of_groups = config.group_share if groups else 0.0
@@ -323,16 +331,17 @@ def prevalences(sampler: QuestionSampler, times: PredictionTimes) -> np.ndarray:
     """
     catalogue, codes = sampler.catalogue, sampler.sequences.codes
     stops, reached = sampler.stops(times), sampler.known(times)
-    found = np.empty((len(catalogue.shares), len(sampler.horizons)))
+    found = np.zeros((len(catalogue.shares), len(sampler.horizons)))
     for h in range(len(sampler.horizons)):
         known = np.flatnonzero(reached[:, h])
         lengths = stops[known, h] - times.up_to[known]
-        tokens = ragged_indices(times.up_to[known], lengths)
-        example = np.repeat(np.arange(len(known)), lengths)
-        counts = _examples_with(example, codes[tokens], catalogue.codes)
-        of_groups = [len(np.unique(example[members[codes[tokens]]])) for members in catalogue.groups]
-        found[:, h] = (np.append(counts, of_groups) + 0.5) / (len(known) + 1.0)
-    return found
+        for begin, end in runs(np.cumsum(lengths) // _PIECE_TOKENS):
+            own = slice(begin, end)
+            ahead = codes[ragged_indices(times.up_to[known[own]], lengths[own])]
+            example = np.repeat(np.arange(end - begin), lengths[own])
+            of_groups = [len(np.unique(example[members[ahead]])) for members in catalogue.groups]
+            found[:, h] += np.append(_examples_with(example, ahead, catalogue.codes), of_groups)
+    return (found + 0.5) / (reached.sum(axis=0) + 1.0)
 
 
 def _examples_with(example: np.ndarray, codes: np.ndarray, vocabulary_size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from behrt_jax.config.training import QueriesConfig
+from behrt_jax.data import questions as questions_module
 from behrt_jax.data.batches import RowShape
 from behrt_jax.data.events import DAY, SubjectTimes
 from behrt_jax.data.questions import (
@@ -89,6 +90,36 @@ def test_prediction_times_are_ends_of_visits_that_are_followed_up():
     assert (last <= UNTIL).all() and (last < UNTIL).any()  # some die later
 
 
+def test_events_and_follow_up_at_the_very_end_of_a_horizon_count():
+    """An end of a visit is not asked about where another event has its time."""
+    end = 10 * DAY
+    visits = {
+        1: [Event(0, "A//1", 0), Event(end, "B//1", 1)],  # comes, and is followed up, to the microsecond
+        2: [Event(0, "A//1", 0), Event(end + 1, "B//1", 1)],
+        3: [Event(0, "A//1", 0), Event(end - 1, "B//1", 1)],  # not followed up
+        4: [Event(0, "A//1", 0)],  # dies at the end
+        5: [Event(0, "A//1", 0)],
+        6: [Event(0, "A//1", 0), Event(0, "B//1", 1), Event(end, "B//1", 2)],
+        7: [Event(0, "A//1", 0), Event(1, "B//1", 1), Event(end + 1, "A//1", 2)],  # of the same day
+    }
+    data = sequence_set({"train": visits})
+    died = SubjectTimes(np.array([4, 5]), np.array([end, end - 1]))
+    counts = np.ones(len(data.vocabulary), np.int64)
+    data = replace(data, deaths={"train": died}, vocabulary=replace(data.vocabulary, counts=counts))
+    part, config = data.splits["train"], replace(CONFIG, horizon_days=(10.0,), groups=(), questions=50)
+    times = prediction_times(data, "train", 10.0)
+    asked = list(zip(part.subject_ids[times.subjects].tolist(), times.times.tolist(), strict=True))
+    assert asked == [(1, 0), (2, 0), (4, 0), (6, 0), (7, 0), (7, 1)]
+    assert times.left_out["another event at the same time"] == 1
+    known = times.up_to - part.offsets[times.subjects]
+    assert known.tolist() == [1, 1, 1, 2, 1, 2]  # tokens of the history
+    sampler = QuestionSampler.of(part, Catalogue.of(data.vocabulary, config), config)
+    questions = draw(times, sampler=sampler)
+    late = questions.codes == data.vocabulary.codes.index("B//1")
+    answers = [set(questions.answers[n][late[n]].tolist()) for n in range(len(times))]
+    assert answers == [{1.0}, {0.0}, {0.0}, {1.0}, {1.0}, {0.0}]
+
+
 def test_answers_are_those_of_a_slow_loop_and_no_horizon_ends_after_follow_up():
     questions = draw()
     positive = 0
@@ -135,6 +166,12 @@ def test_prevalence_is_the_share_of_those_followed_up():
             codes = members(identity)
             count = sum(comes(TIMES.subjects[n], TIMES.times[n], codes, days) for n in known)
             assert found[identity, h] == pytest.approx((count + 0.5) / (len(known) + 1))
+
+
+def test_prevalence_is_counted_in_parts(monkeypatch):
+    whole = prevalences(SAMPLER, TIMES)
+    monkeypatch.setattr(questions_module, "_PIECE_TOKENS", 7)
+    np.testing.assert_array_equal(prevalences(SAMPLER, TIMES), whole)
 
 
 def batches(packed=True, cls_token=False, **options):
@@ -232,6 +269,10 @@ def test_wrong_questions_are_refused():
     unseen = replace(DATA.vocabulary, counts=np.zeros(len(DATA.vocabulary), np.int64))
     with pytest.raises(InputError, match="occurs in the train split"):
         Catalogue.of(unseen, CONFIG)
+    facts = np.array([code.startswith("A//") for code in DATA.vocabulary.codes])
+    never = replace(DATA.vocabulary, counts=np.where(facts, 0, DATA.vocabulary.counts))
+    with pytest.raises(InputError, match=r"no code that 'A//' matches occurs .*static facts never do"):
+        Catalogue.of(never, CONFIG)
 
 
 def test_shares_follow_frequency_by_its_power():
