@@ -7,7 +7,8 @@ come, as if they were independent given the history; calibration on the tuning s
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from behrt_jax.models.questions import Asked
 from behrt_jax.tracking.console import Console, open_console
 from behrt_jax.training.devices import Devices
 from behrt_jax.training.runtime import use_compilation_cache
-from behrt_jax.training.step import Variables
+from behrt_jax.training.step import Predictor, Variables
 from behrt_jax.training.validation import score
 from behrt_jax.workflows.loaded import Loaded, load
 from behrt_jax.workflows.prediction_data import (
@@ -78,6 +79,9 @@ def ask(config: AskConfig, devices: Devices | None = None) -> JsonObject:
         records = stack.enter_context(
             open_records(as_prediction, model.vocabulary, model.preparation, model.config, console)
         )
+        question, facts = without_facts(question, records.data)
+        if facts:
+            console.log(f"{facts:,} of the codes that match are static facts, which never come: left out.")
         _announce(console, config, question)
         fitted = Fitted()
         if config.calibrate:
@@ -185,6 +189,34 @@ def find_question(model: Loaded, patterns: tuple[str, ...], horizon_days: float)
     return Question(np.flatnonzero(codes).astype(np.int32), codes, horizon_days, False)
 
 
+def without_facts(question: Question, data: SequenceSet) -> tuple[Question, int]:
+    """The question about codes that events may have: those that are static facts alone never come after a
+    visit, so that no model has learnt to answer about them. Beside it, how many are left out.
+
+    Args:
+        question: what is asked.
+        data: in the vocabulary of the model.
+
+    Raises:
+        InputError: no code is left.
+    """
+    facts, events = np.zeros((2, len(question.codes)), bool)
+    for part in data.splits.values():
+        if part.facts is not None:
+            facts[part.facts.codes], events[part.codes] = True, True
+    never = question.codes & facts & ~events
+    if not never.any():
+        return question, 0
+    codes = question.codes & ~never
+    if not codes.any():
+        raise InputError(
+            f"--codes: all {int(never.sum()):,} codes that match are static facts, which never come after a "
+            "visit: give codes of events."
+        )
+    ids = question.ids if question.group else np.flatnonzero(codes).astype(np.int32)
+    return replace(question, ids=ids, codes=codes), int(never.sum())
+
+
 def _announce(console: Console, config: AskConfig, question: Question) -> None:
     said = f"{int(question.codes.sum()):,} codes match {' '.join(config.codes)}"
     how = "the model was trained on them as a group" if question.group else "asked one by one"
@@ -212,28 +244,27 @@ def answers(
         histories: of whom.
         config: its ``rows`` and ``outside_life`` are read.
     """
-    predictor = model.setup.predictor
+    predictor, days = model.setup.predictor, np.float32(question.horizon_days)
     width = min(_AT_ONCE, len(question.ids))
-
-    def step(variables: Variables, batch: TaskBatch, ids: jax.Array) -> jax.Array:
-        shape = (*batch.weights.shape, width)
-        asked = Asked(jnp.broadcast_to(ids[None, None], shape), jnp.full(shape, question.horizon_days))
-        return predictor.outputs(variables, batch.rows, asked)
-
-    compiled = jax.jit(step)
     parts = [question.ids[start : start + width] for start in range(0, len(question.ids), width)]
     for _, part, examples, batches in pieces_of(config, model.config, None, histories, model.mesh):
         found = []
         for ids in parts:
-            padded = jnp.asarray(np.pad(ids, (0, width - len(ids)), "edge"))
-
-            def one(variables: Variables, batch: TaskBatch, ids: jax.Array = padded) -> jax.Array:
-                return compiled(variables, batch, ids)
-
-            found.append(score(one, model.variables, batches, model.mesh)[:, : len(ids)])
+            step = partial(_log_odds, predictor, np.pad(ids, (0, width - len(ids)), "edge"), days)
+            found.append(score(step, model.variables, batches, model.mesh)[:, : len(ids)])
         last = examples.windows.starts + examples.windows.lengths - 1
         late = ~examples.empty & (examples.times - examples.sequences.times[last] > DAY)
         yield part, any_of(np.concatenate(found, axis=1)), int(examples.empty.sum()), int(late.sum())
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_odds(
+    predictor: Predictor, ids: jax.Array, days: jax.Array, variables: Variables, batch: TaskBatch
+) -> jax.Array:
+    """Answers about each segment, float32 ``[rows, segments, codes]``, by one program for all questions."""
+    shape = (*batch.weights.shape, len(ids))
+    asked = Asked(jnp.broadcast_to(ids[None, None], shape), jnp.full(shape, days))
+    return predictor.outputs(variables, batch.rows, asked)
 
 
 # Calibration on the same question about the tuning split.

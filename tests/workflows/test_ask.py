@@ -23,7 +23,7 @@ from behrt_jax.evaluation.calibration import fit_platt
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.workflows import ask as asking
-from behrt_jax.workflows.ask import any_of, ask, find_question, known_answers
+from behrt_jax.workflows.ask import Question, any_of, ask, find_question, known_answers, without_facts
 from behrt_jax.workflows.checks import check
 from behrt_jax.workflows.doctor import examine_folder
 from behrt_jax.workflows.evaluate import FIGURES_FILE, evaluate
@@ -33,6 +33,7 @@ from behrt_jax.workflows.loaded import load
 from behrt_jax.workflows.predict import predict
 from behrt_jax.workflows.pretrain import pretrain
 from behrt_jax.workflows.report import report
+from tests.data.test_facts import facts_data
 from tests.models.rows import tiny_model
 from tests.workflows.finetune_case import ONE
 
@@ -145,6 +146,10 @@ def test_codes_asked_one_by_one_are_combined_as_independent(case, run, tmp_path)
         )
         for code in (0, 5)
     ]
+    programs = asking._log_odds._cache_size()
+    other = {"codes": ("CODE//4",), "horizon_days": 9.5, "calibrate": False}
+    asked(case, run, tmp_path / "4.parquet", **other)
+    assert asking._log_odds._cache_size() == programs  # whatever is asked
     expected = 1 - (1 - alone[0]) * (1 - alone[1])
     np.testing.assert_allclose(probabilities(table), expected, rtol=1e-5)
     single = load(run.folder, devices=ONE)
@@ -152,6 +157,32 @@ def test_codes_asked_one_by_one_are_combined_as_independent(case, run, tmp_path)
     assert find_question(single, ("CODE//[0-3]", "CODE//5"), 5.0).ids.tolist() == sorted(
         single.vocabulary.codes.index(f"CODE//{code}") for code in (0, 1, 2, 3, 5)
     )
+
+
+def test_facts_are_not_asked_about():
+    data = facts_data()
+    names = data.vocabulary.codes
+
+    def of(*asked, group=False):
+        codes = np.isin(names, asked)
+        ids = [len(names)] if group else np.flatnonzero(codes)
+        return Question(np.array(ids, np.int32), codes, 5.0, group)
+
+    question, facts = without_facts(of("A//1", "B//2", "SEX//F"), data)  # B//2 comes as well
+    assert facts == 1 and [names[row] for row in question.ids] == ["A//1", "B//2"]
+    assert np.flatnonzero(question.codes).tolist() == question.ids.tolist()
+    group, facts = without_facts(of("A//1", "SEX//F", group=True), data)
+    assert group.ids.tolist() == [len(names)] and group.codes.sum() == facts == 1
+    plain = of("A//1", "B//1")
+    assert without_facts(plain, data) == (plain, 0)
+    with pytest.raises(InputError, match="--codes: all 1 codes that match are static facts"):
+        without_facts(of("SEX//F"), data)
+    # A code of facts that is an event of somebody is asked about.
+    part = data.splits["train"]
+    codes = part.codes.copy()
+    codes[0] = names.index("SEX//F")
+    both = replace(data, splits={**data.splits, "train": replace(part, codes=codes)})
+    assert without_facts(of("SEX//F"), both)[1] == 0
 
 
 @pytest.mark.slow
