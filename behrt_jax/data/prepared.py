@@ -231,7 +231,7 @@ def read_split(folder: Path) -> Sequences:
 def read_static(folder: Path, split: str) -> pa.Table:
     """Static facts of a split's subjects: subject_id (int64) and code (string), sorted, none twice.
 
-    None where the folder was prepared by an older version.
+    No row where the folder was prepared by a version that did not keep them.
 
     Raises:
         InputError: the file is damaged, or is missing in a folder that had one.

@@ -1,6 +1,7 @@
-"""Checks of codes against binary labels: codes that tell the outcome, and the outcome's own codes.
+"""Checks of codes against binary labels: codes and facts that tell the outcome, and the outcome's own codes.
 
-:func:`check_codes` has the list. Findings hold figures and codes, no subject ids.
+:func:`check_codes` has the list, :func:`check_facts` is beside it. Findings hold figures and codes, no
+subject ids.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from behrt_jax.config.commands import DoctorConfig
+from behrt_jax.data.event_rules import matches
 from behrt_jax.data.events import DAY
 from behrt_jax.data.examples import parse_delay
+from behrt_jax.data.facts import CodedFacts
 from behrt_jax.data.sorting import ragged_indices, runs
-from behrt_jax.data.vocabulary import Vocabulary, matching_codes
+from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary, matching_codes
 from behrt_jax.diagnosis.finding import Finding
 from behrt_jax.diagnosis.leakage_data import FIRST_CODE
 from behrt_jax.diagnosis.leakage_labels import PlacedLabels
@@ -120,6 +123,43 @@ def check_telling_codes(
                 mend="Leave these codes out with exclude_codes, or predict only for subjects without them.",
             )
         yield replace(finding, seen=seen)
+
+
+def check_facts(
+    placed: Mapping[str, PlacedLabels], facts: Mapping[str, CodedFacts], config: DoctorConfig
+) -> Iterator[Finding]:
+    """Static facts that tell a binary label: a model with fact tokens reads them as known all along.
+
+    Args:
+        placed: the labels of each split.
+        facts: those of each split's subjects.
+        config: says which codes are of the outcome and of death.
+
+    Raises:
+        InputError: one of these codes is no regular expression.
+    """
+    names = (*SPECIAL_TOKENS, *sorted({name for own in facts.values() for name in own.names}))
+    row = {name: number for number, name in enumerate(names)}
+    counts, subjects = np.zeros((2, len(names)), np.int64), [0, 0]
+    for split, labels in placed.items():
+        for value in (0, 1):
+            ids = labels.part.subject_ids[np.unique(labels.subjects[labels.values == value])]
+            subjects[value] += len(ids)
+            for name, count in facts[split].counts(ids).items():
+                counts[value, row[name]] += count
+    counted = CodeCounts(counts[1], counts[0], subjects[1], subjects[0])
+    telling = revealing_codes(counted)
+    if not telling.any():
+        return
+    late = matches(names, (*config.outcome_codes, *config.death_codes), "--outcome_codes")
+    yield Finding(
+        "outcome-fact",
+        "error" if (telling & late).any() else "warning",
+        f"{telling.sum():,} static facts alone predict a positive label: {_named(telling, counted, names)}.",
+        "Facts are taken for known all along, and model.fact_tokens reads them before the first event: were "
+        "they recorded once the outcome was known?",
+        "Prepare without them (static_codes, table.static), or leave model.fact_tokens off.",
+    )
 
 
 # By how many subjects a code was seen, in windows of tokens that each label has.

@@ -14,14 +14,14 @@ from behrt_jax.config.commands import DoctorConfig
 from behrt_jax.data.events import SPLITS
 from behrt_jax.data.examples import parse_delay
 from behrt_jax.data.labels import Labels, read_labels
-from behrt_jax.data.prepared import read_deaths, read_manifest, read_prepared
+from behrt_jax.data.prepared import read_deaths, read_facts, read_manifest, read_prepared
 from behrt_jax.diagnosis import finding
 from behrt_jax.diagnosis.after import check_after
 from behrt_jax.diagnosis.before import check_before
 from behrt_jax.diagnosis.during import check_during
 from behrt_jax.diagnosis.finding import Facts, Finding, RunRecord, by_severity, read_run
 from behrt_jax.diagnosis.finetuning import check_finetuned, check_labelled
-from behrt_jax.diagnosis.leakage_codes import check_codes
+from behrt_jax.diagnosis.leakage_codes import check_codes, check_facts
 from behrt_jax.diagnosis.leakage_data import check_data
 from behrt_jax.diagnosis.leakage_labels import NO_DEATHS, Deaths, check_labels, place_labels
 from behrt_jax.errors import InputError
@@ -145,6 +145,7 @@ def audit_data(config: DoctorConfig) -> list[Finding]:
         if labels.positive() is not None:
             delays = config.delays or tuple(manifest["options"].get("delays", ()))
             found += check_codes(placed, data.vocabulary, config, delays)
+            found += check_facts(placed, read_facts(config.data), config)
     findings = by_severity(found)
     subjects = sum(len(part) for part in data.splits.values())
     about = "" if labels is None else f" and {len(labels):,} labels"

@@ -7,7 +7,8 @@ import pytest
 
 from behrt_jax.cli import main
 from behrt_jax.data.events import DAY
-from behrt_jax.data.prepared import read_deaths, read_prepared
+from behrt_jax.data.prepared import read_deaths, read_manifest, read_prepared
+from behrt_jax.files import digests_of, sealed, write_json
 from tests.diagnosis.audited import OUTCOME, YEAR, Task, alarms, findings, planted, prepare, rewrite
 from tests.records.meds_folder import HOUR, Row, born, write_meds
 from tests.records.prepare.test_pipeline import without_digests
@@ -214,6 +215,25 @@ def test_the_outcome_in_disguise(prepared, task, tmp_path):
         told = findings(folder, tmp_path, task, *options)["outcome-code-in-input"]
         assert told["severity"] == "error"
         assert "later: RX//J05AH02" in told["seen"]
+
+
+def test_a_fact_that_is_the_outcome(prepared, task, tmp_path):
+    assert "outcome-fact" not in findings(prepared, tmp_path, task)
+    folder = rewrite(prepared, tmp_path / "spoilt", lambda data: data)
+    splits = {name: part.subject_ids for name, part in read_prepared(folder).splits.items()}
+    for name, ids in splits.items():
+        died = np.isin(ids, task.subjects[task.values])
+        facts = sorted([*((one, "SEX//F") for one in ids), *((one, "VITAL//dead") for one in ids[died])])
+        table = pa.table({"subject_id": [one for one, _ in facts], "code": [code for _, code in facts]})
+        pq.write_table(table, folder / name / "static.parquet")
+    manifest = read_manifest(folder)
+    (folder / "manifest.json").unlink()
+    write_json(folder / "manifest.json", sealed(manifest | {"files": digests_of(folder)}))
+    found = findings(folder, tmp_path, task)["outcome-fact"]
+    assert found["severity"] == "warning" and "SEX" not in found["seen"]
+    assert f"VITAL//dead ({task.values.sum()} positive and 0 negative subjects" in found["seen"]
+    told = findings(folder, tmp_path, task, "--outcome_codes", "VITAL//")["outcome-fact"]
+    assert told["severity"] == "error"
 
 
 def test_a_suspected_code_that_few_have_is_no_alarm(prepared, task, tmp_path):
