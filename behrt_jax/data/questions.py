@@ -83,11 +83,12 @@ def prediction_times(
     part = data.splits[split]
     tokens = np.arange(len(part.codes))
     subject = np.repeat(np.arange(len(part)), part.lengths)
-    last = np.zeros(len(tokens), bool)
-    last[part.offsets[1:] - 1] = True
-    ends = last.copy()
-    ends[:-1] |= leads([part.visits])[1:]
-    again = ends & ~last
+    last_of_visit = np.zeros(int(part.visits_per_subject.sum()), np.int64)
+    last_of_visit[part.numbered_visits()] = tokens  # the last one stays: others may interrupt a visit
+    ends = np.zeros(len(tokens), bool)
+    ends[last_of_visit] = True
+    again = ends.copy()
+    again[part.offsets[1:] - 1] = False
     again[:-1] &= part.times[1:] <= part.times[:-1]
     left_out = {"another event at the same time": int(again.sum())}
     ends &= ~again

@@ -21,7 +21,14 @@ from behrt_jax.evaluation.oracle import make_oracle, oracle_of
 from behrt_jax.records.load import load_sequences
 from behrt_jax.records.synthetic.latent import LatentModel
 from experiments.studies.latent_course import latent_paths, onset_labels
-from tests.evaluation.latent_cases import FIRST, make_sequences, stage_paths, tiny_model, visit_chance
+from tests.evaluation.latent_cases import (
+    FIRST,
+    make_sequences,
+    stage_paths,
+    tiny_model,
+    visit_chance,
+    with_covariates,
+)
 
 HISTORY = [(2, [FIRST + 1, FIRST]), (3, [FIRST + 2]), (7, [FIRST + 1, UNK])]  # code 3 has no row
 OTHER = [(9, [FIRST]), (13, [FIRST + 2, FIRST + 2])]
@@ -69,6 +76,13 @@ def test_stages_and_next_visit_equal_enumeration(seed):
         np.testing.assert_allclose(total, 1.0, atol=1e-12)
         np.testing.assert_allclose(forecast[[FIRST, FIRST + 1, FIRST + 2, UNK]], expected, rtol=1e-10)
         assert not forecast[[0, 1, 3, 4]].any()
+
+
+def test_records_with_covariates_are_refused():
+    model = with_covariates(tiny_model(0), 0)
+    oracle = make_oracle(model, (*SPECIAL_TOKENS, *model.codes[:3]))
+    with pytest.raises(InputError, match=r"without covariates: leave out data\.covariates"):
+        stage_posteriors(oracle, make_sequences([HISTORY]))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -23,6 +23,7 @@ from behrt_jax.evaluation.task_baselines import (
     targets_of,
 )
 from tests.data.histories import Event, labels_at, sequence_set
+from tests.data.test_facts import facts_data
 
 sparse = pytest.importorskip("scipy.sparse")
 pytest.importorskip("sklearn")
@@ -52,6 +53,19 @@ def data_of(kind, seed=0, count=400, tuning=100, classes=(), **more):
         train_targets=targets[parts[0]], tuning=tune, tuning_targets=targets[parts[1]], evaluated=evaluated,
         boosting_codes=2, seed=0, **more,
     ), targets[parts[2]]  # fmt: skip
+
+
+def test_facts_are_counted_once_and_in_no_visit():
+    data = facts_data()  # subject 1 has one that is [UNK] and one that is not, 2 none, 4 one and no event
+    found = find_examples(data, "train", labels_at([(1, 5 * DAY), (2, 9 * DAY), (4, 7 * DAY)]), max_tokens=9)
+    rows, columns = len(data.vocabulary), [UNK, data.vocabulary.codes.index("SEX//F")]
+    for chosen in ([0, 1, 2], [2, 0]):
+        counted = count_codes(found, rows, np.array(chosen))
+        of_facts = np.array([[1, 1], [0, 0], [1, 1]])[chosen]  # a history without an event is an [UNK]
+        assert counted.counts.toarray()[:, columns].tolist() == of_facts.tolist()
+        last = counted.last_visit.toarray()
+        assert last[:, columns].tolist() == np.array([[0, 0], [0, 0], [1, 0]])[chosen].tolist()
+        assert counted.counts.toarray().sum(axis=1).tolist() == np.array([7, 1, 2])[chosen].tolist()
 
 
 def test_counts_are_of_what_is_known_at_the_prediction_time():
