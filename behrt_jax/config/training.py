@@ -141,7 +141,7 @@ class QueriesConfig:
     """Questions at each prediction time, of a code and a horizon each; the history is read once for all."""
     horizon_days: tuple[float, ...] = (30.0, 90.0, 180.0, 365.0, 730.0)
     """Horizons that are asked of, evenly of those that follow-up reaches. The model reads a horizon as a
-    number, so that others can be asked for later."""
+    number, so that others in between can be asked for later."""
     codes: tuple[str, ...] = ()
     """Regular expressions; codes are asked of if one matches at their start. Default: all."""
     groups: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from jax.tree_util import tree_map_with_path
 from behrt_jax.adapters import lora
 from behrt_jax.adapters.lora import label, path_names
 from behrt_jax.config.model import LoRAConfig, ModelConfig
-from behrt_jax.config.training import InitConfig, ObjectiveName
+from behrt_jax.config.training import InitConfig, ObjectiveName, QueriesConfig
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.prepared import read_preparation
 from behrt_jax.data.vocabulary import Vocabulary
@@ -46,13 +46,13 @@ class Pretrained(NamedTuple):
     """Rules by which its data were prepared, where they are known."""
     objective: ObjectiveName = "mlm"
     """What it was trained for."""
-    groups: tuple[str, ...] = ()
-    """Patterns of the groups of codes that are questions of their own."""
+    queries: QueriesConfig = QueriesConfig()
+    """What questions it was asked."""
 
     @property
     def network(self) -> BEHRTForMLM | BEHRTForQueries:
         """The Flax module of its parameters."""
-        return pretraining_model(self.model, len(self.vocabulary), self.objective, len(self.groups))
+        return pretraining_model(self.model, len(self.vocabulary), self.objective, len(self.queries.groups))
 
 
 def open_pretrained(run: Path) -> Pretrained:
@@ -63,7 +63,7 @@ def open_pretrained(run: Path) -> Pretrained:
     """
     if is_portable(run):
         found = open_exported(run, "--init")
-        trained = found.config.objective, found.config.groups
+        trained = found.config.objective, from_stored(QueriesConfig, found.config.queries)
         return Pretrained(run, found.model, found.vocabulary, found.preparation, *trained)
     check_finished(run, "--init", (CONFIG_FILE, SUMMARY_FILE, VOCABULARY_FILE))
     settings = stored_settings(run)
@@ -71,8 +71,8 @@ def open_pretrained(run: Path) -> Pretrained:
         raise InputError(f"--init: {run} is no run of pretraining: give the folder that pretrain.py wrote.")
     model = from_stored(ModelConfig, settings["model"])
     vocabulary = Vocabulary.read(checked(run, VOCABULARY_FILE))
-    groups = tuple((settings.get("queries") or {}).get("groups") or ())
-    trained = settings.get("objective", "mlm"), groups
+    queries = from_stored(QueriesConfig, settings.get("queries") or {})
+    trained = settings.get("objective", "mlm"), queries
     return Pretrained(run, model, vocabulary, read_preparation(run), *trained)
 
 

@@ -36,7 +36,7 @@ from behrt_jax.adapters.files import (
 from behrt_jax.adapters.lora import leaves_by_path
 from behrt_jax.adapters.targets import with_alphas
 from behrt_jax.config.model import LoRAConfig, ModelConfig
-from behrt_jax.config.training import ObjectiveName
+from behrt_jax.config.training import ObjectiveName, QueriesConfig
 from behrt_jax.data.event_rules import Preparation
 from behrt_jax.data.prepared import read_preparation, rule_files
 from behrt_jax.data.tasks import Task
@@ -97,8 +97,8 @@ class PortableConfig:
     """Of `config.model.LoRAConfig`, where adapters are not merged."""
     objective: ObjectiveName = "mlm"
     """What a pretrained model was trained for."""
-    groups: tuple[str, ...] = ()
-    """Patterns of the groups of codes that are questions of their own (`config.training.QueriesConfig`)."""
+    queries: JsonObject = field(default_factory=dict)
+    """Of `config.training.QueriesConfig`: what questions it was asked; empty where none."""
     new_codes: int = 0
     """Codes at the end of the vocabulary whose rows are the adapter's."""
     tensors: Mapping[str, list[int]] = field(default_factory=dict)
@@ -138,7 +138,7 @@ def write_model(
     *,
     task: JsonObject | None = None,
     objective: ObjectiveName = "mlm",
-    groups: tuple[str, ...] = (),
+    queries: QueriesConfig | None = None,
     beside: Beside | None = None,
     step: int = 0,
     data_fingerprint: str | None = None,
@@ -156,7 +156,7 @@ def write_model(
             `BEHRTForTask`. Rows of new codes (`adapters.new_codes`) are written with an adapter alone.
         task: as in `PortableConfig`.
         objective: as in `PortableConfig`.
-        groups: as in `PortableConfig`.
+        queries: as in `PortableConfig`; None where it was asked none.
         beside: adapters to write into a folder of their own.
         step: as in `PortableConfig`.
         data_fingerprint: as in `PortableConfig`.
@@ -182,7 +182,7 @@ def write_model(
         path: np.asarray(leaf, np.float32, order="C") for path, leaf in _flat(unstack_layers(base)).items()
     }
     found = {path: leaf.shape for path, leaf in flat.items()}
-    shapes = expected_shapes(model, len(codes), task, objective, len(groups))
+    shapes = expected_shapes(model, len(codes), task, objective, len(queries.groups) if queries else 0)
     _check_tensors("the model", found, shapes)
     if beside is not None:
         lora, adapters = ordinary(beside.lora, beside.config)
@@ -197,7 +197,7 @@ def write_model(
         step=step,
         task=task,
         objective=objective,
-        groups=groups,
+        queries=asdict(queries) if queries else {},
         lora=beside and asdict(beside.config),
         new_codes=new_codes,
         tensors={path: list(shape) for path, shape in found.items()},
@@ -289,7 +289,8 @@ def read_weights(portable: Portable) -> tuple[Tree, Tree]:
         raise InputError(f"{path} is damaged (not a safetensors file): copy it again.") from error
     codes = config.vocabulary_size - config.new_codes
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    own = config.task, config.objective, len(config.groups)
+    groups = from_stored(QueriesConfig, config.queries).groups
+    own = config.task, config.objective, len(groups)
     _check_tensors(str(path), shapes, expected_shapes(portable.model, codes, *own))
     for name, tensor in tensors.items():
         if tensor.dtype != np.float32:

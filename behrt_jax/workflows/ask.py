@@ -25,7 +25,7 @@ from behrt_jax.data.questions import Occurrences, PredictionTimes, matching_some
 from behrt_jax.data.sequences import SequenceSet
 from behrt_jax.data.sorting import place_in
 from behrt_jax.data.tasks import Task
-from behrt_jax.data.vocabulary import Vocabulary
+from behrt_jax.data.vocabulary import Vocabulary, matching_codes
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.calibration import fit_platt, fit_threshold
 from behrt_jax.files import JsonObject
@@ -83,6 +83,8 @@ def ask(config: AskConfig, devices: Devices | None = None) -> JsonObject:
         if facts:
             console.log(f"{facts:,} of the codes that match are static facts, which never come: left out.")
         _announce(console, config, question)
+        for line in beyond_training(model, question):
+            console.log(f"Warning: {line}")
         fitted = Fitted()
         if config.calibrate:
             fitted = calibrate(model, question, records, as_prediction)
@@ -183,8 +185,9 @@ def find_question(model: Loaded, patterns: tuple[str, ...], horizon_days: float)
     """
     vocabulary: Vocabulary = model.vocabulary
     codes = matching_some(vocabulary, patterns, "--codes")
-    if len(patterns) == 1 and patterns[0] in model.groups:
-        own = len(vocabulary) + model.groups.index(patterns[0])
+    groups = model.queries.groups
+    if len(patterns) == 1 and patterns[0] in groups:
+        own = len(vocabulary) + groups.index(patterns[0])
         return Question(np.array([own], np.int32), codes, horizon_days, True)
     return Question(np.flatnonzero(codes).astype(np.int32), codes, horizon_days, False)
 
@@ -215,6 +218,22 @@ def without_facts(question: Question, data: SequenceSet) -> tuple[Question, int]
         )
     ids = question.ids if question.group else np.flatnonzero(codes).astype(np.int32)
     return replace(question, ids=ids, codes=codes), int(never.sum())
+
+
+def beyond_training(model: Loaded, question: Question) -> list[str]:
+    """What of a question pretraining never asked, and nothing like it: a line each."""
+    asked, found = model.queries, []
+    shortest, longest = min(asked.horizon_days), max(asked.horizon_days)
+    if not shortest <= question.horizon_days <= longest:
+        found.append(
+            f"The model was asked within {shortest:g} to {longest:g} days: of {question.horizon_days:g} days "
+            "the answer is an extrapolation."
+        )
+    if asked.codes and not question.group:
+        never = int((question.codes & ~matching_codes(model.vocabulary, asked.codes, "--codes")).sum())
+        if never:
+            found.append(f"The model was never asked about {never:,} of the codes (queries.codes).")
+    return found
 
 
 def _announce(console: Console, config: AskConfig, question: Question) -> None:

@@ -108,7 +108,7 @@ def export(config: ExportConfig, devices: Devices | None = None) -> PortableConf
             params if beside is None else loaded.variables["params"],
             task=task and {name: task[name] for name in OF_TASK},
             objective=loaded.objective,
-            groups=loaded.groups,
+            queries=None if loaded.objective == "mlm" else loaded.queries,
             beside=beside,
             step=step,
             data_fingerprint=fingerprint,

@@ -112,8 +112,8 @@ class Loaded:
     """Of a fine-tuned model: task, calibration, members."""
     objective: ObjectiveName = "mlm"
     """What a pretrained model was trained for."""
-    groups: tuple[str, ...] = ()
-    """Patterns of the groups of codes that it answers questions about (`config.training.QueriesConfig`)."""
+    queries: QueriesConfig = field(default_factory=QueriesConfig)
+    """What questions a pretrained model was asked."""
     rows: int = 64
     """Rows that are computed at once of prepared data."""
     _steps: dict[str, OutputStep] = field(default_factory=dict, init=False, repr=False)
@@ -465,7 +465,7 @@ def _setup(
         lora=adapters,
         freezing=freezing,
         objective=pretrained.objective,
-        queries=QueriesConfig(groups=pretrained.groups),
+        queries=pretrained.queries,
     )
     return set_up(config, len(pretrained.vocabulary), mesh)
 
@@ -481,5 +481,5 @@ def _loaded(folder: Path, pretrained: Pretrained, setup: Setup, found: Weights, 
         mesh,
         step=found.step,
         objective=pretrained.objective,
-        groups=pretrained.groups,
+        queries=pretrained.queries,
     )

@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from behrt_jax.config.commands import AskConfig, EvaluateConfig, ExportConfig, P
 from behrt_jax.config.data import DataConfig
 from behrt_jax.config.model import FreezingConfig, LoRAConfig
 from behrt_jax.config.training import OptimizerConfig, PretrainConfig, QueriesConfig, TrainConfig
+from behrt_jax.data.events import DAY
 from behrt_jax.data.predictions import METADATA_KEY
 from behrt_jax.data.prepared import read_prepared
 from behrt_jax.data.questions import prediction_times
@@ -23,7 +25,15 @@ from behrt_jax.evaluation.calibration import fit_platt
 from behrt_jax.tracking.console import Console
 from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.workflows import ask as asking
-from behrt_jax.workflows.ask import Question, any_of, ask, find_question, known_answers, without_facts
+from behrt_jax.workflows.ask import (
+    Question,
+    any_of,
+    ask,
+    beyond_training,
+    find_question,
+    known_answers,
+    without_facts,
+)
 from behrt_jax.workflows.checks import check
 from behrt_jax.workflows.doctor import examine_folder
 from behrt_jax.workflows.evaluate import FIGURES_FILE, evaluate
@@ -44,7 +54,14 @@ QUERIES = PretrainConfig(
     model=tiny_model(layers=1, dropout=0.1),
     lora=LoRAConfig(rank=2),
     freezing=FreezingConfig("lora"),
-    queries=QueriesConfig(times=2, questions=8, horizon_days=(2.0, 5.0, 20.0), groups=(GROUP,)),
+    queries=QueriesConfig(
+        times=2,
+        questions=8,
+        horizon_days=(2.0, 5.0, 20.0),
+        groups=(GROUP,),
+        codes=("CODE", "RISK"),
+        mlm_weight=0.5,
+    ),
     optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_fraction=0.0),
     train=TrainConfig(epochs=6, batch_size=32, validate_every=16, log_every=4),
 )
@@ -78,12 +95,12 @@ def test_a_run_on_questions_says_what_it_has_learnt(run):
     best = summary["best"]
     assert best["loss"] == min(line["loss"] for line in tuning) < tuning[0]["loss"]
     for line in tuning:
-        assert line["loss"] == pytest.approx(line["question_loss"] + line["mlm_loss"])
+        assert line["loss"] == pytest.approx(line["question_loss"] + 0.5 * line["mlm_loss"])
         assert {"auroc_2_days", "auroc_5_days", "auroc_20_days", "accuracy"} <= line.keys()
     train = [line for line in lines if line["split"] == "train"]
     of_masked = np.mean([line["loss"] - line["question_loss"] for line in train])
-    # The weight is 1: the mean of masked codes beside the mean of questions.
-    assert of_masked == pytest.approx(np.mean([line["mlm_loss"] for line in train]), rel=0.1)
+    # The mean of masked codes, by its weight, beside the mean of questions.
+    assert of_masked == pytest.approx(0.5 * np.mean([line["mlm_loss"] for line in train]), rel=0.1)
     prevalence = summary["baselines"]["prevalence"]
     assert prevalence["auroc_5_days"] == pytest.approx(0.5)
     assert summary["gain_over_prevalence"] == pytest.approx(prevalence["loss"] - best["loss"])
@@ -183,6 +200,38 @@ def test_facts_are_not_asked_about():
     codes[0] = names.index("SEX//F")
     both = replace(data, splits={**data.splits, "train": replace(part, codes=codes)})
     assert without_facts(of("SEX//F"), both)[1] == 0
+
+
+def test_what_pretraining_never_asked_is_said():
+    vocabulary = facts_data().vocabulary
+    codes = np.isin(vocabulary.codes, ["A//1", "B//1"])
+    question = Question(np.flatnonzero(codes).astype(np.int32), codes, 5.0, False)
+    model = SimpleNamespace(vocabulary=vocabulary, queries=QueriesConfig(horizon_days=(5.0, 20.0)))
+    assert beyond_training(model, question) == []
+    assert beyond_training(model, replace(question, horizon_days=20.0)) == []
+    for days in (4.0, 21.0):
+        (line,) = beyond_training(model, replace(question, horizon_days=days))
+        assert line.startswith(f"The model was asked within 5 to 20 days: of {days:g} days")
+    model.queries = replace(model.queries, codes=("A//",))
+    assert beyond_training(model, question) == [
+        "The model was never asked about 1 of the codes (queries.codes)."
+    ]
+    assert beyond_training(model, replace(question, group=True)) == []
+
+
+@pytest.mark.slow
+def test_prediction_times_long_after_the_last_event_are_counted(case, run, tmp_path):
+    part, path = read_prepared(case.data).splits["held_out"], tmp_path / "late.parquet"
+    last = part.times[part.offsets[1:] - 1]
+    times = np.stack([last + DAY, last + DAY + 1], axis=1).ravel()  # the latter are late
+    ids = np.repeat(part.subject_ids, 2)
+    pq.write_table(
+        pa.table({"subject_id": ids, "prediction_time": pa.array(times, pa.timestamp("us"))}), path
+    )
+    counts, table = asked(case, run, tmp_path / "answers.parquet", labels=path, calibrate=False)
+    assert counts["after_last_event"] == len(part) == counts["examples"] / 2
+    found = probabilities(table).reshape(-1, 2)
+    np.testing.assert_allclose(found[:, 0], found[:, 1], rtol=1e-5)  # as if it were the last event's time
 
 
 @pytest.mark.slow
