@@ -7,7 +7,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from behrt_jax.config.data import DataConfig
 from behrt_jax.config.training import QueriesConfig
 from behrt_jax.data.batches import RowShape
-from behrt_jax.data.questions import Catalogue, Questions, prediction_times, question_batches
+from behrt_jax.data.questions import Catalogue, QuestionBatches, Questions, prediction_times, question_batches
 from behrt_jax.evaluation.forecasts import (
     chances_of_visits_left,
     occurrence_probability,
@@ -64,7 +64,7 @@ def records():
     return load_sequences(DATA, sep_token=False)
 
 
-def test_prevalence_is_a_calibrated_predictor_without_skill_within_codes(records):
+def test_prevalence_is_a_calibrated_predictor_without_skill_within_codes(records, monkeypatch):
     config = QueriesConfig(times=4, questions=40, horizon_days=(60.0, 365.0))
     catalogue = Catalogue.of(records.vocabulary, config)
     options = catalogue, config, RowShape(50)
@@ -78,6 +78,12 @@ def test_prevalence_is_a_calibrated_predictor_without_skill_within_codes(records
     same = float(np.average(questions.answers, weights=questions.weights))
     constant = question_metrics(questions, np.full(questions.answers.shape, np.log(same / (1 - same))))
     assert found["loss"] < 0.9 * constant["loss"]  # codes and horizons differ
+    scaled = questions._replace(weights=3 * questions.weights)
+    monkeypatch.setattr(QuestionBatches, "all_questions", lambda self: scaled)
+    again = predict_prevalence(train, tuning)
+    assert again["interval"] == pytest.approx(found["interval"]) and again["loss"] == pytest.approx(
+        found["loss"]
+    )
 
 
 def test_the_best_answers_of_followed_records_are_calibrated(records):
