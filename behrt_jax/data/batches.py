@@ -66,10 +66,10 @@ def gather_rows(
         ValueError: if the segments of a row are longer than ``row_length``.
     """
     rows = np.asarray(rows)
-    segments = np.where(rows < 0, 0, plan.row_offsets[rows + 1] - plan.row_offsets[rows])  # [B]
+    segments = plan.counts(rows)  # [B]
     first = np.cumsum(segments) - segments  # [B]
-    chosen = plan.windows[ragged_indices(plan.row_offsets[rows], segments)]  # [S]
-    lengths = windows.segment_lengths(cls_token)[chosen].astype(np.int64)  # [S]
+    windows = windows.take(plan.take(rows))  # [S]
+    lengths = windows.segment_lengths(cls_token).astype(np.int64)  # [S]
     ends = run_offsets(lengths)  # [S + 1]
     if (ends[first + segments] - ends[first]).max(initial=0) > row_length:
         raise ValueError(
@@ -83,12 +83,12 @@ def gather_rows(
     segment_ids = np.repeat(ragged_indices(np.ones_like(segments), segments), lengths)  # [T]
     before = np.int64(cls_token)  # tokens before the first event, [T] where there are facts
     if windows.facts is not None:
-        before = np.repeat(windows.facts.lengths[chosen] + before, lengths)
-    tokens = np.repeat(windows.starts[chosen], lengths) + np.maximum(positions - before, 0)  # [T]
+        before = np.repeat(windows.facts.lengths + before, lengths)
+    tokens = np.repeat(windows.starts, lengths) + np.maximum(positions - before, 0)  # [T]
     codes, visits = sequences.codes[tokens], sequences.visits[tokens]  # [T]
     if windows.facts is not None and sequences.facts is not None:
         facts = np.flatnonzero((positions >= cls_token) & (positions < before))
-        runs = np.repeat(windows.facts.starts[chosen], lengths)[facts]
+        runs = np.repeat(windows.facts.starts, lengths)[facts]
         codes[facts], visits[facts] = sequences.facts.codes[runs + positions[facts] - cls_token], FACT_VISIT
     if cls_token:
         codes = np.where(positions == 0, CLS, codes)
@@ -161,7 +161,11 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RowBatches(ABC):
-    """Batches of equal shapes. An epoch shows each row once; its last batch is filled up with empty rows."""
+    """Batches of equal shapes. An epoch shows each row once; its last batch is filled up with empty rows.
+
+    What is in a row does not depend on the others of its batch: processes that share a batch plan the same
+    epochs, which is cheap, and gather the rows that are their own.
+    """
 
     sequences: Sequences
     shape: RowShape
@@ -205,8 +209,39 @@ class RowBatches(ABC):
         return self.of_rows(self.rows_per_batch, multiple_of)
 
     @abstractmethod
+    def batch(self, step: int, places: np.ndarray | None = None) -> tuple:
+        """Gather the batch of a step, or some of its rows: a named tuple of arrays ``[rows, ...]``.
+
+        Args:
+            step: counted from 0 over all epochs.
+            places: of the rows in the batch, integers ``[rows]`` from 0 to ``batch_rows - 1``; all of them
+                where not given.
+
+        Raises:
+            ValueError: the step is below 0.
+        """
+
+    def tokens(self, step: int) -> int:
+        """Tokens of a step's whole batch without padding, [CLS] and facts included; none of them is read."""
+        epoch, rows = self._planned(step)
+        windows = epoch.windows.take(epoch.plan.take(rows))
+        return int(windows.segment_lengths(self.cls_token).sum(dtype=np.int64))
+
+    @abstractmethod
     def _draw(self, epoch: int) -> Epoch:
         """The rows of an epoch, a pure function of its number."""
+
+    def _find(self, step: int) -> tuple[int, int]:
+        """Number of the epoch that a step is in, and place of its batch there."""
+        if step < 0:
+            raise ValueError(f"steps are counted from 0, not {step}")
+        return divmod(step, self.steps_per_epoch)
+
+    def _planned(self, step: int) -> tuple[Epoch, np.ndarray]:
+        """The epoch of a step, and the rows of its batch, as :meth:`_rows_of` gives them."""
+        number, index = self._find(step)
+        epoch = self._epoch(number)
+        return epoch, self._rows_of(epoch.order, index)
 
     def _epoch(self, epoch: int) -> Epoch:
         drawn = self._drawn.get(epoch)
@@ -221,8 +256,9 @@ class RowBatches(ABC):
         share = order[index * self.rows_per_batch : (index + 1) * self.rows_per_batch]
         return np.pad(share, (0, self.batch_rows - len(share)), constant_values=-1)
 
-    def _gather(self, epoch: Epoch, index: int) -> Batch:
-        rows = self._rows_of(epoch.order, index)
+    def _gather(self, step: int, places: np.ndarray | None) -> Batch:
+        epoch, rows = self._planned(step)
+        rows = rows if places is None else rows[places]
         return gather_rows(self.sequences, epoch.windows, epoch.plan, rows, self.row_length, self.cls_token)
 
 
@@ -272,12 +308,9 @@ class TrainingBatches(RowBatches):
         """Share of tokens that are not padding, in all batches of an epoch, empty rows included."""
         return self.tokens_per_epoch / (self.steps_per_epoch * self.batch_rows * self.row_length)
 
-    def batch(self, step: int) -> Batch:
-        """Gather the batch of a step, counted from 0 over all epochs: ``[batch_rows, row_length]``."""
-        if step < 0:
-            raise ValueError(f"steps are counted from 0, not {step}")
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return self._gather(self._epoch(epoch), index)
+    def batch(self, step: int, places: np.ndarray | None = None) -> Batch:
+        """Gather the batch of a step, or some of its rows: see :meth:`RowBatches.batch`."""
+        return self._gather(step, places)
 
     def epoch_rows(self, epoch: int) -> tuple[EpochRows[np.ndarray], np.ndarray]:
         """All rows of an epoch, from which its batches can be gathered elsewhere.
@@ -326,9 +359,17 @@ class ValidationBatches(RowBatches):
         return self.steps_per_epoch
 
     def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < len(self):
-            raise IndexError(f"there is no batch {index} among {len(self)}")
-        return self._gather(self._epoch(0), index)
+        return self.batch(index)
+
+    def batch(self, step: int, places: np.ndarray | None = None) -> Batch:
+        """Gather one batch of the pass, or some of its rows: see :meth:`RowBatches.batch`.
+
+        Raises:
+            IndexError: the pass has no such batch.
+        """
+        if not 0 <= step < len(self):
+            raise IndexError(f"there is no batch {step} among {len(self)}")
+        return self._gather(step, places)
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.__getitem__, range(len(self)))
@@ -452,28 +493,41 @@ class TaskBatch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TaskBatches(RowBatches):
+class ExampleBatches(RowBatches):
+    """Batches in which each segment is an example, known by its number."""
+
+    segments: int
+    """Segments of a batch's rows, at least those of the fullest row."""
+
+    def examples_of(self, step: int, places: np.ndarray | None = None) -> np.ndarray:
+        """Number of the example in each segment of a step's batch, -1 for none; no token is read.
+
+        Arguments as of :meth:`RowBatches.batch`; int32 ``[rows, segments]``.
+        """
+        epoch, rows = self._planned(step)
+        rows = rows if places is None else rows[places]
+        return epoch.plan.table(rows, self.segments).astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TaskBatches(ExampleBatches):
     """Endless batches of examples; made by :func:`task_batches`. An epoch shows each example once."""
 
     examples: Examples
     targets: np.ndarray
-    segments: int
-    """Segments of a batch's rows, at least those of the fullest row."""
     seed: int | None
 
-    def batch(self, step: int) -> TaskBatch:
-        """Gather the batch of a step, counted from 0 over all epochs."""
-        number, index = divmod(step, self.steps_per_epoch)
-        epoch = self._epoch(0 if self.seed is None else number)
-        found, plan = self._gather(epoch, index), epoch.plan
-        rows = found.row_ids
-        first = plan.row_offsets[np.maximum(rows, 0)]
-        count = np.where(rows < 0, 0, plan.row_offsets[rows + 1] - first)  # [B]
-        places = first[:, None] + np.arange(self.segments)  # [B, S]
-        filled = np.arange(self.segments) < count[:, None]
-        examples = np.where(filled, plan.windows[np.where(filled, places, 0)], -1).astype(np.int32)
+    def batch(self, step: int, places: np.ndarray | None = None) -> TaskBatch:
+        """Gather the batch of a step, or some of its rows: see :meth:`RowBatches.batch`."""
+        examples = self.examples_of(step, places)  # [B, S]
+        filled = examples >= 0
         targets = self.targets[np.maximum(examples, 0)] * filled[:, :, None]  # [B, S, T]
+        found = self._gather(step, places)
         return TaskBatch(found, examples, targets.astype(np.float32), filled.astype(np.float32))
+
+    def _find(self, step: int) -> tuple[int, int]:
+        number, index = super()._find(step)
+        return (0 if self.seed is None else number), index
 
     def _draw(self, epoch: int) -> Epoch:
         windows = self.examples.windows

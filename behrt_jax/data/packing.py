@@ -152,6 +152,23 @@ class RowPlan:
     def __len__(self) -> int:
         return len(self.row_offsets) - 1
 
+    def counts(self, rows: np.ndarray) -> np.ndarray:
+        """Windows of some rows, int64 ``[rows]``; row -1 has none."""
+        return np.where(rows < 0, 0, self.row_offsets[rows + 1] - self.row_offsets[rows])
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Window indices of some rows, one row after the other."""
+        return self.windows[ragged_indices(self.row_offsets[rows], self.counts(rows))]
+
+    def table(self, rows: np.ndarray, segments: int) -> np.ndarray:
+        """Window indices of some rows, none of which has more than so many: int64 ``[rows, segments]``, -1
+        where there is no window.
+        """
+        filled = np.arange(segments) < self.counts(rows)[:, None]
+        found = np.full(filled.shape, -1, np.int64)
+        found[filled] = self.take(rows)
+        return found
+
 
 def pack_lengths(lengths: np.ndarray, row_length: int) -> Packing:
     """Compose rows of at most ``row_length`` tokens that hold windows of lengths ``[windows]``, integers.

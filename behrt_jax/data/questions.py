@@ -14,7 +14,7 @@ import numpy as np
 
 from behrt_jax.config.training import QueriesConfig
 from behrt_jax.data import packing
-from behrt_jax.data.batches import Batch, Epoch, RowBatches, RowShape, rows_of_batch
+from behrt_jax.data.batches import Batch, Epoch, ExampleBatches, RowShape, rows_of_batch
 from behrt_jax.data.events import DAY, SubjectTimes
 from behrt_jax.data.examples import code_delays
 from behrt_jax.data.sequences import Sequences, SequenceSet
@@ -377,7 +377,7 @@ class QuestionEpoch(Epoch):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class QuestionBatches(RowBatches):
+class QuestionBatches(ExampleBatches):
     """Batches of questions; made by :func:`question_batches`. Each epoch draws prediction times anew.
 
     How many rows their histories fill differs a little from epoch to epoch: of more than `rows`, some are
@@ -388,8 +388,6 @@ class QuestionBatches(RowBatches):
     times: PredictionTimes
     """All that may be drawn."""
     per_subject: int
-    segments: int
-    """Most segments of a row."""
     histories: int
     """Prediction times of an epoch."""
     tokens_per_epoch: int
@@ -403,7 +401,7 @@ class QuestionBatches(RowBatches):
     @property
     def examples(self) -> PredictionTimes:
         """The prediction times of the first epoch, by number."""
-        return self._question_epoch(0).times
+        return self._epoch(0).times
 
     @property
     def windows_per_step(self) -> float:
@@ -415,21 +413,16 @@ class QuestionBatches(RowBatches):
         """Share of tokens that are not padding, in all batches of an epoch, empty rows included."""
         return self.tokens_per_epoch / (self.steps_per_epoch * self.batch_rows * self.row_length)
 
-    def batch(self, step: int) -> QuestionBatch:
-        """Gather the batch of a step, counted from 0 over all epochs."""
-        number, index = divmod(step, self.steps_per_epoch)
-        number = number if self.endless else 0
-        epoch = self._question_epoch(number)
-        found, plan = self._gather(epoch, index), epoch.plan
-        rows = found.row_ids
-        first = plan.row_offsets[np.maximum(rows, 0)]
-        count = np.where(rows < 0, 0, plan.row_offsets[rows + 1] - first)  # [B]
-        slots = np.arange(self.segments)
-        filled = slots < count[:, None]  # [B, S]
-        examples = np.where(filled, plan.windows[np.where(filled, first[:, None] + slots, 0)], -1)
-        drawn = self._questions(number, examples[filled], epoch.times)
+    def batch(self, step: int, places: np.ndarray | None = None) -> QuestionBatch:
+        """Gather the batch of a step, or some of its rows, and draw their questions: see
+        :meth:`RowBatches.batch`.
+        """
+        number, _ = self._find(step)
+        examples = self.examples_of(step, places)  # [B, S]
+        filled = examples >= 0
+        drawn = self._questions(number, examples[filled], self._epoch(number).times)
         questions = Questions(*(_scattered(values, filled) for values in drawn))
-        return QuestionBatch(found, examples.astype(np.int32), questions)
+        return QuestionBatch(self._gather(step, places), examples, questions)
 
     def all_questions(self) -> Questions:
         """The questions at each of `examples`, ``[n, questions]``."""
@@ -439,8 +432,12 @@ class QuestionBatches(RowBatches):
         uniform = uniforms(self.seed, epoch, examples, 4 * self.sampler.questions)
         return self.sampler.draw(times.take(examples), uniform)
 
-    def _question_epoch(self, number: int) -> QuestionEpoch:
-        found = self._epoch(number)
+    def _find(self, step: int) -> tuple[int, int]:
+        number, index = super()._find(step)
+        return (number if self.endless else 0), index
+
+    def _epoch(self, epoch: int) -> QuestionEpoch:
+        found = super()._epoch(epoch)
         assert isinstance(found, QuestionEpoch)
         return found
 

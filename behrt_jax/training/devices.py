@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from behrt_jax.config.training import MeshConfig
@@ -69,16 +70,42 @@ def replicated_shapes(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
 
 
-def put_rows(batch: Any, mesh: Mesh) -> Any:
+def own_rows(rows: int, mesh: Mesh) -> np.ndarray:
+    """Places of those rows of a batch that lie on devices of this process, int64 ``[own]``, ascending.
+
+    Args:
+        rows: of the whole batch, a multiple of the devices.
+        mesh: all devices that share the batch.
+    """
+    of_devices = split_rows(mesh).addressable_devices_indices_map((rows,)).values()
+    return np.sort(np.concatenate([np.arange(rows)[index] for index in of_devices]))
+
+
+def put_rows(batch: Any, mesh: Mesh, rows: int | None = None) -> Any:
     """Copy a batch of host arrays to the devices, rows split; returns before the copy is done.
 
-    Where several processes share the mesh, each gives the same batch and copies the rows of its own devices.
+    Where several processes share the mesh, each copies the rows of its own devices.
+
+    Args:
+        batch: the whole of it, the same in all processes; or with `rows`, of each its :func:`own_rows`.
+        mesh: all devices that share the batch.
+        rows: of the whole batch.
     """
     sharding = split_rows(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    # device_put would first compare the batches of all processes.
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
+    total = len(jax.tree.leaves(batch)[0]) if rows is None else rows
+    held = np.arange(total) if rows is None else own_rows(total, mesh)
+    places = np.searchsorted(held, np.arange(total))  # in `batch`, of the rows that are there
+
+    def put(x: np.ndarray) -> jax.Array:
+        def of_device(index: Any) -> np.ndarray:
+            return x[places[index[0]]]
+
+        # device_put would first compare the batches of all processes.
+        return jax.make_array_from_callback((total, *x.shape[1:]), sharding, of_device)
+
+    return jax.tree.map(put, batch)
 
 
 # FSDP (Zhao et al. 2023, arXiv 2304.11277): each device holds a part of the train state.

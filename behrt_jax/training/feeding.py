@@ -15,14 +15,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from behrt_jax.config.training import TrainConfig
-from behrt_jax.data.batches import Batch, EpochRows, TrainingBatches, ValidationBatches, reading_ahead
+from behrt_jax.data.batches import (
+    Batch,
+    EpochRows,
+    RowBatches,
+    TrainingBatches,
+    ValidationBatches,
+    reading_ahead,
+)
 from behrt_jax.data.events import DAY
 from behrt_jax.data.facts import FACT_VISIT
 from behrt_jax.data.questions import QuestionBatches
 from behrt_jax.data.sequences import Sequences
 from behrt_jax.data.vocabulary import CLS
 from behrt_jax.errors import InputError
-from behrt_jax.training.devices import put_rows, replicated, split_rows
+from behrt_jax.training.devices import own_rows, put_rows, replicated, split_rows
 from behrt_jax.training.loop import Feed, Schedule
 from behrt_jax.training.state import Assembly
 from behrt_jax.training.step import Step, Totals, TrainState
@@ -136,6 +143,15 @@ KEPT_IN_HOST_MEMORY = 256 * 2**20
 """Bytes of batches that are kept where the device is the host."""
 
 
+def place_batch(batches: RowBatches, step: int, mesh: Mesh) -> Any:
+    """Gather the batch of a step and put it on the devices, rows split; returns before the copy is done.
+
+    Where several processes share the mesh, each gathers the rows of its own devices alone.
+    """
+    rows = batches.batch_rows
+    return put_rows(batches.batch(step, own_rows(rows, mesh)), mesh, rows)
+
+
 def one_step(assembly: Assembly, step: Step) -> Any:
     """The program of one step on a batch that the host has put on the devices; see :func:`open_feed`."""
 
@@ -225,15 +241,11 @@ def on_device(config: TrainConfig, batches: TrainingBatches | QuestionBatches, m
 
 
 @contextmanager
-def from_host(program: Any, batches: Any, mesh: Mesh, steps: range) -> Iterator[Feed]:
-    """The host reads the batches ahead of their steps; arguments as in :func:`open_feed`.
-
-    `batches` gives the batch of a step, which has ``segment_ids``, by ``batch(step)``.
-    """
+def from_host(program: Any, batches: RowBatches, mesh: Mesh, steps: range) -> Iterator[Feed]:
+    """The host reads the batches ahead of their steps; arguments as in :func:`open_feed`."""
 
     def read(number: int) -> tuple[Any, int]:
-        batch = batches.batch(number)
-        return put_rows(batch, mesh), int((batch.segment_ids > 0).sum())
+        return place_batch(batches, number, mesh), batches.tokens(number)
 
     with reading_ahead(map(read, steps), AHEAD) as ahead:
 
@@ -326,7 +338,8 @@ class PlacedBatches:
 
     def _read(self) -> Iterator[Batch]:
         placed = []
-        put: Iterable[Batch] = (put_rows(batch, self._mesh) for batch in self._batches)
+        batches, mesh = self._batches, self._mesh
+        put: Iterable[Batch] = (place_batch(batches, index, mesh) for index in range(len(batches)))
         with reading_ahead(put, AHEAD) as ahead:
             for batch in ahead:
                 if self._keep:

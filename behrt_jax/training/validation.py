@@ -14,12 +14,12 @@ from behrt_jax.data.questions import QuestionBatch, QuestionBatches
 from behrt_jax.data.tasks import KINDS, TaskKind
 from behrt_jax.data.vocabulary import CLS, PAD
 from behrt_jax.errors import InputError
-from behrt_jax.evaluation.masked_codes import MaskedCodeResults, MaskedSplit, results_of
+from behrt_jax.evaluation.masked_codes import MaskedSplit
 from behrt_jax.evaluation.scores import ON_TUNING
 from behrt_jax.files import JsonObject
 from behrt_jax.models.behrt import PatientEmbedding
 from behrt_jax.models.losses import add_totals, mean_metrics, task_losses, totals
-from behrt_jax.training.devices import put_rows
+from behrt_jax.training.feeding import place_batch
 from behrt_jax.training.masking import MaskedCodes, mask_codes
 from behrt_jax.training.runtime import RUN_ONCE
 from behrt_jax.training.step import Predictor, Totals, Variables, masked_code_losses, question_log_odds
@@ -83,8 +83,8 @@ def score(
         found[examples[filled]] = outputs[filled]
 
     for step in range(batches.steps_per_epoch):
-        batch = batches.batch(step)
-        pending.append((batch.examples, output_step(variables, put_rows(batch, mesh))))
+        outputs = output_step(variables, place_batch(batches, step, mesh))
+        pending.append((batches.examples_of(step), outputs))
         if len(pending) > 1:
             take()
     while pending:
@@ -158,27 +158,23 @@ def make_scoring_step(predictor: Predictor, masking: MaskingConfig, key: jax.Arr
 
 
 def score_masked_codes(
-    scoring_step: ScoringStep,
-    variables: Variables,
-    batches: Iterable[Batch],
-    split: MaskedSplit,
-    mesh: Mesh,
-) -> MaskedCodeResults:
-    """Loss, rank and guess of every masked code, in the order of ``split.targets``.
+    scoring_step: ScoringStep, variables: Variables, batches: ValidationBatches, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loss, rank and guess of every masked code, `[targets]` each: what `evaluation.masked_codes.results_of`
+    takes, in the order of the targets of :func:`mask_split` with the same batches, masking and key.
 
     Args:
-        scoring_step: a jitted :func:`make_scoring_step`, with the key that `split` was made with.
+        scoring_step: a jitted :func:`make_scoring_step`.
         variables: of the model.
-        batches: those that `split` was made of.
-        split: of :func:`mask_split`.
+        batches: of the split.
         mesh: the devices to compute on.
     """
     found = []
-    for batch in batches:
-        *of_slots, used = jax.device_get(scoring_step(variables, put_rows(batch, mesh)))  # [B, T] each
+    for index in range(len(batches)):
+        *of_slots, used = jax.device_get(scoring_step(variables, place_batch(batches, index, mesh)))  # [B, T]
         found.append([values[used] for values in of_slots])
     losses, ranks, guesses = map(np.concatenate, zip(*found, strict=True))
-    return results_of(split, losses, ranks, guesses)
+    return losses, ranks, guesses
 
 
 def mask_split(

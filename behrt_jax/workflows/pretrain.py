@@ -28,7 +28,14 @@ from behrt_jax.data.sequences import SequenceSet, describe, told_facts
 from behrt_jax.diagnosis.finding import RunRecord
 from behrt_jax.errors import DivergenceError, InputError
 from behrt_jax.evaluation.learned import confusions, neighbours
-from behrt_jax.evaluation.masked_codes import Cooccurrence, MaskedCodeResults, MaskedSplit, Unigram, assess
+from behrt_jax.evaluation.masked_codes import (
+    Cooccurrence,
+    MaskedCodeResults,
+    MaskedSplit,
+    Unigram,
+    assess,
+    results_of,
+)
 from behrt_jax.evaluation.oracle import oracle_of
 from behrt_jax.files import JsonObject, json_text, write_text
 from behrt_jax.records.load import load_sequences
@@ -342,12 +349,13 @@ class MaskedCodeValidation:
         key, masking = self.assembly.keys.validation, self.config.masking
         step = make_scoring_step(self.assembly.setup.predictor, masking, key)
         whole = jax.jit(step, out_shardings=replicated(self.assembly.mesh))
-        results = score_masked_codes(whole, variables, self.tuning, self.masked, self.assembly.mesh)
+        found = score_masked_codes(whole, variables, self.tuning, self.assembly.mesh)
         if not is_first():
             return {}
-        found = assess(self.data.event_counts, FIRST_CODE, self.results, results)
-        found["confusions"] = confusions(self.data.vocabulary, results)
-        return found
+        results = results_of(self.masked, *found)
+        assessment = assess(self.data.event_counts, FIRST_CODE, self.results, results)
+        assessment["confusions"] = confusions(self.data.vocabulary, results)
+        return assessment
 
     @cached_property
     def _step(self) -> Callable[[Variables, Batch], Totals]:

@@ -42,7 +42,8 @@ from behrt_jax.tracking.console import Console, SilentConsole, open_console
 from behrt_jax.tracking.summary import flat
 from behrt_jax.tracking.trackers import Send, open_trackers
 from behrt_jax.training.checkpoints import Checkpoints
-from behrt_jax.training.devices import put_rows, shapes_of
+from behrt_jax.training.devices import shapes_of
+from behrt_jax.training.feeding import place_batch
 from behrt_jax.training.freezing import count_parameters
 from behrt_jax.training.loop import Cursor, Interruption, Schedule
 from behrt_jax.training.optimizer import rates_on_host
@@ -108,7 +109,7 @@ def compile_beside(
     def step() -> Any:
         if not from_host:
             return program
-        batch = put_rows(run.batches.batch(0), assembly.mesh)
+        batch = place_batch(run.batches, 0, assembly.mesh)
         return compiled(program, assembly.state_shapes, shapes_of(batch))
 
     def state() -> TrainState:

@@ -202,8 +202,8 @@ class Judge:
         assert run.output is not None
         params, _ = read_parameters(run.output, "output", self.shapes)
         variables = {"params": params, "lora": {}}
-        found = score_masked_codes(self.scoring_step, variables, self.batches, self.masked, make_mesh())
-        return found.losses.astype(np.float64)
+        losses, _, _ = score_masked_codes(self.scoring_step, variables, self.batches, make_mesh())
+        return losses.astype(np.float64)
 
     def compare(self, losses: Mapping[str, Sequence[np.ndarray]]) -> dict[str, Any]:
         """Figures of baselines and strategies; of these one array of losses for each seed."""

@@ -168,7 +168,7 @@ def test_a_copy_that_nobody_asked_for_would_be_noticed():
 
 @pytest.mark.parametrize("config", [HOST, SCAN])
 def test_an_error_in_reading_comes_to_the_loop_and_ends_the_thread(config, monkeypatch):
-    def broken(self, number):
+    def broken(self, *arguments):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(feeding.TrainingBatches, "batch", broken)

@@ -49,17 +49,15 @@ def losses(fsdp: int) -> Losses:
     return Losses(found, mesh)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_two_processes_equal_one(fsdp):
+def said_by_two(module, *arguments):
+    """What each of two processes has printed as JSON; `arguments` follow the port and the number of each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "tests.training.two_processes"]
     processes = [
         subprocess.Popen(
-            [*command, *map(str, (port, 2, process, 4, fsdp))],
+            [sys.executable, "-m", module, *map(str, (port, process, *arguments))],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path},
             stdout=subprocess.PIPE,
@@ -74,8 +72,28 @@ def test_two_processes_equal_one(fsdp):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_two_processes_equal_one(fsdp):
+    first, second = said_by_two("tests.training.two_processes", 4, fsdp)
     assert first["rows"] == list(range(8))
     assert second["rows"] == list(range(8, 16))
     assert first["losses"] == second["losses"]
     np.testing.assert_allclose(first["losses"], losses(fsdp).losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_each_process_gathers_the_rows_of_its_own_devices():
+    """Each has compared its rows with those of the whole batch, and counted the tokens that it read."""
+    first, second = said_by_two("tests.training.shared_rows")
+    for rows in {rows for rows, _ in first["rows"]}:
+        of_devices = np.split(np.arange(rows), 4)
+        for found, own in ((first, (0, 2)), (second, (1, 3))):
+            expected = [[rows, place] for device in own for place in of_devices[device]]
+            assert [one for one in found["rows"] if one[0] == rows] == expected
+    for kind, (own, whole) in first["counts"].items():
+        other, same = second["counts"][kind]
+        assert own > 0 and other > 0 and own + other == whole == same, kind

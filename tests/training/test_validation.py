@@ -8,6 +8,7 @@ from behrt_jax.config.training import MaskingConfig
 from behrt_jax.data.batches import RowShape, validation_batches
 from behrt_jax.data.vocabulary import MASK, PAD
 from behrt_jax.errors import InputError
+from behrt_jax.evaluation.masked_codes import results_of
 from behrt_jax.models.behrt import BEHRTForMLM, example_batch
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.feeding import PlacedBatches
@@ -50,7 +51,7 @@ def test_sums_over_single_codes_equal_the_validation_step(cls_token, packed):
     )
     split = mask_split(batches, MASKING, key, VOCABULARY)
     step = jax.jit(make_scoring_step(predictor, MASKING, key))
-    results = score_masked_codes(step, variables, batches, split, mesh)
+    results = results_of(split, *score_masked_codes(step, variables, batches, mesh))
     single = results.metrics()
     assert single["targets"] == sums["targets"] == len(split.targets)
     assert single["loss"] == pytest.approx(sums["loss"], rel=1e-6)
@@ -63,7 +64,7 @@ def test_sums_over_single_codes_equal_the_validation_step(cls_token, packed):
     changed = jax.tree.map(lambda leaf: leaf, variables)
     decoder = changed["params"]["mlm_head"]["decoder"]
     decoder["bias"] = decoder["bias"].at[code].add(30.0)
-    biased = score_masked_codes(step, changed, batches, split, mesh)
+    biased = results_of(split, *score_masked_codes(step, changed, batches, mesh))
     np.testing.assert_array_equal(biased.ranks == 0, split.codes == code)
     assert biased.guesses is not None and set(biased.guesses.tolist()) == {code}
 
@@ -77,7 +78,8 @@ def test_guesses_of_a_large_vocabulary_are_those_of_all_logits():
         model = BEHRTForMLM(tiny_model(positions=16, head_chunk=chunk), VOCABULARY)
         params = jax.jit(model.init)(jax.random.key(0), example_batch(model.config))["params"]
         step = jax.jit(make_scoring_step(Predictor(model), MASKING, key))
-        found.append(score_masked_codes(step, {"params": params, "lora": {}}, batches, split, mesh))
+        scores = score_masked_codes(step, {"params": params, "lora": {}}, batches, mesh)
+        found.append(results_of(split, *scores))
     whole, parts = found
     assert len(set(whole.guesses.tolist())) > 1
     np.testing.assert_array_equal(whole.guesses, parts.guesses)

@@ -1,6 +1,6 @@
-"""One of several processes that train together; started by test_processes.
+"""One of two processes that train together; started by test_processes.
 
-Arguments: port of the first process, number of processes, number of this one, devices of each, FSDP devices.
+Arguments: port of the first process, number of this one, devices of each, FSDP devices.
 """
 
 import json
@@ -9,11 +9,11 @@ import sys
 import jax
 
 if __name__ == "__main__":
-    port, processes, process, devices, fsdp = map(int, sys.argv[1:])
+    port, process, devices, fsdp = map(int, sys.argv[1:])
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", processes, process)
+    jax.distributed.initialize(f"localhost:{port}", 2, process)
 
     import numpy as np
 

@@ -127,9 +127,9 @@ def test_cut_histories_and_stalls(tmp_path, monkeypatch, capsys):
     """Codes that a window never shows, and slow batches."""
     original = feeding.put_rows
 
-    def slow_rows(batch, mesh):
+    def slow_rows(*arguments):
         time.sleep(0.1)
-        return original(batch, mesh)
+        return original(*arguments)
 
     monkeypatch.setattr(feeding, "put_rows", slow_rows)
     config = changed(replace(TINY_LORA, output=tmp_path / "run"), "data", window="first", max_length=2)
