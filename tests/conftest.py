@@ -4,6 +4,8 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
+from pathlib import Path
 
 from tests.commands import QUICK_COMPILATION
 
@@ -21,6 +23,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
+import pytest
 from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -30,3 +33,26 @@ jax.config.update("jax_debug_key_reuse", True)
 # The first example of a property pays for a compilation; its time says nothing.
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("default")
+
+LONG = (
+    "experiments/test_freezing_study.py",
+    "workflows/test_pretrain.py",
+    "experiments/test_notebooks.py",
+    "experiments/test_few_labels_study.py",
+    "experiments/test_embedding_study.py",
+    "experiments/test_train.py",
+    "workflows/test_doctor.py",
+    "experiments/test_meds_dev.py",
+)
+"""Files that take a minute or more, the longest first."""
+
+
+@pytest.hookimpl(trylast=True)  # of those that are left by -m and -k
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, then those with many tests: each process takes the next file when it is done, and
+    with a long one at the end the other would wait.
+    """
+    folder = Path(__file__).parent
+    place = {folder / name: number for number, name in enumerate(LONG)}
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (place.get(item.path, len(LONG)), -count[item.path]))
