@@ -13,7 +13,6 @@ import pickle
 import platform
 import stat
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from jax.sharding import Mesh
 
-from behrt_jax.files import JsonObject, json_text, write_bytes
+from behrt_jax.files import JsonObject, json_text, write_bytes, written_whole
 
 # How long a run takes from the start of its process to its first finished step.
 
@@ -235,8 +234,8 @@ class KeptProgram:
         self._file: Path | None = None
         self._made: Any = None
         self._name = getattr(program, "__name__", "program")
-        if _ours is not None and jax.process_count() == 1:
-            key = _program_key(self._name, settings, arguments, devices)
+        if _ours is not None and jax.process_count() == 1 and (source := _source_digest()) is not None:
+            key = _program_key(self._name, source, settings, arguments, devices)
             self._file = Path(_ours) / f"{self._name}-{key}.program"
 
     def compiled(self) -> Any:
@@ -318,7 +317,7 @@ def _shapes(tree: Any) -> list[tuple[tuple[int, ...], np.dtype]]:
     return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
 
-def _program_key(name: str, settings: JsonObject, arguments: Any, devices: Sequence[Any]) -> str:
+def _program_key(name: str, source: str, settings: JsonObject, arguments: Any, devices: Sequence[Any]) -> str:
     """A name for all that a compiled program depends on."""
     flags = {k: v for k, v in jax.config.values.items() if "cache" not in k}  # where it is kept is no matter
     packages = (jax, jaxlib, flax, optax, np)
@@ -329,7 +328,7 @@ def _program_key(name: str, settings: JsonObject, arguments: Any, devices: Seque
         "devices": [f"{device.id} {device.device_kind}" for device in devices],
         "compiler": devices[0].client.platform_version,
         "versions": [sys.version, *(package.__version__ for package in packages)],
-        "source": _source_digest(),
+        "source": source,
         "flags": {key: str(value) for key, value in sorted(flags.items())},
         "environment": [os.environ.get(flag) for flag in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
     }
@@ -337,10 +336,15 @@ def _program_key(name: str, settings: JsonObject, arguments: Any, devices: Seque
 
 
 @cache
-def _source_digest() -> str:
-    """Digest of this package's code: a version alone does not tell what is being developed."""
-    digest, root = hashlib.sha256(), Path(__file__).parents[1]
+def _source_digest(root: Path = Path(__file__).parents[1]) -> str | None:
+    """Digest of this package's code: a version alone does not tell what is being developed.
+
+    None where a file was changed since this process began, which may run what was there before.
+    """
+    digest, began = hashlib.sha256(), time.time() - process_seconds()
     for path in sorted(root.rglob("*.py")):
+        if path.stat().st_mtime > began:
+            return None
         digest.update(str(path.relative_to(root)).encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -355,10 +359,11 @@ def _secret() -> bytes | None:
     try:
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:  # its owner's alone
-                file.write(os.urandom(32))
-            Path(file.name).replace(place)
-        status, secret = place.stat(), place.read_bytes()
+            with written_whole(place) as temporary:
+                temporary.touch(0o600)
+                temporary.write_bytes(os.urandom(32))
+        with place.open("rb") as file:  # of the very file that is read, whatever takes its place meanwhile
+            status, secret = os.fstat(file.fileno()), file.read()
         own = status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o077
     except (OSError, AttributeError):  # a system without owners of files
         return None

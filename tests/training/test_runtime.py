@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -36,6 +37,9 @@ def no_cache_of_the_user(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(compilation, "_ours", None)
+    monkeypatch.setattr(
+        compilation, "_source_digest", lambda: "code"
+    )  # who edits while tests run breaks none
     jax.config.update("jax_compilation_cache_dir", None)
     jax_cache.reset_cache()
     yield
@@ -172,18 +176,40 @@ def test_a_program_of_other_settings_arguments_flags_or_code_is_another(kept_fil
     with monkeypatch.context() as patched:
         patched.setattr(compilation, "_source_digest", lambda: "edited")
         assert not found_on_disk()
+        patched.setattr(compilation, "_source_digest", lambda: None)  # of code that is not the one that runs
+        unknown = kept(arguments=(VALUES[:2],))
+        unknown.compiled()
+        unknown.keep()
+        assert list(kept_file.parent.glob("*.program")) == [kept_file]
     assert found_on_disk()
+
+
+def test_code_that_was_edited_after_the_start_of_the_process_has_no_digest(tmp_path):
+    """The process may run what was there before: its program would be kept as that of the new code."""
+
+    def digest(place: str, changed: float, text: str = "x = 1\n") -> str | None:
+        root = tmp_path / place
+        (root / "part").mkdir(parents=True)
+        file = root / "part" / "step.py"
+        file.write_text(text)
+        os.utime(file, (changed, changed))
+        return compilation._source_digest(root)
+
+    began = time.time() - compilation.process_seconds()
+    assert digest("before", began - 1) is not None
+    assert digest("before and moved", began - 9) == digest("again", began - 1)
+    assert digest("other", began - 1, "x = 2\n") != compilation._source_digest(tmp_path / "before")
+    assert digest("after", began + 1) is None
 
 
 def test_what_this_user_did_not_write_is_never_unpickled(kept_file, monkeypatch, tmp_path):
     content, secret = kept_file.read_bytes(), tmp_path / "caches" / "behrt_jax" / "secret"
     assert secret.stat().st_mode & 0o777 == 0o600
 
-    def never(*arguments):
-        raise AssertionError("unpickled")
+    unpickled = []  # an error in its place would count as that of a file that cannot be read
 
     with monkeypatch.context() as patched:
-        patched.setattr(compilation.pickle, "loads", never)
+        patched.setattr(compilation.pickle, "loads", unpickled.append)
         for damaged in (content[:-1], content[:40] + b"x" + content[41:], bytes(32) + content[32:], b""):
             kept_file.write_bytes(damaged)
             assert not found_on_disk()
@@ -195,13 +221,47 @@ def test_what_this_user_did_not_write_is_never_unpickled(kept_file, monkeypatch,
         secret.chmod(0o644)
         assert not found_on_disk()
         secret.chmod(0o600)
+        with patched.context() as other_user:
+            other_user.setattr(os, "getuid", lambda: secret.stat().st_uid + 1)
+            assert not found_on_disk()
         other = kept(arguments=(VALUES[:3],))
         other.compiled()
         other.keep()
         (file,) = (path for path in kept_file.parent.glob("*.program") if path != kept_file)
         file.write_bytes(content)  # one program under the name of another
         assert not found_on_disk(arguments=(VALUES[:3],))
+    assert not unpickled and found_on_disk()
+
+
+def test_a_secret_that_cannot_be_written_leaves_nothing_behind(no_cache_of_the_user, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    use_compilation_cache()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        program = kept()
+        program.compiled()
+        program.keep()
+        assert not list((tmp_path / "caches").rglob("*.program"))
+        assert [path.name for path in (tmp_path / "caches" / "behrt_jax").iterdir()] == ["compiled"]
+    again = kept(arguments=(VALUES, VALUES))
+    again.compiled()
+    again.keep()
+    assert found_on_disk(arguments=(VALUES, VALUES))
+
+
+@pytest.mark.parametrize("arguments", [(VALUES[:3],), (VALUES, VALUES), (VALUES.astype(np.int32),)])
+def test_a_program_for_other_arguments_is_not_taken_whatever_its_name(kept_file, monkeypatch, arguments):
+    monkeypatch.setattr(compilation, "_program_key", lambda *parts: "same")
+    first = kept(settings={"other": 1})
+    kept_file.unlink()
+    jax.config.update("jax_enable_compilation_cache", False)  # whose programs are not written again
+    jax_cache.reset_cache()
+    first.compiled()
+    first.keep()
     assert found_on_disk()
+    assert not found_on_disk(arguments=arguments)
 
 
 def test_what_came_out_of_jaxs_cache_is_not_written_again(kept_file):
