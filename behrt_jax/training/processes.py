@@ -211,6 +211,24 @@ def from_first(make: Callable[[], JsonObject]) -> JsonObject:
     return found
 
 
+def check_same(own: JsonObject, mend: str) -> None:
+    """Refuse to go on where a process has other values than the first one. All must ask for it.
+
+    Args:
+        own: name -> value of this process, a JSON object.
+        mend: what to do, after a colon.
+
+    Raises:
+        InputError: names the first value that differs, with both.
+    """
+    first = from_first(lambda: own)
+    for name in sorted(own.keys() | first.keys()):
+        if own.get(name) != first.get(name):
+            raise InputError(
+                f"{name} is {own.get(name)} in {_name()}, but {first.get(name)} in the first one: {mend}"
+            )
+
+
 def agreed(interruption: Interruption, mesh: Mesh) -> Callable[[], bool]:
     """Whether a signal has come, to be asked before each call of the steps: the same answer in all processes.
 

@@ -35,7 +35,7 @@ from behrt_jax.training.devices import Devices, replicated
 from behrt_jax.training.feeding import from_host, one_step
 from behrt_jax.training.loop import Steps, catching_signals
 from behrt_jax.training.pretrained import EncoderParameters, check_readable, open_pretrained, read_encoder
-from behrt_jax.training.processes import agreed, is_first, together, whole_here
+from behrt_jax.training.processes import agreed, from_first, is_first, together, whole_here
 from behrt_jax.training.state import with_encoder
 from behrt_jax.training.step import TrainState, Variables
 from behrt_jax.training.telemetry import adapter_norms
@@ -176,6 +176,7 @@ def finetune_on(
         if is_first():
             summary = _summary(run, best, best_step, stop_reason, seconds)
             write_results(console, config, run, best, summary)
+        from_first(dict)  # as in pretraining
     if divergence:
         raise divergence
     return RunResult(run.folder, summary, status)

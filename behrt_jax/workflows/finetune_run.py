@@ -58,6 +58,7 @@ from behrt_jax.workflows.labelled_data import (
 )
 from behrt_jax.workflows.run import (
     Run,
+    check_same_everywhere,
     check_same_run,
     parameter_report,
     run_record,
@@ -128,6 +129,7 @@ def open_finetuning(
             f"task.blend is counts, which is for one task of yes or no, but this is {task.kind}"
             f"{', several of them' if labelled.tasks else ''}: leave it out."
         )
+    check_same_everywhere(config, _fingerprint(data, labelled))
     given = config
     choice = _choice_before(folder) if config.resume else None
     choice = choice or choose(search, console, config, model, labelled, pretrained, mesh)

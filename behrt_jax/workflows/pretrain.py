@@ -61,7 +61,7 @@ from behrt_jax.training.loop import Schedule, Steps, catching_signals
 from behrt_jax.training.masking import FIRST_CODE
 from behrt_jax.training.micro_batches import choose_micro_batches, rows_multiple
 from behrt_jax.training.pretrained import check_source, check_vocabulary, start_from
-from behrt_jax.training.processes import agreed, is_first, together, whole_here
+from behrt_jax.training.processes import agreed, from_first, is_first, together, whole_here
 from behrt_jax.training.runtime import Startup, keep_freed_memory, use_compilation_cache
 from behrt_jax.training.state import Assembly, assemble, set_up, with_code_rows
 from behrt_jax.training.step import Totals, TrainState, Variables, masked_code_objective
@@ -87,6 +87,7 @@ from behrt_jax.workflows.run import (
     RunResult,
     begin,
     best_variables,
+    check_same_everywhere,
     check_same_run,
     compile_beside,
     decisive_settings,
@@ -194,6 +195,7 @@ def pretrain(config: PretrainConfig, devices: Devices | None = None) -> RunResul
             ended = RunEnd(best_step, stop_reason, time.perf_counter() - begun.clock, startup)
             summary = write_summary(run, config, validation.baselines, assessment, ended, examination)
             announce.end(console, run.folder, summary)
+        from_first(dict)  # what the others raise below would end the first one while it writes
     if divergence:
         raise divergence
     return RunResult(run.folder, summary, status)
@@ -233,6 +235,7 @@ def open_pretraining(
         console.log(reason)
     data = load_sequences(config.data, config.model.sep_token, config.model.fact_tokens)
     check_days(config.model, data.splits)
+    check_same_everywhere(config, data.fingerprint)
     description = describe(data)
     announce.data(console, config, description)
     for note in [*data.notes, *told_facts(data, tuple(data.splits))]:

@@ -47,7 +47,7 @@ from behrt_jax.training.feeding import place_batch
 from behrt_jax.training.freezing import count_parameters
 from behrt_jax.training.loop import Cursor, Interruption, Schedule
 from behrt_jax.training.optimizer import rates_on_host
-from behrt_jax.training.processes import from_first, is_first
+from behrt_jax.training.processes import check_same, from_first, is_first
 from behrt_jax.training.runtime import KeptProgram
 from behrt_jax.training.state import Assembly, Setup, with_adapters_of_base
 from behrt_jax.training.step import TrainState, Variables
@@ -238,8 +238,13 @@ def check_metrics(folder: Path, schedule: Schedule, step: int) -> None:
 
 
 def restore_latest(checkpoints: Checkpoints, state: TrainState, console: Console) -> tuple[Any, Cursor]:
-    """State and cursor of the latest checkpoint; the fresh ones where there is none yet."""
+    """State and cursor of the latest checkpoint; the fresh ones where there is none yet.
+
+    Raises:
+        InputError: it cannot be read, or is not the same in all processes.
+    """
     step = checkpoints.latest_step()
+    check_same({"the latest checkpoint": step}, "wait until the file system shows all of them the same.")
     if step is None:
         console.log("No checkpoint was written yet: the run starts from its beginning.")
         return state, Cursor()
@@ -342,7 +347,7 @@ def open_folder(config: C) -> Iterator[tuple[Path, C]]:
     """The run's folder, locked until this ends, and its settings: ``resume`` is off where nothing was begun.
 
     Without ``output`` it is ``runs/<name>-<time>`` in the working directory. Of several processes the first
-    one opens it.
+    one opens it, and decides for all.
 
     Raises:
         InputError: see `run_folder.open_run_folder`.
@@ -352,10 +357,11 @@ def open_folder(config: C) -> Iterator[tuple[Path, C]]:
 
         def opened() -> JsonObject:
             folder = stack.enter_context(open_run_folder(path, config.resume))
-            return {"folder": str(folder), "begun": (folder / CONFIG_FILE).is_file()}
+            resume = config.resume and (folder / CONFIG_FILE).is_file()
+            return {"folder": str(folder), "resume": resume}
 
         found = from_first(opened)
-        yield Path(found["folder"]), replace(config, resume=config.resume and found["begun"])
+        yield Path(found["folder"]), replace(config, resume=found["resume"])
 
 
 def run_record(
@@ -444,7 +450,30 @@ def _completed(stored: JsonObject, kind: type[PretrainConfig | FinetuneConfig]) 
     }
 
 
+PLACES = ("data", "labels", "init", "data.path", "init.run", "init.vectors")
+"""Settings that say where something lies."""
+
+
+def check_same_everywhere(config: PretrainConfig | FinetuneConfig, fingerprint: str) -> None:
+    """Refuse processes of one run that differ in settings, versions or data: what they add up would be no
+    run, or they would wait for each other. Where files lie may differ.
+
+    Raises:
+        InputError: see `processes.check_same`.
+    """
+    given = _single_values(decisive_settings(config))
+    own = {name: value for name, value in given.items() if name not in PLACES}
+    own |= {"the version of behrt_jax": __version__, "the version of jax": jax.__version__}
+    mend = "start all processes with the same options, on the same data."
+    check_same({**own, "the fingerprint of the data": fingerprint}, mend)
+
+
 def _comparable(values: JsonObject) -> JsonObject:
+    return {name: value for name, value in _single_values(values).items() if name not in FREE}
+
+
+def _single_values(values: JsonObject) -> JsonObject:
+    """Dotted name -> value of all settings."""
     lists = {
         f"{section}.{name}": value
         for section, inner in values.items()
@@ -452,4 +481,4 @@ def _comparable(values: JsonObject) -> JsonObject:
         for name, value in inner.items()
         if isinstance(value, list)
     }
-    return {name: value for name, value in {**dict(flat(dict(values))), **lists}.items() if name not in FREE}
+    return {**dict(flat(dict(values))), **lists}

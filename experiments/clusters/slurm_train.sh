@@ -17,10 +17,12 @@ run=$1
 shift
 resume=()
 [[ -e $run/config.json ]] && resume=(--resume)
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # of Slurm 22.05 and later srun does not take it over
 srun behrt-jax "$@" --output "$run" "${resume[@]}" --distributed auto
 status=$?
-# 138: stopped by SIGUSR1, three minutes before the time is up. 75: another process has died.
-if [[ $status == 138 || $status == 75 ]]; then
+# srun gives the highest status of all processes. 138: stopped by SIGUSR1, three minutes before the time is up.
+# 137, 75: one was killed, or has ended with an error, which may come again: not more often than 20 times.
+if ((status == 138)) || (((status == 137 || status == 75) && ${SLURM_RESTART_COUNT:-0} < 20)); then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

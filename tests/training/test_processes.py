@@ -14,6 +14,8 @@ import pytest
 from jax.sharding import Mesh
 
 from behrt_jax.config.training import MeshConfig
+from behrt_jax.errors import InputError
+from behrt_jax.training import processes as of_run
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
 from behrt_jax.training.state import init_state, set_up
 from behrt_jax.training.step import make_update_step, masked_code_objective
@@ -21,6 +23,19 @@ from tests.models.rows import VOCABULARY, random_batch
 from tests.training.test_step import SGD, SHALLOW
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_a_value_that_is_not_that_of_the_first_process_is_named(monkeypatch):
+    of_run.check_same({"rate": 0.1}, "mend it.")  # alone
+    first = {"rate": 0.1, "sizes": [1, 2], "step": None}
+    monkeypatch.setattr(of_run, "from_first", lambda make: first)
+    of_run.check_same(dict(first), "mend it.")
+    with pytest.raises(
+        InputError, match=r"^sizes is \[1\] in process 0 of 1 .*, but \[1, 2\] in the .*: mend it"
+    ):
+        of_run.check_same({**first, "sizes": [1]}, "mend it.")
+    with pytest.raises(InputError, match=r"^step is 40 in process"):
+        of_run.check_same({**first, "step": 40}, "mend it.")
 
 
 class Losses(NamedTuple):

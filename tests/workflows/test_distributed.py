@@ -170,6 +170,62 @@ def test_an_error_in_one_process_ends_the_others(tmp_path):
     )
 
 
+def test_processes_that_were_started_with_other_settings_do_not_train_together(tmp_path):
+    (first, out, _), (second, _, own) = run(
+        2, 1, [*TRAINED, "--output", tmp_path / "run"], ["--optimizer.learning_rate", 0.5]
+    )
+    assert second == 2 and own.count("\n") == 1
+    assert re.match(
+        r"error: optimizer.learning_rate is 0.5 in process 1 of 2 \(.*\), but 0.003 in the first", own
+    )
+    assert first == 75 and out.count("step ") == 0
+
+
+def test_a_training_that_diverges_ends_in_every_process_as_in_one(tmp_path):
+    folder, least = tmp_path / "run", ["--optimizer.learning_rate", 1e30, "--optimizer.clip_norm", 1e30]
+    found = run(2, 1, [*PRETRAIN, "--train.max_steps", 8, *least, "--output", folder])
+    assert [status for status, _, _ in found] == [1, 1], found
+    assert all(err.startswith("error: Loss nan and gradient norm") for _, _, err in found), found
+    assert summary(folder)["stop_reason"].startswith("diverged") and (folder / "report.html").is_file()
+
+
+def test_a_job_is_queued_again_where_it_can_go_on(tmp_path):
+    """With stand-ins for what a cluster has; no more than so often after an error."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in {
+        "scontrol": 'echo "$@" >> "$SEEN"',
+        "srun": 'echo "srun $SRUN_CPUS_PER_TASK $*" >> "$SEEN"; exit "$STATUS"',
+    }.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").touch()
+    queued = []
+    for status, before in (
+        (138, 50),
+        (75, 19),
+        (75, 20),
+        (137, 0),
+        (137, 20),
+        (2, 0),
+        (1, 0),
+        (143, 0),
+        (0, 0),
+    ):
+        seen = tmp_path / f"seen-{status}-{before}"
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8", "SLURM_RESTART_COUNT": str(before)}
+        env = {"PATH": f"{tools}:{os.environ['PATH']}", "SEEN": str(seen), "STATUS": str(status), **slurm}
+        script = ROOT / "experiments" / "clusters" / "slurm_train.sh"
+        done = subprocess.run(["bash", script, tmp_path / "begun", "pretrain"], env=env, capture_output=True)
+        assert (done.returncode, done.stderr) == (status, b"")
+        started, *again = seen.read_text().splitlines()
+        assert started == f"srun 8 behrt-jax pretrain --output {tmp_path}/begun --resume --distributed auto"
+        assert again in ([], ["requeue 7"])
+        queued += [(status, before)] * len(again)
+    assert queued == [(138, 50), (75, 19), (137, 0)]
+
+
 def test_the_scripts_for_clusters_start_processes_that_find_each_other(tmp_path):
     """With stand-ins for what a cluster has; the run ends at a mistake that names the devices of both."""
     tools = tmp_path / "tools"

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,8 @@ from behrt_jax.config.training import InitConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.run_folder import append_metrics
 from behrt_jax.training.loop import Schedule
-from behrt_jax.workflows.run import check_metrics, check_same_run, settings
+from behrt_jax.workflows import run
+from behrt_jax.workflows.run import check_metrics, check_same_everywhere, check_same_run, settings
 
 CONFIG = PretrainConfig(lora=LoRAConfig(rank=4))
 
@@ -56,6 +58,27 @@ def test_metrics_and_checkpoints_that_are_gone_are_missed_and_those_not_due_are_
     append_metrics(tmp_path / "metrics.jsonl", {"step": 100, "split": "tuning"})
     with pytest.raises(InputError, match="no checkpoint that is whole, but 2 validations"):
         check_metrics(tmp_path, schedule, 0)
+
+
+def test_processes_of_one_run_share_settings_data_and_version_but_not_places(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "check_same", lambda own, mend: seen.append(own))
+    check_same_everywhere(CONFIG, "f")
+    moved = replace(
+        CONFIG,
+        output=Path("elsewhere"),
+        data=replace(CONFIG.data, path=Path("data")),
+        distributed=replace(CONFIG.distributed, process=1),
+    )
+    other = replace(CONFIG, train=replace(CONFIG.train, epochs=CONFIG.train.epochs + 1))
+    codes = replace(CONFIG, queries=replace(CONFIG.queries, codes=("A",)))
+    for config in (moved, other, codes):
+        check_same_everywhere(config, "f")
+    check_same_everywhere(CONFIG, "g")
+    first, *rest = seen
+    changed = [[name for name in first if first[name] != later[name]] for later in rest]
+    assert changed == [[], ["train.epochs"], ["queries.codes"], ["the fingerprint of the data"]]
+    json.dumps(first)
 
 
 def test_adapters_are_not_added_on_the_way(tmp_path):
