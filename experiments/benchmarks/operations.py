@@ -37,15 +37,17 @@ def operations(
     every other nested computation counts once (that of ``shard_map`` is one device's). Convolutions and a
     Pallas kernel's grid are not known.
 
-    Bytes are counted so that no schedule moves fewer:
+    Bytes are counted so that no schedule moves fewer that does one product after the other, each on the whole
+    of its operands (one that takes a batch through several products in parts may move less):
 
     - an operand of a product is read once, however many products it is an operand of (queries, keys and
       values, and adapters, from one read of their common input), at the size in which it is smallest (before
       it is broadcast, after it is cast);
     - one that was computed before was also written once; what lies between two products (biases, activations,
       norms, dropout) is free, fused into either, and so is what it keeps for the backward pass;
-    - what fits the last cache may never leave it: it is free, and where all arguments and results together
-      fit, these are too;
+    - what fits the last cache may never leave it: it is free, as is so much of a larger array; where all
+      arguments and results together fit, these are free too, else as much of them as the cache holds from one
+      step to the next;
     - between the two products of attention nothing is moved, as when it is computed in tiles;
     - arguments that are in no product (moments of an optimizer) are read once, and results that are not an
       argument as it was are written once.
@@ -67,7 +69,9 @@ def operations(
     walk = _Walk(cache_bytes, held > cache_bytes, rank)
     found = list(walk.operations(jaxpr, taken, 1))
     rest = sum(array.bytes for array in taken if not array.read) + sum(written.values())
-    return [*found, Operation("optimiser", 0.0, rest if walk.arguments_cost else 0.0, 1, None)]
+    # What is in the cache at the end need not be written, nor be read at the next step.
+    rest = max(0.0, rest - 2 * cache_bytes) if walk.arguments_cost else 0.0
+    return [*found, Operation("optimiser", 0.0, rest, 1, None)]
 
 
 def matrix_flops(function: Callable[..., Any], *arguments: Any) -> float:
@@ -180,7 +184,7 @@ class _Walk:
         size = min(array.bytes, in_this_form)
         if array.origin == "argument":
             return size if self.arguments_cost else 0.0
-        return 2 * size if size > self.cache_bytes else 0.0
+        return 2 * max(0.0, size - self.cache_bytes)
 
 
 def _bytes(var: Any) -> float:

@@ -1,11 +1,12 @@
-"""How far a train step is from the floor that no schedule of its operations beats on the device at hand.
+"""How far a train step is from the floor of its operations, one after the other, on the device at hand.
 
-The floor is the sum over the step's operations, one after the other, of the longer of FLOPs by the device's
-rate and bytes by its bandwidth, both measured here first. Assumptions, each on the side of a floor
+The floor is the sum over the step's operations of the longer of FLOPs by the device's rate and bytes by its
+bandwidth, both measured here first. Assumptions, each on the side of a floor
 (`experiments.benchmarks.operations`): elementwise work is free, and moves nothing; products read and write
 what cannot stay in the last cache, once; attention moves nothing between its two products; an optimizer reads
-and writes its state once. The algorithm is that of the step without parts, attention tiles or recomputation;
-attention counts between all tokens of a row, of whatever patients. Beside the floor each product runs alone,
+and writes its state once. The algorithm is that of the step without parts (which would move less where arrays
+of the whole batch outgrow the cache), attention tiles or recomputation; attention counts between all tokens
+of a row, of whatever patients. Beside the floor each product runs alone,
 as often as in the step: what the compiler's products take, without all that lies between them.
 """
 
@@ -44,7 +45,7 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 
 @dataclass(frozen=True)
 class RooflineBenchmark:
-    """Compare a train step with the floor that no schedule of its operations beats."""
+    """Compare a train step with the floor of its operations, one after the other."""
 
     sizes: tuple[str, ...] = ("small", "medium", "large")
     """Named configurations, without _lora."""
@@ -202,7 +203,7 @@ def _measured(
     platform = jax.default_backend()
     tokens = config.tokens or (4096 if platform == "cpu" else 65_536)
     wanted = max(1, tokens // model.positions)
-    parts = likely_parts(wanted, model.positions, model.ffn_size or 4 * model.hidden_size, platform)
+    parts = likely_parts(wanted, model.positions, model.inner_size, platform)
     rows = -(-wanted // parts) * parts
     mesh = make_mesh(jax.devices()[:1])
     batch = example_batch(model, rows)

@@ -48,7 +48,10 @@ def test_what_fits_the_cache_is_free():
 
     held = 2 * BYTES_X + BYTES_W  # arguments and result
     assert moved(twice, X, W, cache_bytes=held) == [0, 0, 0]
-    assert moved(twice, X, W, cache_bytes=held - 1) == [BYTES_X + BYTES_W, 0, BYTES_X]
+    # So much of an array as fits stays there, and of arguments and results from one step to the next.
+    assert moved(twice, X, W, cache_bytes=held - 1) == [BYTES_X + BYTES_W, 0, 0]
+    assert moved(twice, X, W, cache_bytes=BYTES_X) == [BYTES_X + BYTES_W, 0, 0]
+    assert moved(twice, X, W, cache_bytes=20) == [BYTES_X + BYTES_W, 2 * (BYTES_X - 20), BYTES_X - 2 * 20]
 
 
 def test_an_optimizer_reads_and_writes_its_state_and_frozen_leaves_stay():
