@@ -17,7 +17,7 @@ from scipy.special import expit
 
 from behrt_jax.cli import Command, run_command
 from behrt_jax.config.data import DataConfig, MakeLabelsConfig, PrepareConfig
-from behrt_jax.config.training import OptimizerConfig, PretrainConfig, TaskTrainConfig, TrainConfig
+from behrt_jax.config.training import OptimizerConfig, PretrainConfig, TrainConfig
 from behrt_jax.data.batches import RowShape, task_batches
 from behrt_jax.data.events import BIRTH_CODE
 from behrt_jax.data.labels import Labels, read_labels
@@ -222,7 +222,7 @@ def predictions(
         if not (run / SUMMARY_FILE).is_file():
             given = FINETUNE["lora"]
             blend = replace(given.task, blend="counts")
-            train = TaskTrainConfig(seed=seed)
+            train = replace(given.train, seed=seed)
             finetune_on(replace(given, task=blend, train=train, init=base, output=run), data, labels)
         own = np.flatnonzero(np.isin(labels.subject_ids, data.splits["held_out"].subject_ids))
         told = held_out_predictions(run, data, labels.take(own))

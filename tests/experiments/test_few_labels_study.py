@@ -1,11 +1,14 @@
 """The study of few labels: what its labels say, and a run of it as a whole."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from behrt_jax.config.training import SearchConfig, TaskTrainConfig
 from behrt_jax.data.prepared import read_prepared
+from behrt_jax.presets import FINETUNE
 from experiments.studies.few_labels import (
     CAUSE,
     OUTCOME,
@@ -53,7 +56,10 @@ def test_a_cause_and_a_value_decide(config):
 
 
 @pytest.mark.slow
-def test_the_study_compares_with_the_better_baseline(config):
+def test_the_study_compares_with_the_better_baseline(config, monkeypatch):
+    # What is compared does not depend on how long it trains, and of so few labels would be 800 steps.
+    short = {"train": TaskTrainConfig(max_steps=20), "search": SearchConfig(size=2)}
+    monkeypatch.setitem(FINETUNE, "lora", replace(FINETUNE["lora"], **short))
     found = few_labels_study(config)
     assert found == json.loads((config.output / "few_labels.json").read_text())
     (row,) = found["rows"]

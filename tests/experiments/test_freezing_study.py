@@ -220,10 +220,22 @@ def test_the_command_reads_its_options(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_quick_study_shows_what_it_must(tmp_path):
-    done = run_command("freezing_study.py", "--quick", "--output", tmp_path / "study")
-    assert done.returncode == 0, done.stderr
-    study = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert [verdict for verdict in study["verdicts"] if not verdict["holds"]] == []
-    found = {verdict["id"] for verdict in study["verdicts"]}
-    assert {"no-leak", "once-memorises-full", "once-frozen-full", "fresh-forgets-full"} <= found
-    assert {"frozen-latent", "learns-latent-full", "learns-latent-lora"} <= found
+    """Of each kind of data the regimes that something is claimed of."""
+    shared = ("full", "lora", "lora_only")
+    claimed = {"uniform": shared, "latent": (*shared, "all_but_adapted", "lora_pretrained")}
+    found = set()
+    for source, regimes in claimed.items():
+        masks = ("fresh", "once") if source == "uniform" else ("fresh",)
+        options = ("--sources", source, "--masks", *masks, "--regimes", *regimes)
+        done = run_command("freezing_study.py", "--quick", *options, "--output", tmp_path / source)
+        assert done.returncode == 0, done.stderr
+        verdicts = json.loads((tmp_path / source / "study.json").read_text())["verdicts"]
+        assert [verdict for verdict in verdicts if not verdict["holds"]] == []
+        found |= {verdict["id"] for verdict in verdicts}
+    assert found == {
+        "no-leak",
+        *(f"{name}-{regime}" for name in ("once-memorises", "once-frozen", "fresh-forgets")
+          for regime in ("full", "lora")),
+        "frozen-latent",
+        *(f"learns-latent-{regime}" for regime in claimed["latent"] if regime != "lora_only"),
+    }  # fmt: skip
