@@ -15,6 +15,7 @@ import pytest
 from behrt_jax.adapters import lora
 from behrt_jax.config.commands import EvaluateConfig, PredictConfig
 from behrt_jax.config.data import PrepareConfig
+from behrt_jax.config.model import ModelConfig
 from behrt_jax.data.batches import Batch
 from behrt_jax.data.events import BIRTH_CODE, SPLITS, EventCounts
 from behrt_jax.data.labels import VALUE_COLUMNS
@@ -25,15 +26,17 @@ from behrt_jax.data.vocabulary import UNK, fit_vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.behrt import PatientEmbedding
 from behrt_jax.records.prepare.pipeline import prepare
+from behrt_jax.tracking.console import SilentConsole
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.pretrained import open_pretrained, read_encoder
-from behrt_jax.workflows import prediction_data
+from behrt_jax.workflows import checks, prediction_data
 from behrt_jax.workflows.evaluate import evaluate
 from behrt_jax.workflows.finetune import finetune
 from behrt_jax.workflows.finetuned import open_finetuned
 from behrt_jax.workflows.labelled_data import check_codes, label_data, read_labelled
 from behrt_jax.workflows.predict import predict
 from behrt_jax.workflows.prediction_data import known as known_files
+from behrt_jax.workflows.prediction_data import open_records
 from tests.records.meds_folder import DAY, Row, born, events_table, write_meds
 from tests.records.memory_source import MemorySource
 from tests.workflows.evaluated import CODES, FIRST_ID, TIME
@@ -511,6 +514,21 @@ def test_a_model_knows_its_data_and_labels(case, tmp_path):
         assert case.predicted(path, model=model, data=None, labels=None).equals(known)
     assert known_files(case.base, "data") == case.data and known_files(case.base, "labels") is None
     assert known_files(case.run() / "plots", "data") is None
+
+
+def test_years_that_a_model_does_not_know_are_refused_whatever_it_is_asked(case, tmp_path, monkeypatch):
+    """Predictions, vectors and answers all come from the records that are opened here."""
+    config = PredictConfig(model=case.base, data=case.data, output=tmp_path / "p.parquet")
+    vocabulary = read_prepared(case.data).vocabulary
+    of_calendar = vocabulary, None, ModelConfig(time="time2vec"), SilentConsole()
+    with open_records(config, *of_calendar) as records:
+        assert records.splits == ("held_out",)
+    monkeypatch.setattr(checks, "FIRST_YEAR", 2150)
+    with (
+        pytest.raises(InputError, match=r"events of the held_out split are in years outside of 2150"),
+        open_records(config, *of_calendar),
+    ):
+        pass
 
 
 def test_codes_that_the_model_does_not_know_are_counted_and_too_many_refused(case, newcomers, tmp_path):
