@@ -260,6 +260,17 @@ def test_covariates_decide_what_is_drawn():
     assert np.abs(early / early.sum() - late / late.sum()).sum() > 1.0  # of at most 2
 
 
+def test_each_covariate_changes_its_own_rows():
+    """Sex those of diagnoses and routine care, the year those of treatments, gaps those of routine care."""
+    model = latent_model(100, 3, covariates=COVARIATES)
+    assert model.covariates is not None
+    slots = model.covariates.slots.reshape(*model.covariates.shape, -1)  # [S, E, G, R]
+    kinds = np.array([*["diagnosis", "diagnosis", "treatment", "treatment"] * 4, "care", "noise"])
+    for axis, changed in enumerate((("diagnosis", "care"), ("treatment",), ("care",))):
+        first, last = (model.emissions[:, slots.take(place, axis)[0, 0]] for place in (0, -1))  # [B, R, C]
+        assert ((first != last).any(axis=(0, 2)) == np.isin(kinds, changed)).all()
+
+
 def test_options_out_of_range():
     with pytest.raises(InputError, match=r"data.difficulty is 1.5: give a number from 0 to 1"):
         latent_model(200, 0, 1.5)
