@@ -262,6 +262,14 @@ def test_facts_of_prepared_data(tmp_path):
     assert line.startswith("Static facts: 1 of 2 subjects have any; 0 of 3 facts have no row")
 
 
+def test_a_code_with_a_time_that_is_selected_is_an_event(tmp_path):
+    """It is left out by no rule, so that none of those may count it."""
+    config = PrepareConfig(output=tmp_path / "out", codes=("DX//", "GENDER//"), min_count=1)
+    dropped = prepare(source_of(ROWS, IDS), config)["events"]["dropped"]
+    assert "fact with a time" not in dropped
+    assert dropped["code not selected"] == sum(str(row.code).startswith("RACE//") for row in ROWS)
+
+
 def test_birth_and_death_are_no_facts(tmp_path):
     """A fact is read before the first event: of a death, that would be the outcome."""
     dead = [Row(1, time, DEATH_CODE) for time in (None, 0)]
