@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from behrt_jax.config.model import ModelConfig
+from behrt_jax.config.training import ObjectiveName
 from behrt_jax.data.tasks import Task
 from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.files import JsonObject, json_text
@@ -29,6 +30,11 @@ TASKS = {
     "multilabel": "a set of codes",
     "regression": "a number",
     "survival": "the time to an event",
+}
+OBJECTIVES = {
+    "mlm": "predicts masked codes",
+    "queries": "answers questions about the time after a visit",
+    "both": "predicts masked codes, answers questions about the time after a visit",
 }
 
 
@@ -66,6 +72,8 @@ class Card:
     """What evaluate wrote."""
     program: str
     """How the program in the folder is used; empty where there is none."""
+    objective: ObjectiveName
+    """What it was pretrained for."""
 
 
 class Figure(NamedTuple):
@@ -147,7 +155,7 @@ def _front_matter(card: Card) -> str:
 
 def _what_it_is(card: Card) -> str:
     model = card.model
-    does = "predicts masked codes and gives a vector for each event"
+    does = f"{OBJECTIVES[card.objective]} and gives a vector for each event"
     if card.task is not None:
         does = f"predicts {TASKS[card.task.kind]} ({card.task.kind} task) from a history"
         if card.task.classes:
@@ -156,10 +164,25 @@ def _what_it_is(card: Card) -> str:
         "A BEHRT encoder ([Li et al. 2020](https://doi.org/10.1038/s41598-020-62922-y)) of electronic health "
         f"records that {does}. {card.parameters:,} parameters: {model.layers} layers of {model.hidden_size}, "
         f"{model.heads} heads, up to {model.positions} tokens, embeddings of {model.embedding_size}, "
-        f"{len(card.vocabulary):,} rows of vocabulary. Each token is a code with the patient's age, the "
-        "visit and the position."
+        f"{len(card.vocabulary):,} rows of vocabulary. {tokens_read(model)}"
         + (" Its adapters lie in adapter/, not merged into model.safetensors." if card.beside else "")
     )
+
+
+def tokens_read(model: ModelConfig) -> str:
+    """What the model reads of each event, in a sentence or two."""
+    read = ["the patient's age", *(["the visit"] if model.visit_embedding != "none" else [])]
+    if not model.position_embedding.startswith("rope"):
+        read.append("the position")
+    if model.time != "none":
+        read.append("the days since the visit before")
+    if model.time == "time2vec":
+        read.append("the date")
+    text = f"Each token is a code with {', '.join(read[:-1])}{' and ' if read[1:] else ''}{read[-1]}."
+    if model.position_embedding.startswith("rope"):
+        counted = "days" if model.position_embedding == "rope_time" else f"{model.position_of}s"
+        text += f" Attention reads how many {counted} lie between two tokens."
+    return text
 
 
 def _use(card: Card) -> str:

@@ -99,6 +99,7 @@ def export(config: ExportConfig, devices: Devices | None = None) -> PortableConf
             summary=dict(told.record.summary),
             evaluation=evaluation,
             program=use_of_program(loaded) if config.stablehlo else "",
+            objective=loaded.objective,
         )
         written = write_model(
             output,

@@ -288,6 +288,7 @@ def test_what_takes_a_pretrained_run_takes_one_on_questions(case, run, tmp_path,
     report(COMMANDS["report"].options(runs=(run.folder,)))
     exported = tmp_path / "export"
     export(ExportConfig(run=run.folder, output=exported, min_subjects=1), ONE)
+    assert "answers questions about the time after a visit" in (exported / "README.md").read_text()
     _, before = asked(case, run, tmp_path / "run.parquet", calibrate=False)
     _, after = asked(case, replace(run, folder=exported), tmp_path / "export.parquet", calibrate=False)
     np.testing.assert_allclose(probabilities(after), probabilities(before), rtol=1e-4)

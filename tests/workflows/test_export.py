@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -20,6 +21,7 @@ from behrt_jax.data.vocabulary import SPECIAL_TOKENS, Vocabulary
 from behrt_jax.errors import InputError
 from behrt_jax.models.attention import CHUNKED_FROM
 from behrt_jax.models.behrt import BEHRTForMLM, PatientEmbedding
+from behrt_jax.tracking.model_card import tokens_read
 from behrt_jax.weights.code_vectors import read_vectors, text_name
 from behrt_jax.weights.portable import write_model
 from behrt_jax.workflows.doctor import examine_folder
@@ -103,6 +105,9 @@ def test_a_folder_holds_no_path_and_no_subject(case, with_program):
     ]  # fmt: skip
 
 
+WITHOUT_BIASES = {"ffn": "geglu", "norm": "rms", "bias": False, "tied_decoder": True}
+
+
 def histories(batch: Batch):
     return batch.codes, batch.ages, batch.visits
 
@@ -168,18 +173,31 @@ def test_a_program_says_what_files_of_predictions_say(kind):
 
 
 @pytest.mark.slow
-def test_a_pretrained_program_gives_the_vectors_of_the_command(case, tmp_path):
-    """With [CLS], which it puts in front by itself, and [SEP]."""
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        ("special", {"sep_token": True}, "Each visit ends with the code 4 ([SEP])"),
+        (
+            "dated",
+            {"position_embedding": "rope_time", "time": "time2vec", **WITHOUT_BIASES},
+            "`days` are whole days from 1970-01-01 to the event",
+        ),
+    ],
+)
+def test_a_pretrained_program_gives_the_vectors_of_the_command(case, tmp_path, name, settings, told):
+    """With [CLS], which it puts in front by itself."""
     pytest.importorskip("flatbuffers")
-    base = case.pretrained("special", cls_token=True, sep_token=True)
+    base = case.pretrained(name, cls_token=True, **settings)
     export(ExportConfig(run=base, output=tmp_path / "m", stablehlo=True), ONE)
     model = load(tmp_path / "m", devices=ONE)
     batch, known = model.batch(case.data, limit=None), model.embed(case.data)
-    given = (column[:, 1:] for column in histories(batch))
-    found = np.asarray(program_of(tmp_path / "m")(*given))
+    columns = (*histories(batch), *([batch.days] if model.config.reads_days else []))
+    found = np.asarray(program_of(tmp_path / "m")(*(column[:, 1:] for column in columns)))
     np.testing.assert_allclose(found, known.values, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(known.values, load(base, devices=ONE).embed(case.data).values)
-    assert "Each visit ends with the code 4 ([SEP])" in (tmp_path / "m" / "README.md").read_text()
+    assert told in (tmp_path / "m" / "README.md").read_text()
+    with pytest.raises(InputError, match="the PyTorch layout is for") if name == "dated" else nullcontext():
+        export(ExportConfig(run=base, output=tmp_path / "torch", format="torch"), ONE)
 
 
 @pytest.mark.slow
@@ -354,6 +372,25 @@ def test_the_card_says_what_the_run_says(case, exported):
     assert "```python\nimport behrt_jax\n" in card and "predict.stablehlo" not in card
     fingerprint = json.loads((case.run() / "config.json").read_text())["data"]["fingerprint"]
     assert fingerprint in card and json.loads((exported / "config.json").read_text())["data_fingerprint"]
+
+
+def test_the_card_tells_of_each_setting_what_is_read():
+    plain = replace(tiny_model(), visit_embedding="none")
+    read = {
+        "age and the position.": {},
+        "age, the visit and the position.": {"visit_embedding": "ordinal"},
+        "age. Attention reads how many visits lie between two tokens.": {
+            "position_embedding": "rope", "position_of": "visit",
+        },
+        "age and the days since the visit before. Attention reads how many days lie": {
+            "position_embedding": "rope_time", "time": "gaps",
+        },
+        "age, the days since the visit before and the date. Attention reads how many events": {
+            "position_embedding": "rope", "time": "time2vec",
+        },
+    }  # fmt: skip
+    for text, settings in read.items():
+        assert f"Each token is a code with the patient's {text}" in tokens_read(replace(plain, **settings))
 
 
 def test_small_numbers_of_subjects_are_not_told(case, tmp_path):
