@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.commands import of_a_command
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "notebooks"
 NAMES = [path.stem for path in sorted(FOLDER.glob("[0-9]*.py"))]
@@ -70,7 +71,7 @@ def test_a_notebook_runs_to_the_end(name, tmp_path):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"needs the extra notebooks: {needed} is not installed")
     command = [sys.executable, FOLDER / "execute.py", FOLDER / f"{name}.py", "--output", tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[1])}
+    environment = {**of_a_command(), "PYTHONPATH": str(FOLDER.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     stored, made = (list(cells_of_notebook(folder / f"{name}.ipynb")) for folder in (FOLDER, tmp_path))

@@ -31,6 +31,7 @@ from behrt_jax.training.loop import DivergenceError
 from behrt_jax.training.pretrained import check_source, start_from
 from behrt_jax.training.state import init_state, optimizer_for, set_up
 from behrt_jax.workflows.pretrain import pretrain
+from tests.commands import run_command
 from tests.records.meds_folder import by_remainder, history_rows, write_meds
 from tests.workflows.small_run import SMALL_RUN, changed
 
@@ -294,11 +295,11 @@ def test_meds_data_of_a_folder(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_mimic_demo_learns_more_than_the_unigram_baseline(tmp_path):
-    from behrt_jax.presets import PRETRAIN
-
-    path = Path(os.environ["EHR_TEST_DATA"]) / "mimic-iv-demo-meds"
-    config = replace(PRETRAIN["small_lora"], output=tmp_path / "mimic")
-    summary = pretrain(changed(config, "data", source="meds", path=path), ONE).summary
+    path, run = Path(os.environ["EHR_TEST_DATA"]) / "mimic-iv-demo-meds", tmp_path / "mimic"
+    options = ("--data.source", "meds", "--data.path", path, "--output", run)
+    done = run_command("pretrain.py", "--config", "small_lora", *options)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["data"]["events_read"] == 916_166
     assert [summary["data"]["splits"][name]["subjects"] for name in ("train", "tuning")] == [80, 10]
     assert summary["gain_over_unigram"] > 0.2
