@@ -62,7 +62,7 @@ class QueriesStudyConfig:
     subjects: int | None = None
     """Subjects to generate; 100,000 where not given, quick 6,000."""
     epochs: int | None = None
-    """Of pretraining; 2 where not given."""
+    """Of pretraining; 4 where not given."""
     codes: int = 8
     """How many of the most frequent diagnoses and treatments are asked of; quick 2."""
     sizes: tuple[int, ...] = (100, 1000, ALL)
@@ -90,8 +90,8 @@ STUDY_BASE = PretrainConfig(
     ),
     queries=QueriesConfig(questions=64, horizon_days=(30.0, 60.0, 120.0, 240.0, 480.0, 720.0)),
     optimizer=OptimizerConfig(learning_rate=3e-3),
-    # Many subjects seen twice, at other prediction times: there is nothing to memorise.
-    train=TrainConfig(epochs=2, batch_size=256, log_every=50),
+    # Many subjects, each time at other prediction times: there is nothing to memorise.
+    train=TrainConfig(epochs=4, batch_size=256, log_every=50),
 )
 WAYS = {
     "head": replace(
