@@ -528,7 +528,7 @@ def plot_ladder(found: Mapping[str, Any], file: Path) -> None:
     shares.set_yticks(places, list(rungs))
     shares.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     shares.set_xlabel("share of the attainable gain")
-    aurocs.set_xlabel("AUROC of the forecast, 95 % interval over subjects")
+    aurocs.set_xlabel("AUROC of the forecast,\n95 % interval over subjects")
     for axes in (shares, aurocs):
         axes.grid(axis="y", linewidth=0.4, alpha=0.5)
         axes.spines[["top", "right"]].set_visible(False)
