@@ -34,6 +34,22 @@ row_lists = st.lists(
 )
 
 
+def death_of(own, birth, data):
+    """The first death, or the last one where there was care in between: more than 60 days after the first."""
+    deaths = [row.time for row in own if row.code == DEATH_CODE and row.time is not None]
+    deaths = [time for time in deaths if birth is None or time // DAY >= birth // DAY]
+    if not deaths or birth is None:
+        return min(deaths, default=None)
+    first, last = min(deaths), max(deaths)
+    care = [
+        row.time
+        for row in own
+        if row.code.startswith(data.codes) and row.time is not None and row.time >= birth
+    ]
+    alive = any(time > first + 60 * DAY and time // DAY <= last // DAY for time in care)
+    return last if alive and first // DAY != last // DAY else first
+
+
 def reference(rows, data, sep_token):
     """The same by plain loops: subject -> tokens (code, age, visit, time), and events by rule."""
     dropped, tokens = Counter(), {}
@@ -42,9 +58,7 @@ def reference(rows, data, sep_token):
         birth = min(
             (row.time for row in own if row.code == BIRTH_CODE and row.time is not None), default=None
         )
-        death = min(
-            (row.time for row in own if row.code == DEATH_CODE and row.time is not None), default=None
-        )
+        death = death_of(own, birth, data)
         events = []
         for row in own:
             if row.code in (BIRTH_CODE, DEATH_CODE):

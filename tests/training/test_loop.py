@@ -123,12 +123,15 @@ def test_an_interruption_saves_at_once_and_resuming_writes_the_same_lines():
 
 @pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_asks_for_a_stop_and_its_handler_comes_back(sent):
-    before = signal.getsignal(sent)
-    with catching_signals() as interruption:
-        assert not interruption
-        signal.raise_signal(sent)
-        assert interruption and interruption.name == sent.name
-    assert signal.getsignal(sent) is before
+    outside = signal.signal(sent, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        with catching_signals() as interruption:
+            assert not interruption
+            signal.raise_signal(sent)
+            assert interruption and interruption.name == sent.name
+        assert signal.getsignal(sent) is signal.SIG_DFL
+    finally:
+        signal.signal(sent, outside)
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch):
