@@ -107,7 +107,7 @@ def stored(run):
 
 @pytest.mark.slow
 def test_an_offline_record_of_weights_and_biases_holds_metrics_and_settings(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name, value in {"WANDB_MODE": "offline", "WANDB_API_KEY": "f" * 40}.items():
         monkeypatch.setenv(name, value)
     settings = {"name": "small", "lora": {"rank": 8}}
@@ -117,6 +117,7 @@ def test_an_offline_record_of_weights_and_biases_holds_metrics_and_settings(tmp_
         with open_trackers(TrackingConfig(wandb=True, project="mine"), folder, settings) as send:
             for step, loss in losses.items():
                 send(line(step, loss))
+    wandb.teardown()  # the end of a run is only announced to its service, which writes the file then
     first, second = sorted(folder.glob("wandb/offline-run-*"))
     own = (folder / "wandb" / "run_id.txt").read_text()
     assert first.name.endswith(f"-{own}") and second.name.endswith(f"-{own}")  # one record
