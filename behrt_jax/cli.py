@@ -35,6 +35,7 @@ from behrt_jax.config.training import FinetuneConfig, PretrainConfig
 from behrt_jax.errors import InputError
 from behrt_jax.presets import FINETUNE, PRETRAIN
 from behrt_jax.tracking.console import lasting_streams, tell
+from behrt_jax.training.memory import keep_freed_memory
 
 C = TypeVar("C")
 
@@ -202,6 +203,7 @@ def run_command(command: Command[C], arguments: Sequence[str], prog: str) -> int
         prog: name of the program in usage and errors.
     """
     output = None
+    keep_freed_memory()  # before a library starts threads
     with lasting_streams():
         try:
             with _holding_back(signal.SIGINT):

@@ -5,7 +5,6 @@ Source: JAX's persistent compilation cache
 lowering; :class:`KeptProgram` saves these too.
 """
 
-import ctypes
 import hashlib
 import hmac
 import os
@@ -368,30 +367,3 @@ def _secret() -> bytes | None:
     except (OSError, AttributeError):  # a system without owners of files
         return None
     return secret if own and len(secret) == 32 else None
-
-
-# Memory that a CPU step frees and needs again at the next one stays with the process.
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_KEPT = 2**30
-_OLD_LIMIT = 32 * 2**20  # the most that older versions of glibc accept
-
-
-def keep_freed_memory() -> bool:
-    """Keep blocks of up to a GiB in the heap when they are freed, and up to a GiB free at its top.
-
-    On the CPU, XLA asks the C library for its buffers at each step. Where those come as maps of their own,
-    the kernel clears every page anew: measured on 2 cores, `small` took 45 ms a step in place of 29.
-    glibc adapts by itself, unless it has seen larger blocks first, as in loading a large data set.
-
-    Returns:
-        Whether the C library took the settings; False where it is not glibc.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library, musl for one
-        return False
-    kept = mallopt(_M_MMAP_THRESHOLD, _KEPT) or mallopt(_M_MMAP_THRESHOLD, _OLD_LIMIT)
-    return bool(kept and mallopt(_M_TRIM_THRESHOLD, _KEPT))

@@ -37,9 +37,10 @@ from behrt_jax.tracking.summary import Summary
 from behrt_jax.training.devices import Devices, make_mesh
 from behrt_jax.training.freezing import regime
 from behrt_jax.training.loop import Schedule
+from behrt_jax.training.memory import keep_freed_memory
 from behrt_jax.training.pretrained import Pretrained, open_pretrained
 from behrt_jax.training.processes import from_first, is_first
-from behrt_jax.training.runtime import keep_freed_memory, use_compilation_cache
+from behrt_jax.training.runtime import use_compilation_cache
 from behrt_jax.training.state import Setup, assemble, set_up_task
 from behrt_jax.training.step import Variables, task_objective
 from behrt_jax.training.validation import task_metrics

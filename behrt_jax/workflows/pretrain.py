@@ -59,10 +59,11 @@ from behrt_jax.training.devices import Devices, make_mesh, replicated
 from behrt_jax.training.feeding import PlacedBatches, on_device, one_step, open_feed
 from behrt_jax.training.loop import Schedule, Steps, catching_signals
 from behrt_jax.training.masking import FIRST_CODE
+from behrt_jax.training.memory import keep_freed_memory
 from behrt_jax.training.micro_batches import choose_micro_batches, rows_multiple
 from behrt_jax.training.pretrained import check_source, check_vocabulary, start_from
 from behrt_jax.training.processes import agreed, from_first, is_first, together, whole_here
-from behrt_jax.training.runtime import Startup, keep_freed_memory, use_compilation_cache
+from behrt_jax.training.runtime import Startup, use_compilation_cache
 from behrt_jax.training.state import Assembly, assemble, set_up, with_code_rows
 from behrt_jax.training.step import Totals, TrainState, Variables, masked_code_objective
 from behrt_jax.training.telemetry import adapter_norms, code_table

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from behrt_jax.training.memory import keep_freed_memory
+
 WARM_UP = 2
 CONTENDERS = {
     "jax": "experiments.benchmarks.ours:jax_contender",
@@ -51,6 +53,8 @@ def _process_bytes(name: str) -> int:
 def main(task: Mapping[str, Any]) -> None:
     """Serve turns, see the module."""
     contender = CONTENDERS[task["kind"]]
+    if task["kind"] != "torch":
+        keep_freed_memory()  # as a command does, before a library starts threads
     turn, facts = pkgutil.resolve_name(contender)(task)
     for index in range(WARM_UP):
         turn(index)

@@ -19,7 +19,6 @@ from behrt_jax.files import from_stored
 from behrt_jax.records.load import load_sequences
 from behrt_jax.training.devices import make_mesh, put_rows
 from behrt_jax.training.micro_batches import likely_parts, rows_multiple
-from behrt_jax.training.runtime import keep_freed_memory
 from behrt_jax.training.state import assemble_pretraining
 from experiments.benchmarks.ablation import ABLATIONS, OPTIONS, no_change
 from experiments.benchmarks.operations import matrix_flops
@@ -93,7 +92,6 @@ def steps_of(task: Mapping[str, Any], platform: str) -> int:
 
 def jax_contender(task: Mapping[str, Any]) -> tuple[Callable[[int], Any], dict[str, Any]]:
     """Our train step on packed, padded or full rows."""
-    keep_freed_memory()
     model = ModelConfig(**task["model"])
     adapters = None
     if task["regime"] == "lora":

@@ -31,8 +31,8 @@ from behrt_jax.models.behrt import example_batch
 from behrt_jax.presets import PRETRAIN
 from behrt_jax.tracking.console import table_text
 from behrt_jax.training.devices import make_mesh, put_rows
+from behrt_jax.training.memory import keep_freed_memory
 from behrt_jax.training.micro_batches import likely_parts
-from behrt_jax.training.runtime import keep_freed_memory
 from behrt_jax.training.state import Assembly, assemble_pretraining
 from experiments.benchmarks.operations import Group, Operation, operations
 from experiments.benchmarks.ours import ceiling

@@ -27,8 +27,7 @@ def task(name: str, layout: str, regime: str = "lora", **options):
 
 
 @pytest.mark.slow
-def test_flops_are_of_the_model_whatever_is_computed_twice(monkeypatch):
-    monkeypatch.setattr(benchmark_ours, "keep_freed_memory", lambda: None)
+def test_flops_are_of_the_model_whatever_is_computed_twice():
     _, plain = benchmark_ours.jax_contender(task("ours full", "full", micro_batches=1))
     options = {"attention": "chunked", "rematerialise": True, "scan_layers": True, "micro_batches": 3}
     turn, other = benchmark_ours.jax_contender(task("ours full", "full", **options))

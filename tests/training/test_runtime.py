@@ -13,12 +13,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from behrt_jax.training import runtime as compilation
+from behrt_jax.training.memory import keep_freed_memory
 from behrt_jax.training.runtime import (
     KeptProgram,
     Startup,
     default_folder,
     host_fingerprint,
-    keep_freed_memory,
     use_compilation_cache,
 )
 
@@ -322,6 +322,31 @@ def test_freed_memory_is_used_again_without_page_faults():
         pytest.skip("the C library is not glibc")
     faults_of_using(100, times=1)  # the heap grows to it once
     assert faults_of_using(100, times=10) < 100  # otherwise 25,600 pages a time, or 500 huge ones
+
+
+IN_A_THREAD = """
+import resource, threading
+from behrt_jax.training.memory import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        bytearray(100 * 2**20)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+found, kept = [], keep_freed_memory()
+for _ in range(2):
+    thread = threading.Thread(target=faults)
+    thread.start()
+    thread.join()
+print(found[-1] if kept else "not glibc")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is of glibc")
+def test_threads_that_start_later_use_it_again_too():
+    done = subprocess.run([sys.executable, "-c", IN_A_THREAD], capture_output=True, text=True, check=True)
+    if done.stdout.strip() == "not glibc":
+        pytest.skip("the C library is not glibc")
+    assert int(done.stdout) < 100
 
 
 def test_elsewhere_nothing_is_done(monkeypatch):
