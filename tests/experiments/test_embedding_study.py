@@ -104,9 +104,9 @@ def test_without_gensim_the_command_says_what_to_install(prepared, monkeypatch):
 
 
 def tiny_study(output, vectors_of="all"):
-    base = changed(changed(BASE, "data", subjects=300, vocabulary_size=70), "train", epochs=2)
+    base = changed(changed(BASE, "data", subjects=300, vocabulary_size=70), "train", epochs=1)
     return EmbeddingStudyConfig(
-        replace(base, model=tiny_model(positions=24)),
+        replace(base, model=tiny_model(positions=24, layers=1)),
         fractions=(0.2, 1.0),
         seeds=1,
         skipgram=SkipGramConfig(dimension=8, epochs=2),

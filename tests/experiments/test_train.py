@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
+from timeit import timeit
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +22,13 @@ from behrt_jax.presets import PRETRAIN
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.state import assemble_pretraining
 from experiments.benchmarks import ablation as benchmark_ablation
+from experiments.benchmarks import ours as benchmark_ours
 from experiments.benchmarks import train as benchmark_train
 from experiments.benchmarks.ablation import ABLATIONS, LORA_ONLY, AblationBenchmark
 from experiments.benchmarks.operations import matrix_flops
 from experiments.benchmarks.train import ALL_LINEARS, TrainBenchmark, as_table, figures, tasks_of
 from tests.models.rows import random_batch, tiny_model
-from tests.workflows.small_run import SMALL_RUN
+from tests.workflows.small_run import SMALL_RUN, changed
 
 CONFIGURATIONS = {"tiny": replace(SMALL_RUN, model=tiny_model())}
 TINY = TrainBenchmark(sizes=("tiny",), regimes=("lora",), patients=24, rank=2, vocabulary_size=200, rounds=2)
@@ -114,12 +119,28 @@ def test_a_contest_from_end_to_end(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "train.png").stat().st_size > 5000
 
 
+@contextmanager
+def contest_here(tasks, rounds):
+    """A contest in this process, with what a contender is told in JSON."""
+    contenders = []
+    for name, task in tasks.items():
+        turn, facts = benchmark_ours.jax_contender(json.loads(json.dumps(task)))
+        seconds = [timeit(partial(turn, number), number=1) for number in range(rounds)]
+        contenders.append(SimpleNamespace(name=name, facts=facts, seconds=seconds, peak_bytes=1))
+    yield contenders
+
+
 @pytest.mark.slow
 def test_each_optimisation_can_be_undone(tmp_path, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    patients = benchmark_ours.load_patients({"layout": "packed", "patients": 24, **asdict(TINY)})
+    monkeypatch.setattr(benchmark_ours, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(benchmark_ours, "load_patients", lambda _: patients)
+    monkeypatch.setattr(benchmark_ours, "matrix_flops", lambda *_: 1.0)
+    monkeypatch.setattr(benchmark_ablation, "contest", contest_here)
     config = AblationBenchmark("tiny", "lora", patients=24, rank=2, vocabulary_size=200, at_once=6, rounds=1)
+    one_layer = {"tiny": changed(CONFIGURATIONS["tiny"], "model", layers=1)}
     report = benchmark_ablation.benchmark_ablation(
-        replace(config, output=tmp_path / "ablation.json"), CONFIGURATIONS
+        replace(config, output=tmp_path / "ablation.json"), one_layer
     )
     assert report["results"].keys() == ABLATIONS.keys() and set(LORA_ONLY) < ABLATIONS.keys()
     written = json.loads((tmp_path / "ablation.json").read_text())["results"]
