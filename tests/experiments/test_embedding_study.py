@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -31,6 +32,7 @@ from tests.models.rows import tiny_model
 from tests.workflows.small_run import changed
 
 FIRST = len(SPECIAL_TOKENS)
+ONE = jax.devices()[:1]
 
 
 def test_sentences_are_subjects_or_visits_as_often_as_asked(monkeypatch):
@@ -132,8 +134,9 @@ def test_vectors_are_of_all_train_subjects_or_of_those_of_the_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_study_as_a_whole(tmp_path):
+def test_the_study_as_a_whole(tmp_path, monkeypatch):
     pytest.importorskip("gensim")
+    monkeypatch.setattr(jax, "devices", lambda *_: ONE)
     config = tiny_study(tmp_path)
     found = embedding_study(config)
     assert found == json.loads((tmp_path / "embedding_study.json").read_text())

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,6 +22,8 @@ from experiments.studies.few_labels import (
     labels_of,
     prepared_records,
 )
+
+ONE = jax.devices()[:1]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,7 @@ def test_a_cause_and_a_value_decide(config):
 
 @pytest.mark.slow
 def test_the_study_compares_with_the_better_baseline(config, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: ONE)
     # What is compared does not depend on how long it trains, and of so few labels would be 800 steps.
     short = {"train": TaskTrainConfig(max_steps=20), "search": SearchConfig(size=2)}
     monkeypatch.setitem(FINETUNE, "lora", replace(FINETUNE["lora"], **short))

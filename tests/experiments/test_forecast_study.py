@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import jax
 import pytest
 
 from behrt_jax.config.data import DataConfig
@@ -17,6 +18,7 @@ from behrt_jax.config.training import (
 from behrt_jax.errors import InputError
 from experiments.studies.forecast import ForecastStudyConfig, forecast_study, with_subjects
 
+ONE = jax.devices()[:1]
 BASE = PretrainConfig(
     model=ModelConfig(embedding_size=16, hidden_size=16, layers=1, heads=2, positions=32, dropout=0.0),
     data=DataConfig(
@@ -39,7 +41,8 @@ PROBE = FinetuneConfig(
 
 
 @pytest.mark.slow
-def test_the_oracle_is_not_beaten_and_runs_are_not_made_twice(tmp_path):
+def test_the_oracle_is_not_beaten_and_runs_are_not_made_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: ONE)
     config = ForecastStudyConfig(label_fractions=(1.0,), output=tmp_path)
     found = forecast_study(config, BASE, (PROBE,))
     assert found == json.loads((tmp_path / "forecast_study.json").read_text())

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import jax
 import pytest
 
 from behrt_jax.config.data import DataConfig
@@ -11,9 +12,12 @@ from experiments.studies import queries
 from experiments.studies.queries import ASKED, NEVER, STUDY_BASE, QueriesStudyConfig, queries_study
 from tests.models.rows import tiny_model
 
+ONE = jax.devices()[:1]
+
 
 @pytest.mark.slow
 def test_the_study_asks_what_was_asked_and_what_never_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "devices", lambda *_: ONE)
     base = replace(
         STUDY_BASE,
         model=tiny_model(layers=1),

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -27,6 +28,7 @@ from experiments.studies.representation import (
 from tests.models.rows import tiny_model
 from tests.workflows.small_run import changed
 
+ONE = jax.devices()[:1]
 TINY = changed(
     changed(BASE, "data", subjects=300, vocabulary_size=70, covariates=(), held_out_fraction=0.2),
     "train",
@@ -110,6 +112,7 @@ def test_wrong_options_are_told_before_any_work(tmp_path, changes, message):
 
 @pytest.mark.slow
 def test_the_study_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *_: ONE)
     ladder = {FIRST: RUNGS[FIRST], "+ facts": RUNGS["+ facts"]._replace(on=FIRST)}
     ladder["attention pooling"] = RUNGS["attention pooling"]._replace(on="+ facts")
     monkeypatch.setattr("experiments.studies.representation.RUNGS", ladder)
