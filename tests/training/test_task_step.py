@@ -1,5 +1,7 @@
 """The steps of labelled tasks: equal results by different ways, what moves and what it costs."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,10 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
+from behrt_jax import presets
 from behrt_jax.config.training import OptimizerConfig
 from behrt_jax.data.batches import Batch, TaskBatch
 from behrt_jax.models.behrt import BEHRTForTask
-from behrt_jax.presets import LARGE
 from behrt_jax.training.devices import make_mesh, put_rows
 from behrt_jax.training.state import abstract_state, optimizer_for, set_up_task, with_encoder
 from behrt_jax.training.step import make_update_step, task_objective
@@ -175,6 +177,10 @@ def test_training_begins_at_the_base_rate_with_the_encoder_that_is_given():
     plain = setup.predictor._replace(lora=None)
     without = jax.jit(make_output_step(plain))(state.variables, batch)
     np.testing.assert_array_equal(jax.jit(make_output_step(setup.predictor))(state.variables, batch), without)
+
+
+# Two layers: each further one adds what the second does.
+LARGE = replace(presets.LARGE, layers=2)
 
 
 def compiled_flops(regime, product=None):

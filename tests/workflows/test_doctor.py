@@ -204,11 +204,12 @@ def check_before(config, folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
 def test_no_alarm_in_a_whole_run_of_a_shipped_configuration(tmp_path):
-    done = run_command("pretrain.py", "--config", "small_lora", "--output", tmp_path / "run")
+    # A third of its epochs: the loss is then 0.6 nats below that of counting pairs.
+    options = ("--train.epochs", 10, "--output", tmp_path / "run")
+    done = run_command("pretrain.py", "--config", "small_lora", *options)
     assert done.returncode == 0, done.stderr
-    assert run_command("doctor.py", "--run", tmp_path / "run").returncode == 0
+    assert main(["doctor", "--run", str(tmp_path / "run")]) == 0
     assert ids(examined(tmp_path / "run")) == []
 
 
