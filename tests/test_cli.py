@@ -22,6 +22,7 @@ from behrt_jax.cli import COMMANDS, Command, main, parse
 from behrt_jax.config.training import FinetuneConfig
 from behrt_jax.errors import DivergenceError, InputError
 from behrt_jax.presets import PRETRAIN
+from behrt_jax.workflows import pretrain as module
 from behrt_jax.workflows.run import RunResult
 from tests.records.meds_folder import by_remainder, history_rows, write_meds
 
@@ -476,46 +477,55 @@ def test_parse_raises_for_callers():
 
 
 @pytest.mark.slow
-def test_large_lora_with_adapters_on_out_prints_the_figures(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--config", "large_lora", "--lora.targets", "out", "--train.max_steps", "1",
-         "--output", tmp_path / "run"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_large_lora_with_adapters_on_out_prints_the_figures(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise InputError("The figures are printed, and no step is compiled yet.")
+
+    monkeypatch.setattr(module, "on_device", stop)
+    options = ["--lora.targets", "out", "--data.subjects", "300", "--output", str(tmp_path / "run")]
+    assert main(["pretrain", "--config", "large_lora", *options]) == 2
     parameters = json.loads((tmp_path / "run" / "parameters.json").read_text())
     assert (parameters["total"], parameters["trainable"]) == (20_366_312, 1_450_984)
-    assert "20,366,312" in done.stdout
-    assert "7.1 %" in done.stdout
+    shown = capsys.readouterr().out
+    assert "20,366,312" in shown and "7.1 %" in shown
     assert len(parameters["adapters"]) == 6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_the_run_goes_on_later(sent, tmp_path):
-    # Through a process that hears the signal again, where the tests run under nohup.
+def test_a_signal_saves_and_the_run_goes_on_later(tmp_path):
+    # Through a process that hears the signals again, where the tests run under nohup.
     heard = (
         "import os, signal, sys; "
-        "signal.signal(int(sys.argv[1]), signal.SIG_DFL); os.execv(sys.argv[2], sys.argv[2:])"
+        "[signal.signal(sent, signal.SIG_DFL) for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]; "
+        "os.execv(sys.argv[1], sys.argv[1:])"
     )
-    command = [sys.executable, "-c", heard, str(int(sent)), sys.executable, SCRIPT, "--config", "small_lora",
-               "--output", tmp_path / "run", "--train.epochs", "4", "--data.subjects", "1000"]  # fmt: skip
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 200
+    command = [sys.executable, "-c", heard, sys.executable, SCRIPT, "--config", "small_lora",
+               "--output", tmp_path / "run", "--model.layers", "1", "--data.subjects", "150",
+               "--data.vocabulary_size", "200", "--train.epochs", "100000"]  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    run.send_signal(sent)
-    output, _ = run.communicate(timeout=200)
-    assert run.returncode == 128 + sent, output
-    assert f"interrupted by {sent.name}" in output
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+
+    def steps():
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        return [json.loads(line)["step"] for line in lines]
+
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        before, deadline = steps(), time.monotonic() + 200
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while len(steps()) == len(before) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        run.send_signal(sent)
+        output, _ = run.communicate(timeout=200)
+        assert run.returncode == 128 + sent, output
+        assert f"interrupted by {sent.name}" in output
+        assert ("Resuming after step" in output) == bool(before)
+        if not before:
+            command.append("--resume")
+    until = steps()[-1] + 4
+    done = subprocess.run([*command, "--train.max_steps", str(until)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Resuming after step" in done.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["stop_reason"] == "finished"
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == sorted(steps)
+    assert steps() == sorted(steps()) and steps()[-1] == until
 
 
 def test_the_script_runs_from_anywhere(tmp_path):

@@ -201,4 +201,4 @@ def test_a_training_ends_well_with_the_core_packages_alone(absent, tmp_path):
     printed = output_of(sys.executable, "-c", BARE + TRAINING, absent, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stop_reason"] == "finished"
     assert "need the package safetensors: pip install safetensors. Its values are in checkpoints" in printed
-    assert not (tmp_path / "run" / "adapter").exists()
+    assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "adapter").exists()

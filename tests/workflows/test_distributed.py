@@ -102,9 +102,8 @@ def alone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("fsdp", [1, 8])
-def test_two_processes_leave_what_one_does(alone, tmp_path, fsdp):
-    found = run(2, 4, [*TRAINED, "--mesh.fsdp", fsdp, "--output", tmp_path / "run"])
+def test_two_processes_leave_what_one_does(alone, tmp_path):
+    found = run(2, 4, [*TRAINED, "--mesh.fsdp", 8, "--output", tmp_path / "run"])
     assert [status for status, _, _ in found] == [0, 0], found
     same_figures(lines(tmp_path / "run"), lines(alone))
     ours, theirs = summary(tmp_path / "run"), summary(alone)
