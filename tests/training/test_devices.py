@@ -139,7 +139,7 @@ def test_moments_of_the_real_optimizer_lie_with_their_parameters():
 
 @pytest.mark.slow
 def test_initialisation_does_not_depend_on_the_mesh():
-    one, split = (jax.device_get(fresh(TINY, mesh_of(name))) for name in ("1", "1x8"))
+    one, split = (jax.device_get(fresh(SHALLOW, mesh_of(name))) for name in ("1", "1x8"))
     chex.assert_trees_all_equal(one, split)
 
 
@@ -193,7 +193,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
     with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(2, *_trees(state), {}, {}, {"loss": 1.0})
     saved = jax.device_get(state)
-    for name in MESHES:
+    for name in ("1", "2x4"):
         template = fresh(config, mesh_of(name))
         with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
             params, lora, opt_state = _trees(template)

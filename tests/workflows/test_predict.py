@@ -360,7 +360,7 @@ def written(case, output, **options):
     return table["subject_id"].to_numpy(), table["prediction_time"].cast("int64").to_numpy(), vectors
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["binary", pytest.param("multilabel", marks=pytest.mark.slow)])
 def test_embeddings_stand_beside_the_labels_for_a_linear_probe(case, tmp_path, kind):
     labelled = case.labelled(kind)
     given = PredictConfig(model=case.base, data=case.data, labels=labelled.labels, embeddings=True)
