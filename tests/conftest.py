@@ -1,6 +1,7 @@
 """Strict flags for every test, and eight devices on one CPU."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -29,6 +30,9 @@ from hypothesis import settings
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+# Tracing makes objects by the million and few of them in cycles: to look for these less often saves a tenth.
+gc.set_threshold(20_000, 10, 50)
 
 # The first example of a property pays for a compilation; its time says nothing.
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))

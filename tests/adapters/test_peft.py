@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-pytest.importorskip("peft")
 
-import peft  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file
 
@@ -47,6 +45,12 @@ PATTERNS = LoRAConfig(
     rank_pattern=("output=4",),
     alpha_pattern=("behrt/encoder/layer_0/*=7",),
 )
+
+
+@pytest.fixture(scope="module")
+def peft():
+    """PEFT, imported where a test runs: it takes seconds, and every process collects this file."""
+    return pytest.importorskip("peft")
 
 
 def drawn_lora(params, config):
@@ -88,7 +92,7 @@ def mixed(params, trained, others):
         (None, ("embedding", "head", "base")),
     ],
 )
-def test_peft_loads_what_is_written_and_computes_the_same(tmp_path, config, groups):
+def test_peft_loads_what_is_written_and_computes_the_same(peft, tmp_path, config, groups):
     params = drawn_params()
     adapters = {} if config is None else drawn_lora(params, config)
     trained = marks(params, groups)
@@ -128,7 +132,7 @@ def test_the_configuration_has_every_value_resolved(tmp_path):
     }
 
 
-def test_an_export_with_its_adapter_beside_is_the_run_in_peft(tmp_path):
+def test_an_export_with_its_adapter_beside_is_the_run_in_peft(peft, tmp_path):
     config = PretrainConfig(
         model=tiny_model(dropout=0.0),
         lora=LoRAConfig(rank=2, targets=("query", "intermediate", "output")),
@@ -187,7 +191,7 @@ def train(model):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_peft_trained_is_read(tmp_path, caplog, name):
+def test_what_peft_trained_is_read(peft, tmp_path, caplog, name):
     params = drawn_params()
     torch.manual_seed(1)
     model = train(peft.get_peft_model(on_base(params), peft.LoraConfig(**SETTINGS[name])))
@@ -200,7 +204,7 @@ def test_what_peft_trained_is_read(tmp_path, caplog, name):
     assert_agree(ours(found, adapters, LoRAConfig(**config.lora)), theirs(model))
 
 
-def test_a_state_dict_with_adapters_of_peft_is_read_as_a_whole_model():
+def test_a_state_dict_with_adapters_of_peft_is_read_as_a_whole_model(peft):
     config = {"r": 3, "lora_alpha": 5, "target_modules": ["linear1", "linear2", "v_proj"]}
     torch.manual_seed(1)
     model = train(peft.get_peft_model(on_base(drawn_params()), peft.LoraConfig(**config)))
@@ -210,7 +214,7 @@ def test_a_state_dict_with_adapters_of_peft_is_read_as_a_whole_model():
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"bias": "all"}])
-def test_adapters_of_other_kinds_are_refused(tmp_path, changes):
+def test_adapters_of_other_kinds_are_refused(peft, tmp_path, changes):
     config = peft.LoraConfig(r=2, target_modules=["linear1"], **changes)
     peft.get_peft_model(on_base(drawn_params()), config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(InputError, match=next(iter(changes))):

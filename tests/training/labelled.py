@@ -12,8 +12,8 @@ from behrt_jax.data.batches import TaskBatch
 from behrt_jax.data.tasks import Task
 from behrt_jax.models.behrt import BEHRTForTask
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
-from behrt_jax.training.state import Setup, init_state, set_up_task
-from behrt_jax.training.step import make_update_step, task_objective
+from behrt_jax.training.state import Setup, abstract_state, set_up_task
+from behrt_jax.training.step import TrainState, make_update_step, task_objective
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 from tests.models.test_losses import random_targets
 
@@ -76,7 +76,10 @@ def start(setup: Setup, task: Task, devices: Any = None, micro_batches: int = 1,
     """First state, jitted step and mesh."""
     mesh = make_mesh(devices or jax.devices()[:1])
     init_key, step_key = jax.random.split(jax.random.key(0))
-    state = init_state(setup, optimizer, init_key, mesh)
+    # Without the optimizer in the same program: the model's is compiled once for all of its optimizers.
+    variables = jax.jit(setup.init)(init_key)
+    state = TrainState(np.zeros((), np.int32), variables, jax.jit(optimizer.init)(variables))
+    state = jax.device_put(state, shardings_of(abstract_state(setup.shapes, optimizer, mesh)))
     step = jax.jit(
         make_update_step(
             task_objective(setup.predictor._replace(mesh=mesh), task.of.loss),

@@ -17,6 +17,7 @@ from behrt_jax.training.checkpoints import open_checkpoints
 from behrt_jax.training.devices import make_mesh, put_rows, replicated, shardings_of
 from behrt_jax.training.state import init_state, optimizer_for, set_up, state_shardings
 from behrt_jax.training.step import TrainState
+from behrt_jax.training.validation import make_validation_step
 from tests.models.rows import VOCABULARY, random_batch
 from tests.training.test_step import ALL_LINEARS, SHALLOW, TINY, sgd, start
 
@@ -172,16 +173,19 @@ def test_micro_batches_of_a_split_model_equal_one_batch_of_one_device(name):
     chex.assert_trees_all_close(one.variables, many.variables, atol=1e-6, rtol=1e-5)
 
 
-def test_the_state_stays_split_and_the_step_compiles_once():
-    _, state, step, mesh = start(SHALLOW, mesh=mesh_of("2x4"), large=SPLIT_FROM)
+def test_the_state_stays_split_and_the_steps_compile_once():
+    setup, state, step, mesh = start(SHALLOW, mesh=mesh_of("2x4"), large=SPLIT_FROM)
     step.clear_cache()
+    validation = jax.jit(make_validation_step(setup.predictor, TINY.masking, jax.random.key(1)))
     shardings = shardings_of(state)
     kernel = state.variables["params"]["behrt"]["encoder"]["layer_0"]["intermediate"]["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(16, 16)}
     for index in range(3):
-        state, _ = step(state, put_rows(random_batch(index, rows=8), mesh))
+        batch = put_rows(random_batch(index, rows=8), mesh)
+        state, _ = step(state, batch)
         assert shardings_of(state) == shardings
-    assert step._cache_size() == 1
+        validation(state.variables, batch)
+    assert step._cache_size() == validation._cache_size() == 1
 
 
 @pytest.mark.slow

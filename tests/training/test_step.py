@@ -116,7 +116,7 @@ def on_host(tree):
 
 @pytest.mark.parametrize(
     ("config", "product"),
-    [(TINY, "activations"), (TINY, "extended"), (TINY, "merged"), (OF_TODAY, "merged")],
+    [(TINY, "activations"), (SHALLOW, "extended"), (OF_TODAY, "merged")],
 )
 def test_after_two_steps_every_adapter_has_moved_and_the_base_is_bit_identical(config, product):
     config = replace(config, lora=replace(config.lora, product=product))
@@ -230,18 +230,6 @@ def test_empty_rows_change_nothing():
     without, _ = sgd(config, 1, [batch])
     with_empty, _ = sgd(config, 1, [padded])
     chex.assert_trees_all_close(without.variables, with_empty.variables, atol=1e-6, rtol=1e-5)
-
-
-def test_one_compilation_for_all_steps():
-    setup, state, step, mesh = start(SHALLOW, devices=jax.devices())
-    step.clear_cache()
-    validation = jax.jit(make_validation_step(setup.predictor, TINY.masking, jax.random.key(1)))
-    for index in range(3):
-        batch = put_rows(random_batch(index, rows=8), mesh)
-        state, _ = step(state, batch)
-        validation(state.variables, batch)
-    assert step._cache_size() == 1
-    assert validation._cache_size() == 1
 
 
 @pytest.mark.slow

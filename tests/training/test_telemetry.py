@@ -11,6 +11,8 @@ from behrt_jax.adapters.lora import leaves_by_path
 from behrt_jax.config.model import LoRAConfig
 from behrt_jax.config.training import MaskingConfig
 from behrt_jax.training.devices import put_rows
+from behrt_jax.training.state import optimizer_for, set_up
+from behrt_jax.training.step import TrainState
 from behrt_jax.training.telemetry import (
     SURELY_SHOWN,
     Telemetry,
@@ -128,7 +130,10 @@ def test_rows_of_codes_that_were_never_shown(trained):
 
 def test_frozen_embeddings_and_no_adapters_are_not_looked_at():
     plain = replace(TINY, lora=None, freezing=replace(TINY.freezing, regime="full", groups=("head",)))
-    _, state, _, _ = start(plain)
+    setup = set_up(plain, VOCABULARY)
+    variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), setup.shapes)
+    moments = jax.jit(optimizer_for(plain.optimizer, setup, 10).init)(variables)
+    state = TrainState(np.int32(0), variables, moments)
     assert make_probe(state.variables["lora"], np.full(VOCABULARY, 100), 1)(state) == {}
 
 
