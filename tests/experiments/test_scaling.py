@@ -34,18 +34,19 @@ from experiments.benchmarks.scaling import (
 from tests.models.rows import VOCABULARY, random_batch, tiny_model
 from tests.workflows.small_run import SMALL_RUN, changed
 
-CONFIGURATIONS = {"small_lora": SMALL_RUN}
-PARAMETERS = state_module.set_up(SMALL_RUN, 200).shapes
+TWO_LAYERS = changed(SMALL_RUN, "model", layers=2)
+CONFIGURATIONS = {"small_lora": TWO_LAYERS}
+PARAMETERS = state_module.set_up(TWO_LAYERS, 200).shapes
 
 
 @pytest.mark.slow
 def test_the_cost_of_a_step_is_of_one_device():
     total = 4 * sum(leaf.size for leaf in jax.tree.leaves(PARAMETERS))
-    whole = step_cost(SMALL_RUN, rows=2, vocabulary=200)
+    whole = step_cost(TWO_LAYERS, rows=2, vocabulary=200)
     assert whole["parameter_bytes"] == total
     assert 0 < whole["bytes"]["all-reduce"] < total
     assert whole["bytes"]["all-gather"] == 0
-    large = changed(SMALL_RUN, "model", hidden_size=128, embedding_size=128)  # 4 h by h is large
+    large = changed(TWO_LAYERS, "model", hidden_size=128, embedding_size=128)  # 4 h by h is large
     whole = step_cost(large, rows=2, vocabulary=200)
     split = step_cost(replace(large, mesh=MeshConfig(fsdp=8)), rows=2, vocabulary=200)
     kernels = 2 * 2 * 4 * 128 * 128 * 4 + 512 * 128 * 4  # feed-forward kernels, visit table
@@ -67,7 +68,7 @@ def test_one_run_in_a_process_of_its_own(tmp_path, capsys):
     assert json.loads((tmp_path / "a" / "b.json").read_text()) == json.loads(json.dumps(report))
     (run,) = report["runs"]
     assert (run["size"], run["regime"], run["split"], run["devices"]) == ("small", "lora", "data", 2)
-    here = step_cost(SMALL_RUN, rows=2, vocabulary=200)
+    here = step_cost(TWO_LAYERS, rows=2, vocabulary=200)
     # Of eight devices, each with as many rows, a device computes and sends the same.
     assert run["bytes"] == here["bytes"]
     assert run["parameter_bytes"] == here["parameter_bytes"]

@@ -9,7 +9,7 @@ from tests.models.rows import tiny_model
 
 SMALL_RUN = PretrainConfig(
     name="tiny_lora",
-    model=tiny_model(positions=32, dropout=0.1),
+    model=tiny_model(positions=32, layers=1, dropout=0.1),
     lora=LoRAConfig(rank=2),
     freezing=FreezingConfig("lora"),
     data=DataConfig(subjects=600, vocabulary_size=200),

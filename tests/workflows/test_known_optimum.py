@@ -16,6 +16,7 @@ LATENT = changed(
     replace(
         SMALL_RUN,
         name="tiny_latent",
+        model=replace(SMALL_RUN.model, layers=2),
         lora=None,
         freezing=replace(SMALL_RUN.freezing, regime="full"),
         data=DataConfig(source="latent", subjects=1500, vocabulary_size=80, window="first"),

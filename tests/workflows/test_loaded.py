@@ -131,7 +131,8 @@ def test_batches_are_what_the_module_takes(case, newcomers, model):
         (row.time, row.code) for row in newcomers if row.subject == subject and row.code != BIRTH_CODE
     )
     assert sorted(shown) == sorted(code for _, code in times) and shown[-1] == times[-1][1]
-    outputs = model.model.apply({"params": model.params}, batch, 1)
+    apply = jax.jit(model.model.apply, static_argnums=2)
+    outputs = apply({"params": model.params}, batch, 1)
     probability = jax.nn.sigmoid(outputs[0, 0, 0] / model.finetuned.calibration.temperature)
     np.testing.assert_allclose(model.predict(events).predicted, [probability], rtol=1e-5)
     several = model.batch(case.data, limit=5)
@@ -139,7 +140,7 @@ def test_batches_are_what_the_module_takes(case, newcomers, model):
     assert several.codes.shape == (5, 24) and (several.segment_ids <= 1).all()
     whole = model.batch(case.data, limit=None)
     assert_equal(jax.tree.map(lambda column: column[:5], whole)._replace(row_ids=several.row_ids), several)
-    outputs = model.model.apply({"params": model.params}, several, 1)[:, 0]
+    outputs = apply({"params": model.params}, several, 1)[:, 0]
     found = jax.nn.sigmoid(outputs / model.finetuned.calibration.temperature)
     np.testing.assert_allclose(data.values[:5], found, rtol=1e-5)
 
