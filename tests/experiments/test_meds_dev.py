@@ -113,10 +113,9 @@ def test_labels_without_their_data_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_chain_predicts_what_one_value_decides(tmp_path, monkeypatch, capfd):
+def test_the_chain_predicts_what_one_value_decides(tmp_path, capfd):
     pytest.importorskip("meds_evaluation")
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    dataset, labels = generated(tmp_path / "generated", 1000)
+    dataset, labels = generated(tmp_path / "generated", 600)
     config = MedsDevConfig(
         dataset_dir=dataset,
         labels_dir=labels,
