@@ -39,14 +39,14 @@ settings.register_profile("default", deadline=None, max_examples=25, derandomize
 settings.load_profile("default")
 
 LONG = (
+    "experiments/test_notebooks.py",
+    "training/test_step.py",
     "experiments/test_freezing_study.py",
     "workflows/test_pretrain.py",
-    "experiments/test_notebooks.py",
-    "experiments/test_few_labels_study.py",
-    "experiments/test_embedding_study.py",
+    "workflows/test_distributed.py",
     "experiments/test_train.py",
-    "workflows/test_doctor.py",
     "experiments/test_meds_dev.py",
+    "workflows/test_doctor.py",
 )
 """Files that take a minute or more, the longest first."""
 
