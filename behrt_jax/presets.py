@@ -52,11 +52,26 @@ PAPER = ModelConfig(
 """Sizes, embeddings and tokens of Li et al. 2020 (ages in months up to 110 years)."""
 
 
-def _modern(model: ModelConfig) -> ModelConfig:
-    """The same sizes with distances in place of ordinals, which take longer to learn: rotary positions, and
-    visits told apart by two rows in turn.
-    """
-    return replace(model, position_embedding="rope", visit_embedding="alternating")
+MODERN = {
+    "position_embedding": "rope",
+    "visit_embedding": "alternating",
+    "ffn": "swiglu",
+    "norm": "rms",
+    "bias": False,
+}
+"""Of `ModelConfig`, what ``modern_*`` configurations change: distances in place of ordinals (rotary
+positions, and visits told apart by two rows in turn), gated layers, RMSNorm, and no biases.
+"""
+
+
+def _modern(config: PretrainConfig) -> PretrainConfig:
+    """The same sizes with what pays in the study of the representation, and a fifth of the codes masked."""
+    return replace(
+        config,
+        name=f"modern_{config.name}",
+        model=replace(config.model, **MODERN),
+        masking=replace(config.masking, probability=0.2),
+    )
 
 
 def _pretraining(
@@ -108,10 +123,7 @@ _RANKS = [
     (_pretraining("long", LONG, DataConfig(subjects=4000, events_mean=1500.0), 1e-3, _TOKENS), 16),
     (_pretraining("paper", PAPER, _SHORT, 3e-4, TrainConfig(epochs=50, patience=10)), None),
     (_LATENT_SMALL, 8),
-    *(
-        (replace(config, name=f"modern_{config.name}", model=_modern(config.model)), rank)
-        for config, rank in (*_SIZES, (_LATENT_SMALL, 8))
-    ),
+    *((_modern(config), rank) for config, rank in (*_SIZES, (_LATENT_SMALL, 8))),
 ]
 """Configurations, each with the rank of its adapters in ``<name>_lora``."""
 

@@ -21,7 +21,7 @@ import pytest
 from behrt_jax.cli import COMMANDS, Command, main, parse
 from behrt_jax.config.training import FinetuneConfig
 from behrt_jax.errors import DivergenceError, InputError
-from behrt_jax.presets import PRETRAIN
+from behrt_jax.presets import MODERN, PRETRAIN
 from behrt_jax.workflows import pretrain as module
 from behrt_jax.workflows.run import RunResult
 from tests.records.meds_folder import by_remainder, history_rows, write_meds
@@ -196,13 +196,14 @@ def test_names_of_the_configurations():
     assert all(config.name == name for name, config in PRETRAIN.items())
 
 
-def test_modern_configurations_differ_from_their_namesakes_in_positions_and_visits_alone():
+def test_modern_configurations_have_the_sizes_of_their_namesakes():
     for name in (name for name in PRETRAIN if name.startswith("modern_")):
         config, plain = PRETRAIN[name], PRETRAIN[name.removeprefix("modern_")]
-        given = (config.model.position_embedding, config.model.visit_embedding)
-        assert given == ("rope", "alternating"), name
-        back = replace(config.model, position_embedding="learned", visit_embedding="ordinal")
-        assert replace(config, name=plain.name, model=back) == plain
+        assert (config.model.position_embedding, config.model.visit_embedding) == ("rope", "alternating")
+        assert (config.model.ffn, config.model.norm, config.model.bias) == ("swiglu", "rms", False)
+        assert config.masking.probability == 0.2
+        as_before = replace(config.model, **{option: getattr(plain.model, option) for option in MODERN})
+        assert replace(config, name=plain.name, model=as_before, masking=plain.masking) == plain
 
 
 def test_large_lora_is_what_it_is_said_to_be():

@@ -27,6 +27,7 @@ from behrt_jax.config.training import OptimizerConfig, PretrainConfig, TrainConf
 from behrt_jax.data.batches import Batch, TrainingBatches, ValidationBatches
 from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import mean_interval, share_of_attainable_gain
+from behrt_jax.presets import MODERN
 from behrt_jax.records.load import load_sequences
 from behrt_jax.tracking.console import open_console
 from behrt_jax.tracking.plots import BASELINE_COLOUR, COLOURS, DPI, ORACLE_COLOUR, STYLES
@@ -42,6 +43,7 @@ OURS: dict[str, dict[str, Any]] = {
     "learned positions": {},
     "rope": {"position_embedding": "rope"},
     "rope, alternating visits": {"position_embedding": "rope", "visit_embedding": "alternating"},
+    "as modern_*": MODERN,
 }
 """Contenders that are this encoder, by what differs from the default of `ModelConfig`."""
 THEIRS = {

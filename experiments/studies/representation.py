@@ -26,7 +26,7 @@ from behrt_jax.errors import InputError
 from behrt_jax.evaluation.masked_codes import MaskedSplit, mean_interval, share_of_attainable_gain
 from behrt_jax.evaluation.performance import Figures, mean_figures, subject_draws
 from behrt_jax.files import read_json, write_json
-from behrt_jax.presets import PRETRAIN, SMALL
+from behrt_jax.presets import MODERN, PRETRAIN, SMALL
 from behrt_jax.records.load import load_sequences
 from behrt_jax.run_folder import CONFIG_FILE, SUMMARY_FILE
 from behrt_jax.tracking.console import Console, open_console
@@ -79,6 +79,7 @@ RUNGS: dict[str, Rung] = {
     "rope by visits": Rung("+ rope", {"model": {"position_of": "visit"}}),
     "calendar, a row for each visit": Rung("+ calendar", {"model": {"visit_embedding": "ordinal"}}),
     "calendar, no rows for visits": Rung("+ calendar", {"model": {"visit_embedding": "none"}}),
+    "as modern_*": Rung("+ alternating visits", {"model": MODERN, "masking": {"probability": 0.2}}),
 }
 """The ladder, those with a plus one on the other; the others stand on one of these, each by itself."""
 

@@ -133,7 +133,6 @@ def contest_here(tasks, rounds):
 @pytest.mark.slow
 def test_each_optimisation_can_be_undone(tmp_path, monkeypatch):
     patients = benchmark_ours.load_patients({"layout": "packed", "patients": 24, **asdict(TINY)})
-    monkeypatch.setattr(benchmark_ours, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(benchmark_ours, "load_patients", lambda _: patients)
     monkeypatch.setattr(benchmark_ours, "matrix_flops", lambda *_: 1.0)
     monkeypatch.setattr(benchmark_ablation, "contest", contest_here)
