@@ -83,6 +83,14 @@ RUNGS: dict[str, Rung] = {
 }
 """The ladder, those with a plus one on the other; the others stand on one of these, each by itself."""
 
+QUICK_RUNGS = (
+    *(rung for rung in RUNGS if rung == FIRST or rung.startswith("+")),
+    "SwiGLU, RMSNorm, no biases",
+    "20 % masked",
+    "as modern_*",
+)
+"""Of the quick study: what stands one on the other, and what makes the ``modern_*`` configurations."""
+
 BASE = replace(
     PRETRAIN["small_latent"],
     name="representation_study",
@@ -546,6 +554,7 @@ REPRESENTATION_STUDIES = {
             data=replace(BASE.data, subjects=6000, held_out_fraction=0.2),
             train=replace(BASE.train, batch_size=64, epochs=6),
         ),
+        rungs=QUICK_RUNGS,
         seeds=1,
         finetune_epochs=2,
         output=Path("runs/representation_study_quick"),

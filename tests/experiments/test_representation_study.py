@@ -10,10 +10,12 @@ import pytest
 from behrt_jax.config.training import FinetuneConfig
 from behrt_jax.data.vocabulary import MASK
 from behrt_jax.errors import InputError
+from behrt_jax.presets import MODERN
 from behrt_jax.records.load import load_sequences
 from experiments.studies.representation import (
     BASE,
     FIRST,
+    QUICK_RUNGS,
     RESULT_FILE,
     RUNGS,
     RepresentationStudyConfig,
@@ -48,6 +50,9 @@ def test_a_rung_has_its_own_changes_and_those_that_it_stands_on():
         sections = {section: replace(getattr(under, section), **of) for section, of in changes.items()}
         assert config == replace(under, **sections)
         assert (config != under) == bool(changes) == (pretrained_as(name) == name)
+    # The quick study has what each of its rungs stands on, and ends at the configurations of today.
+    assert {RUNGS[rung].on for rung in QUICK_RUNGS} <= {None, *QUICK_RUNGS}
+    assert config_of(BASE, "as modern_*").model == replace(BASE.model, **MODERN)
     last = config_of(BASE, "visits masked").model
     assert (last.position_embedding, last.visit_embedding) == ("rope", "alternating")
 
