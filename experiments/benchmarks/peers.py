@@ -33,6 +33,7 @@ from behrt_jax.tracking.console import open_console
 from behrt_jax.tracking.plots import BASELINE_COLOUR, COLOURS, DPI, ORACLE_COLOUR, STYLES
 from behrt_jax.training.devices import make_mesh
 from behrt_jax.training.masking import MaskedCodes
+from behrt_jax.training.memory import keep_freed_memory
 from behrt_jax.training.micro_batches import likely_parts, rows_multiple
 from behrt_jax.training.state import assemble, set_up
 from behrt_jax.training.step import masked_code_losses, masked_code_objective
@@ -273,7 +274,10 @@ def benchmark_peers(benchmark: PeersBenchmark) -> dict[str, Any]:
         for rate in benchmark.learning_rates:
             config = config_of(benchmark, name, rate)
             task = Task(config, benchmark.points, benchmark.cores, THEIRS.get(name))
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            # As a command does, before a library starts threads.
+            with ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), initializer=keep_freed_memory
+            ) as process:
                 course = process.submit(run, task, batches).result()
             if name not in courses or course.losses[-1] < courses[name].losses[-1]:
                 courses[name], rates[name] = course, rate
