@@ -65,7 +65,7 @@ positions, and visits told apart by two rows in turn), gated layers, RMSNorm, an
 
 
 def _modern(config: PretrainConfig) -> PretrainConfig:
-    """The same sizes with what pays in the study of the representation, and a fifth of the codes masked."""
+    """The same sizes with what pays on `latent` or `clinical` records, and a fifth of the codes masked."""
     return replace(
         config,
         name=f"modern_{config.name}",

@@ -48,7 +48,7 @@ LONG = (
     "experiments/test_meds_dev.py",
     "workflows/test_doctor.py",
 )
-"""Files that take a minute or more, the longest first."""
+"""Files with tests that take a minute or so, or with many that are slow."""
 
 
 @pytest.hookimpl(trylast=True)  # of those that are left by -m and -k
